@@ -1,0 +1,385 @@
+"""Every setting of a training run, with the checks between them; imports nothing heavy.
+
+A run is one :class:`RunConfig`: YAML files merged in order, then dotted overrides
+(``--optimizer.lr 5e-4``). Field docstrings are the text of ``--help``. Values that follow from
+others (accumulation, patch grid) are methods here, computed once from the source of truth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megaregion.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
+Activation = Literal["gelu", "quick_gelu"]
+RegionWeights = Literal["shared", "separate"]
+LossName = Literal["separated", "softmax"]
+MarginName = Literal["cosface", "arcface", "none"]
+HeadBackend = Literal["auto", "torch", "triton"]
+CenterInit = Literal["random", "centers"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The vision transformer; the defaults are ViT-B/16."""
+
+    image_size: int = 224
+    """Side of the square training crop, in pixels; a multiple of patch_size."""
+    patch_size: int = 16
+    """Side of a patch, in pixels."""
+    width: int = 768
+    """Width D of a token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    heads: int = 12
+    """Attention heads of a block; divides width, and parallel.tensor divides it."""
+    mlp_width: int = 3072
+    """Hidden width of a block's MLP."""
+    activation: Activation = "gelu"
+    """Non-linearity of the MLP, named as in transformers' hidden_act."""
+    norm_eps: float = 1e-5
+    """Epsilon of every layer norm."""
+    rope_theta: float = 10_000.0
+    """Base of the 2D rotary frequencies."""
+    region_layers: int = 4
+    """Number of last blocks in which region tokens attend to their own patches."""
+    region_weights: RegionWeights = "shared"
+    """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the training crop."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are, and how an image becomes a training sample."""
+
+    path: str = "data/shards"
+    """Folder with dataset.json and its shards, as tools/curate.py writes it."""
+    regions_per_image: int = 10
+    """Regions N that every image gives; fewer are resampled, more are subsampled."""
+    max_text_tokens: int = 16
+    """Most distinct tokens kept as positives of one text region."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Least and greatest share of the image's area in a random crop."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Least and greatest aspect ratio (width / height) of a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip; images with text are never flipped."""
+    color_jitter: float = 0.0
+    """Strength of random brightness, contrast and saturation, as a share of 1."""
+    min_visible: float = 0.5
+    """A region stays if at least this share of its box lies inside the crop."""
+    patch_coverage: float = 0.5
+    """A patch belongs to a region that covers at least this share of it."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean subtracted from each of R, G, B on the 0..1 scale (CLIP's)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation that divides each of R, G, B (CLIP's)."""
+    workers: int = 2
+    """Processes of one rank that read and decode; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches that each worker prepares ahead."""
+    window_shards: int = 8
+    """Shards whose samples are shuffled together."""
+    max_bad_share: float = 0.01
+    """Share of unreadable samples above which the run stops."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One classification head and the label kind it learns from."""
+
+    loss: LossName = "separated"
+    """separated: RICE's two-term loss; softmax: sampled softmax (UNICOM, PartialFC), the baseline."""
+    margin: float = 0.3
+    """Margin m of a positive: cosine - m (cosface) or angle + m (arcface)."""
+    margin_kind: MarginName = "cosface"
+    """Where the margin acts."""
+    scale: float = 64.0
+    """Factor s of the cosine similarities."""
+    sample_rate: float = 0.1
+    """Share of negative classes that enter the loss of one draw; 1.0 scores every class."""
+    min_negatives: int = 64
+    """Random negatives that are always drawn (all of them when there are fewer classes)."""
+    weight: float = 1.0
+    """Weight of this head's loss in the sum."""
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """The heads for objects and for text, and what they share."""
+
+    embedding_dim: int = 512
+    """Width E of region embeddings and class centers."""
+    chunk_bytes: int = 256 * 2**20
+    """Memory for one chunk of logits, in bytes; the full matrix never exists."""
+    draw_images: int = 0
+    """Images that share one draw of negatives; divides the images of a micro-step over all ranks.
+    0 takes the whole micro-step, so that the draw then depends on train.micro_batch and on the
+    number of data-parallel ranks."""
+    backend: HeadBackend = "auto"
+    """Kernel of the streaming loss: torch, triton (GPU), or auto (triton where it pays)."""
+    init: CenterInit = "random"
+    """Start of the object centers: random, or the dataset's k-means centers."""
+    object: HeadConfig = field(default_factory=HeadConfig)
+    """Objects: one positive, the region's cluster."""
+    text: HeadConfig = field(default_factory=lambda: HeadConfig(sample_rate=1.0))
+    """Text: several positives, the tokens of the region's words."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay, over body and heads alike."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.01
+    """Learning rate at the last step, as a share of the peak."""
+    warmup_steps: int = 2_000
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.2
+    """Decoupled weight decay of matrices; biases, norms and single tokens have none."""
+    head_weight_decay: float = 0.0
+    """Decoupled weight decay of class centers (their norm does not matter to the loss)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Term added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Bound on the global gradient norm over body and heads together; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over ranks; all other ranks are data-parallel."""
+
+    tensor: int = 1
+    """Ranks that share one copy of the model (tensor parallel)."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 to 3; 0 only in fp32."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of the run."""
+
+    steps: int = 1_000
+    """Optimizer steps."""
+    global_batch: int = 4096
+    """Images of one optimizer step, over all ranks; stays the same when the ranks change."""
+    micro_batch: int = 64
+    """Images that one rank passes through the model at once."""
+    precision: Precision = "bf16"
+    """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    log_every: int = 1
+    """Steps between log lines."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves, and what it keeps."""
+
+    every: int = 1_000
+    """Save after this many steps; a preempted run and the last step also save."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    name: str = "run"
+    """Name of the run; its folder is output/name."""
+    output: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and negatives."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The encoder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The dataset and its transforms."""
+    head: HeadsConfig = field(default_factory=HeadsConfig)
+    """The classification heads."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Tensor parallelism and ZeRO."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batches and precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+
+
+def accumulation(config: RunConfig, data_ranks: int) -> int:
+    """Micro-steps of one optimizer step on this many data-parallel ranks.
+
+    Raises:
+        UserError: The global batch cannot be cut into equal micro-batches.
+    """
+    train = config.train
+    if train.global_batch % data_ranks:
+        raise UserError(
+            f"train.global_batch must be a multiple of the {data_ranks} data-parallel ranks, got "
+            f"{train.global_batch}; {_ranks_that_work(train.global_batch)}"
+        )
+    images = train.global_batch // data_ranks
+    if images % train.micro_batch and images > train.micro_batch:
+        raise UserError(
+            f"train.micro_batch must divide the {images} images that each of {data_ranks} "
+            f"data-parallel ranks takes, got {train.micro_batch}; "
+            f"use {_largest_divisor(images, train.micro_batch)}"
+        )
+    return max(1, images // train.micro_batch)
+
+
+def draw_images(config: RunConfig, data_ranks: int) -> int:
+    """Images that share one draw of negatives on this many data-parallel ranks.
+
+    Raises:
+        UserError: head.draw_images does not divide the images of a micro-step.
+    """
+    images = config.train.global_batch // accumulation(config, data_ranks)
+    drawn = config.head.draw_images or images
+    if images % drawn:
+        raise UserError(
+            f"head.draw_images must divide the {images} images of a micro-step over all "
+            f"{data_ranks} data-parallel ranks, got {drawn}; use {_largest_divisor(images, drawn)}"
+        )
+    return drawn
+
+
+def check_config(config: RunConfig) -> None:
+    """Check every setting that can be judged without data or ranks.
+
+    Raises:
+        UserError: A value is out of range or contradicts another; the text says which.
+    """
+    _check_model(config.model, config.parallel.tensor)
+    _check_data(config.data)
+    for kind, head in (("object", config.head.object), ("text", config.head.text)):
+        _check_head(f"head.{kind}", head)
+    for key, value in (
+        ("head.embedding_dim", config.head.embedding_dim),
+        ("head.chunk_bytes", config.head.chunk_bytes),
+        ("train.steps", config.train.steps),
+        ("train.global_batch", config.train.global_batch),
+        ("train.micro_batch", config.train.micro_batch),
+        ("train.log_every", config.train.log_every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep_last", config.checkpoint.keep_last),
+    ):
+        if value < 1:
+            raise UserError(f"{key} must be at least 1, got {value}")
+    if config.parallel.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"parallel.zero_stage must be 0, 1, 2 or 3, got {config.parallel.zero_stage}")
+    if config.parallel.zero_stage == 0 and config.train.precision == "bf16":
+        raise UserError(
+            "parallel.zero_stage 0 with train.precision bf16 is refused: DeepSpeed takes a wrong "
+            "first Adam step there and misses tensor-parallel gradient norms; use zero_stage 1 or fp32"
+        )
+    _check_optimizer(config)
+
+
+def _check_model(model: ModelConfig, tensor: int) -> None:
+    for key in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
+        if getattr(model, key) < 1:
+            raise UserError(f"model.{key} must be at least 1, got {getattr(model, key)}")
+    if model.image_size % model.patch_size:
+        near = max(1, round(model.image_size / model.patch_size)) * model.patch_size
+        raise UserError(
+            f"model.image_size must be a multiple of model.patch_size {model.patch_size}, "
+            f"got {model.image_size}; use {near}"
+        )
+    if model.width % model.heads or model.head_dim % 4:
+        raise UserError(
+            f"model.heads must divide model.width {model.width} into heads whose width is a multiple "
+            f"of 4 (2D rotary pairs), got {model.heads}"
+        )
+    if tensor < 1 or model.heads % tensor:
+        raise UserError(
+            f"parallel.tensor must divide model.heads {model.heads}, got {tensor}; "
+            f"use one of {', '.join(map(str, _divisors(model.heads)))}"
+        )
+    if model.mlp_width % tensor:
+        raise UserError(f"parallel.tensor must divide model.mlp_width {model.mlp_width}, got {tensor}")
+    if not 1 <= model.region_layers <= model.depth:
+        raise UserError(
+            f"model.region_layers must lie in [1, model.depth = {model.depth}], got {model.region_layers}"
+        )
+
+
+def _check_data(data: DataConfig) -> None:
+    for key in ("regions_per_image", "max_text_tokens", "prefetch", "window_shards"):
+        if getattr(data, key) < 1:
+            raise UserError(f"data.{key} must be at least 1, got {getattr(data, key)}")
+    if data.workers < 0:
+        raise UserError(f"data.workers must be 0 or more, got {data.workers}")
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"data.crop_scale must be two rising values in (0, 1], got {low}, {high}")
+    low, high = data.crop_ratio
+    if not 0 < low <= high:
+        raise UserError(f"data.crop_ratio must be two rising positive values, got {low}, {high}")
+    for key in ("flip", "min_visible", "patch_coverage", "max_bad_share", "color_jitter"):
+        if not 0 <= getattr(data, key) <= 1:
+            raise UserError(f"data.{key} must lie in [0, 1], got {getattr(data, key)}")
+
+
+def _check_head(key: str, head: HeadConfig) -> None:
+    if not 0 < head.sample_rate <= 1:
+        raise UserError(
+            f"{key}.sample_rate must lie in (0, 1], got {head.sample_rate}; use 1.0 to score every class"
+        )
+    if head.min_negatives < 0:
+        raise UserError(f"{key}.min_negatives must be 0 or more, got {head.min_negatives}")
+    if head.scale <= 0 or not math.isfinite(head.scale):
+        raise UserError(f"{key}.scale must be a positive number, got {head.scale}")
+    if not 0 <= head.margin < 1:
+        raise UserError(f"{key}.margin must lie in [0, 1), got {head.margin}")
+    if head.weight < 0:
+        raise UserError(f"{key}.weight must be 0 or more, got {head.weight}")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.lr <= 0:
+        raise UserError(f"optimizer.lr must be positive, got {optimizer.lr}")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, key) < 1:
+            raise UserError(f"optimizer.{key} must lie in [0, 1), got {getattr(optimizer, key)}")
+    for key in ("weight_decay", "head_weight_decay", "clip_norm", "eps"):
+        if getattr(optimizer, key) < 0:
+            raise UserError(f"optimizer.{key} must be 0 or more, got {getattr(optimizer, key)}")
+    if not 0 <= optimizer.warmup_steps <= config.train.steps:
+        raise UserError(
+            f"optimizer.warmup_steps must lie in [0, train.steps = {config.train.steps}], "
+            f"got {optimizer.warmup_steps}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in _divisors(number) if d <= max(1, limit))
+
+
+def _ranks_that_work(global_batch: int) -> str:
+    return f"data-parallel sizes that work: {', '.join(map(str, _divisors(global_batch)[:24]))}"
