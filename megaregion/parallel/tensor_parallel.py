@@ -1,0 +1,148 @@
+"""Tensor parallelism by plan: linears of a plain model become megatron-core's, from outside.
+
+A plan names each linear as "column" (its output rows are cut) or "row" (its input columns are cut). The
+model is built whole, with the same values on every rank, and each rank keeps its own slice; so a run
+starts from the same weights for any number of tensor ranks. :func:`placements` describes each
+parameter's place in the full tensor; checkpoints use that description, not rank numbers.
+
+Shapes: O output width, I input width, T tensor ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    model_parallel_cuda_manual_seed,
+)
+from torch import Tensor, nn
+
+from megaregion.parallel.topology import Topology
+
+Split = Literal["column", "row"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one rank's tensor lies in the full tensor."""
+
+    full_shape: tuple[int, ...]
+    """Shape of the full tensor."""
+    offset: tuple[int, ...]
+    """Index of the first element of this rank's tensor in the full tensor."""
+    shape: tuple[int, ...]
+    """Shape of this rank's tensor."""
+
+    def cut(self, full: Tensor) -> Tensor:
+        """Return this rank's part of a full tensor (a view)."""
+        for axis, (start, length) in enumerate(zip(self.offset, self.shape, strict=True)):
+            full = full.narrow(axis, start, length)
+        return full
+
+
+class _Column(ColumnParallelLinear):
+    """A column-parallel linear that returns a tensor, as nn.Linear does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O / T]."""
+        return super().forward(x)[0]
+
+
+class _Row(RowParallelLinear):
+    """A row-parallel linear that returns a tensor, as nn.Linear does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I / T] to [..., O], summed over the tensor ranks."""
+        return super().forward(x)[0]
+
+
+def parallelize(model: nn.Module, plan: Mapping[str, Split], topology: Topology) -> dict[str, Placement]:
+    """Replace the planned linears in place and describe every parameter's place.
+
+    Args:
+        model: The whole model, with the same values on every rank.
+        plan: Name of each linear to cut, and how.
+        topology: This rank's place; with one tensor rank the model stays as it is.
+
+    Returns:
+        The placement of every parameter, by its name.
+    """
+    placements = {name: _whole(p) for name, p in model.named_parameters()}
+    if topology.tensor_size == 1:
+        return placements
+    with _megatron_on_cpu(topology.device):
+        for name, split in plan.items():
+            parent, _, child = name.rpartition(".")
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology))
+            placements.update(_linear_placements(name, linear, split, topology))
+    return placements
+
+
+def _whole(parameter: Tensor) -> Placement:
+    shape = tuple(parameter.shape)
+    return Placement(shape, (0,) * len(shape), shape)
+
+
+def _linear_placements(
+    name: str, linear: nn.Linear, split: Split, topology: Topology
+) -> Iterator[tuple[str, Placement]]:
+    axis = 0 if split == "column" else 1
+    for key, parameter in linear.named_parameters():
+        place = _whole(parameter)
+        if axis < parameter.dim():
+            length = parameter.shape[axis] // topology.tensor_size
+            offset = [0] * parameter.dim()
+            shape = list(parameter.shape)
+            offset[axis], shape[axis] = topology.tensor_rank * length, length
+            place = Placement(place.full_shape, tuple(offset), tuple(shape))
+        yield f"{name}.{key}", place
+
+
+def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Module:
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=topology.tensor_size,
+        use_cpu_initialization=topology.device.type == "cpu",
+        perform_initialization=False,
+        params_dtype=linear.weight.dtype,
+        gradient_accumulation_fusion=False,
+    )
+    common: dict[str, Any] = {
+        "config": config,
+        "init_method": lambda weight: weight,
+        "bias": linear.bias is not None,
+        "skip_bias_add": False,
+        "tp_group": topology.tensor_group,
+    }
+    sizes = (linear.in_features, linear.out_features)
+    if split == "column":
+        cut: nn.Module = _Column(*sizes, gather_output=False, **common)
+    else:
+        cut = _Row(*sizes, input_is_parallel=True, **common)
+    own = dict(_linear_placements("", linear, split, topology))
+    with torch.no_grad():
+        for key, parameter in linear.named_parameters():
+            target = cut.get_parameter(key)
+            place = own[f".{key}"]
+            target.copy_(place.cut(parameter))
+            # DeepSpeed counts a parameter's norm once per tensor rank only if it is marked as cut.
+            target.tensor_model_parallel = place.shape != place.full_shape  # type: ignore[attr-defined]
+    return cut
+
+
+@contextlib.contextmanager
+def _megatron_on_cpu(device: torch.device) -> Iterator[None]:
+    """Megatron asks for its CUDA generator while it builds layers; give it one on a CPU too."""
+    if device.type == "cpu":
+        model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+    else:
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+    yield

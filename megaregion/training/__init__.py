@@ -1,0 +1,1 @@
+"""The training run: step, schedule, checkpoint, metrics and signals."""
