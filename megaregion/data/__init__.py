@@ -1,0 +1,1 @@
+"""Shards, sample order, transforms and batches: from a dataset folder to tensors."""

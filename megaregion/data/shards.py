@@ -1,0 +1,182 @@
+"""A dataset on disk: tar shards that `webdataset` can read, and an index to read any sample at once.
+
+The folder holds shard-00000.tar ..., one shard-00000.index.npy for each, dataset.json and, where they
+apply, centers.npy and tokenizer.model. KEY.jpg and KEY.json of a sample lie next to each other in the
+tar, so that one read brings the header with the key, the image and the record.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.data.info import (
+    CENTERS_NAME,
+    TOKENIZER_NAME,
+    DatasetInfo,
+    ShardEntry,
+    file_sha256,
+    read_info,
+    write_dataset,
+)
+from megaregion.data.writer import ShardWriter
+from megaregion.errors import UserError
+
+__all__ = ["DatasetInfo", "RawSample", "ShardEntry", "ShardWriter", "ShardedDataset", "write_dataset"]
+
+BLOCK = tarfile.BLOCKSIZE
+OPEN_SHARDS = 64
+"""Shards that one process keeps open; more than any sensible data.window_shards."""
+
+
+class RawSample(NamedTuple):
+    """The stored bytes of one sample."""
+
+    key: str
+    image: bytes
+    """The encoded image, KEY.jpg."""
+    record: bytes
+    """The content of KEY.json, for :func:`megaregion.data.sample.parse_sample`."""
+
+
+class _OpenShard(NamedTuple):
+    file: int
+    """Descriptor of the tar; only pread uses it, so processes may share it after a fork."""
+    rows: NDArray[np.int64]
+    """Offset and size of the image, then of the record, [n, 4]."""
+
+
+class ShardedDataset:
+    """Reads any sample of a finished dataset with one read; safe to fork and to pickle.
+
+    Args:
+        folder: The dataset's folder.
+        check_labels: Whether to compare the hashes of centers and tokenizer with dataset.json.
+
+    Raises:
+        UserError: A shard is missing, empty or half-written, or a file is not the one packed.
+    """
+
+    def __init__(self, folder: Path | str, check_labels: bool = True) -> None:
+        self.folder = Path(folder)
+        self.info = read_info(self.folder)
+        self._starts = np.cumsum([0, *self.info.shard_sizes])
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        for shard in self.info.shards:
+            self._check_sizes(shard)
+        if check_labels:
+            self._check_hash(CENTERS_NAME, self.info.centers_sha256)
+            self._check_hash(TOKENIZER_NAME, self.info.tokenizer_sha256)
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors mean nothing in another process; it opens its own.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def read(self, index: int) -> RawSample:
+        """Read sample `index` of the dataset.
+
+        Raises:
+            IndexError: The dataset is shorter.
+            UserError: The index of the shard does not fit its tar.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = self._shard(number)
+        image, image_size, record, record_size = shard.rows[index - int(self._starts[number])].tolist()
+        start = image - BLOCK
+        content = os.pread(shard.file, record + record_size - start, start)
+        name = content[:100].rstrip(b"\0")
+        if content[257:262] != b"ustar" or not name.endswith(b".jpg"):
+            raise UserError(
+                f"{self._path(number, '.index.npy')} does not fit its tar (no image begins at byte {image}); "
+                "pack the shard again"
+            )
+        return RawSample(
+            name.removesuffix(b".jpg").decode(),
+            content[BLOCK : BLOCK + image_size],
+            content[record - start :],
+        )
+
+    def verify(self) -> None:
+        """Hash every shard and read every key; for a check after a transfer, not for each start.
+
+        Raises:
+            UserError: A shard is not the one that was packed, or two samples share a key.
+        """
+        seen: set[str] = set()
+        for number, shard in enumerate(self.info.shards):
+            self._check_hash(f"{shard.name}.tar", shard.sha256)
+            for index in range(int(self._starts[number]), int(self._starts[number + 1])):
+                key = self.read(index).key
+                if key in seen:
+                    raise UserError(f"{self.folder} holds the key {key!r} twice; keys must be unique")
+                seen.add(key)
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        for shard in self._open.values():
+            os.close(shard.file)
+        self._open.clear()
+
+    def _path(self, number: int, ending: str) -> Path:
+        return self.folder / f"{self.info.shards[number].name}{ending}"
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path = self._path(number, ".index.npy")
+        shard = self.info.shards[number]
+        try:
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}); pack the shard again") from None
+        if index.shape != (shard.samples, 4) or index.dtype != np.int64 or int(index.max()) > shard.bytes:
+            raise UserError(
+                f"{path} must index {shard.samples} samples in {shard.bytes} bytes, got {index.dtype} "
+                f"{index.shape}; pack the shard again"
+            )
+        if len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1].file)
+        opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), index)
+        self._open[number] = opened
+        return opened
+
+    def _check_sizes(self, shard: ShardEntry) -> None:
+        tar, index = self.folder / f"{shard.name}.tar", self.folder / f"{shard.name}.index.npy"
+        for path in (tar, index):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} does not exist, but {self.folder}/dataset.json names it; pack it again"
+                )
+        size = tar.stat().st_size
+        if shard.samples < 1 or not size:
+            raise UserError(f"{tar} is empty; pack it again or take it out of dataset.json")
+        if size != shard.bytes:
+            raise UserError(
+                f"{tar} is half-written or changed: {size} bytes, but dataset.json says {shard.bytes}; "
+                "copy or pack it again"
+            )
+
+    def _check_hash(self, name: str, expected: str | None) -> None:
+        if expected is None:
+            return
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, but the dataset was packed with it; copy it again")
+        found = file_sha256(path)
+        if found != expected:
+            raise UserError(
+                f"{path} is not the file that the dataset was packed with (sha256 {found[:12]}, expected "
+                f"{expected[:12]}); restore it or pack the dataset again"
+            )

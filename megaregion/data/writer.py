@@ -1,0 +1,129 @@
+"""Writes tar shards that `webdataset` can read, each with the index that finds a sample at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megaregion.data.info import ShardEntry
+from megaregion.data.sample import SampleRecord
+from megaregion.errors import UserError
+
+MAX_KEY_BYTES = 95
+"""KEY.json must fit the 100 bytes of a tar header's name."""
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name complete, or not at all.
+
+        with ShardWriter(folder, "shard-00000") as writer:
+            writer.add(key, jpeg, record)
+        entries.append(writer.entry)
+
+    Args:
+        folder: Folder of the dataset; made when missing.
+        name: File name without an ending.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = Path(folder), name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._tar = self.folder / f".{name}.tar.partial"
+        self._index = self.folder / f".{name}.index.npy.partial"
+        self._file = self._tar.open("wb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._keys: set[str] = set()
+        self._regions = {"object": 0, "text": 0}
+        self._greatest = {"object": -1, "text": -1}
+        self._entry: ShardEntry | None = None
+
+    @property
+    def entry(self) -> ShardEntry:
+        """The finished shard; only after the writer has been left without an error."""
+        if self._entry is None:
+            raise RuntimeError(f"shard {self.name} is not finished")
+        return self._entry
+
+    def add(self, key: str, jpeg: bytes, record: SampleRecord) -> None:
+        """Append one sample.
+
+        Args:
+            key: Name of the sample, unique in the dataset, without dots and slashes.
+            jpeg: The encoded image.
+            record: Its size and regions.
+
+        Raises:
+            UserError: The key is already in the shard, or cannot name a tar member.
+        """
+        if not key or set(key) & set("./\0") or len(key.encode()) > MAX_KEY_BYTES:
+            raise UserError(
+                f"sample key {key!r} must have 1 to {MAX_KEY_BYTES} bytes and neither dots nor slashes"
+            )
+        if key in self._keys:
+            raise UserError(f"sample key {key!r} is already in {self.name}; keys must be unique")
+        self._keys.add(key)
+        content = record.to_json()
+        image, text = self._member(f"{key}.jpg", jpeg), self._member(f"{key}.json", content)
+        self._rows.append((image, len(jpeg), text, len(content)))
+        for region in record.regions:
+            self._regions[region.kind] += 1
+            self._greatest[region.kind] = max(self._greatest[region.kind], *region.labels)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._tar.unlink(missing_ok=True)
+            self._index.unlink(missing_ok=True)
+
+    def _member(self, name: str, content: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        # No time and no owner: the same samples give the same bytes, and so the same hash.
+        header.size, header.mode = len(content), 0o644
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._size
+        self._write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
+
+    def _finish(self) -> None:
+        if not self._rows:
+            raise UserError(f"{self.folder / self.name}.tar would be empty; a shard needs a sample")
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self._size % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with self._index.open("wb") as file:
+            np.save(file, np.array(self._rows, dtype=np.int64), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        self._index.replace(self.folder / f"{self.name}.index.npy")
+        self._tar.replace(self.folder / f"{self.name}.tar")
+        self._entry = ShardEntry(
+            name=self.name,
+            samples=len(self._rows),
+            bytes=self._size,
+            sha256=self._hash.hexdigest(),
+            objects=self._regions["object"],
+            texts=self._regions["text"],
+            max_label=self._greatest["object"],
+            max_token=self._greatest["text"],
+        )
