@@ -8,8 +8,8 @@ others (accumulation, patch grid) are methods here, computed once from the sourc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from megaregion.errors import UserError
 
@@ -294,6 +294,37 @@ def check_config(config: RunConfig) -> None:
             "first Adam step there and misses tensor-parallel gradient norms; use zero_stage 1 or fp32"
         )
     _check_optimizer(config)
+
+
+def setting_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names = []
+    for item in fields(cls):
+        default = item.default_factory() if item.default_factory is not MISSING else None
+        names.append(f"{prefix}{item.name}")
+        if is_dataclass(default):
+            names.extend(setting_names(type(default), f"{prefix}{item.name}."))
+    return names
+
+
+def config_from_dict(values: dict[str, Any], cls: type = RunConfig) -> Any:
+    """Rebuild settings from ``dataclasses.asdict`` as a checkpoint or config.yaml holds them.
+
+    Raises:
+        UserError: A key that no setting has, as an older or newer version may have written.
+    """
+    known = {item.name: item for item in fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"setting {key!r} of {cls.__name__} is unknown to this version of megaregion")
+        item = known[key]
+        if item.default_factory is not MISSING:
+            value = config_from_dict(value, type(item.default_factory()))
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[key] = value
+    return cls(**built)
 
 
 def _check_model(model: ModelConfig, tensor: int) -> None:

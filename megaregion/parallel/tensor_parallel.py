@@ -10,18 +10,13 @@ Shapes: O output width, I input width, T tensor ranks.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    model_parallel_cuda_manual_seed,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from megaregion.parallel.topology import Topology
@@ -77,13 +72,12 @@ def parallelize(model: nn.Module, plan: Mapping[str, Split], topology: Topology)
     placements = {name: _whole(p) for name, p in model.named_parameters()}
     if topology.tensor_size == 1:
         return placements
-    with _megatron_on_cpu(topology.device):
-        for name, split in plan.items():
-            parent, _, child = name.rpartition(".")
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology))
-            placements.update(_linear_placements(name, linear, split, topology))
+    for name, split in plan.items():
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology))
+        placements.update(_linear_placements(name, linear, split, topology))
     return placements
 
 
@@ -110,7 +104,8 @@ def _linear_placements(
 def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Module:
     config = ModelParallelConfig(
         tensor_model_parallel_size=topology.tensor_size,
-        use_cpu_initialization=topology.device.type == "cpu",
+        # The values come from the whole model, so megatron neither draws any nor needs a GPU for it.
+        use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=linear.weight.dtype,
         gradient_accumulation_fusion=False,
@@ -136,13 +131,3 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Modul
             # DeepSpeed counts a parameter's norm once per tensor rank only if it is marked as cut.
             target.tensor_model_parallel = place.shape != place.full_shape  # type: ignore[attr-defined]
     return cut
-
-
-@contextlib.contextmanager
-def _megatron_on_cpu(device: torch.device) -> Iterator[None]:
-    """Megatron asks for its CUDA generator while it builds layers; give it one on a CPU too."""
-    if device.type == "cpu":
-        model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
-    else:
-        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-    yield

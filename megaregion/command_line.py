@@ -1,0 +1,95 @@
+"""What all command lines share: a run's settings from files and flags, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from megaregion.config import RunConfig, check_config, setting_names
+from megaregion.errors import USER_ERROR_EXIT, UserError
+
+INTERRUPTED_EXIT = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"megaregion: {error}", file=sys.stderr)
+        code = USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        print("megaregion: interrupted", file=sys.stderr)
+        code = INTERRUPTED_EXIT
+    sys.exit(code)
+
+
+def run_parser(description: str) -> Any:
+    """A jsonargparse parser with every setting of a run; add a command's own flags to it."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings; several are merged in order"
+    )
+    parser.add_class_arguments(RunConfig, nested_key=None, as_group=True)
+    return parser
+
+
+def parse_run(parser: Any, argv: Sequence[str] | None = None) -> tuple[RunConfig, Any]:
+    """Read a run's settings and check them.
+
+    Args:
+        parser: Made by :func:`run_parser`.
+        argv: Arguments without the program's name; the process's own if None.
+
+    Returns:
+        The settings and the namespace with the command's own flags.
+
+    Raises:
+        UserError: An unknown key (the nearest known one is named), or a value that does not fit.
+    """
+    from jsonargparse import ArgumentError
+
+    try:
+        namespace = parser.parse_args(list(argv) if argv is not None else None)
+        built = parser.instantiate_classes(namespace)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_clear(str(error))) from error
+    names = [f.name for f in dataclasses.fields(RunConfig)]
+    config = RunConfig(**{name: getattr(built, name) for name in names})
+    check_config(config)
+    return config, namespace
+
+
+def _clear(message: str) -> str:
+    """jsonargparse's message in one line, with the nearest known key where the key is unknown."""
+    text = " ".join(message.split())
+    for pattern in _UNKNOWN_KEY:
+        unknown = re.search(pattern, text)
+        if unknown:
+            return _with_nearest(".".join(unknown.groups()))
+    return text
+
+
+_UNKNOWN_KEY = (
+    r"[Uu]nrecognized arguments: -*([\w.]+)",
+    r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+    r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected",
+    r"does not accept option '([\w.]+)'",
+)
+"""How jsonargparse words an unknown key, by where it stands."""
+
+
+def _with_nearest(key: str) -> str:
+    names = setting_names()
+    leaf = {name.rsplit(".", 1)[-1]: name for name in names}
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    near = near or [leaf[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.5)]
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists all settings"
+    return f"unknown setting {key}{hint}"
