@@ -1,0 +1,93 @@
+"""One pre-norm transformer block, for image tokens and for the region tokens that ride along.
+
+Shapes: B images, T = 1 + P image tokens (class token first), N region tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaregion.config import Activation, ModelConfig
+from megaregion.models.attention import Attention
+from megaregion.models.rotary import Rotation
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid form of gelu, as in CLIP's first weights."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class MLP(nn.Module):
+    """Two linears with a non-linearity between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [..., D] to [..., D]."""
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
+
+
+class Block(nn.Module):
+    """A pre-norm block; ``region`` holds the region tokens' own weights, if they have any."""
+
+    def __init__(self, config: ModelConfig, separate_regions: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.region = Block(config) if separate_regions else None
+
+    def forward(
+        self,
+        image: Tensor,
+        regions: Tensor | None,
+        angles: Rotation,
+        mask: Tensor | None,
+        image_ends_here: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run one block.
+
+        Region tokens go through calls of their own: the rounding of a matrix product depends on how many
+        rows it has, and image tokens must not change by a bit when regions come along.
+
+        Args:
+            image: Image tokens, [B, T, D].
+            regions: Region tokens, [B, N, D], or None where no region rides along.
+            angles: Angles of the image's tokens.
+            mask: What each region sees, [B, 1, N, T], 0 or -inf; None without regions.
+            image_ends_here: Nobody reads the image tokens after this block: return those that came in.
+
+        Returns:
+            Image tokens and region tokens after the block.
+        """
+        query, key, value = self.attention.project(self.norm1(image), angles)
+        if regions is not None and self.region is None:
+            regions = self._read(regions, key, value, angles, mask)
+        if not (image_ends_here and self.region is None):
+            image = image + self.attention.mix(query, key, value)
+            image = image + self.mlp(self.norm2(image))
+        if regions is not None and self.region is not None:
+            # Own weights read what the block has written, or the last block's would get no gradient.
+            _, key, value = self.region.attention.project(self.region.norm1(image), angles)
+            regions = self.region._read(regions, key, value, angles, mask)
+        return image, regions
+
+    def _read(
+        self, regions: Tensor, key: Tensor, value: Tensor, angles: Rotation, mask: Tensor | None
+    ) -> Tensor:
+        query = self.attention.project_regions(self.norm1(regions), angles)
+        regions = regions + self.attention.mix(query, key, value, mask)
+        return regions + self.mlp(self.norm2(regions))

@@ -1,0 +1,70 @@
+"""Weights of an untrained encoder, each a function of the seed and of its own name.
+
+No weight depends on the order in which modules are built, nor on ranks: whoever holds a part of a
+tensor can make the whole one and keep its part.
+
+Shapes: D width, L depth, d head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from megaregion.config import ModelConfig
+from megaregion.models.encoder import RegionEncoder
+
+
+@torch.no_grad()
+def initialise(model: RegionEncoder, seed: int) -> None:
+    """Set every parameter of an encoder whose linears are whole.
+
+    Args:
+        model: Encoder on any device, in any type.
+        seed: Seed of the run.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.vit.config, seed))
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """Make the first value of one parameter.
+
+    Args:
+        name: Name of the parameter in RegionEncoder.
+        shape: Its full shape.
+        config: The model's settings.
+        seed: Seed of the run.
+
+    Returns:
+        A float32 tensor of the shape, on the CPU.
+    """
+    kind = name.rsplit(".", 2)[-2:]
+    if kind[-1] == "bias":
+        return torch.zeros(shape)
+    if kind[0].endswith(("norm", "norm1", "norm2")):
+        return torch.ones(shape)
+    value = torch.empty(shape)
+    std = _std(kind, shape, config)
+    # Region tokens' own weights start as a copy of the block's: the same name, so the same numbers.
+    generator = torch.Generator().manual_seed(_stable_seed(seed, name.replace(".region.", ".")))
+    if kind[-1] == "class_pos_emb":
+        return value.normal_(std=std, generator=generator)
+    nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return value
+
+
+def _std(kind: list[str], shape: torch.Size, config: ModelConfig) -> float:
+    """Standard deviation that keeps activations at unit scale, and 2L residual sums too."""
+    if kind[-1] in ("class_pos_emb", "class_embedding"):
+        return float(shape[-1]) ** -0.5
+    fan_in = float(shape[1:].numel())
+    if kind[0] in ("out", "fc2"):
+        return float((config.width * 2 * config.depth) ** -0.5)
+    return float((2 * fan_in) ** -0.5 if kind[0] == "fc1" else fan_in**-0.5)
+
+
+def _stable_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")

@@ -1,0 +1,29 @@
+"""Which linears of a model may be cut over ranks, and how; the model itself knows no rank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+Cut = Literal["column", "row"]
+
+CUTS: dict[str, Cut] = {"qkv": "column", "out": "row", "fc1": "column", "fc2": "row"}
+"""column: each rank holds some outputs (rows of the weight, and their biases); row: some inputs
+(columns of the weight), and the sum over ranks plus one replicated bias is the output."""
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict[str, Cut]:
+    """Name every linear that tensor parallelism cuts.
+
+    Args:
+        model: A model made of ``Block``s.
+
+    Returns:
+        Module name (as in ``named_modules``) to its cut; all other modules are whole on every rank.
+    """
+    return {
+        name: CUTS[name.rpartition(".")[2]]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in CUTS
+    }

@@ -1,0 +1,134 @@
+"""2D rotary positions: queries and keys turn by angles of their patch's row and column.
+
+A head's width d is d/2 pairs (i, i + d/2). The first half of the pairs turns by the row, the second
+by the column, at frequencies theta^(-2i / (d/2)); the class token turns by a learned angle.
+The layout is that of transformers' ``MLCDVisionModel``.
+
+Shapes: B images, P patches, T = 1 + P image tokens (class token first), H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """The angles of one image size; what every block of a forward pass shares."""
+
+    class_angle: Tensor
+    """Learned angle of the class token and so of every region token, [d/2] float32; carries the gradient."""
+    cos: Tensor
+    """Cosine of every image token's angles, [T, d/2] float32; constant to autograd."""
+    sin: Tensor
+    """Sine of the same angles, [T, d/2] float32; constant to autograd."""
+
+
+def rotation(class_angle: Tensor, rows: int, columns: int, theta: float) -> Rotation:
+    """Gather the angles of an image's tokens.
+
+    Args:
+        class_angle: Learned angle of the class token, [d/2].
+        rows: Patches along the image's height.
+        columns: Patches along the image's width.
+        theta: Base of the frequencies.
+
+    Returns:
+        Angles of the class token and of rows * columns patches, row by row.
+    """
+    class_angle = class_angle.float()
+    cos, sin = _patch_table(rows, columns, class_angle.shape[-1], theta, class_angle.device)
+    fixed = class_angle.detach()[None]
+    return Rotation(class_angle, torch.cat((fixed.cos(), cos)), torch.cat((fixed.sin(), sin)))
+
+
+@lru_cache(maxsize=64)
+def _patch_table(
+    rows: int, columns: int, pairs: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # A table first built under inference_mode would be refused by autograd ever after.
+    with torch.inference_mode(False), torch.no_grad():
+        steps = torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs
+        frequencies = 1.0 / theta**steps
+        row = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequencies
+        column = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * frequencies
+        angles = torch.cat(
+            (
+                row[:, None].expand(rows, columns, -1),
+                column[None].expand(rows, columns, -1),
+            ),
+            dim=-1,
+        ).flatten(0, 1)
+        return angles.cos(), angles.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d/2) of the last dimension; gradients reach the angles too.
+
+    Args:
+        x: Vectors, [..., d].
+        cos: Cosines that broadcast to [..., d/2].
+        sin: Sines of the same shape.
+
+    Returns:
+        Turned vectors in the type of x, computed in at least float32.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection of the image's tokens, and turn its queries and keys.
+
+    Args:
+        qkv: Fused projection, [B, T, H, 3, d].
+        angles: Angles of the T tokens.
+
+    Returns:
+        Queries, keys and values, [B, H, T, d] each.
+    """
+    query, key, value = _SplitAndTurn.apply(qkv, *angles)
+    return query, key, value
+
+
+class _SplitAndTurn(torch.autograd.Function):
+    """One pass from the fused layout to the attention's, and one pass back.
+
+    Autograd's own way keeps the unturned copies, pads each slice's gradient to the full projection and
+    adds them up, and sums a gradient over the whole batch for angles that never learn.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        fused = qkv.permute(3, 0, 2, 1, 4)
+        split = torch.empty_like(fused, memory_format=torch.contiguous_format)
+        _turn_into(split[:2], fused[:2], cos, sin)
+        split[2].copy_(fused[2])
+        ctx.save_for_backward(split[:2, :, :, 0].clone(), cos, sin)
+        return split.unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        class_token, cos, sin = ctx.saved_tensors
+        images, heads, tokens, width = grads[0].shape
+        grad = grads[0].new_empty(images, tokens, heads, 3, width)
+        split = grad.permute(3, 0, 2, 1, 4)
+        for part in (0, 1):
+            _turn_into(split[part], grads[part], cos, -sin)
+        split[2].copy_(grads[2])
+        # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
+        first, second = class_token.float().chunk(2, dim=-1)
+        grad_first, grad_second = torch.stack([g[:, :, 0] for g in grads[:2]]).float().chunk(2, dim=-1)
+        grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2))
+        return grad, grad_angle, None, None
+
+
+def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)

@@ -1,0 +1,137 @@
+"""The vision transformer: one token a patch, a class token, and region tokens that ride along.
+
+Without regions it is transformers' ``MLCDVisionModel``. A region token is a class token that sees only
+its region: it starts as a copy of the class token's state, goes through the last ``region_layers`` blocks
+with the class token's angle, and reads the keys and values of its own patches. Image tokens never see
+region tokens, so patch features are the same, bit for bit, with and without regions.
+
+Shapes: B images of H x W pixels, P patches (row by row), N regions an image, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaregion.config import ModelConfig
+from megaregion.errors import UserError
+from megaregion.models.block import Block
+from megaregion.models.rotary import rotation
+
+CHANNELS = 3
+
+
+class Tokens(NamedTuple):
+    """What the transformer gives; neither part has gone through the last norm (see ``pool``)."""
+
+    image: Tensor
+    """Class token, then patches, [B, 1 + P, D]; [B, 0, D] if only regions were asked for."""
+    regions: Tensor | None
+    """Region tokens, [B, N, D]; None if no regions were given."""
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of each patch's pixels, without bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.width, CHANNELS, self.patch, self.patch))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to patch tokens [B, P, D] in the weight's type."""
+        batch, channels, height, width = images.shape
+        rows, columns = height // self.patch, width // self.patch
+        patches = images.to(self.weight.dtype).view(batch, channels, rows, self.patch, columns, self.patch)
+        # Patches do not overlap: the convolution is one matrix product, which every backend does well.
+        pixels = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        return F.linear(pixels, self.weight.flatten(1))
+
+
+class VisionTransformer(nn.Module):
+    """Image tokens and region tokens of a batch; weights are set by ``initialise`` or loaded.
+
+    Attributes:
+        recompute: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.first_region_block = config.depth - config.region_layers
+        self.patch_embedding = PatchEmbedding(config)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
+        self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        separate = config.region_weights == "separate"
+        self.blocks = nn.ModuleList(
+            Block(config, separate_regions=separate and index >= self.first_region_block)
+            for index in range(config.depth)
+        )
+        self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None, regions_only: bool = False) -> Tokens:
+        """Encode images, and regions of them.
+
+        Args:
+            images: Normalised images, [B, 3, H, W]; H and W are multiples of the patch size.
+            visible: True where a region covers a patch, [B, N, P]; every region sees at least one.
+            regions_only: Skip what only the image's tokens need of the last block.
+
+        Returns:
+            Image tokens and region tokens, before the last norm.
+
+        Raises:
+            UserError: The patch size does not divide the images.
+            ValueError: The mask does not fit the images.
+        """
+        rows, columns = self._grid(images)
+        image: Tensor = self.patch_embedding(images)
+        image = torch.cat((self.class_embedding.expand(len(image), 1, -1), image), dim=1)
+        image = self.pre_norm(image)
+        # A view of the parameter, not the parameter: ZeRO 3 takes a parameter's data away before backward.
+        angles = rotation(self.class_pos_emb[0], rows, columns, self.config.rope_theta)
+        mask = None if visible is None else _mask(visible, image)
+        regions: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            if visible is not None and index == self.first_region_block:
+                regions = image[:, :1].expand(-1, visible.shape[1], -1)
+            image_ends = regions_only and visible is not None and index == len(self.blocks) - 1
+            inputs = (image, regions, angles, mask, image_ends)
+            if self.recompute and torch.is_grad_enabled():
+                image, regions = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                image, regions = block(*inputs)
+        return Tokens(image[:, :0] if regions_only else image, regions)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Norm class tokens or region tokens [..., D] into features [..., D]."""
+        features: Tensor = self.post_norm(tokens)
+        return features
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch or not height or not width:
+            raise UserError(
+                f"image height and width must be multiples of model.patch_size {patch}, got {height} x "
+                f"{width}; use {max(1, height // patch) * patch} x {max(1, width // patch) * patch}"
+            )
+        return height // patch, width // patch
+
+
+def _mask(visible: Tensor, image: Tensor) -> Tensor:
+    """Turn what regions see, [B, N, P], into what is added to their scores, [B, 1, N, 1 + P]."""
+    batch, tokens, _ = image.shape
+    if visible.dim() != 3 or visible.shape[0] != batch or visible.shape[2] != tokens - 1:
+        raise ValueError(
+            f"visible must have the shape [{batch}, regions, {tokens - 1}], got {list(visible.shape)}"
+        )
+    mask = image.new_full((batch, 1, visible.shape[1], tokens), float("-inf"))
+    mask[:, 0, :, 1:].masked_fill_(visible, 0.0)
+    return mask
