@@ -68,7 +68,7 @@ def parse_run(parser: Any, argv: Sequence[str] | None = None) -> tuple[RunConfig
 
 
 def _clear(message: str) -> str:
-    """jsonargparse's message in one line, with the nearest known key where the key is unknown."""
+    """The parser's message in one line, with the nearest known key where the key is unknown."""
     text = " ".join(message.split())
     for pattern in _UNKNOWN_KEY:
         unknown = re.search(pattern, text)
@@ -81,7 +81,7 @@ _UNKNOWN_KEY = (
     r"[Uu]nrecognized arguments: -*([\w.]+)",
     r"Group '([\w.]+)' does not accept option '([\w.]+)'",
     r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected",
-    r"does not accept option '([\w.]+)'",
+    r"Option '([\w.]+)' is not accepted",
 )
 """How jsonargparse words an unknown key, by where it stands."""
 

@@ -1,0 +1,43 @@
+# Two commands: `make demo` runs the whole path on a small real data set, `make test` runs every check.
+# Both set up .venv from requirements.txt when it is missing or out of date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint types layers clean help
+
+help:
+	@echo "make demo   images in, a HuggingFace encoder out (about 15 minutes on 2 cores); see runs/demo/report.html"
+	@echo "make test   every check: style, types, layers, tests"
+	@echo "make clean  remove what the demo wrote (data/demo, runs/demo)"
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	# Two OpenCV wheels share one folder: the one with selective search must have written it last.
+	$(BIN)/python -c 'import cv2; cv2.ximgproc' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall opencv-contrib-python-headless==5.0.0.93
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: .venv/ready
+	@$(BIN)/python tools/demo.py
+
+test: lint types layers
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+layers: .venv/ready
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf data/demo runs/demo

@@ -1,0 +1,128 @@
+"""The run's heads: one per label kind that the dataset has, and their joint loss.
+
+Shapes: B images of this rank's micro-step, N regions of an image, E embedding width, T label slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaregion.config import RunConfig, accumulation, draw_images
+from megaregion.data.batch import OBJECT, TEXT, Batch
+from megaregion.data.shards import ShardedDataset
+from megaregion.heads.sharded import ClassShardedHead
+from megaregion.parallel.topology import Topology
+from megaregion.training.checkpoint import CheckpointReader, Piece
+
+KINDS = {"object": OBJECT, "text": TEXT}
+"""Label kinds by head name."""
+
+
+@dataclass(frozen=True)
+class HeadsLoss:
+    """What the heads give back for one micro-step."""
+
+    gradient: Tensor
+    """Gradient of the embeddings, [B, N, E], scaled as the engine wants it."""
+    sums: dict[str, Tensor]
+    """Sum of the row losses by kind over all ranks, 0-d."""
+    counts: dict[str, Tensor]
+    """Rows by kind over all ranks, 0-d."""
+    metrics: dict[str, Tensor]
+    """Further numbers by name, 0-d."""
+
+
+class Heads:
+    """All heads of a run, trained beside the engine."""
+
+    def __init__(self, config: RunConfig, dataset: ShardedDataset, topology: Topology) -> None:
+        """Build a head for each label kind with classes and weight; classes spread over all ranks."""
+        self._config = config
+        self._topology = topology
+        self._draw_rows = draw_images(config, topology.data_size) * config.data.regions_per_image
+        micro_steps = accumulation(config, topology.data_size)
+        self._micro_rows = config.train.global_batch // micro_steps * config.data.regions_per_image
+        classes = {"object": dataset.info.object_classes, "text": dataset.info.text_classes}
+        settings = {"object": config.head.object, "text": config.head.text}
+        self.by_kind = {
+            kind: ClassShardedHead(
+                settings[kind],
+                classes=classes[kind],
+                dim=config.head.embedding_dim,
+                world_group=topology.world_group,
+                data_group=topology.data_group,
+                seed=config.seed,
+                name=kind,
+                chunk_bytes=config.head.chunk_bytes,
+                backend=config.head.backend,
+            ).to(topology.device)
+            for kind in KINDS
+            if classes[kind] and settings[kind].weight
+        }
+        self._weights = {kind: settings[kind].weight for kind in self.by_kind}
+        if config.head.init == "centers" and "object" in self.by_kind:
+            centers = np.load(dataset.folder / "centers.npy", allow_pickle=False)
+            self.by_kind["object"].start_from(torch.from_numpy(centers))
+
+    def loss(self, embeddings: Tensor, batch: Batch, step: int, micro_step: int) -> HeadsLoss:
+        """Losses of one micro-step and the gradient they send into the body.
+
+        The sum over all regions of the global batch is divided by their number, a constant, so the
+        result does not depend on ranks, accumulation or the mix of kinds on a rank.
+
+        Args:
+            embeddings: Region embeddings of this rank, [B, N, E].
+            batch: The samples they came from.
+            step: Steps already taken.
+            micro_step: Index of the micro-step within the step.
+        """
+        leaf = embeddings.detach().requires_grad_()
+        rows = leaf.flatten(0, 1)
+        labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
+        regions = self._config.train.global_batch * self._config.data.regions_per_image
+        sums, counts, metrics = {}, {}, {}
+        total = torch.zeros((), device=rows.device)
+        for kind, head in self.by_kind.items():
+            result = head.loss(
+                rows,
+                labels,
+                kinds == KINDS[kind],
+                step=step,
+                first_row=micro_step * self._micro_rows,
+                draw_rows=self._draw_rows,
+            )
+            total = total + result.sum * (self._weights[kind] / regions)
+            sums[kind], counts[kind] = result.sum.detach(), result.count
+            metrics.update({f"{kind}/{name}": value for name, value in result.metrics.items()})
+        total.backward()
+        assert leaf.grad is not None
+        return HeadsLoss(leaf.grad, sums, counts, metrics)
+
+    def norm_squared(self) -> Tensor:
+        """Squared gradient norm over all heads and ranks, 0-d."""
+        total = torch.zeros((), device=self._topology.device)
+        for head in self.by_kind.values():
+            total = total + head.grad_norm_squared()
+        return total
+
+    def step(self, lr: float, scale: Tensor) -> None:
+        """Update the centers with clipped gradients, then forget the gradients."""
+        for head in self.by_kind.values():
+            head.step(lr, scale)
+            head.zero_grad()
+
+    def state(self) -> Iterator[Piece]:
+        """This rank's part of every head tensor."""
+        for kind, head in self.by_kind.items():
+            for name, (full_shape, offset, tensor) in head.state().items():
+                yield Piece(f"head.{kind}.{name}", tuple(full_shape), tuple(offset), tensor)
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Read this rank's part from a checkpoint of any number of ranks."""
+        for kind, head in self.by_kind.items():
+            head.load(lambda name, offset, shape, k=kind: reader.read(f"head.{k}.{name}", offset, shape))
