@@ -1,0 +1,59 @@
+"""Row-sparse AdamW: only the centers that took part in a step are decayed and moved.
+
+A dense AdamW would decay and move every center in every step, on the moments of steps long past. Here a
+row that was not drawn keeps weight and moments bit for bit, and the bias correction counts the steps
+that the row itself has seen. When every row takes part each time this is torch.optim.AdamW.
+
+Shapes: K local classes, E embedding width, n rows that took part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaregion.config import OptimizerConfig
+
+
+class RowAdamW:
+    """AdamW over the rows of one matrix."""
+
+    BLOCK = 1 << 21
+    """Elements updated at a time, so that temporaries stay small."""
+
+    def __init__(self, weight: Tensor, config: OptimizerConfig) -> None:
+        """Start with moments of zero for ``weight`` [K, E]."""
+        self.weight = weight
+        self.config = config
+        self.exp_avg = torch.zeros_like(weight)
+        self.exp_avg_sq = torch.zeros_like(weight)
+        self.count = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+
+    @torch.no_grad()
+    def step(self, rows: Tensor | None, gradient: Tensor, lr: float, scale: Tensor | float = 1.0) -> None:
+        """Decay and move some rows.
+
+        Args:
+            rows: Rising row numbers, int64 [n]; None for all rows.
+            gradient: Their gradients, [n, E].
+            lr: Learning rate.
+            scale: Factor of the gradient (the clip coefficient).
+        """
+        block = max(1, self.BLOCK // max(1, self.weight.shape[1]))
+        for start in range(0, len(gradient), block):
+            part = slice(start, min(start + block, len(gradient)))
+            self._step_block(part if rows is None else rows[part], gradient[part] * scale, lr)
+
+    def _step_block(self, rows: slice | Tensor, gradient: Tensor, lr: float) -> None:
+        config = self.config
+        count = self.count[rows] + 1
+        exp_avg = self.exp_avg[rows].lerp_(gradient, 1 - config.beta1)
+        exp_avg_sq = (
+            self.exp_avg_sq[rows].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        )
+        seen = count.to(gradient.dtype)[:, None]
+        root = exp_avg_sq.sqrt().div_((1 - config.beta2**seen).sqrt_()).add_(config.eps)
+        weight = self.weight[rows] * (1 - lr * config.head_weight_decay)
+        weight.sub_((exp_avg / root).mul_(lr / (1 - config.beta1**seen)))
+        self.count[rows], self.exp_avg[rows], self.exp_avg_sq[rows] = count, exp_avg, exp_avg_sq
+        self.weight[rows] = weight

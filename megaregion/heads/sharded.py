@@ -1,0 +1,258 @@
+"""The class-sharded head: a million centers spread over all ranks, with their own optimizer.
+
+Rank r of the world holds a contiguous range of classes, ceil(K / W) each (the last ranks may hold fewer,
+or none). It scores all rows of the micro-step against them; only row sums travel. The head stays outside
+the training engine, which would broadcast one rank's shard over the others.
+
+Shapes: r rows on this rank, R rows over all data ranks, K classes over all ranks, E embedding width,
+T labels of a row (padded with -1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaregion.config import HeadBackend, HeadConfig, OptimizerConfig
+from megaregion.errors import UserError
+from megaregion.heads.centers import given_centers, random_centers
+from megaregion.heads.class_gradient import ClassGradient
+from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows, unit_scale
+from megaregion.heads.row_adamw import RowAdamW
+from megaregion.heads.streaming import StreamingLoss, StreamingTask
+from megaregion.heads.targets import NonFiniteFeatures, Targets, build_targets
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """Loss of one head over all rows of a micro-step; the same on every rank."""
+
+    sum: Tensor
+    """Sum of the row losses, with gradient, 0-d."""
+    count: Tensor
+    """Rows of this head over all data ranks, 0-d int64."""
+    metrics: dict[str, Tensor]
+    """0-d: positive_cosine, accuracy (a positive beats all drawn negatives), sample_rate, positive_share."""
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A rank's piece of a tensor that is spread over the ranks along its first dimension."""
+
+    full_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+class ClassShardedHead:
+    """Centers of one label kind, their loss and their optimizer."""
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        classes: int,
+        dim: int,
+        *,
+        world_group: dist.ProcessGroup,
+        data_group: dist.ProcessGroup,
+        seed: int,
+        name: str,
+        chunk_bytes: int = 256 * 2**20,
+        backend: HeadBackend = "auto",
+        optimizer: OptimizerConfig | None = None,
+        centers: np.ndarray | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Lay out the class range and its first centers.
+
+        Args:
+            config: Loss, margin, scale and sampling.
+            classes: Number K of classes over all ranks.
+            dim: Embedding width E.
+            world_group: All ranks; together they hold all classes.
+            data_group: The data-parallel ranks of this rank, in data-rank order.
+            seed: Seed of centers and draws.
+            name: Name of the head (object or text); part of every random key.
+            chunk_bytes: Memory for logits.
+            backend: Kernel of the streaming loss.
+            optimizer: Betas, eps and decay of the centers' AdamW.
+            centers: First centers [K, C], projected if C is not E; random when None.
+            device: Where the centers live.
+            dtype: Type of centers and moments; float64 serves tests.
+
+        Raises:
+            UserError: No classes, or centers of another number of classes.
+        """
+        if classes < 1:
+            raise UserError(f"head {name} needs at least 1 class, got {classes}")
+        if centers is not None and len(centers) != classes:
+            raise UserError(f"head {name} has {classes} classes but was given {len(centers)} centers")
+        self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
+        self.world_group, self.data_group = world_group, data_group
+        self.chunk_bytes, self.backend, self.device = chunk_bytes, backend, torch.device(device)
+        share = -(-classes // world_group.size())
+        start = min(world_group.rank() * share, classes)
+        self.local = range(start, min(start + share, classes))
+        first = (
+            random_centers(seed, name, self.local, dim)
+            if centers is None
+            else given_centers(centers, seed, name, self.local, dim)
+        )
+        self.weight = first.to(self.device, dtype)
+        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
+        self.gradient = ClassGradient(len(self.local), dim, self.weight)
+
+    def prepare(
+        self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
+    ) -> Targets:
+        """Gather and check the labels of a micro-step and draw its negatives.
+
+        Args:
+            labels: Labels of this rank's rows, -1 padded, int64 [r, T]; r and T are the same on all ranks.
+            rows: Which rows belong to this head, bool [r].
+            step: Optimizer step; part of the draw's key.
+            first_row: Place of the micro-step's first row in the step's global order.
+            draw_rows: Consecutive global rows that share one draw; 0 for all of the micro-step.
+
+        Raises:
+            UserError: Labels of a wrong type or shape or outside the label space, or a row without any.
+        """
+        if labels.dtype != torch.int64 or labels.ndim != 2:
+            raise UserError(
+                f"labels of head {self.name} must be int64 [rows, tokens], "
+                f"got {labels.dtype} {list(labels.shape)}"
+            )
+        marked = torch.cat([labels, rows[:, None].to(labels)], 1).to(self.device)
+        marked = gather_rows(marked, self.data_group)
+        return build_targets(
+            marked[:, :-1],
+            marked[:, -1] > 0,
+            name=self.name,
+            classes=self.classes,
+            local=self.local,
+            seed=self.seed,
+            step=step,
+            first_row=first_row,
+            draw_rows=draw_rows,
+            rate=self.config.sample_rate,
+            min_negatives=self.config.min_negatives,
+        )
+
+    def loss(
+        self,
+        features: Tensor | GatheredFeatures,
+        labels: Tensor,
+        rows: Tensor,
+        step: int,
+        first_row: int = 0,
+        draw_rows: int = 0,
+    ) -> HeadLoss:
+        """Loss of this rank's rows together with those of all other ranks.
+
+        Args:
+            features: Region embeddings [r, E] with gradient, or what ``gather_features`` made of them.
+            labels: As for ``prepare``.
+            rows: As for ``prepare``.
+            step: As for ``prepare``.
+            first_row: As for ``prepare``.
+            draw_rows: As for ``prepare``.
+
+        Raises:
+            NonFiniteFeatures: A row of this head holds NaN or infinity; nothing was changed.
+            UserError: As for ``prepare``.
+        """
+        return self.score(features, self.prepare(labels, rows, step, first_row, draw_rows))
+
+    def score(self, features: Tensor | GatheredFeatures, targets: Targets) -> HeadLoss:
+        """Loss of prepared targets; see ``loss``."""
+        if isinstance(features, Tensor):
+            features = gather_features(features, self.world_group, self.data_group)
+        rows = features.rows.to(self.weight.dtype)
+        self._refuse_non_finite(rows.detach(), targets)
+        task = StreamingTask(
+            self.config, self.weight, targets, self.world_group, self.chunk_bytes, self._deposit
+        )
+        total, sums = StreamingLoss.apply(rows, task)
+        count = torch.tensor(len(targets.index), device=self.device)
+        return HeadLoss(total, count, self._metrics(sums, count, targets))
+
+    def _refuse_non_finite(self, rows: Tensor, targets: Targets) -> None:
+        bad = ~rows.sum(1).isfinite()[targets.index]
+        if bool(bad.any()):
+            raise NonFiniteFeatures(self.name, targets.index[bad].tolist())
+
+    def _deposit(self, classes: Tensor | None, chunk: slice, gradient: Tensor) -> None:
+        if chunk.start == 0:
+            self._places = self.gradient.open(classes)
+        self.gradient.add(self._places, chunk, gradient)
+
+    def _metrics(self, sums: Tensor, count: Tensor, targets: Targets) -> dict[str, Tensor]:
+        drawn = sums.new_tensor([sum(draw.size for draw in targets.draws), 0.0])
+        for draw in targets.draws:
+            here = draw.columns[draw.columns >= 0]
+            drawn[1] += len(here.unique())
+        dist.all_reduce(drawn, group=self.world_group)
+        return {
+            "positive_cosine": sums[0] / sums[1].clamp_min(1),
+            "accuracy": sums[2] / count.clamp_min(1),
+            "sample_rate": drawn[0] / max(1, self.classes * len(targets.draws)),
+            "positive_share": drawn[1] / drawn[0].clamp_min(1),
+        }
+
+    def grad_norm_squared(self) -> Tensor:
+        """Squared norm of the centers' gradients over all ranks, 0-d."""
+        total = self.gradient.values.pow(2).sum()
+        dist.all_reduce(total, group=self.world_group)
+        return total
+
+    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
+        """Move the centers that took part, with gradients times ``scale`` (the clip coefficient)."""
+        self.optimizer.step(self.gradient.rows, self.gradient.values, lr, scale)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients gathered so far."""
+        self.gradient.clear()
+
+    def state(self) -> dict[str, LocalTensor]:
+        """This rank's piece of everything a checkpoint needs: weight, exp_avg, exp_avg_sq, count."""
+        pieces = {
+            name: getattr(self.optimizer, name) for name in ("weight", "exp_avg", "exp_avg_sq", "count")
+        }
+        return {
+            name: LocalTensor(
+                (self.classes, *piece.shape[1:]), (self.local.start,) + (0,) * (piece.ndim - 1), piece
+            )
+            for name, piece in pieces.items()
+        }
+
+    def load(self, reader: Callable[[str, Sequence[int], Sequence[int]], Tensor]) -> None:
+        """Take over a checkpoint that any number of ranks wrote.
+
+        Args:
+            reader: Gives the piece of a tensor of ``state`` at an offset, of a shape.
+        """
+        found = {name: reader(name, p.offset, tuple(p.tensor.shape)) for name, p in self.state().items()}
+        for name, piece in self.state().items():
+            piece.tensor.copy_(found[name])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def cosines(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Cosines between features and this rank's centers.
+
+        Args:
+            features: Region embeddings, [r, E].
+            classes: Some classes of this rank's range by global number; None for all of them.
+
+        Returns:
+            Cosines, [r, number of classes].
+        """
+        rows = self.weight if classes is None else self.weight[classes.to(self.device) - self.local.start]
+        unit = features.to(self.weight) * unit_scale(features.to(self.weight))
+        return unit @ (rows * unit_scale(rows)).T

@@ -1,0 +1,154 @@
+"""Targets of one micro-step: which rows a head scores, their positives, and the classes of each draw.
+
+Everything here follows from labels and numbers alone, not from features. So it can be prepared before
+the encoder runs, and it is the only place where sizes that depend on data become known to the host.
+
+Shapes: r rows on this rank, R rows of the head over all data ranks, T labels of a row (padded with -1),
+C classes of a draw on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaregion.errors import UserError
+from megaregion.heads.sampling import draw_key, drawn_classes
+
+
+class NonFiniteFeatures(UserError):
+    """Features hold NaN or infinity; ``rows`` are the rows' numbers in the micro-step's global order."""
+
+    def __init__(self, head: str, rows: Sequence[int]) -> None:
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        super().__init__(
+            f"{len(rows)} features of head {head} are not finite (rows {shown} of the micro-step); "
+            "the step is refused and the centers stay as they are"
+        )
+        self.rows = list(rows)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One group of rows and the classes on this rank that it is scored against."""
+
+    rows: slice
+    """The group's rows among the head's rows."""
+    classes: Tensor | None
+    """Rising class numbers within this rank's range, int64 [C]; None for the whole range."""
+    columns: Tensor
+    """Where each positive stands among those classes, -1 if not on this rank, int64 [rows, T]."""
+    size: int
+    """C."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a head scores in one micro-step."""
+
+    index: Tensor
+    """The head's rows in the micro-step's global order, int64 [R]."""
+    labels: Tensor
+    """Distinct positives of these rows, -1 padded, int64 [R, T]."""
+    draws: tuple[Draw, ...]
+    """Groups of rows with their classes; together they are all rows."""
+
+
+def build_targets(
+    labels: Tensor,
+    rows: Tensor,
+    *,
+    name: str,
+    classes: int,
+    local: range,
+    seed: int,
+    step: int,
+    first_row: int,
+    draw_rows: int,
+    rate: float,
+    min_negatives: int,
+) -> Targets:
+    """Choose the head's rows, check their labels and draw their classes.
+
+    Args:
+        labels: Labels of the micro-step's rows over all data ranks, -1 padded, int64 [all rows, T].
+        rows: Which of them belong to this head, bool [all rows].
+        name: Name of the head.
+        classes: Number of classes over all ranks.
+        local: This rank's class range.
+        seed: Seed of the run.
+        step: Optimizer step.
+        first_row: Place of the micro-step's first row within the step.
+        draw_rows: Rows of the global order that share one draw; 0 for all of the micro-step.
+        rate: Share of classes drawn.
+        min_negatives: Random negatives that are always drawn.
+
+    Raises:
+        UserError: A label lies outside the label space, or a row of this head has none.
+    """
+    index = rows.nonzero().squeeze(1)
+    chosen = labels[index]
+    check_labels(chosen, index, name, classes)
+    chosen = distinct(chosen)
+    span = draw_rows or max(1, len(rows))
+    group_of_row = (index + first_row) // span
+    groups, counts = group_of_row.unique_consecutive(return_counts=True)
+    draws, start = [], 0
+    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+        part = slice(start, start + count)
+        key = draw_key(seed, name, step, group)
+        found = drawn_classes(key, classes, local, chosen[part], rate, min_negatives)
+        draws.append(_draw(part, found, chosen[part], local))
+        start += count
+    return Targets(index, chosen, tuple(draws))
+
+
+def check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
+    """Refuse labels that cannot be positives.
+
+    Args:
+        labels: Labels of the head's rows, [R, T].
+        index: The rows' numbers, for the message, [R].
+        name: Name of the head.
+        classes: Number of classes.
+
+    Raises:
+        UserError: A label is below -1 or not below ``classes``, or a row has no label.
+    """
+    outside = ((labels < -1) | (labels >= classes)).any(1)
+    empty = (labels < 0).all(1)
+    if not bool((outside | empty).any()):
+        return
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        found = labels[row][(labels[row] < -1) | (labels[row] >= classes)]
+        raise UserError(
+            f"label {int(found[0])} of row {int(index[row])} lies outside the {classes} classes of head "
+            f"{name}; the dataset's label space and the head's must be the same"
+        )
+    row = int(empty.nonzero()[0])
+    raise UserError(f"row {int(index[row])} belongs to head {name} but has no label; drop it or label it")
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """Replace repeated labels of a row by -1, since positives are a set, [R, T]; the order may change."""
+    if labels.shape[1] < 2:
+        return labels
+    ordered = labels.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    ordered[:, 1:].masked_fill_(repeated, -1)
+    return ordered
+
+
+def _draw(rows: slice, found: Tensor | None, labels: Tensor, local: range) -> Draw:
+    here = (labels >= local.start) & (labels < local.stop)
+    columns = labels - local.start
+    if found is not None:
+        place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
+        place[found] = torch.arange(len(found), device=labels.device)
+        columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
+    columns = columns.masked_fill(~here, -1)
+    return Draw(rows, found, columns, len(local) if found is None else len(found))
