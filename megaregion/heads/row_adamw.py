@@ -29,6 +29,12 @@ class RowAdamW:
         self.exp_avg_sq = torch.zeros_like(weight)
         self.count = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
 
+    def to(self, weight: Tensor) -> None:
+        """Follow the matrix to where it was moved."""
+        self.weight = weight
+        for name in ("exp_avg", "exp_avg_sq", "count"):
+            setattr(self, name, getattr(self, name).to(weight.device))
+
     @torch.no_grad()
     def step(self, rows: Tensor | None, gradient: Tensor, lr: float, scale: Tensor | float = 1.0) -> None:
         """Decay and move some rows.

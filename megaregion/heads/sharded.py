@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,7 @@ class HeadLoss:
     """0-d: positive_cosine, accuracy (a positive beats all drawn negatives), sample_rate, positive_share."""
 
 
-@dataclass(frozen=True)
-class LocalTensor:
+class LocalTensor(NamedTuple):
     """A rank's piece of a tensor that is spread over the ranks along its first dimension."""
 
     full_shape: tuple[int, ...]
@@ -65,8 +65,6 @@ class ClassShardedHead:
         chunk_bytes: int = 256 * 2**20,
         backend: HeadBackend = "auto",
         optimizer: OptimizerConfig | None = None,
-        centers: np.ndarray | Tensor | None = None,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Lay out the class range and its first centers.
@@ -82,31 +80,50 @@ class ClassShardedHead:
             chunk_bytes: Memory for logits.
             backend: Kernel of the streaming loss.
             optimizer: Betas, eps and decay of the centers' AdamW.
-            centers: First centers [K, C], projected if C is not E; random when None.
-            device: Where the centers live.
             dtype: Type of centers and moments; float64 serves tests.
 
         Raises:
-            UserError: No classes, or centers of another number of classes.
+            UserError: No classes.
         """
         if classes < 1:
             raise UserError(f"head {name} needs at least 1 class, got {classes}")
-        if centers is not None and len(centers) != classes:
-            raise UserError(f"head {name} has {classes} classes but was given {len(centers)} centers")
         self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
         self.world_group, self.data_group = world_group, data_group
-        self.chunk_bytes, self.backend, self.device = chunk_bytes, backend, torch.device(device)
+        self.chunk_bytes, self.backend = chunk_bytes, backend
         share = -(-classes // world_group.size())
         start = min(world_group.rank() * share, classes)
         self.local = range(start, min(start + share, classes))
-        first = (
-            random_centers(seed, name, self.local, dim)
-            if centers is None
-            else given_centers(centers, seed, name, self.local, dim)
-        )
-        self.weight = first.to(self.device, dtype)
+        self.weight = random_centers(seed, name, self.local, dim).to(dtype)
         self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
         self.gradient = ClassGradient(len(self.local), dim, self.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the centers live."""
+        return self.weight.device
+
+    def to(self, device: torch.device | str) -> ClassShardedHead:
+        """Move centers and moments to a device; gradients gathered so far are forgotten."""
+        self.weight = self.weight.to(device)
+        self.optimizer.to(self.weight)
+        self.gradient = ClassGradient(len(self.local), self.dim, self.weight)
+        return self
+
+    def start_from(self, centers: np.ndarray | Tensor) -> None:
+        """Replace the random first centers by given ones; see ``given_centers``.
+
+        Args:
+            centers: Centers of all classes, [K, C]; a memory map is read only where needed.
+
+        Raises:
+            UserError: Centers of another number of classes.
+        """
+        if len(centers) != self.classes:
+            raise UserError(
+                f"head {self.name} has {self.classes} classes but was given {len(centers)} centers; "
+                "take centers.npy of the dataset that is trained on"
+            )
+        self.weight.copy_(given_centers(centers, self.seed, self.name, self.local, self.dim))
 
     def prepare(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
