@@ -121,8 +121,8 @@ class _SplitAndTurn(torch.autograd.Function):
             _turn_into(split[part], grads[part], cos, -sin)
         split[2].copy_(grads[2])
         # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
-        first, second = class_token.float().chunk(2, dim=-1)
-        grad_first, grad_second = torch.stack([g[:, :, 0] for g in grads[:2]]).float().chunk(2, dim=-1)
+        first, second = class_token.to(cos.dtype).chunk(2, dim=-1)
+        grad_first, grad_second = torch.stack([g[:, :, 0] for g in grads[:2]]).to(cos.dtype).chunk(2, dim=-1)
         grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2))
         return grad, grad_angle, None, None
 

@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megaregion.config import ModelConfig
+from megaregion.errors import UserError
+from megaregion.export.mlcd import mlcd_config, mlcd_tensors
+from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
+from megaregion.models.attention import Attention
+from megaregion.models.block import Block
+from megaregion.models.rotary import Rotation, rotation, split_and_turn
+
+SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
+SEPARATE = replace(SMALL, region_weights="separate")
+BASE_SHAPED = ModelConfig(depth=2, region_layers=1)
+
+
+def encoder(config: ModelConfig = SMALL, seed: int = 0) -> RegionEncoder:
+    """An encoder whose norms and biases are off their start too, so that losing one shows."""
+    model = RegionEncoder(config, embedding_dim=32)
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def noise(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_patches(batch: int, regions: int, patches: int) -> Tensor:
+    visible = torch.rand(batch, regions, patches, generator=torch.Generator().manual_seed(3)) < 0.3
+    visible[..., 0] = True
+    return visible
+
+
+def in_transformers(vit: VisionTransformer) -> nn.Module:
+    from transformers import MLCDVisionConfig, MLCDVisionModel
+
+    theirs = MLCDVisionModel(MLCDVisionConfig(**mlcd_config(vit.config, torch.float32))).eval()
+    theirs.load_state_dict(
+        {key: t for name, p in vit.named_parameters() for key, t in mlcd_tensors(name, p.data, vit.config)}
+    )
+    return theirs
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (48, 80)])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_all_features_equal_those_of_transformers(activation: str, size: tuple[int, int]) -> None:
+    vit = encoder(replace(SMALL, activation=activation)).vit
+    images = noise(2, 3, *size)
+    with torch.no_grad():
+        tokens, theirs = vit(images).image, in_transformers(vit)(pixel_values=images)
+        pooled = vit.pool(tokens[:, 0])
+    torch.testing.assert_close(tokens[:, 0], theirs.last_hidden_state[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens[:, 1:], theirs.last_hidden_state[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pooled, theirs.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (160, 96)])
+def test_features_of_a_base_sized_width_equal_those_of_transformers(size: tuple[int, int]) -> None:
+    vit = encoder(BASE_SHAPED).vit
+    images = noise(1, 3, *size)
+    with torch.no_grad():
+        tokens, theirs = vit(images).image, in_transformers(vit)(pixel_values=images)
+    torch.testing.assert_close(tokens, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit.pool(tokens[:, 0]), theirs.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_every_weight_equal_those_of_transformers() -> None:
+    vit = encoder().vit
+    theirs = in_transformers(vit)
+    images, direction = noise(2, 3, 48, 80), noise(2, 16, 64, seed=4)
+    tokens = vit(images).image
+    (tokens * direction).sum().add(vit.pool(tokens[:, 0]).square().sum()).backward()
+    output = theirs(pixel_values=images)
+    (output.last_hidden_state * direction).sum().add(output.pooler_output.square().sum()).backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in vit.named_parameters():
+        for key, grad in mlcd_tensors(name, parameter.grad, vit.config):
+            worst = (grad - expected[key]).abs().max() / expected[key].abs().max().clamp(min=1e-3)
+            assert worst < 2e-5, f"{key}: {worst:.1e}"
+
+
+def test_gradients_through_the_fused_split_equal_finite_differences() -> None:
+    table = rotation(torch.zeros(4), 2, 2, theta=100.0)
+
+    def split(qkv: Tensor, class_angle: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = table.cos.double(), table.sin.double()
+        cos = torch.cat((class_angle.cos()[None], cos[1:]))
+        sin = torch.cat((class_angle.sin()[None], sin[1:]))
+        return split_and_turn(qkv, Rotation(class_angle, cos.detach(), sin.detach()))
+
+    qkv = noise(2, 5, 2, 3, 8).double().requires_grad_()
+    class_angle = noise(4).double().requires_grad_()
+    assert torch.autograd.gradcheck(split, (qkv, class_angle))
+
+
+def test_a_rotary_table_first_made_for_inference_serves_training() -> None:
+    vit = encoder().vit
+    images = noise(1, 3, 16, 176)
+    with torch.inference_mode():
+        vit(images)
+    vit(images).image.sum().backward()
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+@pytest.mark.parametrize("regions", [1, 10])
+def test_patch_features_are_the_same_bits_with_and_without_regions(config: ModelConfig, regions: int) -> None:
+    vit = encoder(config).vit
+    images = noise(3, 3, 96, 64)
+    without = vit(images)
+    with_regions = vit(images, some_patches(3, regions, 24))
+    assert without.regions is None
+    assert torch.equal(without.image, with_regions.image)
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_a_region_block_passes_on_nothing_from_outside_the_region(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    block = Block(SMALL)
+    angles = rotation(noise(8), 4, 4, theta=10_000.0)
+    image = noise(1, 17, 64).requires_grad_()
+    inside = torch.zeros(17, dtype=torch.bool)
+    inside[[6, 7, 10, 11]] = True
+    mask = torch.zeros(1, 1, 1, 17).masked_fill(~inside, -torch.inf)
+    own = noise(1, 1, 64, seed=5)
+    _, region = block(image, own, angles, mask)
+    region.square().sum().backward()
+    assert image.grad[0, ~inside].abs().max() == 0
+    assert image.grad[0, inside].abs().amin(-1).max() > 0
+
+    perturbed = image.detach().clone()
+    perturbed[:, ~inside] += 10 * noise(1, 13, 64, seed=6)
+    assert torch.equal(block(perturbed, own, angles, mask)[1], region)
+    perturbed[:, 6] += 1
+    assert not torch.equal(block(perturbed, own, angles, mask)[1], region)
+
+
+def test_region_token_ignores_pixels_outside_its_patches() -> None:
+    # With one block, nothing has mixed patches before the region reads them.
+    vit = encoder(replace(SMALL, depth=1, region_layers=1)).vit
+    images = noise(1, 3, 64, 64)
+    visible = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    visible[..., 1:3, 1:3] = True
+    outside = images.clone()
+    outside[..., :16, :] += 5
+    outside[..., 48:] -= 5
+    inside = images.clone()
+    inside[..., 20, 20] += 5
+    with torch.no_grad():
+        region = vit(images, visible.flatten(2)).regions
+        assert torch.equal(vit(outside, visible.flatten(2)).regions, region)
+        assert not torch.equal(vit(inside, visible.flatten(2)).regions, region)
+
+
+def test_region_token_ignores_pixels_outside_its_patches_through_many_blocks() -> None:
+    vit = encoder(replace(SMALL, region_layers=4)).vit
+    for block in vit.blocks:
+        # Keep patches from mixing among themselves: what is left is what regions read.
+        block.register_forward_hook(lambda module, inputs, output: (inputs[0], output[1]))
+    images, visible = noise(1, 3, 64, 64), torch.zeros(1, 2, 16, dtype=torch.bool)
+    visible[:, 0, 15] = True
+    visible[:, 1, :8] = True
+    perturbed = images.clone()
+    perturbed[..., 48:, 48:] += 5
+    with torch.no_grad():
+        before, after = vit(images, visible).regions, vit(perturbed, visible).regions
+    assert not torch.equal(before[:, 0], after[:, 0])
+    assert torch.equal(before[:, 1], after[:, 1])
+
+
+def test_a_region_does_not_depend_on_the_other_regions() -> None:
+    vit = encoder().vit
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 6, 16)
+    with torch.no_grad():
+        together = vit(images, visible).regions
+        alone = torch.cat([vit(images, visible[:, i : i + 1]).regions for i in range(6)], dim=1)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_region_that_sees_nothing_stays_finite_and_disturbs_no_other() -> None:
+    vit = encoder().vit
+    images, visible = noise(1, 3, 64, 64), some_patches(1, 3, 16)
+    blind = visible.clone()
+    blind[:, 1] = False
+    with torch.no_grad():
+        regions, with_blind = vit(images, visible).regions, vit(images, blind).regions
+    assert with_blind.isfinite().all()
+    assert torch.equal(regions[:, [0, 2]], with_blind[:, [0, 2]])
+
+
+def test_skipping_the_image_after_its_last_reader_changes_no_region_and_no_gradient() -> None:
+    model = encoder()
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
+    embeddings = model(images, visible)
+    embeddings.square().sum().backward()
+    skipped = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    whole = model.projection(model.vit.pool(model.vit(images, visible).regions))
+    whole.square().sum().backward()
+    assert torch.equal(embeddings, whole)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, skipped[name]), name
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_every_weight_learns_from_regions_alone(config: ModelConfig) -> None:
+    model = encoder(config)
+    model(noise(2, 3, 64, 64), some_patches(2, 5, 16)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_recomputing_blocks_gives_the_same_bits_of_loss_and_gradients(config: ModelConfig) -> None:
+    model = encoder(config)
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
+    calls = []
+    model.vit.blocks[3].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    results = []
+    for model.vit.recompute in (False, True):
+        model.zero_grad()
+        calls.clear()
+        loss = model(images, visible).square().sum()
+        loss.backward()
+        results.append((len(calls), loss, [parameter.grad for parameter in model.parameters()]))
+    (kept, loss, grads), (recomputed, same_loss, same_grads) = results
+    assert recomputed == 2 * kept
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+
+
+def test_weights_depend_on_seed_and_name_alone() -> None:
+    first, second, other = (RegionEncoder(SMALL, 32) for _ in range(3))
+    initialise(first, seed=7)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    initialise(second, seed=7)
+    initialise(other, seed=8)
+    assert torch.equal(state, torch.get_rng_state())
+    weights = dict(first.named_parameters())
+    for name, parameter in second.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    for name, parameter in other.named_parameters():
+        random = not (name.endswith("bias") or "norm" in name)
+        assert torch.equal(parameter, weights[name]) != random, name
+    assert not torch.equal(weights["vit.blocks.0.mlp.fc1.weight"], weights["vit.blocks.1.mlp.fc1.weight"])
+
+
+def test_separate_region_weights_start_as_copies_and_add_nothing_else() -> None:
+    model = RegionEncoder(SEPARATE, 32)
+    initialise(model, seed=0)
+    weights = dict(model.named_parameters())
+    own = [name for name in weights if ".region." in name]
+    assert {name.split(".")[2] for name in own} == {"2", "3"}
+    assert len(own) == 2 * 12
+    for name in own:
+        assert torch.equal(weights[name], weights[name.replace(".region.", ".")]), name
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_the_plan_cuts_every_linear_of_every_block_and_nothing_else(config: ModelConfig) -> None:
+    model = encoder(config)
+    plan = tensor_parallel_plan(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(plan) == linears - {"projection"}
+    assert all((plan[name] == "column") == name.endswith(("qkv", "fc1")) for name in plan)
+
+
+def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -> None:
+    torch.manual_seed(0)
+    whole = Attention(SMALL)
+    angles = rotation(noise(8), 4, 4, theta=10_000.0)
+    image, regions = noise(2, 17, 64), noise(2, 3, 64, seed=5)
+
+    def read(attention: Attention) -> tuple[Tensor, Tensor]:
+        query, key, value = attention.project(image, angles)
+        region = attention.project_regions(regions, angles)
+        return attention.mix(query, key, value), attention.mix(region, key, value)
+
+    parts = []
+    for rank in range(2):
+        part = copy.deepcopy(whole)
+        part.qkv.weight.data, part.qkv.bias.data = (
+            tensor.data.chunk(2)[rank] for tensor in (whole.qkv.weight, whole.qkv.bias)
+        )
+        part.out.weight.data = whole.out.weight.data.chunk(2, dim=1)[rank]
+        part.out.bias.data = whole.out.bias.data / 2
+        parts.append(read(part))
+    for expected, first, second in zip(read(whole), *parts, strict=True):
+        torch.testing.assert_close(first + second, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_decay_spares_norms_biases_and_single_tokens() -> None:
+    spared = {name for name, parameter in encoder().named_parameters() if not decays(name, parameter)}
+    kinds = {"bias", "class_pos_emb", "class_embedding"}
+    assert all(name.rpartition(".")[2] in kinds or "norm" in name for name in spared)
+    assert {"vit.class_pos_emb", "vit.class_embedding", "vit.pre_norm.weight"} <= spared
+    assert "vit.patch_embedding.weight" not in spared
+    assert "projection.weight" not in spared
+
+
+def test_bf16_stays_near_fp32() -> None:
+    model = encoder()
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
+    exact = model(images, visible)
+    model.to(torch.bfloat16)
+    rounded = model(images, visible)
+    assert rounded.dtype == torch.bfloat16
+    rounded.sum().backward()
+    assert torch.nn.functional.cosine_similarity(rounded.float(), exact, dim=-1).min() > 0.999
+
+
+def test_an_image_the_patch_does_not_divide_is_refused_with_the_nearest_size() -> None:
+    with pytest.raises(UserError, match=r"patch_size 16, got 70 x 64; use 64 x 64"):
+        encoder().vit(noise(1, 3, 70, 64))
+
+
+def test_a_mask_of_another_patch_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[1, regions, 16\], got \[1, 2, 12\]"):
+        encoder().vit(noise(1, 3, 64, 64), torch.ones(1, 2, 12, dtype=torch.bool))
