@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megaregion.data.mask import RLE
@@ -18,7 +18,7 @@ RegionKind = Literal["object", "text"]
 Box = tuple[float, float, float, float]
 
 
-class BadSample(ValueError):  # noqa: N818 - a state of the data, not a fault of the program
+class BadSample(ValueError):
     """A sample that cannot be used; the text is the reason."""
 
 
@@ -91,6 +91,26 @@ def parse_sample(content: bytes) -> SampleRecord:
     return SampleRecord(width, height, regions)
 
 
+def clip_regions(record: SampleRecord) -> tuple[SampleRecord, int]:
+    """Cut every box to its image.
+
+    Returns:
+        The record with boxes inside its image, and how many regions were dropped.
+
+    Raises:
+        BadSample: There were regions, and none has area inside the image.
+    """
+    kept = []
+    for region in record.regions:
+        x0, y0, x1, y1 = region.box
+        box = (max(x0, 0.0), max(y0, 0.0), min(x1, record.width), min(y1, record.height))
+        if box[0] < box[2] and box[1] < box[3]:
+            kept.append(region if box == region.box else replace(region, box=box))
+    if record.regions and not kept:
+        raise BadSample(f"record has no region with area inside its {record.width} x {record.height} image")
+    return replace(record, regions=tuple(kept)), len(record.regions) - len(kept)
+
+
 def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionRecord:
     kind = region["kind"]
     x0, y0, x1, y1 = (float(edge) for edge in region["box"])
@@ -100,7 +120,11 @@ def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionReco
     mask = None
     if region.get("mask") is not None:
         rows, columns = region["mask"]["size"]
-        mask = RLE((_count(rows), _count(columns)), tuple(map(_count, region["mask"]["counts"])))
+        counts = tuple(region["mask"]["counts"])
+        # A mask has hundreds of runs: look at their types at once; RLE itself looks at their signs.
+        if not set(map(type, counts)) <= {int}:
+            raise BadSample("record has a mask whose runs are not whole numbers")
+        mask = RLE((_count(rows), _count(columns)), counts)
         if mask.size != (height, width):
             raise BadSample(f"mask of {rows} x {columns} in an image of {height} x {width} (rows x columns)")
     if kind == "object":

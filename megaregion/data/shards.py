@@ -94,7 +94,10 @@ class ShardedDataset:
         shard = self._shard(number)
         image, image_size, record, record_size = shard.rows[index - int(self._starts[number])].tolist()
         start = image - BLOCK
-        content = os.pread(shard.file, record + record_size - start, start)
+        wanted = record + record_size - start
+        content = os.pread(shard.file, wanted, start)
+        if len(content) != wanted:
+            raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
         name = content[:100].rstrip(b"\0")
         if content[257:262] != b"ustar" or not name.endswith(b".jpg"):
             raise UserError(

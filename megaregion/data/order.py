@@ -1,0 +1,110 @@
+"""The order of samples: position p of an endless stream is a pure function of (seed, p).
+
+Epoch p // n shuffles the shards, cuts them into windows of a few shards, and shuffles the samples inside
+each window, so that reads stay near each other on disk while neighbours in the stream are mixed. Nothing
+is replayed on resume, and ranks and workers only choose which positions they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.data.draws import Purpose, generator
+
+CACHED_EPOCHS, CACHED_WINDOWS = 2, 4
+"""A step touches one window, or two at a border; prefetching workers may be a little ahead."""
+
+Indices = NDArray[np.int64]
+
+
+class SampleOrder:
+    """Which sample of the dataset stands at which position of the stream.
+
+    Args:
+        shard_sizes: Samples of each shard, in the order of the dataset.
+        seed: The run's seed.
+        window_shards: Shards whose samples are shuffled together.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int) -> None:
+        self._arguments = (tuple(shard_sizes), seed, window_shards)
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if window_shards < 1 or not self._sizes.size or self._sizes.min() < 1:
+            raise ValueError(
+                f"shards and windows must not be empty: {shard_sizes}, window of {window_shards}"
+            )
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._seed, self._window_shards = seed, window_shards
+        self.samples = int(self._sizes.sum())
+        self._epoch: Callable[[int], tuple[Indices, Indices]]
+        self._epoch = lru_cache(CACHED_EPOCHS)(self._shuffle_shards)
+        self._window: Callable[[int, int], Indices] = lru_cache(CACHED_WINDOWS)(self._shuffle_window)
+
+    def __reduce__(self) -> tuple[type[SampleOrder], tuple[tuple[int, ...], int, int]]:
+        return SampleOrder, self._arguments
+
+    def sample(self, position: int) -> int:
+        """Index in the dataset of the sample at a position, 0 <= position < 2**64."""
+        epoch, place = divmod(position, self.samples)
+        _, window_starts = self._epoch(epoch)
+        window = int(np.searchsorted(window_starts, place, side="right")) - 1
+        return int(self._window(epoch, window)[place - int(window_starts[window])])
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Index of the sample that stands in, at this attempt, when that of a position cannot be used.
+
+        It is drawn from the whole dataset, and never is the sample that it replaces (unless there is
+        no other).
+        """
+        original = self.sample(position)
+        if self.samples == 1:
+            return original
+        rng = generator(self._seed, Purpose.REPLACEMENT, position, attempt)
+        other = int(rng.integers(self.samples - 1))
+        return other + (other >= original)
+
+    def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
+        """Shards of an epoch in order, [shards], and the place where each window begins, [windows]."""
+        shards = generator(self._seed, Purpose.SHARDS, epoch).permutation(self._sizes.size)
+        ends = np.cumsum(self._sizes[shards])
+        return shards, (ends - self._sizes[shards])[:: self._window_shards]
+
+    def _shuffle_window(self, epoch: int, window: int) -> Indices:
+        """Dataset indices of a window's samples in order, [samples of the window]."""
+        first = window * self._window_shards
+        shards = self._epoch(epoch)[0][first : first + self._window_shards]
+        indices = [
+            np.arange(self._starts[shard], self._starts[shard] + self._sizes[shard]) for shard in shards
+        ]
+        return generator(self._seed, Purpose.WINDOW, epoch, window).permutation(np.concatenate(indices))
+
+
+def step_positions(
+    step: int, global_batch: int, micro_step: int, micro_steps: int, data_rank: int, data_ranks: int
+) -> range:
+    """Positions that one data-parallel rank takes in one micro-step.
+
+    Step s covers [s * G, (s + 1) * G); micro-step m its m-th part; each rank a contiguous slice of that.
+
+    Args:
+        step: Optimizer step, from 0.
+        global_batch: Images G of one optimizer step over all ranks.
+        micro_step: Micro-step within the step, from 0.
+        micro_steps: Micro-steps of one step.
+        data_rank: This data-parallel rank.
+        data_ranks: Number of data-parallel ranks.
+
+    Raises:
+        ValueError: The global batch cannot be cut into equal slices.
+    """
+    images, rest = divmod(global_batch, micro_steps * data_ranks)
+    if rest or not images:
+        raise ValueError(
+            f"{global_batch} images do not split over {micro_steps} micro-steps of {data_ranks} ranks"
+        )
+    start = step * global_batch + (micro_step * data_ranks + data_rank) * images
+    return range(start, start + images)

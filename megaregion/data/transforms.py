@@ -1,0 +1,183 @@
+"""From an image and its regions to what the model reads: pixels, visible patches and labels.
+
+:class:`Transform` is for training: a random crop, perhaps mirrored, of image and regions together, all
+drawn from (seed, position). :class:`EvalTransform` is for measuring: the whole image, no randomness.
+
+A region stays if enough of its box lies inside the crop; what sticks out is cut off. An image with text
+is never mirrored, whether or not the text is inside the crop, because mirrored letters are other letters.
+
+Shapes: N regions of a sample, R regions of a record, T label slots, P patches, H x W pixels of the crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
+from megaregion.data.draws import Purpose, generator
+from megaregion.data.image import cut
+from megaregion.data.mask import RLE
+from megaregion.data.regions import sample_regions, visibility
+from megaregion.data.sample import BadSample, Box, RegionRecord, SampleRecord
+from megaregion.data.view import View, random_view
+from megaregion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The training transform.
+
+    Args:
+        data: Crop, mirror and region settings.
+        model: Size of the crop and of a patch.
+        seed: The run's seed.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    seed: int
+
+    def __call__(
+        self, image: Image.Image, record: SampleRecord, position: int, key: str = ""
+    ) -> TransformedSample | None:
+        """Transform one sample; the same (seed, position) gives the same bits anywhere.
+
+        Args:
+            image: The image, decoded or not; it cannot be reused afterwards.
+            record: Its size and regions.
+            position: The sample's place in the stream, which seeds every draw.
+            key: Name of the sample.
+
+        Returns:
+            The sample, or None if no region is left in the crop.
+
+        Raises:
+            BadSample: The image cannot be decoded, or has another size than the record says.
+        """
+        check_size(image, record)
+        if not record.regions:
+            return None
+        data, side, grid = self.data, self.model.image_size, self.model.grid
+        rng = generator(self.seed, Purpose.AUGMENTATION, position)
+        mirrored = rng.random() < data.flip and not any(region.kind == "text" for region in record.regions)
+        view = random_view(rng, record.width, record.height, data.crop_scale, data.crop_ratio, mirrored)
+        share = view.share_inside(np.array([region.box for region in record.regions], dtype=np.float64))
+        kept = [
+            region
+            for region, inside in zip(record.regions, share.tolist(), strict=True)
+            if inside > 0 and inside >= data.min_visible
+        ]
+        if not kept:
+            return None
+        chosen = [kept[i] for i in sample_regions(len(kept), data.regions_per_image, rng)]
+        pixels = jitter(cut(image, view, side, side), data.color_jitter, rng)
+        boxes = np.array([region.box for region in chosen], dtype=np.float64)
+        masks = [region.mask for region in chosen]
+        return TransformedSample(
+            key=key,
+            position=position,
+            pixels=pixels,
+            visible=visibility(boxes, masks, view, grid, grid, data.patch_coverage),
+            kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
+            labels=pad_labels(chosen, data.max_text_tokens),
+        )
+
+
+class EvalTransform:
+    """The whole image stretched to a fixed size, and the patches that each box sees.
+
+    Args:
+        data: Mean, deviation and the coverage that makes a patch visible.
+        model: Size of the image and of a patch.
+        size: Height and width of the result in pixels, when not the model's own.
+
+    Raises:
+        UserError: The patch does not divide the size.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig, size: tuple[int, int] | None = None) -> None:
+        self.data, self.patch = data, model.patch_size
+        self.height, self.width = size or (model.image_size, model.image_size)
+        if self.height % self.patch or self.width % self.patch:
+            raise UserError(
+                f"evaluation size must be a multiple of model.patch_size {self.patch}, "
+                f"got {self.height} x {self.width}"
+            )
+
+    def __call__(
+        self, image: Image.Image, boxes: Sequence[Box], masks: Sequence[RLE | None] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Transform one image and its boxes.
+
+        Args:
+            image: The image, decoded or not; it cannot be reused afterwards.
+            boxes: x0, y0, x1, y1 of R regions, in pixels of this image.
+            masks: Exact shapes of the regions, where they are known.
+
+        Returns:
+            Normalised pixels, float32 [3, H, W], and which region sees which patch, bool [R, P].
+
+        Raises:
+            BadSample: The image cannot be decoded.
+        """
+        view = View(0, 0, image.width, image.height)
+        corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        rows, columns = self.height // self.patch, self.width // self.patch
+        shapes = masks or [None] * len(corners)
+        visible = visibility(corners, shapes, view, rows, columns, self.data.patch_coverage)
+        pixels = torch.from_numpy(cut(image, view, self.width, self.height).transpose(2, 0, 1).copy())
+        return normalise(pixels, self.data.mean, self.data.std), torch.from_numpy(visible.copy())
+
+
+def check_size(image: Image.Image, record: SampleRecord) -> None:
+    """Refuse a record that was written for another image.
+
+    Raises:
+        BadSample: The sizes differ, so the boxes would point elsewhere.
+    """
+    if image.size != (record.width, record.height):
+        raise BadSample(
+            f"image has {image.width} x {image.height} pixels, "
+            f"its record says {record.width} x {record.height}"
+        )
+
+
+def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]:
+    """Positive classes of each region, padded with -1.
+
+    Args:
+        regions: The N regions of a sample.
+        slots: Label slots T; a longer text keeps its first distinct tokens.
+
+    Returns:
+        Labels, int64 [N, T].
+    """
+    labels = np.full((len(regions), slots), -1, dtype=np.int64)
+    for row, region in zip(labels, regions, strict=True):
+        positives = region.labels[:slots]
+        row[: len(positives)] = positives
+    return labels
+
+
+def jitter(pixels: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Change brightness, contrast and saturation, each by a factor from 1 - strength to 1 + strength.
+
+    Args:
+        pixels: RGB, [H, W, 3].
+        strength: Greatest change, as a share of 1; 0 changes nothing.
+        rng: Generator of this sample.
+    """
+    if strength == 0:
+        return pixels
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    return np.asarray(image)

@@ -1,0 +1,76 @@
+"""The part of an image that becomes a training image: a rectangle and perhaps a mirror.
+
+Shapes: R regions. Boxes are x0, y0, x1, y1 in pixels of the stored image, [R, 4].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CROP_TRIES = 10
+"""Draws of a crop's size and shape before the largest allowed crop in the middle is taken."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of the stored image, in pixels, that is stretched to the model's input."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    flipped: bool = False
+    """Whether left and right change places."""
+
+    def edges(self, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Borders of a grid over the view, in pixels of the stored image and before the mirror.
+
+        Returns:
+            Borders of the columns, [columns + 1], and of the rows, [rows + 1].
+        """
+        return np.linspace(self.x0, self.x1, columns + 1), np.linspace(self.y0, self.y1, rows + 1)
+
+    def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of each box's area that lies inside the view, [R]; 0 for a box without area."""
+        size = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
+        low = np.maximum(boxes[:, :2], (self.x0, self.y0))
+        high = np.minimum(boxes[:, 2:], (self.x1, self.y1))
+        inside = np.maximum(high - low, 0.0).prod(axis=1)
+        area = size.prod(axis=1)
+        return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
+
+
+def random_view(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flipped: bool = False,
+) -> View:
+    """A random resized crop on whole pixels.
+
+    Args:
+        rng: Generator of this sample.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+        scale: Least and greatest share of the image's area.
+        ratio: Least and greatest width / height; drawn evenly on a logarithmic scale.
+        flipped: Whether the view is mirrored.
+    """
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            x0, y0 = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return View(x0, y0, x0 + w, y0 + h, flipped)
+    # No draw fits a very long image: take as much of its middle as the ratio allows.
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    x0, y0 = (width - w) // 2, (height - h) // 2
+    return View(x0, y0, x0 + w, y0 + h, flipped)
