@@ -229,9 +229,7 @@ def test_a_missing_piece_is_named(tmp_path: Path) -> None:
     write_pieces(unfinished, 0, pieces(model, 0, 2))
     facts = {"step": 1, "position": 0, "config": dataclasses.asdict(RunConfig(model=MODEL)), "dataset": {}}
     publish(unfinished, tmp_path / "run" / "checkpoints" / "step-00000001", facts)
-    with pytest.raises(
-        UserError, match=r"of body\.weight\.vit\.blocks\.0\.attention\.qkv\.weight are missing"
-    ):
+    with pytest.raises(UserError, match=r"of body\S+blocks\.0\.attention\.qkv\.weight are missing"):
         export_checkpoint(tmp_path / "run", tmp_path / "out")
 
 
