@@ -1,6 +1,10 @@
 """Gradients of centers, summed over the micro-steps of a step; only classes that took part have one.
 
-Shapes: K local classes, E embedding width, n classes that took part so far.
+What the streaming loss adds up is the gradient of the *unit* centers over their lengths, before the factor
+that the rest of the graph puts on the loss. Both corrections are linear and the centers stand still
+during a step, so they are made once, when the step ends: the part along the center goes, the factor comes.
+
+Shapes: K local classes, E embedding width, C classes of a draw, n classes that took part so far.
 """
 
 from __future__ import annotations
@@ -8,49 +12,108 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaregion.heads.streaming import inverse_lengths
+
+BLOCK = 1 << 20
+"""Elements corrected at a time, so that temporaries stay small."""
+
 
 class ClassGradient:
     """A row-sparse matrix [K, E] that grows with the classes that take part."""
 
-    def __init__(self, classes: int, dim: int, like: Tensor) -> None:
-        self.classes = classes
-        self.dim = dim
-        self.like = like
+    def __init__(self, weight: Tensor) -> None:
+        """Start without any class of ``weight`` [K, E]."""
+        self._weight = weight
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.rows: Tensor | None = self.like.new_empty(0, dtype=torch.int64)
+        self.rows: Tensor | None = torch.empty(0, dtype=torch.int64, device=self._weight.device)
         """Classes that took part, in the order of ``values``; None for all of them."""
-        self.values = self.like.new_empty((0, self.dim))
-        """Their gradients, [n, E]."""
+        self.values = self._weight.new_empty((0, self._weight.shape[1]))
+        """Their gradients, [n, E]; final after ``finish``."""
         self._slots: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._uneven = torch.zeros((), dtype=torch.bool, device=self._weight.device)
+        self._awaited = 0
+        self._squares: Tensor | None = None
 
-    def open(self, classes: Tensor | None) -> Tensor | None:
-        """Make room for a draw's classes and return their places in ``values`` (None: all, in order)."""
-        if self.rows is None:
-            return classes
-        if classes is None:
+    def room(self, classes: Tensor | None) -> Tensor:
+        """Room for a draw's gradients, [C, E], to be added to and then given to ``settle``."""
+        if self._squares is not None:
+            raise RuntimeError("the step's gradients are finished; call zero_grad() before the next loss")
+        if classes is not None and self.rows is not None:
+            return self._weight.new_zeros((len(classes), self._weight.shape[1]))
+        if self.rows is not None:
             self._widen()
-            return None
-        if self._slots is None:
-            self._slots = torch.full((self.classes,), -1, dtype=torch.int64, device=self.like.device)
-        fresh = classes[self._slots[classes] < 0]
-        first = len(self.values)
-        self._slots[fresh] = torch.arange(first, first + len(fresh), device=self.like.device)
-        self.rows = torch.cat([self.rows, fresh])
-        self.values = torch.cat([self.values, self.values.new_zeros((len(fresh), self.dim))])
-        return self._slots[classes]
+        return (
+            self.values if classes is None else self._weight.new_zeros((len(classes), self.values.shape[1]))
+        )
 
-    def add(self, places: Tensor | None, chunk: slice, gradient: Tensor) -> None:
-        """Add the gradients [chunk, E] of a chunk of an opened draw."""
-        if places is None:
-            self.values[chunk] += gradient
+    def settle(self, classes: Tensor | None, room: Tensor) -> None:
+        """Take over the gradients of a draw."""
+        if classes is None:
+            return
+        if self.rows is None:
+            self.values.index_add_(0, classes, room)
+        elif len(self.rows) == 0:
+            self.rows, self.values = classes, room
         else:
-            self.values.index_add_(0, places[chunk], gradient)
+            self._merge(self.rows, classes, room)
+
+    def expect_factor(self) -> None:
+        """Count a loss whose backward is still to come."""
+        self._awaited += 1
+
+    def take_factor(self, factor: Tensor) -> None:
+        """Take the derivative of the total by one micro-step's loss, 0-d; it must be the same for all."""
+        self._awaited -= 1
+        if self._factor is None:
+            self._factor = factor
+        self._uneven |= factor != self._factor
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Make the gradients those of the centers as they are; return their squared norm, 0-d float64.
+
+        Raises:
+            RuntimeError: The step's losses were weighted differently, or one was not sent backward.
+        """
+        if self._squares is not None:
+            return self._squares
+        if self._awaited:
+            raise RuntimeError(
+                f"backward was missed (or repeated) for {abs(self._awaited)} losses of this step; zero_grad()"
+            )
+        if bool(self._uneven):
+            raise RuntimeError("the losses of one step must enter the total with the same weight")
+        self._squares = torch.zeros((), dtype=torch.float64, device=self._weight.device)
+        factor = torch.ones_like(self._squares) if self._factor is None else self._factor
+        block = max(1, BLOCK // max(1, self._weight.shape[1]))
+        for start in range(0, len(self.values), block):
+            part = slice(start, min(start + block, len(self.values)))
+            centers = self._weight[part if self.rows is None else self.rows[part]]
+            unit = centers * inverse_lengths(centers)[:, None]
+            values = self.values[part]
+            values.addcmul_((values * unit).sum(1, keepdim=True), unit, value=-1).mul_(factor)
+            self._squares += values.pow(2).sum(dtype=torch.float64)
+        return self._squares
+
+    def _merge(self, rows: Tensor, classes: Tensor, room: Tensor) -> None:
+        if self._slots is None:
+            self._slots = torch.full((len(self._weight),), -1, dtype=torch.int64, device=rows.device)
+            self._slots[rows] = torch.arange(len(rows), device=rows.device)
+        known = self._slots[classes]
+        fresh = known < 0
+        self.values.index_add_(0, known[~fresh], room[~fresh])
+        self._slots[classes[fresh]] = torch.arange(
+            len(rows), len(rows) + int(fresh.sum()), device=rows.device
+        )
+        self.rows = torch.cat([rows, classes[fresh]])
+        self.values = torch.cat([self.values, room[fresh]])
 
     def _widen(self) -> None:
-        dense = self.values.new_zeros((self.classes, self.dim))
-        if self.rows is not None:
+        dense = torch.zeros_like(self._weight)
+        if self.rows is not None and len(self.rows):
             dense[self.rows] = self.values
         self.rows, self.values, self._slots = None, dense, None

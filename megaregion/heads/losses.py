@@ -69,4 +69,6 @@ def _softmax(scores: Tensor, valid: Tensor, mass: Tensor, log_mass: Tensor, shif
     # excess = -inf (a row without negatives) costs nothing; softplus and sigmoid are 0 there.
     losses = torch.logaddexp(torch.zeros_like(excess), excess)
     by_negative = share / (mass[:, None] + torch.exp(scores - shift.expand_as(mass)[:, None]))
+    # Without negatives there is nothing to multiply; 1 / exp(s_p) alone could overflow.
+    by_negative = by_negative.masked_fill(mass[:, None] == 0, 0.0)
     return RowTerms((share * losses).sum(1), by_negative.sum(1), -share * torch.sigmoid(excess))

@@ -25,7 +25,7 @@ from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.class_gradient import ClassGradient
 from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows, unit_scale
 from megaregion.heads.row_adamw import RowAdamW
-from megaregion.heads.streaming import StreamingLoss, StreamingTask
+from megaregion.heads.scoring import RowSums, Scoring, score_rows
 from megaregion.heads.targets import NonFiniteFeatures, Targets, build_targets
 
 
@@ -95,7 +95,7 @@ class ClassShardedHead:
         self.local = range(start, min(start + share, classes))
         self.weight = random_centers(seed, name, self.local, dim).to(dtype)
         self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
-        self.gradient = ClassGradient(len(self.local), dim, self.weight)
+        self.gradient = ClassGradient(self.weight)
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +106,7 @@ class ClassShardedHead:
         """Move centers and moments to a device; gradients gathered so far are forgotten."""
         self.weight = self.weight.to(device)
         self.optimizer.to(self.weight)
-        self.gradient = ClassGradient(len(self.local), self.dim, self.weight)
+        self.gradient = ClassGradient(self.weight)
         return self
 
     def start_from(self, centers: np.ndarray | Tensor) -> None:
@@ -192,44 +192,43 @@ class ClassShardedHead:
             features = gather_features(features, self.world_group, self.data_group)
         rows = features.rows.to(self.weight.dtype)
         self._refuse_non_finite(rows.detach(), targets)
-        task = StreamingTask(
-            self.config, self.weight, targets, self.world_group, self.chunk_bytes, self._deposit
+        learns = torch.is_grad_enabled() and rows.requires_grad
+        sums = score_rows(
+            rows,
+            Scoring(
+                self.config, self.weight, self.gradient, targets, self.world_group, self.chunk_bytes, learns
+            ),
         )
-        total, sums = StreamingLoss.apply(rows, task)
         count = torch.tensor(len(targets.index), device=self.device)
-        return HeadLoss(total, count, self._metrics(sums, count, targets))
+        return HeadLoss(sums.loss, count, self._metrics(sums, count, targets))
 
     def _refuse_non_finite(self, rows: Tensor, targets: Targets) -> None:
         bad = ~rows.sum(1).isfinite()[targets.index]
         if bool(bad.any()):
             raise NonFiniteFeatures(self.name, targets.index[bad].tolist())
 
-    def _deposit(self, classes: Tensor | None, chunk: slice, gradient: Tensor) -> None:
-        if chunk.start == 0:
-            self._places = self.gradient.open(classes)
-        self.gradient.add(self._places, chunk, gradient)
-
-    def _metrics(self, sums: Tensor, count: Tensor, targets: Targets) -> dict[str, Tensor]:
-        drawn = sums.new_tensor([sum(draw.size for draw in targets.draws), 0.0])
+    def _metrics(self, sums: RowSums, count: Tensor, targets: Targets) -> dict[str, Tensor]:
+        drawn = self.weight.new_tensor([sum(draw.size for draw in targets.draws), 0.0])
         for draw in targets.draws:
             here = draw.columns[draw.columns >= 0]
             drawn[1] += len(here.unique())
         dist.all_reduce(drawn, group=self.world_group)
         return {
-            "positive_cosine": sums[0] / sums[1].clamp_min(1),
-            "accuracy": sums[2] / count.clamp_min(1),
+            "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
+            "accuracy": sums.won / count.clamp_min(1),
             "sample_rate": drawn[0] / max(1, self.classes * len(targets.draws)),
             "positive_share": drawn[1] / drawn[0].clamp_min(1),
         }
 
     def grad_norm_squared(self) -> Tensor:
         """Squared norm of the centers' gradients over all ranks, 0-d."""
-        total = self.gradient.values.pow(2).sum()
+        total = self.gradient.finish().clone()
         dist.all_reduce(total, group=self.world_group)
-        return total
+        return total.to(self.weight.dtype)
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         """Move the centers that took part, with gradients times ``scale`` (the clip coefficient)."""
+        self.gradient.finish()
         self.optimizer.step(self.gradient.rows, self.gradient.values, lr, scale)
 
     def zero_grad(self) -> None:

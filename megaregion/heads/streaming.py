@@ -1,144 +1,208 @@
-"""The streaming loss: row losses and gradients without ever holding the matrix of logits.
+"""The streaming loss of one draw: row losses and gradients, and never the matrix of scores.
 
-Forward passes over chunks of classes and keeps, per row, the positives' cosines and the sum of
-exponentials over negatives. Backward computes each chunk's logits again and turns them into gradients
-of features and centers.
+For a block of rows, tile after tile of classes: product, exponential, row sums. When the row sums of
+all ranks are known, the same tiles - kept where memory allows, else computed again - become the
+gradient of features and centers. The gradient is made here, in the forward pass, since loss and
+gradient need the same exponentials and only a factor of the whole loss comes later: three matrix
+products per tile instead of the four of a backward pass that recomputes.
 
-Shapes: R rows, E embedding width, C classes of a draw on this rank, T positives of a row.
+Cosines are bounded, so exp(s) of scales up to 70 fits fp32 with room for all sums: no running maximum.
+Greater scales take one more sweep for the rows' maxima. The logarithm of the scale's base is folded into
+the features, since exp2 costs a third of exp.
+
+Shapes: R rows of the draw, r rows of a block, C classes of the draw on this rank, c classes of a tile,
+E embedding width, T positives of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig
-from megaregion.heads.communication import unit_scale
-from megaregion.heads.losses import RowTerms, row_terms
+from megaregion.heads.losses import row_terms
 from megaregion.heads.margin import apply_margin
-from megaregion.heads.targets import Draw, Targets
+from megaregion.heads.tiles import TileBuffer, TilePlan, own_columns, plan_tiles
 
-Deposit = Callable[[Tensor | None, slice, Tensor], None]
-
-
-@dataclass(frozen=True)
-class StreamingTask:
-    """What the streaming loss needs besides features."""
-
-    config: HeadConfig
-    weight: Tensor
-    """Centers of this rank, not normalised, [local classes, E]."""
-    targets: Targets
-    group: dist.ProcessGroup
-    """All ranks; together they hold all classes."""
-    chunk_bytes: int
-    deposit: Deposit
-    """Takes the centers' gradients: (classes of the draw or None, slice of them, [chunk, E])."""
+LOG2E = math.log2(math.e)
+BOUNDED_SCALE = 70.0
+"""Scale up to which exp(s), for every |s| <= scale and a sum over 1e7 classes, is a normal fp32 number."""
 
 
-class StreamingLoss(torch.autograd.Function):
-    """Sum of the row losses of one micro-step over all ranks' classes."""
+class DrawSums(NamedTuple):
+    """What a draw's rows add up to; the same on every rank."""
+
+    loss: Tensor
+    """Sum of the row losses, 0-d."""
+    cosines: Tensor
+    """Positives' cosines, 0 where there is none, [R, T]."""
+    best: Tensor
+    """Each row's greatest cosine with a negative of this rank's classes, [R]."""
+
+
+class _Swept(NamedTuple):
+    """A block whose row sums are on their way."""
+
+    rows: slice
+    buffer: TileBuffer
+    parts: Tensor
+    """Positives' cosines and the sum over negatives, [r, T + 1]."""
+    work: dist.Work | None
+
+
+class DrawStream:
+    """The scores of one draw, seen one tile at a time."""
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        features: Tensor,
+        centers: Tensor,
+        columns: Tensor,
+        valid: Tensor,
+        group: dist.ProcessGroup,
+        chunk_bytes: int,
+    ) -> None:
+        """Take the parts of a draw.
+
+        Args:
+            config: Loss, margin and scale.
+            features: Unit rows, [R, E].
+            centers: Centers of the draw on this rank, of any length, [C, E].
+            columns: Column of each positive among them, -1 where it is not on this rank, int64 [R, T].
+            valid: Which positives there are on any rank, bool [R, T].
+            group: All ranks.
+            chunk_bytes: Memory for scores.
+        """
+        self._config, self._group = config, group
+        self._features = features * (config.scale * LOG2E)
+        self._centers, self._inverse = centers, inverse_lengths(centers)
+        self._columns, self._valid = columns, valid
+        # While one block's sums travel the next is swept: two buffers share the budget.
+        self._in_flight = 2 if group.size() > 1 else 1
+        self._plan: TilePlan = plan_tiles(
+            len(features), len(centers), features.element_size(), chunk_bytes // self._in_flight
+        )
+        self._best = features.new_full((len(features),), float("-inf"))
+        self._shift = self._row_maxima() if config.scale > BOUNDED_SCALE else None
+
+    def run(self, by_features: Tensor | None, by_unit_centers: Tensor | None) -> DrawSums:
+        """Sum the losses and, where room for them is given, compute the gradients.
+
+        Args:
+            by_features: Receives this rank's part of the gradient of the unit rows, [R, E].
+            by_unit_centers: Gradient of the unit centers over the centers' lengths, is added to, [C, E].
+        """
+        total = self._features.new_zeros((), dtype=torch.float64)
+        cosines = torch.zeros_like(self._columns, dtype=self._features.dtype)
+        buffers = [TileBuffer(self._plan, self._features) for _ in range(self._in_flight)]
+        waiting: list[_Swept] = []
+        for number, rows in enumerate(self._plan.blocks()):
+            waiting.append(self._sweep(rows, buffers[number % self._in_flight]))
+            if len(waiting) == self._in_flight:
+                total += self._finish(waiting.pop(0), cosines, by_features, by_unit_centers)
+        for swept in waiting:
+            total += self._finish(swept, cosines, by_features, by_unit_centers)
+        return DrawSums(total, cosines, self._best / (self._config.scale * LOG2E))
+
+    def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
+        """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
+        features = self._features[rows]
+        parts = features.new_zeros((len(features), self._columns.shape[1] + 1))
+        best = self._best[rows]
+        for number, tile in enumerate(self._plan.tiles()):
+            scores = buffer.tile(number, len(features), tile.stop - tile.start)
+            self._score(features, tile, scores)
+            column, inside = own_columns(self._columns[rows], tile)
+            parts[:, :-1] += torch.where(inside, scores.gather(1, column), 0.0)
+            self._leave_out(scores, column, inside)
+            torch.maximum(best, scores.amax(1), out=best)
+            parts[:, -1] += self._exponentiate(scores, rows).sum(1)
+            scores.mul_(self._inverse[tile])
+        work = dist.all_reduce(parts, group=self._group, async_op=True)
+        return _Swept(rows, buffer, parts, work)
+
+    def _finish(
+        self, swept: _Swept, cosines: Tensor, by_features: Tensor | None, by_unit_centers: Tensor | None
+    ) -> Tensor:
+        """Losses of a swept block, and the gradients from its tiles."""
+        if swept.work is not None:
+            swept.work.wait()
+        rows, config = swept.rows, self._config
+        cosine = swept.parts[:, :-1] / (config.scale * LOG2E)
+        cosines[rows] = cosine
+        with_margin, slope = apply_margin(cosine, config.margin_kind, config.margin)
+        shift = cosine.new_zeros(()) if self._shift is None else self._shift[rows]
+        terms = row_terms(
+            config.loss, with_margin * config.scale, self._valid[rows], swept.parts[:, -1], shift
+        )
+        if by_features is not None and by_unit_centers is not None:
+            by_features[rows] = self._pull(
+                swept, terms.by_negative[:, None], terms.by_positive * slope, by_unit_centers
+            )
+        return terms.loss.sum(dtype=torch.float64)
+
+    def _pull(
+        self, swept: _Swept, by_negative: Tensor, by_positive: Tensor, by_unit_centers: Tensor
+    ) -> Tensor:
+        """Turn a block's exponentials into gradients; return that of its rows, [r, E]."""
+        features = self._features[swept.rows]
+        by_rows = torch.zeros_like(features)
+        for number, tile in enumerate(self._plan.tiles()):
+            scores = swept.buffer.tile(number, len(features), tile.stop - tile.start)
+            column, inside = own_columns(self._columns[swept.rows], tile)
+            if number >= self._plan.kept:
+                self._score(features, tile, scores)
+                self._leave_out(scores, column, inside)
+                self._exponentiate(scores, swept.rows).mul_(self._inverse[tile])
+            scores.mul_(by_negative)
+            weighted = by_positive * self._inverse[tile][column]
+            scores.scatter_add_(1, column, torch.where(inside, weighted, 0.0))
+            by_rows.addmm_(scores, self._centers[tile])
+            by_unit_centers[tile].addmm_(scores.T, features, alpha=1 / LOG2E)
+        return by_rows.mul_(self._config.scale)
+
+    def _score(self, features: Tensor, tile: slice, scores: Tensor) -> None:
+        """Write the scores of a tile, in units of log 2, [r, c]."""
+        torch.mm(features, self._centers[tile].T, out=scores)
+        scores.mul_(self._inverse[tile])
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, task: StreamingTask) -> tuple[Tensor, Tensor]:
-        """Sum of losses (0-d) and metrics sums, [3]: positive cosine, positives, rows won."""
-        total = features.new_zeros(())
-        sums = features.new_zeros(3)
-        terms = []
-        for draw in task.targets.draws:
-            rows = features[task.targets.index[draw.rows]]
-            cosines, mass, best, shift = _sweep(rows, draw, task)
-            valid = task.targets.labels[draw.rows] >= 0
-            scores, slope = apply_margin(cosines, task.config.margin_kind, task.config.margin)
-            found = row_terms(task.config.loss, scores * task.config.scale, valid, mass, shift)
-            total += found.loss.sum()
-            winner = cosines.masked_fill(~valid, -2).amax(1) > best
-            sums += torch.stack([(cosines * valid).sum(), valid.sum(), winner.sum()])
-            terms.append((found._replace(by_positive=found.by_positive * slope), shift))
-        ctx.save_for_backward(features)
-        ctx.task, ctx.terms = task, terms
-        ctx.mark_non_differentiable(sums)
-        return total, sums
+    def _leave_out(scores: Tensor, column: Tensor, inside: Tensor) -> None:
+        """Take the rows' own positives out of a tile: they are no negatives."""
+        # Adding, where padding adds 0 to column 0, needs no list of pairs and so no size known to the host.
+        scores.scatter_add_(1, column, torch.where(inside, float("-inf"), 0.0).to(scores.dtype))
 
-    @staticmethod
-    def backward(ctx: Any, by_total: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        """Gradient of the gathered rows from this rank's classes; the centers' is deposited."""
-        (features,) = ctx.saved_tensors
-        task: StreamingTask = ctx.task
-        by_features = torch.zeros_like(features)
-        for draw, (terms, shift) in zip(task.targets.draws, ctx.terms, strict=True):
-            index = task.targets.index[draw.rows]
-            by_features[index] = _gradients(features[index], draw, task, terms, shift, by_total)
-        return by_features, None
+    def _exponentiate(self, scores: Tensor, rows: slice) -> Tensor:
+        if self._shift is not None:
+            scores.sub_(self._shift[rows, None] * LOG2E)
+        return scores.exp2_()
+
+    def _row_maxima(self) -> Tensor:
+        """What to subtract from each row's scores when exp alone could overflow, [R].
+
+        The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
+        """
+        buffer = TileBuffer(self._plan, self._features)
+        top = torch.full_like(self._best, float("-inf"))
+        for rows in self._plan.blocks():
+            features = self._features[rows]
+            for number, tile in enumerate(self._plan.tiles()):
+                scores = buffer.tile(number, len(features), tile.stop - tile.start)
+                self._score(features, tile, scores)
+                self._leave_out(scores, *own_columns(self._columns[rows], tile))
+                top[rows] = torch.maximum(top[rows], scores.amax(1))
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
+        top /= LOG2E
+        floor = 0.0 if self._config.loss == "separated" else -self._config.scale
+        return top.clamp_min(floor)
 
 
-def _chunks(draw: Draw, rows: int, task: StreamingTask) -> Iterator[slice]:
-    """Slices of a draw's classes whose logits fit the memory budget."""
-    width = max(1, task.chunk_bytes // max(1, rows * task.weight.element_size()))
-    for start in range(0, draw.size, width):
-        yield slice(start, min(start + width, draw.size))
-
-
-def _unit_centers(draw: Draw, chunk: slice, task: StreamingTask) -> tuple[Tensor, Tensor]:
-    """Normalised centers of a chunk, [C, E], and the factors that made them so, [C, 1]."""
-    rows = task.weight[chunk] if draw.classes is None else task.weight[draw.classes[chunk]]
-    scale = unit_scale(rows)
-    return rows * scale, scale
-
-
-def _own(draw: Draw, chunk: slice) -> tuple[Tensor, Tensor]:
-    """Positives inside a chunk: column of each (0 where it is elsewhere) and whether it is there."""
-    inside = (draw.columns >= chunk.start) & (draw.columns < chunk.stop)
-    return (draw.columns - chunk.start).masked_fill(~inside, 0), inside
-
-
-def _sweep(rows: Tensor, draw: Draw, task: StreamingTask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positives' cosines [R, T], sums over negatives [R], best negatives' cosines [R], and shift [R]."""
-    scale = task.config.scale
-    cosines = torch.zeros(draw.columns.shape, dtype=rows.dtype, device=rows.device)
-    mass = rows.new_zeros(len(rows))
-    best = rows.new_full((len(rows),), -2.0)
-    shift = rows.new_zeros(len(rows))
-    for chunk in _chunks(draw, len(rows), task):
-        tile = rows @ _unit_centers(draw, chunk, task)[0].T
-        column, inside = _own(draw, chunk)
-        cosines += tile.gather(1, column) * inside
-        tile.scatter_add_(1, column, torch.where(inside, -4.0, 0.0).to(tile.dtype))
-        best = torch.maximum(best, tile.amax(1))
-        raised = torch.maximum(shift, best * scale)
-        part = tile.mul_(scale).sub_(raised[:, None]).exp_()
-        part.scatter_add_(1, column, torch.where(inside, -part.gather(1, column), 0.0))
-        mass = mass * (shift - raised).exp() + part.sum(1)
-        shift = raised
-    top = torch.stack([best, shift])
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=task.group)
-    mass = mass * (shift - top[1]).exp()
-    parts = torch.cat([cosines, mass[:, None]], 1)
-    dist.all_reduce(parts, group=task.group)
-    return parts[:, :-1], parts[:, -1], top[0], top[1]
-
-
-def _gradients(
-    rows: Tensor, draw: Draw, task: StreamingTask, terms: RowTerms, shift: Tensor, by_total: Tensor
-) -> Tensor:
-    """Deposit the centers' gradients; return this rank's part of the rows' gradient, [R, E]."""
-    scale = task.config.scale
-    by_rows = torch.zeros_like(rows)
-    for chunk in _chunks(draw, len(rows), task):
-        unit, factor = _unit_centers(draw, chunk, task)
-        tile = (rows @ unit.T).mul_(scale).sub_(shift[:, None]).clamp_(max=88.0).exp_()
-        tile.mul_(terms.by_negative[:, None])
-        column, inside = _own(draw, chunk)
-        tile.scatter_add_(1, column, torch.where(inside, -tile.gather(1, column), 0.0))
-        tile.scatter_add_(1, column, torch.where(inside, terms.by_positive, 0.0))
-        tile.mul_(by_total * scale)
-        by_rows += tile @ unit
-        by_unit = tile.T @ rows
-        by_unit -= (by_unit * unit).sum(1, keepdim=True) * unit
-        task.deposit(draw.classes, chunk, by_unit * factor)
-    return by_rows
+def inverse_lengths(centers: Tensor) -> Tensor:
+    """1 / length of each center, [C]; 1 for a center shorter than 1e-8, which thus scores 0 and can grow."""
+    lengths = torch.linalg.vector_norm(centers, dim=1)
+    return torch.where(lengths > 1e-8, lengths.reciprocal(), 1.0)

@@ -1,0 +1,94 @@
+"""How a matrix of scores is cut: blocks of rows, tiles of classes, and the buffer that holds them.
+
+A block's rows meet all classes of the draw before their sums are known, and once more for the gradient.
+Tiles that fit the memory budget are kept between the two; the others are computed again. Tall blocks
+make efficient matrix products, so a block is never shorter than ``MIN_ROWS``: with a small budget it is
+tiles that give way, not rows.
+
+Shapes: R rows, C classes of a draw on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MIN_ROWS = 128
+"""Rows below which a matrix product spends its time on moving centers."""
+TILE_SCORES = 1 << 20
+"""Scores of one tile: what stands between two matrix products should stay in the cache."""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The cut of one draw's [R, C] scores."""
+
+    rows: int
+    """Rows of a block."""
+    classes: int
+    """Classes of a tile."""
+    kept: int
+    """Tiles kept from the sums to the gradient; the rest are computed twice."""
+    total_rows: int
+    total_classes: int
+
+    def blocks(self) -> Iterator[slice]:
+        """Slices of rows."""
+        for start in range(0, self.total_rows, self.rows):
+            yield slice(start, min(start + self.rows, self.total_rows))
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of classes."""
+        for start in range(0, self.total_classes, self.classes):
+            yield slice(start, min(start + self.classes, self.total_classes))
+
+
+def plan_tiles(rows: int, classes: int, itemsize: int, budget: int, min_rows: int = MIN_ROWS) -> TilePlan:
+    """Cut scores so that kept tiles and one more fit a budget.
+
+    Args:
+        rows: R.
+        classes: C.
+        itemsize: Bytes of a score.
+        budget: Bytes for scores.
+        min_rows: Shortest block (fewer only if there are fewer rows).
+    """
+    scores = max(1, budget // itemsize)
+    block = min(max(1, rows), max(min_rows, scores // max(1, classes)))
+    # Equal blocks: a short last one would be as slow as a full one.
+    block = -(-rows // -(-rows // block)) if rows else 1
+    tile = max(1, min(classes, TILE_SCORES // block, scores // block))
+    tiles = -(-classes // tile)
+    fitting = scores // (block * tile)
+    kept = tiles if fitting >= tiles else max(0, fitting - 1)
+    return TilePlan(block, tile, kept, rows, classes)
+
+
+class TileBuffer:
+    """Memory for the tiles of one block, used again for the next."""
+
+    def __init__(self, plan: TilePlan, like: Tensor) -> None:
+        tiles = min(plan.kept + 1, -(-plan.total_classes // plan.classes))
+        self._flat = like.new_empty(tiles * plan.rows * plan.classes)
+        self._plan = plan
+
+    def tile(self, number: int, rows: int, classes: int) -> Tensor:
+        """An uninitialised tile [rows, classes]; all tiles that are not kept share one place."""
+        start = min(number, self._plan.kept) * self._plan.rows * self._plan.classes
+        return self._flat[start : start + rows * classes].view(rows, classes)
+
+
+def own_columns(columns: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Positives that stand inside a tile.
+
+    Args:
+        columns: Column of each positive in the draw, -1 where it is not on this rank, [rows, T].
+        tile: Slice of classes.
+
+    Returns:
+        Column within the tile (0 where it is elsewhere) and whether it is there, both [rows, T].
+    """
+    inside = (columns >= tile.start) & (columns < tile.stop)
+    return (columns - tile.start).masked_fill_(~inside, 0), inside
