@@ -49,20 +49,14 @@ def rotation(class_angle: Tensor, rows: int, columns: int, theta: float) -> Rota
 def _patch_table(
     rows: int, columns: int, pairs: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # A table first built under inference_mode would be refused by autograd ever after.
-    with torch.inference_mode(False), torch.no_grad():
-        steps = torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs
-        frequencies = 1.0 / theta**steps
-        row = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequencies
-        column = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * frequencies
-        angles = torch.cat(
-            (
-                row[:, None].expand(rows, columns, -1),
-                column[None].expand(rows, columns, -1),
-            ),
-            dim=-1,
-        ).flatten(0, 1)
-        return angles.cos(), angles.sin()
+    steps = torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs
+    frequencies = 1.0 / theta**steps
+    row = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequencies
+    column = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * frequencies
+    by_row = row[:, None].expand(rows, columns, -1)
+    by_column = column[None].expand(rows, columns, -1)
+    angles = torch.cat((by_row, by_column), dim=-1).flatten(0, 1)
+    return angles.cos(), angles.sin()
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
