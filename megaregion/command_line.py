@@ -31,8 +31,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def run_parser(description: str) -> Any:
     """A jsonargparse parser with every setting of a run; add a command's own flags to it."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    # The sentence under each field of config.py is the text of --help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; several are merged in order"

@@ -117,6 +117,7 @@ class ZeroEngine:
         self._engine, self._optimizer = _initialize(model, config, topology, decays, self._settings)
         self._parameters = dict(self._engine.module.named_parameters())
         self._join_norms()
+        self._make_moments(0)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,14 +188,13 @@ class ZeroEngine:
             read: Returns the fp32 value of a named tensor at a place.
             step: Optimizer steps taken so far (AdamW's bias correction).
         """
-        if step:
-            self._make_moments(step)
+        self._make_moments(step)
         for name, parameter in self._parameters.items():
             place = self.placements[name]
             value = read(f"weight.{name}", place).to(self._topology.device)
             self._set(parameter, value, None)
             self._refresh(parameter, value)
-            for key in MOMENTS if step else ():
+            for key in MOMENTS:
                 self._set(parameter, read(f"{key}.{name}", place).to(self._topology.device), key)
 
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
@@ -244,7 +244,11 @@ class ZeroEngine:
         return padded.narrow(0, length * self._topology.data_rank, length)
 
     def _make_moments(self, step: int) -> None:
-        """Create AdamW's lazy state, all zero, so that it can be filled."""
+        """Create AdamW's state, all zero.
+
+        Left to itself AdamW makes it in its first step. DeepSpeed would then link only the first parameter
+        group's state to the parameters (0.19.8), and there would be nothing to load into.
+        """
         optimizer = self._optimizer if self.stage == 0 else self._optimizer.optimizer
         for group in self._flat_groups():
             for master in group:
@@ -336,6 +340,8 @@ def _prepare_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    # DeepSpeed insists on it; srun and plain python do not set it.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

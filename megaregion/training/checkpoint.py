@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megaregion.errors import UserError
+from megaregion.training.metrics import LOG
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -156,6 +157,22 @@ def find_checkpoint(path: Path) -> Path:
         f"{path} holds no finished checkpoint (no {MANIFEST}); give a run folder, its checkpoints folder "
         "or one step-... folder"
     )
+
+
+def newest_whole(checkpoints: Path) -> CheckpointReader | None:
+    """The newest checkpoint whose files match their checksums; what is skipped is logged with its reason."""
+    for folder in step_folders(checkpoints) if checkpoints.is_dir() else ():
+        if not (folder / MANIFEST).exists():
+            LOG.warning("skipped %s: it has no %s, so it was never finished", folder, MANIFEST)
+            continue
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify()
+        except DamagedCheckpoint as error:
+            LOG.warning("skipped %s: %s", folder, error)
+            continue
+        return reader
+    return None
 
 
 class CheckpointReader:

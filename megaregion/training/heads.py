@@ -15,6 +15,7 @@ from torch import Tensor
 from megaregion.config import RunConfig, accumulation, draw_images
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
+from megaregion.heads.communication import gather_features
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.parallel.topology import Topology
 from megaregion.training.checkpoint import CheckpointReader, Piece
@@ -60,6 +61,7 @@ class Heads:
                 name=kind,
                 chunk_bytes=config.head.chunk_bytes,
                 backend=config.head.backend,
+                optimizer=config.optimizer,
             ).to(topology.device)
             for kind in KINDS
             if classes[kind] and settings[kind].weight
@@ -82,11 +84,11 @@ class Heads:
             micro_step: Index of the micro-step within the step.
         """
         leaf = embeddings.detach().requires_grad_()
-        rows = leaf.flatten(0, 1)
+        rows = gather_features(leaf.flatten(0, 1), self._topology.world_group, self._topology.data_group)
         labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
         regions = self._config.train.global_batch * self._config.data.regions_per_image
         sums, counts, metrics = {}, {}, {}
-        total = torch.zeros((), device=rows.device)
+        total = torch.zeros((), device=leaf.device)
         for kind, head in self.by_kind.items():
             result = head.loss(
                 rows,

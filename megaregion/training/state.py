@@ -24,14 +24,12 @@ from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.training.checkpoint import (
-    MANIFEST,
     CheckpointReader,
-    DamagedCheckpoint,
     Piece,
+    newest_whole,
     publish,
     retire,
     step_folder,
-    step_folders,
     write_pieces,
 )
 from megaregion.training.heads import Heads
@@ -176,22 +174,6 @@ class TrainingState:
             worked.zero_()
         dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=self._topology.world_group)
         return bool(worked.item())
-
-
-def newest_whole(checkpoints: Path) -> CheckpointReader | None:
-    """The newest checkpoint whose files match their checksums; what is skipped is logged with its reason."""
-    for folder in step_folders(checkpoints) if checkpoints.is_dir() else ():
-        if not (folder / MANIFEST).exists():
-            LOG.warning("skipped %s: it has no %s, so it was never finished", folder, MANIFEST)
-            continue
-        try:
-            reader = CheckpointReader(folder)
-            reader.verify()
-        except DamagedCheckpoint as error:
-            LOG.warning("skipped %s: %s", folder, error)
-            continue
-        return reader
-    return None
 
 
 def _read_placed(reader: CheckpointReader, name: str, place: Placement) -> Tensor:

@@ -1,0 +1,117 @@
+"""Settings: contradictions are refused in one line that names the key, the value and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import repository
+from toy import toy_config
+
+from megaregion.command_line import parse_run, run_parser
+from megaregion.config import (
+    RunConfig,
+    accumulation,
+    check_config,
+    config_from_dict,
+    draw_images,
+    setting_names,
+)
+from megaregion.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__heads": 5}, "model.heads must divide model.width"),
+        ({"parallel__tensor": 3}, r"parallel.tensor must divide model.heads 4, got 3; use one of 1, 2, 4"),
+        (
+            {"model__image_size": 33},
+            "model.image_size must be a multiple of model.patch_size 8, got 33; use 32",
+        ),
+        ({"model__region_layers": 4}, "model.region_layers must lie in"),
+        ({"head__text__sample_rate": 0.0}, r"head.text.sample_rate must lie in \(0, 1\], got 0.0; use 1.0"),
+        ({"head__object__margin": 1.5}, "head.object.margin"),
+        ({"parallel__zero_stage": 4}, "parallel.zero_stage must be 0, 1, 2 or 3"),
+        ({"parallel__zero_stage": 0, "train__precision": "bf16"}, "zero_stage 0 with train.precision bf16"),
+        ({"data__crop_scale": (0.5, 0.2)}, "data.crop_scale"),
+        ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps must lie in"),
+        ({"train__steps": 0}, "train.steps must be at least 1, got 0"),
+    ],
+)
+def test_a_contradiction_is_refused_with_the_way_out(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_config(toy_config(Path("data"), Path("runs"), **changes))
+
+
+def test_the_defaults_are_a_legal_run() -> None:
+    check_config(dataclasses.replace(RunConfig(), train=dataclasses.replace(RunConfig().train, steps=5000)))
+
+
+def test_a_global_batch_that_does_not_fit_the_ranks_names_those_that_work() -> None:
+    config = toy_config(Path("data"), Path("runs"))
+    with pytest.raises(UserError, match="sizes that work: 1, 2, 4, 8, 16"):
+        accumulation(config, 3)
+    assert [accumulation(config, ranks) for ranks in (1, 2, 4, 8, 16)] == [8, 4, 2, 1, 1]
+
+
+def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:
+    config = toy_config(Path("data"), Path("runs"), head__draw_images=5)
+    with pytest.raises(UserError, match=r"head.draw_images must divide .* use 4"):
+        draw_images(config, 2)
+
+
+def test_settings_survive_the_way_through_a_checkpoint() -> None:
+    config = toy_config(Path("data"), Path("runs"), data__crop_scale=(0.25, 0.75))
+    assert config_from_dict(dataclasses.asdict(config)) == config
+
+
+def test_every_setting_has_a_sentence_in_the_help() -> None:
+    help_text = " ".join(run_parser("x").format_help().split())
+    for name in setting_names():
+        assert f"--{name}" in help_text or f"{name}:" in help_text, name
+    assert "Ranks that share one copy of the model" in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.widht", "5"], "unknown setting model.widht; did you mean model.width?"),
+        (["--modle.width", "5"], "did you mean model.width?"),
+        (["--model.width", "wide"], "model.width"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_an_unknown_or_unfit_flag_is_named_with_the_nearest_one(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        parse_run(run_parser("x"), arguments)
+
+
+@pytest.mark.parametrize("content", ["model: {widht: 5}", "modle: {width: 5}"])
+def test_an_unknown_key_in_a_file_is_named_with_the_nearest_one(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"did you mean model(\.width)?\?"):
+        parse_run(run_parser("x"), ["--config", str(file)])
+
+
+def test_files_are_merged_in_order_and_flags_win(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("model: {width: 64, heads: 4}\noptimizer: {lr: 0.1, warmup_steps: 0}")
+    two.write_text("model: {width: 32}")
+    config, _ = parse_run(
+        run_parser("x"), ["--config", str(one), "--config", str(two), "--optimizer.lr", "0.2"]
+    )
+    assert (config.model.width, config.model.heads, config.optimizer.lr) == (32, 4, 0.2)
+
+
+def test_a_users_mistake_ends_with_one_line_and_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/pretrain.py", "--model.widht", "5"],
+        cwd=repository(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip() == "megaregion: unknown setting model.widht; did you mean model.width?"
