@@ -1,0 +1,97 @@
+"""What every compared encoder is to the evaluation: images and boxes in, one feature a region out.
+
+Shapes: n boxes of one image, R regions of several images one after another, C feature width, E embedding
+width, h x w pixels of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PIXELS = 32
+"""Side to which the raw-pixel baseline resizes a crop."""
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BoxedImage:
+    """One image with the regions to encode."""
+
+    image: Image.Image
+    """RGB."""
+    boxes: NDArray[np.float32]
+    """[n, 4] in pixels of the image, x1 and y1 exclusive."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of R regions."""
+
+    region: NDArray[np.float32]
+    """[R, C], compared by cosine."""
+    embedding: NDArray[np.float32] | None = None
+    """[R, E], what the heads classify; None for an encoder without heads."""
+
+
+class RegionFeatures(Protocol):
+    """An encoder of regions."""
+
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+        ...
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Encode all regions of a batch of images, image by image."""
+        ...
+
+
+class CropEncoder:
+    """Encodes each region from its crop alone: pixels, or any image encoder.
+
+    Args:
+        name: Name in the table.
+        embed: Crops, uint8 RGB [h, w, 3] of any sizes, to features [R, C].
+    """
+
+    def __init__(self, name: str, embed: Callable[[Sequence[Pixels]], NDArray[np.float32]]) -> None:
+        self.name = name
+        self._embed = embed
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Cut out every region and embed the crops of all images together."""
+        crops = [np.asarray(crop(item.image, box)) for item in images for box in item.boxes]
+        return Features(np.asarray(self._embed(crops), np.float32))
+
+
+def crop(image: Image.Image, box: Sequence[float] | NDArray[np.float32]) -> Image.Image:
+    """Cut a box out of an image, rounded to whole pixels, clipped to the image, at least one pixel."""
+    x0, y0, x1, y1 = (round(float(value)) for value in box)
+    left, top = min(max(x0, 0), image.width - 1), min(max(y0, 0), image.height - 1)
+    return image.crop((left, top, min(max(x1, left + 1), image.width), min(max(y1, top + 1), image.height)))
+
+
+def raw_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
+    """Pixels of each crop at 32 x 32, on the 0..1 scale, as one vector, [R, 3072]."""
+    side = (PIXELS, PIXELS)
+    small = [np.asarray(Image.fromarray(c).resize(side, Image.Resampling.BILINEAR)) for c in crops]
+    return np.asarray(small, np.float32).reshape(len(crops), 3 * PIXELS**2) / np.float32(255)
+
+
+def centred_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
+    """The same with each crop's mean subtracted, so that brightness alone makes no two crops alike."""
+    pixels = raw_pixels(crops)
+    centred: NDArray[np.float32] = pixels - pixels.mean(axis=1, keepdims=True)
+    return centred
+
+
+def pixel_encoders() -> list[CropEncoder]:
+    """Both forms of the pixel baseline; the table shows the better of the two."""
+    return [CropEncoder("pixels/raw", raw_pixels), CropEncoder("pixels/centred", centred_pixels)]

@@ -1,0 +1,77 @@
+"""The run's metrics.jsonl: one line a step, read leniently, since a run may still be writing it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaregion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps at which it was logged."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __bool__(self) -> bool:
+        return len(self.steps) > 0
+
+
+class Metrics:
+    """All metrics of a run, by name.
+
+    After a resume the same step may stand twice in the file; the later line counts, for it belongs to
+    the weights that the run ended with.
+    """
+
+    def __init__(self, lines: dict[int, dict[str, float]]) -> None:
+        self._lines = lines
+
+    def curve(self, name: str) -> Curve:
+        """The metric of this name; an empty curve when it was never logged."""
+        points = [(step, line[name]) for step, line in sorted(self._lines.items()) if name in line]
+        return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+    @property
+    def last_step(self) -> int:
+        """Greatest step that was logged."""
+        return max(self._lines)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds between the first and the last logged step; None without times."""
+        times = self.curve("time").values
+        return max(times) - min(times) if len(times) > 1 else None
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a run's metrics; missing keys, nulls and values that are no finite number are left out.
+
+    Raises:
+        UserError: The file is missing, holds no step, or a line other than the last is not JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; tools/pretrain.py writes it while it trains")
+    lines: dict[int, dict[str, float]] = {}
+    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, KeyError, TypeError):
+            # A run that is writing, or was killed while it wrote, leaves half a last line.
+            if number == len(texts):
+                break
+            raise UserError(f"{path} line {number} is not a step's metrics; remove that line") from None
+        lines[step] = {name: float(value) for name, value in line.items() if _is_finite(value)}
+    if not lines:
+        raise UserError(f"{path} holds no step; let the run log at least one")
+    return Metrics(lines)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

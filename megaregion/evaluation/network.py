@@ -1,0 +1,167 @@
+"""The run's network as an encoder of regions: with the weights of a checkpoint, or as it began.
+
+Shapes: B images of a batch, N regions an image (the most of any image of the batch), P patches, R regions
+of the batch one after another, D width, E embedding width, V text classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megaregion.config import RunConfig, config_from_dict
+from megaregion.data.transforms import EvalTransform
+from megaregion.errors import UserError
+from megaregion.evaluation.encoders import BoxedImage, Features
+from megaregion.heads.centers import random_centers
+from megaregion.models import RegionEncoder, initialise
+from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint, step_folder
+
+BODY = "body.weight."
+TEXT_CENTERS = "head.text.weight"
+
+
+class NetworkEncoder:
+    """Region tokens of a network, after its last norm; padded to one batch, never cropped.
+
+    Args:
+        name: Name in the table.
+        model: The network.
+        transform: Resizes whole images, as the model expects them.
+        device: Where the model computes, e.g. "cpu".
+        projected: Compare regions by the heads' embeddings instead of the exported features.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: RegionEncoder,
+        transform: EvalTransform,
+        device: str = "cpu",
+        projected: bool = False,
+    ) -> None:
+        self.name = name
+        self._model = model.to(device).eval()
+        self._transform = transform
+        self._device = device
+        self._projected = projected
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[BoxedImage]) -> Features:
+        """Encode every image once, and all its regions with it.
+
+        Returns:
+            Region features [R, D] (or the embeddings, if so asked) and embeddings [R, E], image by image.
+        """
+        images, visible, real = self._batch(items)
+        tokens = self._model.vit(images, visible, regions_only=True)
+        region = self._model.vit.pool(tokens.regions)[real]
+        embedding = self._model.projection(region)
+        return Features(_array(embedding if self._projected else region), _array(embedding))
+
+    def _batch(self, items: Sequence[BoxedImage]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, 3, H, W], what their regions see [B, N, P], and which regions are real [B, N]."""
+        counts = torch.tensor([len(item.boxes) for item in items])
+        real = torch.arange(max(1, int(counts.max()))) < counts[:, None]
+        images, seen = zip(*(self._transform(item.image, item.boxes.tolist()) for item in items), strict=True)
+        # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
+        visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
+        visible[real] = torch.cat(seen)
+        return torch.stack(images).to(self._device), visible.to(self._device), real.to(self._device)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint opened for evaluation."""
+
+    reader: CheckpointReader
+    config: RunConfig
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the weights."""
+        return self.reader.step
+
+    def trained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
+        """The network with the checkpoint's weights.
+
+        Raises:
+            UserError: The checkpoint lacks a parameter, or one has another shape.
+        """
+        model = self._model()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = self._read(BODY + name)
+                if value.shape != parameter.shape:
+                    raise UserError(
+                        f"{self.reader.folder}: {BODY}{name} has the shape {list(value.shape)}, its settings "
+                        f"ask for {list(parameter.shape)}; the checkpoint and its config do not match"
+                    )
+                parameter.copy_(value)
+        return self._encoder("trained", model, device, projected)
+
+    def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
+        """The same network with the weights that the run began with."""
+        model = self._model()
+        initialise(model, self.config.seed)
+        return self._encoder("untrained", model, device, projected)
+
+    def text_centers(self) -> NDArray[np.float32] | None:
+        """Weight of the text head, [V, E]; None if the run has none.
+
+        Raises:
+            UserError: The checkpoint is damaged.
+        """
+        if TEXT_CENTERS not in self.reader.names():
+            return None
+        return _array(self._read(TEXT_CENTERS))
+
+    def first_text_centers(self) -> NDArray[np.float32] | None:
+        """Weight of the text head as the run began with it, [V, E]; None if the run has none."""
+        if TEXT_CENTERS not in self.reader.names():
+            return None
+        classes, width = self.reader.shape(TEXT_CENTERS)
+        return _array(random_centers(self.config.seed, "text", range(classes), width))
+
+    def _model(self) -> RegionEncoder:
+        return RegionEncoder(self.config.model, self.config.head.embedding_dim)
+
+    def _encoder(self, name: str, model: RegionEncoder, device: str, projected: bool) -> NetworkEncoder:
+        transform = EvalTransform(self.config.data, self.config.model)
+        return NetworkEncoder(name, model, transform, device, projected)
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            return self.reader.read(name)
+        except DamagedCheckpoint as error:
+            raise UserError(f"{error}; evaluate another step with --checkpoint") from None
+
+
+def open_run(path: Path, step: int | None = None) -> TrainedRun:
+    """Open a run's checkpoint and check it against its checksums.
+
+    Args:
+        path: A run folder, its checkpoints folder or one checkpoint's folder.
+        step: Which step of a run folder; the newest if None.
+
+    Raises:
+        UserError: There is no such checkpoint, or it is damaged.
+    """
+    folder = find_checkpoint(path if step is None else step_folder(path / "checkpoints", step))
+    try:
+        reader = CheckpointReader(folder)
+        reader.verify()
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; evaluate another step with --checkpoint") from None
+    return TrainedRun(reader, config_from_dict(reader.manifest["config"]))
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.float().cpu().numpy()
+    return array

@@ -1,0 +1,587 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from toy_scenes import MODEL, RUN, write_run, write_scenes, write_shards
+
+from megaregion.data.info import read_info
+from megaregion.data.shards import ShardedDataset
+from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.transforms import EvalTransform
+from megaregion.errors import UserError
+from megaregion.evaluation import charts, knn, ocr
+from megaregion.evaluation.encoders import BoxedImage, CropEncoder, centred_pixels, crop, raw_pixels
+from megaregion.evaluation.encoding import encode_scenes, open_image
+from megaregion.evaluation.measure import majority_share
+from megaregion.evaluation.metrics import Curve, read_metrics
+from megaregion.evaluation.network import open_run
+from megaregion.evaluation.report import write_report
+from megaregion.evaluation.results import table, to_json
+from megaregion.evaluation.scenes import object_table, pick_scenes, read_scenes, word_table
+from megaregion.evaluation.study import Study, StudyConfig, conduct
+from megaregion.evaluation.vocabulary import open_vocabulary
+from megaregion.models import RegionEncoder, initialise
+
+TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    scenes: Path
+    dataset: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    root = tmp_path_factory.mktemp("evaluation")
+    scenes = write_scenes(root / "scenes")
+    dataset = write_shards(root / "shards", scenes)
+    write_run(root / "runs" / "toy", dataset, read_info(dataset).text_classes)
+    return Workplace(scenes, dataset, root / "runs" / "toy")
+
+
+@pytest.fixture(scope="module")
+def study(place: Workplace) -> Study:
+    config = StudyConfig(place.scenes, place.dataset, batch=5)
+    return conduct(open_run(place.run), config, [CropEncoder("curation", centred_pixels)])
+
+
+def rows(*values: tuple[float, ...]) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32)
+
+
+# ---- k-NN ------------------------------------------------------------------------------------------
+
+
+def test_a_query_takes_the_class_of_most_of_its_neighbours() -> None:
+    gallery = rows((1, 0), (0.9, 0.1), (0.8, 0.2), (0, 1), (0.1, 0.9))
+    names = ["cat", "dog", "dog", "cat", "cat"]
+    found = knn.nearest(rows((1, 0.05)), gallery, neighbours=3)
+    assert found.index.tolist() == [[0, 1, 2]]
+    assert knn.vote(found, names) == ["dog"]
+
+
+def test_of_classes_with_equally_many_votes_the_more_similar_wins() -> None:
+    gallery = rows((1, 0), (0.9, 0.3), (0.7, 0.7), (0.6, 0.8), (-1, 0))
+    names = ["far", "near", "near", "far", "other"]
+    found = knn.nearest(rows((0.85, 0.55)), gallery, neighbours=4)
+    assert sorted(found.index[0].tolist()) == [0, 1, 2, 3]
+    assert knn.vote(found, names) == ["near"]
+
+
+def test_similarity_is_the_cosine_whatever_the_length_of_the_features() -> None:
+    found = knn.nearest(rows((5, 0)), rows((100, 100), (0.01, 0.0)), neighbours=2)
+    assert found.index.tolist() == [[1, 0]]
+    assert found.similarity[0] == pytest.approx([1, 0.5**0.5], abs=1e-6)
+
+
+def test_a_training_region_never_meets_its_own_scene_but_does_meet_its_cut_out_elsewhere() -> None:
+    features = rows((1, 0), (1, 0.01), (1, 0.02), (0, 1))
+    scene = np.array([0, 0, 1, 1])
+    found = knn.nearest(features, features, scene, scene, neighbours=1)
+    assert found.index[:, 0].tolist() == [2, 2, 1, 1]
+
+
+def test_a_gallery_smaller_than_k_gives_all_it_has() -> None:
+    found = knn.nearest(rows((1, 0)), rows((1, 0), (0, 1)))
+    assert found.index.tolist() == [[0, 1, -1, -1, -1]]
+    assert knn.vote(found, ["a", "b"]) == ["a"]
+    assert knn.vote(knn.nearest(rows((1, 0)), np.zeros((0, 2), np.float32)), []) == [""]
+
+
+def test_the_largest_scores_are_those_of_a_full_sort_also_over_blocks_of_queries() -> None:
+    scores = np.random.default_rng(0).normal(size=(2500, 40)).astype(np.float32)
+    full = np.argsort(-scores, axis=1, kind="stable")
+    assert np.array_equal(knn.largest(scores, 5), full[:, :5])
+    gallery = np.random.default_rng(1).normal(size=(60, 8)).astype(np.float32)
+    queries = np.random.default_rng(2).normal(size=(2500, 8)).astype(np.float32)
+    cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
+        gallery / np.linalg.norm(gallery, axis=1)[:, None]
+    ).T
+    assert np.array_equal(knn.nearest(queries, gallery).index, np.argsort(-cosine, axis=1)[:, :5])
+
+
+def test_an_interval_is_wide_when_few_cut_outs_stand_in_many_scenes() -> None:
+    true = ["cat"] * 200
+    predicted = ["cat", "dog"] * 100
+    alone = [str(i) for i in range(200)]
+    low, high = knn.interval(predicted, true, alone)
+    assert low == pytest.approx(0.43, abs=0.03)
+    assert high == pytest.approx(0.57, abs=0.03)
+    two_cut_outs = ["a", "b"] * 100
+    assert knn.interval(predicted, true, two_cut_outs) == (0.0, 1.0)
+    assert knn.interval(true, true, two_cut_outs) == (1.0, 1.0)
+
+
+# ---- OCR -------------------------------------------------------------------------------------------
+
+
+def test_recall_is_the_mean_share_of_gold_tokens_and_skips_words_without_any() -> None:
+    predicted = [(1, 2, 3, 4, 5), (1, 2, 3, 4, 5), (9,)]
+    assert ocr.recall(predicted, [(1, 7), (2, 3, 4), ()]) == pytest.approx(0.75)
+    assert ocr.recall([(1,)], [()]) is None
+
+
+def test_the_prior_is_the_tokens_that_most_training_regions_hold() -> None:
+    regions = [(4, 9), (9, 2), (9, 4), (1, 2), (8,), (7,), (6,)]
+    assert ocr.frequent_tokens(regions) == (9, 2, 4, 1, 6)
+
+
+def test_the_head_names_the_nearest_centers_whatever_their_length() -> None:
+    centers = np.eye(7, dtype=np.float32) * np.arange(1, 8, dtype=np.float32)[:, None]
+    embedding = rows((0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.0))
+    assert ocr.head_tokens(embedding, centers) == [(1, 3, 5, 4, 2)]
+
+
+def test_neighbours_name_their_most_common_tokens_and_the_nearer_ones_break_ties() -> None:
+    neighbours = knn.Neighbours(np.array([[0, 1, 2, -1, -1]]), rows((0.9, 0.8, 0.7, -np.inf, -np.inf)))
+    assert ocr.neighbour_tokens(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5)]
+
+
+def test_gold_tokens_are_distinct_and_hold_no_bare_word_start(place: Workplace) -> None:
+    processor = load_tokenizer(place.dataset / "tokenizer.model")
+    tokens = token_set(processor, "EXIT STOP EXIT")
+    pieces = [processor.id_to_piece(token) for token in tokens]
+    assert len(set(tokens)) == len(tokens) > 0
+    assert "▁" not in pieces
+    assert token_set(processor, "") == ()
+    assert not any(processor.is_unknown(token) for token in token_set(processor, "EXIT ☃"))
+
+
+def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"is no sentencepiece model"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=r"does not exist"):
+        load_tokenizer(tmp_path / "absent.model")
+
+
+def test_the_prior_is_counted_in_the_training_shards(place: Workplace) -> None:
+    vocabulary = open_vocabulary(ShardedDataset(place.dataset), {})
+    assert vocabulary is not None
+    words = word_table(read_scenes(place.scenes / "train")).names
+    assert vocabulary.prior == ocr.frequent_tokens(vocabulary.tokens(word) for word in words)
+
+
+def test_another_tokenizer_than_the_runs_own_is_refused(place: Workplace) -> None:
+    with pytest.raises(UserError, match=r"not the tokenizer that the run was trained with"):
+        open_vocabulary(ShardedDataset(place.dataset), {"tokenizer_sha256": "0" * 64})
+
+
+# ---- scenes ----------------------------------------------------------------------------------------
+
+
+def test_tables_hold_objects_and_words_scene_by_scene(place: Workplace) -> None:
+    scenes = read_scenes(place.scenes / "train")
+    objects, words = object_table(scenes), word_table(scenes)
+    assert (len(objects), len(words)) == (24, 12)
+    assert objects.scene.tolist() == [i // 2 for i in range(24)]
+    assert scenes[3].boxes.tolist() == [*objects.boxes[6:8].tolist(), words.boxes[3].tolist()]
+
+
+def test_a_larger_gallery_only_adds_scenes_to_a_smaller_one(place: Workplace) -> None:
+    scenes = read_scenes(place.scenes / "train")
+    small, large = (pick_scenes(scenes, regions, seed=4) for regions in (7, 15))
+    assert sum(len(scene.objects) for scene in small) == 8
+    assert {scene.key for scene in small} < {scene.key for scene in large}
+    assert pick_scenes(scenes, 0, seed=4) == scenes
+    assert [scene.key for scene in small] != [scene.key for scene in pick_scenes(scenes, 7, seed=5)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 1 is not a scene"),
+        ('{"key": "a", "width": 9, "height": 9, "words": []}', "objects"),
+        (
+            '{"key":"a","width":9,"height":9,"words":[],"objects":[{"class":"c","box":[1,1,99,5]}]}',
+            "leaves its image of 9 x 9",
+        ),
+        (
+            '{"key":"a","width":9,"height":9,"words":[],"objects":[{"class":"c","box":[5,1,5,5]}]}',
+            "has no area",
+        ),
+    ],
+)
+def test_a_line_of_truth_that_is_no_scene_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "truth.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        read_scenes(tmp_path)
+
+
+def test_an_image_that_is_missing_damaged_or_of_another_size_is_named(
+    place: Workplace, tmp_path: Path
+) -> None:
+    scene = read_scenes(place.scenes / "test")[0]
+    with pytest.raises(UserError, match=r"cannot be read"):
+        open_image(dataclasses.replace(scene, path=tmp_path / "absent.jpg"))
+    half = tmp_path / "half.jpg"
+    half.write_bytes(scene.path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"half.jpg cannot be read"):
+        open_image(dataclasses.replace(scene, path=half))
+    with pytest.raises(UserError, match=r"its truth says 97 x 96"):
+        open_image(dataclasses.replace(scene, width=97))
+
+
+def test_a_missing_split_is_answered_with_the_splits_that_exist(place: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(place.scenes / "train", tmp_path / "train")
+    with pytest.raises(UserError, match=r"has only train"):
+        conduct(open_run(place.run), StudyConfig(tmp_path, place.dataset))
+
+
+# ---- encoders --------------------------------------------------------------------------------------
+
+
+def test_a_crop_is_clipped_to_its_image_and_never_empty(place: Workplace) -> None:
+    image = open_image(read_scenes(place.scenes / "test")[0])
+    assert crop(image, (10.2, 4.6, 20.4, 9.0)).size == (10, 4)
+    assert crop(image, (-3, -3, 5, 500)).size == (5, 96)
+    assert crop(image, (95.6, 95.6, 95.9, 95.9)).size == (1, 1)
+
+
+def test_centred_pixels_ignore_brightness_and_raw_pixels_do_not() -> None:
+    dark = np.random.default_rng(0).integers(0, 100, (40, 30, 3), dtype=np.uint8)
+    crops = [dark, dark + np.uint8(100)]
+    assert np.allclose(*centred_pixels(crops), atol=1e-6)
+    assert not np.allclose(*raw_pixels(crops), atol=0.1)
+    assert raw_pixels(crops).shape == (2, 32 * 32 * 3)
+
+
+def test_the_trained_encoder_is_the_checkpoints_network(place: Workplace) -> None:
+    run = open_run(place.run)
+    scene = read_scenes(place.scenes / "test")[0]
+    image = open_image(scene)
+    model = RegionEncoder(MODEL, RUN.head.embedding_dim)
+    model.load_state_dict(
+        {
+            name.removeprefix("body.weight."): run.reader.read(name)
+            for name in run.reader.names()
+            if name.startswith("body.weight.")
+        }
+    )
+    pixels, visible = EvalTransform(run.config.data, MODEL)(image, scene.boxes.tolist())
+    with torch.inference_mode():
+        expected = model.vit.pool(model.vit(pixels[None], visible[None]).regions)[0]
+        projected = model.projection(expected)
+    features = run.trained().encode([BoxedImage(image, scene.boxes)])
+    assert np.allclose(features.region, expected.numpy(), atol=1e-5)
+    assert np.allclose(features.embedding, projected.numpy(), atol=1e-5)
+    by_embedding = run.trained(projected=True).encode([BoxedImage(image, scene.boxes)])
+    assert np.array_equal(by_embedding.region, by_embedding.embedding)
+
+
+def test_padding_to_the_largest_image_of_a_batch_changes_no_feature(place: Workplace) -> None:
+    encoder = open_run(place.run).trained()
+    scenes = read_scenes(place.scenes / "test")
+    items = [BoxedImage(open_image(s), s.boxes[: 1 + i % 3]) for i, s in enumerate(scenes)]
+    together = encoder.encode(items).region
+    alone = np.concatenate([encoder.encode([item]).region for item in items])
+    assert together.shape == (1 + 2 + 3 + 1, MODEL.width)
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+def test_the_untrained_encoder_is_the_network_before_the_first_step(place: Workplace) -> None:
+    scene = read_scenes(place.scenes / "test")[0]
+    run = open_run(place.run)
+    model = RegionEncoder(MODEL, RUN.head.embedding_dim)
+    initialise(model, RUN.seed)
+    image = open_image(scene)
+    pixels, visible = EvalTransform(run.config.data, MODEL)(image, scene.boxes.tolist())
+    with torch.inference_mode():
+        expected = model(pixels[None], visible[None])[0].numpy()
+    found = run.untrained().encode([BoxedImage(image, scene.boxes)])
+    assert np.allclose(found.embedding, expected, atol=1e-5)
+    trained = run.trained().encode([BoxedImage(image, scene.boxes)])
+    assert not np.allclose(found.region, trained.region, atol=0.1)
+
+
+def test_features_come_back_in_the_order_of_the_tables_for_any_batch(place: Workplace) -> None:
+    scenes = read_scenes(place.scenes / "train")
+    encoder = CropEncoder("sizes", lambda crops: rows(*[c.shape[:2] for c in crops]))
+    objects = object_table(scenes).boxes
+    for batch in (1, 5, 64):
+        found = encode_scenes(scenes, [encoder], batch, 2, {})["sizes"]
+        assert found.objects.tolist() == np.round(objects[:, [3, 2]] - objects[:, [1, 0]]).tolist()
+        assert found.words.shape == (12, 2)
+        assert found.word_embeddings is None
+
+
+def test_a_checkpoint_that_does_not_fit_its_settings_is_refused(place: Workplace) -> None:
+    run = open_run(place.run)
+    wider = dataclasses.replace(run.config, model=dataclasses.replace(MODEL, mlp_width=48))
+    with pytest.raises(UserError, match=r"has the shape .* ask for"):
+        dataclasses.replace(run, config=wider).trained()
+    deeper = dataclasses.replace(run.config, model=dataclasses.replace(MODEL, depth=3))
+    with pytest.raises(UserError, match=r"holds no tensor .*--checkpoint"):
+        dataclasses.replace(run, config=deeper).trained()
+
+
+def test_a_changed_byte_in_the_checkpoint_is_noticed(place: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(place.run, tmp_path / "run")
+    file = next((tmp_path / "run").rglob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"does not match its checksum"):
+        open_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"no finished checkpoint"):
+        open_run(place.run, step=7)
+
+
+# ---- the study -------------------------------------------------------------------------------------
+
+
+def test_a_study_has_all_four_encoders_and_shares_between_0_and_1(study: Study) -> None:
+    numbers = to_json(study)
+    assert [row["encoder"] for row in numbers["rows"]] == ["trained", "untrained", "pixels", "curation"]
+    assert (numbers["test_regions"], numbers["test_words"]) == (8, 4)
+    assert numbers["seconds"].keys() >= {"read", "trained", "untrained", "curation"}
+    for row in numbers["rows"]:
+        for key, value in row.items():
+            if key not in ("encoder", "variant", "region_knn_interval"):
+                assert value is None or 0 <= value <= 1, (key, value)
+        low, high = row["region_knn_interval"]
+        assert 0 <= low <= row["region_knn"] <= high <= 1
+        has_head = row["encoder"] in ("trained", "untrained")
+        assert (row["ocr_recall_at_5"] is not None) == has_head
+        assert (row["ocr_train_recall_at_5"] is not None) == has_head
+        assert row["ocr_knn_recall_at_5"] is not None
+        assert row["ocr_prior"] == numbers["rows"][0]["ocr_prior"]
+    assert json.loads(json.dumps(numbers)) == numbers
+
+
+def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: Study) -> None:
+    scenes = read_scenes(place.scenes / "train"), read_scenes(place.scenes / "test")
+    accuracies = {}
+    for name, embed in (("raw", raw_pixels), ("centred", centred_pixels)):
+        known, asked = (encode_scenes(s, [CropEncoder("p", embed)], 8, 1, {})["p"].objects for s in scenes)
+        gallery, queries = map(object_table, scenes)
+        accuracies[name] = knn.accuracy(knn.vote(knn.nearest(asked, known), gallery.names), queries.names)
+    row = study.judgement("pixels").row
+    assert row.region_knn == max(accuracies.values()) == accuracies[str(row.variant)]
+
+
+def test_features_that_tell_the_class_give_perfect_accuracy_and_constant_ones_the_majority(
+    place: Workplace,
+) -> None:
+    def colour(crops: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return rows(*[np.eye(3)[c[c.shape[0] // 2, c.shape[1] // 2].argmax()] for c in crops])
+
+    others = [
+        CropEncoder("oracle", colour),
+        CropEncoder("blind", lambda crops: np.ones((len(crops), 2), np.float32)),
+    ]
+    study = conduct(open_run(place.run), StudyConfig(place.scenes, place.dataset), others)
+    oracle, blind = study.judgement("oracle").row, study.judgement("blind").row
+    assert oracle.region_knn == oracle.region_knn_train == 1.0
+    assert blind.region_knn < 1.0
+    assert majority_share(study.gallery.objects, study.queries.objects) < 1.0
+
+
+def test_a_diverged_network_is_refused_and_not_measured(place: Workplace) -> None:
+    nan = CropEncoder("lost", lambda crops: np.full((len(crops), 2), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"encoder lost gives features that are not finite"):
+        conduct(open_run(place.run), StudyConfig(place.scenes, place.dataset), [nan])
+
+
+def test_the_table_is_aligned_and_says_what_it_compares(study: Study) -> None:
+    lines = table(study).splitlines()
+    body = lines[1 : lines.index("")]
+    assert {len(line) for line in body if line.strip("-")} == {len(body[0])}
+    assert [line.split()[0] for line in body if not line.startswith(("-", " "))][1:5] == [
+        "trained",
+        "untrained",
+        "pixels",
+        "curation",
+    ]
+    assert "8 objects and 4 words of 4 test scenes" in table(study)
+
+
+def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path / "shards", place.scenes, text=False)
+    write_run(tmp_path / "run", dataset, text_classes=0)
+    study = conduct(open_run(tmp_path / "run"), StudyConfig(place.scenes, dataset))
+    for row in to_json(study)["rows"]:
+        assert row["region_knn"] > 0
+        assert {row[key] for key in row if key.startswith("ocr")} == {None}
+    write_report(study, tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
+    assert "This run has no text to read." in (tmp_path / "report.html").read_text()
+
+
+# ---- metrics and charts ----------------------------------------------------------------------------
+
+
+def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(
+        '{"step": 1, "loss": 3.0, "loss_text": null}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": NaN}\n'
+        '{"step": 2, "loss": 2.5}\n{"step": 4, "lo'
+    )
+    metrics = read_metrics(file)
+    assert metrics.curve("loss") == Curve((1, 2), (3.0, 2.5))
+    assert not metrics.curve("loss_text")
+    assert metrics.last_step == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "does not exist"),
+        ("", "holds no step"),
+        ("{}\n", "holds no step"),
+        ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2 is not a step's metrics"),
+    ],
+)
+def test_bad_metrics_are_named_in_the_page_and_stop_nothing(
+    study: Study, tmp_path: Path, text: str | None, reason: str
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        read_metrics(file)
+    write_report(study, file, tmp_path / "report.html")
+    assert reason.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "values", [(1.0,), (2.0, 2.0, 2.0), (0.0, 0.0), (-3.0, 5e6, 1e-9), tuple(range(5000))]
+)
+def test_a_chart_keeps_every_point_inside_its_frame(values: tuple[float, ...]) -> None:
+    svg = charts.line_chart(Curve(tuple(range(1, len(values) + 1)), values), "text", "any")
+    drawn = " ".join(re.findall(r'points="([^"]*)"', svg))
+    places = [tuple(map(float, pair.split(","))) for pair in drawn.split()]
+    assert places
+    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in places)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.38), (-5, 12), (3, 3), (1e-6, 2e-3), (0, 12345)])
+def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
+    ticks = charts.nice_ticks(low, high)
+    assert ticks[0] <= low + 1e-9
+    assert ticks[-1] >= high - 1e-9
+    assert 2 <= len(ticks) <= 8
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_the_running_mean_covers_the_last_twentieth_of_the_steps() -> None:
+    assert charts.running_mean((1.0, 5.0, 3.0)) == (1.0, 5.0, 3.0)
+    assert charts.running_mean(tuple(map(float, range(100))))[-1] == pytest.approx(97)
+
+
+# ---- the tool and its page -------------------------------------------------------------------------
+
+
+def run_tool(*arguments: object) -> int:
+    """Run the command line in this process."""
+    saved, sys.argv = sys.argv, [str(TOOL), *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOL), run_name="__main__")
+    finally:
+        sys.argv = saved
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def evaluated(place: Workplace) -> Path:
+    assert run_tool(place.run, "--scenes", place.scenes, "--limit", 16, "--batch", 4) == 0
+    return place.run
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects what the page would fetch, and its text."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_tool_writes_numbers_with_all_four_encoders_and_a_page(evaluated: Path) -> None:
+    numbers = json.loads((evaluated / "evaluation.json").read_text())
+    assert [row["encoder"] for row in numbers["rows"]] == ["trained", "untrained", "pixels", "curation"]
+    assert numbers["gallery_regions"] == 16
+    assert numbers["seconds"]["total"] > 0
+    assert (evaluated / "report.html").stat().st_size > 10_000
+
+
+def test_the_page_is_whole_and_fetches_nothing(evaluated: Path) -> None:
+    page = Page()
+    page.feed((evaluated / "report.html").read_text())
+    assert page.open == []
+    assert page.fetched
+    assert all(place.startswith("data:") for place in page.fetched)
+    for heading in ("Beside honest baselines", "How it learned", "Nearest neighbours", "What it reads"):
+        assert heading in page.text
+    assert "$" not in page.text
+
+
+def test_the_page_opens_in_a_browser_without_a_complaint(evaluated: Path, tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("chromium is not installed; CI needs it to open the report")
+        pytest.skip("chromium is not installed")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", (evaluated / "report.html").as_uri()]
+    opened = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    assert "Nearest neighbours" in opened.stdout
+    assert "CONSOLE" not in opened.stderr
+
+
+def test_the_validation_split_leaves_the_test_numbers_alone(evaluated: Path, place: Workplace) -> None:
+    before = (evaluated / "evaluation.json").read_bytes()
+    assert run_tool(place.run, "--scenes", place.scenes, "--split", "val", "--curation", "none") == 0
+    assert (evaluated / "evaluation.json").read_bytes() == before
+    numbers = json.loads((evaluated / "evaluation_val.json").read_text())
+    assert numbers["split"] == "val"
+    assert len(numbers["rows"]) == 3
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool(tmp_path / "nowhere", "--scenes", place.scenes) == 2
+    assert run_tool(place.run, "--scenes", tmp_path, "--curation", "none") == 2
+    assert run_tool(place.run, "--scenes", place.scenes, "--device", "abacus", "--curation", "none") == 2
+    assert run_tool(place.run, "--scenes", place.scenes, "--dataset", tmp_path, "--curation", "none") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("megaregion: ") for line in lines)
