@@ -43,9 +43,9 @@ def main() -> None:
     study = conduct(opened, config, others, _show_progress)
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
-    numbers, page = arguments.run / f"evaluation{suffix}.json", arguments.run / f"report{suffix}.html"
+    numbers, page = opened.folder / f"evaluation{suffix}.json", opened.folder / f"report{suffix}.html"
     write_json(study, numbers)
-    write_report(study, arguments.run / "metrics.jsonl", page)
+    write_report(study, opened.folder / "metrics.jsonl", page)
     print(table(study))
     print(f"\n{numbers}\n{page}")
 

@@ -88,6 +88,12 @@ class TrainedRun:
         """Optimizer steps behind the weights."""
         return self.reader.step
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder, where its metrics lie and its report belongs."""
+        step = self.reader.folder
+        return step.parent.parent if step.parent.name == "checkpoints" else step
+
     def trained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The network with the checkpoint's weights.
 

@@ -125,5 +125,5 @@ def _footer(study: Study) -> str:
     return (
         f"Gallery: {len(study.gallery.objects):,} objects and {len(study.gallery.words):,} words of "
         f"{len(study.gallery.scenes):,} training scenes, drawn with seed {study.config.seed}. "
-        f"Time: {spent}. Made by tools/evaluate.py; the numbers are in evaluation.json beside this page."
+        f"Time: {spent}. Made by tools/evaluate.py, which also writes the numbers as JSON beside this page."
     )
