@@ -84,8 +84,8 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch in page-locked memory, from which a GPU can copy on its own."""
-        return self._each(Tensor.pin_memory)
+        """The batch in page-locked memory, from which a GPU copies on its own; as it is without a GPU."""
+        return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(

@@ -164,12 +164,13 @@ class RegionLoader:
         try:
             batch = next(iterator, None)
         except (RuntimeError, OSError, EOFError) as error:
-            # "Caught": the worker lives and reports an error of its own.
-            if not self._config.workers or str(error).startswith("Caught"):
+            dead = _dead_workers(iterator)
+            if not dead:
                 raise
             raise UserError(
-                f"a data worker died ({error}); it was killed from outside, most often for lack of memory: "
-                f"lower data.workers ({self._config.workers}) or data.prefetch ({self._config.prefetch})"
+                f"a data worker died: {', '.join(dead)}; it was ended from outside, most often for lack of "
+                f"memory: lower data.workers ({self._config.workers}) or data.prefetch "
+                f"({self._config.prefetch})"
             ) from error
         if isinstance(batch, Failure):
             raise UserError(batch.text)
@@ -212,6 +213,18 @@ def _as_it_is(batch: Any) -> Any:
 def _leave_signals_to_the_run(worker: int) -> None:
     for number in RUN_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _dead_workers(iterator: Iterator[Any]) -> list[str]:
+    """Say which worker processes have ended, and how."""
+    dead = []
+    for number, process in enumerate(getattr(iterator, "_workers", ())):
+        # A worker's sockets close a moment before the process is seen to have ended.
+        process.join(timeout=0.5)
+        if (code := process.exitcode) is not None:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            dead.append(f"worker {number} (pid {process.pid}, {how})")
+    return dead
 
 
 def _close(reference: weakref.ref[RegionLoader]) -> None:

@@ -78,7 +78,7 @@ class Transform:
         if not kept:
             return None
         chosen = [kept[i] for i in sample_regions(len(kept), data.regions_per_image, rng)]
-        pixels = jitter(cut(image, view, side, side), data.color_jitter, rng)
+        pixels = jitter(cut(image, view, side, side, shrink=True), data.color_jitter, rng)
         boxes = np.array([region.box for region in chosen], dtype=np.float64)
         masks = [region.mask for region in chosen]
         return TransformedSample(
@@ -118,7 +118,7 @@ class EvalTransform:
         """Transform one image and its boxes.
 
         Args:
-            image: The image, decoded or not; it cannot be reused afterwards.
+            image: The image, decoded or not; it stays as it is.
             boxes: x0, y0, x1, y1 of R regions, in pixels of this image.
             masks: Exact shapes of the regions, where they are known.
 
