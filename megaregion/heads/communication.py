@@ -64,7 +64,8 @@ def unit_scale(rows: Tensor) -> Tensor:
     """The factor that gives each row length 1, [rows, 1]: 0 for a row of zeros, NaN for one not finite."""
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     tiny = torch.finfo(norm.dtype).tiny ** 0.5
-    return torch.where(norm > tiny, norm.reciprocal(), norm * 0.0)
+    # norm - norm is 0, but NaN where the norm overflows: such a row must not pass as a row of zeros.
+    return torch.where(norm > tiny, norm.reciprocal(), 0.0) + (norm - norm)
 
 
 class _UnitRows(torch.autograd.Function):

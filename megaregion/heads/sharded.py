@@ -208,10 +208,8 @@ class ClassShardedHead:
             raise NonFiniteFeatures(self.name, targets.index[bad].tolist())
 
     def _metrics(self, sums: RowSums, count: Tensor, targets: Targets) -> dict[str, Tensor]:
-        drawn = self.weight.new_tensor([sum(draw.size for draw in targets.draws), 0.0])
-        for draw in targets.draws:
-            here = draw.columns[draw.columns >= 0]
-            drawn[1] += len(here.unique())
+        sizes = [sum(draw.size for draw in targets.draws), sum(draw.positives for draw in targets.draws)]
+        drawn = torch.tensor(sizes, dtype=torch.float32, device=self.device)
         dist.all_reduce(drawn, group=self.world_group)
         return {
             "positive_cosine": sums.cosine / sums.positives.clamp_min(1),

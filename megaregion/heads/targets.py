@@ -43,6 +43,8 @@ class Draw:
     """Where each positive stands among those classes, -1 if not on this rank, int64 [rows, T]."""
     size: int
     """C."""
+    positives: int
+    """How many of them are a positive of one of the rows."""
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,5 @@ def _draw(rows: slice, found: Tensor | None, labels: Tensor, local: range) -> Dr
         place[found] = torch.arange(len(found), device=labels.device)
         columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
     columns = columns.masked_fill(~here, -1)
-    return Draw(rows, found, columns, len(local) if found is None else len(found))
+    positives = len(columns[here].unique())
+    return Draw(rows, found, columns, len(local) if found is None else len(found), positives)

@@ -45,7 +45,7 @@ class TilePlan:
             yield slice(start, min(start + self.classes, self.total_classes))
 
 
-def plan_tiles(rows: int, classes: int, itemsize: int, budget: int, min_rows: int = MIN_ROWS) -> TilePlan:
+def plan_tiles(rows: int, classes: int, itemsize: int, budget: int) -> TilePlan:
     """Cut scores so that kept tiles and one more fit a budget.
 
     Args:
@@ -53,10 +53,9 @@ def plan_tiles(rows: int, classes: int, itemsize: int, budget: int, min_rows: in
         classes: C.
         itemsize: Bytes of a score.
         budget: Bytes for scores.
-        min_rows: Shortest block (fewer only if there are fewer rows).
     """
     scores = max(1, budget // itemsize)
-    block = min(max(1, rows), max(min_rows, scores // max(1, classes)))
+    block = min(max(1, rows), max(MIN_ROWS, scores // max(1, classes)))
     # Equal blocks: a short last one would be as slow as a full one.
     block = -(-rows // -(-rows // block)) if rows else 1
     tile = max(1, min(classes, TILE_SCORES // block, scores // block))
