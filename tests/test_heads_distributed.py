@@ -1,0 +1,245 @@
+"""The head on several ranks: the same loss, gradients and centers as on one, from one launch of four."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from head_reference import dense_center_gradient
+from launch import launch
+from torch import Tensor
+
+from megaregion.config import HeadConfig
+from megaregion.errors import UserError
+from megaregion.heads import ClassShardedHead
+
+RANKS = 4
+ROWS, DIM, STEPS = 24, 6, 3
+LAYOUTS = {
+    "one": (1, 1),
+    "two": (2, 1),
+    "three": (3, 1),
+    "four": (4, 1),
+    "two by two": (2, 2),
+    "tensor": (1, 4),
+}
+"""Data-parallel and tensor-parallel ranks by name; tensor-parallel ranks are neighbours."""
+
+CASES: dict[str, dict[str, Any]] = {
+    f"{loss}, {margin}, {labels} labels, rate {rate}": {
+        "config": HeadConfig(loss=loss, margin_kind=margin, sample_rate=rate, min_negatives=5),
+        "classes": 57,
+        "labels": labels,
+        "draw_rows": 0 if rate == 1.0 else 8,
+        "chunk_bytes": 600,
+    }
+    for (loss, margin), labels, rate in itertools.product(
+        (("separated", "cosface"), ("separated", "arcface"), ("softmax", "cosface")), (1, 4), (0.2, 1.0)
+    )
+}
+CASES["one class"] = {**CASES["separated, cosface, 1 labels, rate 1.0"], "classes": 1}
+CASES["fewer classes than ranks"] = {**CASES["softmax, cosface, 1 labels, rate 1.0"], "classes": 3}
+CASES["only the floor"] = {
+    **CASES["separated, cosface, 1 labels, rate 1.0"],
+    "config": HeadConfig(sample_rate=1e-9, min_negatives=2),
+    "draw_rows": 6,
+}
+CASES["scale beyond the bound"] = {
+    **CASES["softmax, cosface, 4 labels, rate 1.0"],
+    "config": HeadConfig(loss="softmax", scale=200.0, sample_rate=1.0),
+}
+
+
+def on_rank(folder: str) -> None:
+    """What every rank does: all cases on all layouts that it belongs to, results to files."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    groups = make_groups()
+    dist.barrier()
+    for layout in LAYOUTS:
+        if rank < world_size(layout):
+            found = {name: train(case, layout, *groups[layout]) for name, case in CASES.items()}
+            torch.save(found, Path(folder) / f"{layout}-{rank}.pt")
+    dist.barrier()
+    for saved, loaded in itertools.permutations(("one", "three", "four", "two by two"), 2):
+        if rank < world_size(loaded):
+            case = CASES["separated, cosface, 4 labels, rate 0.2"]
+            found = train(case, loaded, *groups[loaded], resume=Path(folder) / saved)
+            torch.save(found, Path(folder) / f"{saved} to {loaded}-{rank}.pt")
+    errors = {"four": refuse(*groups["four"])}
+    torch.save(errors, Path(folder) / f"errors-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def world_size(layout: str) -> int:
+    data, tensor = LAYOUTS[layout]
+    return data * tensor
+
+
+def make_groups() -> dict[str, tuple[Any, Any]]:
+    """World and data-parallel group of this rank in each layout."""
+    groups = {}
+    for layout, (data, tensor) in LAYOUTS.items():
+        world = dist.new_group(list(range(data * tensor)))
+        columns = [dist.new_group(list(range(column, data * tensor, tensor))) for column in range(tensor)]
+        groups[layout] = (world, columns[dist.get_rank() % tensor])
+    return groups
+
+
+def train(
+    case: dict[str, Any], layout: str, world: Any, data: Any, resume: Path | None = None
+) -> dict[str, Any]:
+    """Some steps of two micro-steps each; what this rank saw."""
+    head = ClassShardedHead(
+        case["config"],
+        case["classes"],
+        DIM,
+        world_group=world,
+        data_group=data,
+        seed=3,
+        name="object",
+        chunk_bytes=case["chunk_bytes"],
+    )
+    first = 0
+    if resume is not None:
+        head.load(reader(resume, "separated, cosface, 4 labels, rate 0.2"))
+        first = STEPS
+    found: dict[str, list[Any]] = {"loss": [], "features": [], "centers": [], "norm": [], "metrics": []}
+    for step in range(first, first + STEPS):
+        for micro_step in range(2):
+            features, labels, rows = micro_batch(case, step, micro_step, data)
+            result = head.loss(
+                features, labels, rows, step, first_row=micro_step * ROWS, draw_rows=case["draw_rows"]
+            )
+            (result.sum / (2 * ROWS)).backward()
+            found["loss"].append(result.sum.detach())
+            found["metrics"].append({name: float(value) for name, value in result.metrics.items()})
+            found["features"].append(features.grad / data.size())
+        found["norm"].append(head.grad_norm_squared())
+        found["centers"].append(dense_center_gradient(head))
+        head.step(0.01)
+        head.zero_grad()
+    return {**found, "state": {name: tuple(piece) for name, piece in head.state().items()}}
+
+
+def micro_batch(case: dict[str, Any], step: int, micro_step: int, data: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's rows of a micro-step whose global rows are the same in every layout."""
+    generator = torch.Generator().manual_seed(1000 * step + micro_step)
+    features = torch.randn((ROWS, DIM), generator=generator)
+    labels = torch.randint(-1, case["classes"], (ROWS, case["labels"]), generator=generator)
+    labels[:, 0] = labels[:, 0].clamp_min(0)
+    rows = torch.rand(ROWS, generator=generator) < 0.7
+    share = ROWS // data.size()
+    own = slice(data.rank() * share, (data.rank() + 1) * share)
+    return features[own].clone().requires_grad_(), labels[own], rows[own]
+
+
+def reader(saved: Path, case: str) -> Callable[[str, Sequence[int], Sequence[int]], Tensor]:
+    """Any piece of what all ranks of a layout held at the end of a case."""
+    files = sorted(saved.parent.glob(f"{saved.name}-*.pt"))
+    pieces = [torch.load(file, weights_only=True)[case]["state"] for file in files]
+
+    def read(name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        full = torch.cat([piece[name][2] for piece in pieces])
+        assert full.shape == pieces[0][name][0]
+        return full[offset[0] : offset[0] + shape[0]]
+
+    return read
+
+
+def refuse(world: Any, data: Any) -> list[str]:
+    """Errors that this rank reports when only the last rank's rows are wrong."""
+    messages = []
+    for broken in ("label", "feature"):
+        head = ClassShardedHead(
+            HeadConfig(), 9, DIM, world_group=world, data_group=data, seed=3, name="object"
+        )
+        features, labels = torch.ones((2, DIM)), torch.zeros((2, 1), dtype=torch.int64)
+        if data.rank() == data.size() - 1:
+            labels[1] = 9 if broken == "label" else 0
+            features[1, 2] = 1.0 if broken == "label" else float("nan")
+        try:
+            head.loss(features.requires_grad_(), labels, torch.ones(2, dtype=torch.bool), 0)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    launch(on_rank, RANKS, str(folder))
+    return folder
+
+
+def pieces(results: Path, layout: str) -> list[dict[str, Any]]:
+    return [torch.load(file, weights_only=True) for file in sorted(results.glob(f"{layout}-*.pt"))]
+
+
+def assert_agrees(found: list[dict[str, Any]], expected: dict[str, Any], tensor: int) -> None:
+    """Ranks of a layout together against the one rank of another."""
+    for one, other in zip(found[0]["loss"], expected["loss"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for rank in found:
+        assert [float(loss) for loss in rank["loss"]] == [float(loss) for loss in found[0]["loss"]]
+        assert rank["metrics"] == [pytest.approx(metrics, abs=1e-5) for metrics in expected["metrics"]]
+        torch.testing.assert_close(rank["norm"], expected["norm"], rtol=1e-4, atol=1e-6)
+    for number, features in enumerate(expected["features"]):
+        together = torch.cat([rank["features"][number] for rank in found[::tensor]])
+        torch.testing.assert_close(together, features, rtol=1e-4, atol=1e-5)
+        for rank, whole in enumerate(found):
+            same = found[rank - rank % tensor]["features"][number]
+            assert torch.equal(whole["features"][number], same), (
+                "tensor-parallel ranks must agree bit for bit"
+            )
+    for number, centers in enumerate(expected["centers"]):
+        together = torch.cat([rank["centers"][number] for rank in found])
+        torch.testing.assert_close(together, centers, rtol=1e-4, atol=1e-5)
+    for name, (shape, _, whole) in expected["state"].items():
+        together = torch.cat([rank["state"][name][2] for rank in found])
+        assert all(tuple(rank["state"][name][0]) == tuple(shape) for rank in found)
+        torch.testing.assert_close(together, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_ranks_together_equal_one_rank(results: Path, layout: str, case: str) -> None:
+    found = [rank[case] for rank in pieces(results, layout)]
+    assert len(found) == world_size(layout)
+    assert_agrees(found, pieces(results, "one")[0][case], LAYOUTS[layout][1])
+
+
+@pytest.mark.parametrize("saved", ["one", "three", "four", "two by two"])
+def test_a_head_saved_on_some_ranks_goes_on_on_others(results: Path, saved: str) -> None:
+    others = [name for name in ("one", "three", "four", "two by two") if name not in (saved, "one")]
+    reference = "one" if saved != "one" else "three"
+    [expected] = [_whole(pieces(results, f"{saved} to {reference}"))]
+    for loaded in others if saved != "one" else others[1:]:
+        assert_agrees(pieces(results, f"{saved} to {loaded}"), expected, LAYOUTS[loaded][1])
+
+
+def _whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join a layout without tensor parallelism as if one rank had held it."""
+    count = len(ranks[0]["features"])
+    return {
+        **ranks[0],
+        "features": [torch.cat([rank["features"][number] for rank in ranks]) for number in range(count)],
+        "centers": [torch.cat([rank["centers"][number] for rank in ranks]) for number in range(STEPS)],
+        "state": {
+            name: (shape, (0,), torch.cat([rank["state"][name][2] for rank in ranks]))
+            for name, (shape, _, _) in ranks[0]["state"].items()
+        },
+    }
+
+
+def test_every_rank_refuses_what_one_rank_got_wrong(results: Path) -> None:
+    """Or the others would wait for it for ever."""
+    for errors in pieces(results, "errors"):
+        label, feature = errors["four"]
+        assert "label 9 of row 7" in label
+        assert "rows 7 of the micro-step" in feature
