@@ -27,3 +27,14 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, Cut]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in CUTS
     }
+
+
+def partial_gradients(model: nn.Module) -> list[str]:
+    """Name every whole parameter that enters the attention heads, which are cut over ranks.
+
+    Each rank sees only what its own heads send back to such a parameter; the sum over ranks is its gradient.
+
+    Args:
+        model: A model made of ``Block``s.
+    """
+    return [name for name, _ in model.named_parameters() if name.endswith("class_pos_emb")]

@@ -10,11 +10,12 @@ Shapes: O output width, I input width, T tensor ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
@@ -58,12 +59,15 @@ class _Row(RowParallelLinear):
         return super().forward(x)[0]
 
 
-def parallelize(model: nn.Module, plan: Mapping[str, Split], topology: Topology) -> dict[str, Placement]:
+def parallelize(
+    model: nn.Module, plan: Mapping[str, Split], partial: Sequence[str], topology: Topology
+) -> dict[str, Placement]:
     """Replace the planned linears in place and describe every parameter's place.
 
     Args:
         model: The whole model, with the same values on every rank.
         plan: Name of each linear to cut, and how.
+        partial: Whole parameters of whose gradient each tensor rank computes only its heads' part.
         topology: This rank's place; with one tensor rank the model stays as it is.
 
     Returns:
@@ -78,7 +82,15 @@ def parallelize(model: nn.Module, plan: Mapping[str, Split], topology: Topology)
         assert isinstance(linear, nn.Linear)
         setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology))
         placements.update(_linear_placements(name, linear, split, topology))
+    for name in partial:
+        model.get_parameter(name).register_hook(lambda part: _sum(part, topology))
     return placements
+
+
+def _sum(part: Tensor, topology: Topology) -> Tensor:
+    total = part.clone()
+    dist.all_reduce(total, group=topology.tensor_group)
+    return total
 
 
 def _whole(parameter: Tensor) -> Placement:

@@ -83,28 +83,28 @@ def join(tensor: int, timeout_minutes: int = 30) -> Topology:
 
 def leave() -> None:
     """Leave all process groups; call it last, on every rank."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device) -> Topology:
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor, create_gloo_process_groups=False)
+    """Make the groups. Every rank makes all of them, in one order, as torch.distributed wants it."""
+    tensor_groups = [list(range(first, first + tensor)) for first in range(0, world_size, tensor)]
+    data_groups = [list(range(first, world_size, tensor)) for first in range(tensor)]
     return Topology(
         rank=rank,
         world_size=world_size,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_rank=rank % tensor,
         tensor_size=tensor,
         device=device,
         world_group=dist.group.WORLD,
-        data_group=parallel_state.get_data_parallel_group(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=_own_group(data_groups, rank),
+        tensor_group=_own_group(tensor_groups, rank),
     )
+
+
+def _own_group(groups: list[list[int]], rank: int) -> Group:
+    made = [dist.new_group(ranks) for ranks in groups]
+    return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
 
 
 def _launched_as() -> tuple[int, int, int]:

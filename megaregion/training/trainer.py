@@ -25,7 +25,7 @@ from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT
 from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.initialisation import initialise
-from megaregion.models.plan import tensor_parallel_plan
+from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
@@ -63,7 +63,7 @@ class Trainer:
         model = RegionEncoder(self.config.model, self.config.head.embedding_dim)
         initialise(model, self.config.seed)
         model.vit.recompute = self.config.train.recompute
-        placements = parallelize(model, tensor_parallel_plan(model), self.topology)
+        placements = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), self.topology)
         return ZeroEngine(
             model.to(self.topology.device),
             placements,

@@ -1,0 +1,258 @@
+"""The training run against a dense single process, on many topologies, in as few launches as possible."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch
+from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
+
+from megaregion.config import RunConfig
+from megaregion.training.checkpoint import CheckpointReader
+
+FULL = {"head__object__sample_rate": 1.0}
+"""Score every class, so that the dense reference needs no draw and AdamW moves every row."""
+
+TOPOLOGIES = {
+    "tp1-zero0": {"parallel__tensor": 1, "parallel__zero_stage": 0},
+    "tp1-zero1": {"parallel__tensor": 1, "parallel__zero_stage": 1},
+    "tp1-zero2": {"parallel__tensor": 1, "parallel__zero_stage": 2},
+    "tp1-zero3": {"parallel__tensor": 1, "parallel__zero_stage": 3},
+    "tp2-zero0": {"parallel__tensor": 2, "parallel__zero_stage": 0},
+    "tp2-zero1": {"parallel__tensor": 2, "parallel__zero_stage": 1},
+    "tp2-zero2": {"parallel__tensor": 2, "parallel__zero_stage": 2},
+    "tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3},
+    "tp4-zero1": {"parallel__tensor": 4, "parallel__zero_stage": 1},
+    "tp4-zero3": {"parallel__tensor": 4, "parallel__zero_stage": 3},
+}
+
+
+def train(config: RunConfig, resume_from: Path | None = None) -> None:
+    """One run in this process group, on the path of tools/pretrain.py."""
+    from megaregion.parallel import topology
+    from megaregion.training.signals import StopRequest
+    from megaregion.training.trainer import Trainer
+
+    place = topology.join(config.parallel.tensor)
+    (Path(config.output) / config.name).mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    trainer = Trainer(config, place, StopRequest())
+    if resume_from is not None:
+        assert trainer.state.resume(resume_from)
+    assert trainer.run() == 0
+    for group in (place.data_group, place.tensor_group):
+        torch.distributed.destroy_process_group(group)
+
+
+def losses(config: RunConfig) -> list[float]:
+    lines = (Path(config.output) / config.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def checkpoint(config: RunConfig, step: int) -> CheckpointReader:
+    return CheckpointReader(Path(config.output) / config.name / "checkpoints" / f"step-{step:08d}")
+
+
+def differences(one: CheckpointReader, other: CheckpointReader, prefix: str = "") -> dict[str, float]:
+    assert set(one.names()) == set(other.names())
+    return {
+        name: float((one.read(name) - other.read(name)).abs().max())
+        for name in one.names()
+        if name.startswith(prefix)
+    }
+
+
+# --- the dense reference: no engine, no shards, no chunks -------------------------------------------------
+
+
+def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train in one process with plain autograd, torch's AdamW and torch's clipping."""
+    import math
+
+    import numpy as np
+
+    from megaregion.data.batch import OBJECT, TEXT
+    from megaregion.data.loader import RegionLoader
+    from megaregion.data.order import SampleOrder
+    from megaregion.data.shards import ShardedDataset
+    from megaregion.data.transforms import Transform
+    from megaregion.models.encoder import RegionEncoder, decays
+    from megaregion.models.initialisation import initialise
+    from megaregion.training.schedule import learning_rate
+
+    dataset = ShardedDataset(config.data.path)
+    order = SampleOrder(dataset.info.shard_sizes, config.seed, config.data.window_shards)
+    loader = RegionLoader(dataset, order, Transform(config.data, config.model, config.seed), config.data)
+    model = RegionEncoder(config.model, config.head.embedding_dim)
+    initialise(model, config.seed)
+    centers = {
+        kind: torch.nn.Parameter(initial_centers(config, kind, classes))
+        for kind, classes in (("object", OBJECT_CLASSES), ("text", TEXT_CLASSES))
+    }
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for n, p in named if decays(n, p)],
+                "weight_decay": config.optimizer.weight_decay,
+            },
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+            {"params": list(centers.values()), "weight_decay": config.optimizer.head_weight_decay},
+        ],
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+    )
+    batch_size = config.train.global_batch
+    positions = [list(range(s * batch_size, (s + 1) * batch_size)) for s in range(steps)]
+    seen = []
+    for step, batch in enumerate(loader.batches(positions)):
+        rows = torch.nn.functional.normalize(model(batch.images, batch.visible).flatten(0, 1), dim=-1)
+        labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
+        total = torch.zeros(())
+        for kind, code in (("object", OBJECT), ("text", TEXT)):
+            settings = getattr(config.head, kind)
+            own, positive_ids = rows[kinds == code], labels[kinds == code]
+            cosines = own @ torch.nn.functional.normalize(centers[kind], dim=-1).T
+            positive = torch.zeros_like(cosines, dtype=torch.bool)
+            for row, ids in enumerate(positive_ids.tolist()):
+                positive[row, [i for i in ids if i >= 0]] = True
+            up = (-settings.scale * (cosines - settings.margin)).masked_fill(~positive, -math.inf)
+            down = (settings.scale * cosines).masked_fill(positive, -math.inf)
+            zero = torch.zeros(len(own), 1)
+            per_row = torch.cat([zero, up], 1).logsumexp(1) + torch.cat([zero, down], 1).logsumexp(1)
+            total = total + per_row.sum() / np.prod(kinds.shape)
+        optimizer.zero_grad()
+        total.backward()
+        parameters = [*model.parameters(), *centers.values()]
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        seen.append(float(total))
+    loader.close()
+    weights = {f"body.weight.{n}": p.detach() for n, p in model.named_parameters()}
+    weights.update({f"head.{kind}.weight": c.detach() for kind, c in centers.items()})
+    return seen, weights
+
+
+def initial_centers(config: RunConfig, kind: str, classes: int) -> torch.Tensor:
+    from megaregion.heads.centers import random_centers
+
+    return random_centers(config.seed, kind, range(classes), config.head.embedding_dim)
+
+
+TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2}
+
+VARIANTS = {
+    # Each must equal the dense reference too.
+    "separate-tp2": {"parallel__tensor": 2, "model__region_weights": "separate"},
+    "recompute-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, "train__recompute": True},
+    "workers": {"data__workers": 2, "train__micro_batch": 4},
+}
+
+SAMPLED = {
+    "sampled-tp1": {"parallel__tensor": 1},
+    "sampled-tp2": {"parallel__tensor": 2},
+    "sampled-tp4": {"parallel__tensor": 4},
+}
+
+BF16 = {
+    "bf16-zero1": {"parallel__zero_stage": 1, "train__precision": "bf16"},
+    "bf16-zero2": {"parallel__zero_stage": 2, "train__precision": "bf16"},
+    "bf16-zero3-tp2": {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__tensor": 2},
+}
+
+CONTINUED = {
+    # First the topology that wrote step 2, then the one that goes on.
+    "same-zero1-tp2": ({"parallel__tensor": 2}, {"parallel__tensor": 2}),
+    "same-zero3": ({"parallel__zero_stage": 3}, {"parallel__zero_stage": 3}),
+    "same-bf16": (BF16["bf16-zero2"], BF16["bf16-zero2"]),
+    "tp2-zero1-to-tp1-zero3": ({"parallel__tensor": 2}, {"parallel__zero_stage": 3}),
+    "tp1-zero3-to-tp4-zero2": (
+        {"parallel__zero_stage": 3},
+        {"parallel__tensor": 4, "parallel__zero_stage": 2},
+    ),
+    "tp4-zero1-to-tp2-zero0": ({"parallel__tensor": 4}, {"parallel__tensor": 2, "parallel__zero_stage": 0}),
+}
+
+
+def _runs_on_four_ranks(dataset: str, output: str) -> None:
+    data, runs = Path(dataset), Path(output)
+    for name, changes in {**TOPOLOGIES, **VARIANTS}.items():
+        train(toy_config(data, runs, name, **FULL, **changes))
+    for name, changes in {**SAMPLED, **BF16}.items():
+        train(toy_config(data, runs, name, **changes))
+    for name, (first, then) in CONTINUED.items():
+        train(toy_config(data, runs, f"{name}-whole", **TWO_OF_FOUR, **first))
+        # Only the checkpoint in the middle is there for the second run.
+        middle = runs / f"{name}-middle"
+        if torch.distributed.get_rank() == 0:
+            step = "step-00000002"
+            shutil.copytree(runs / f"{name}-whole" / "checkpoints" / step, middle / step)
+        torch.distributed.barrier()
+        train(toy_config(data, runs, f"{name}-continued", **TWO_OF_FOUR, **then), resume_from=middle)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_dataset(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    launch(_runs_on_four_ranks, 4, str(dataset), str(output))
+    return output
+
+
+@pytest.mark.parametrize("name", [*TOPOLOGIES, *VARIANTS])
+def test_every_topology_equals_one_dense_process(name: str, dataset: Path, four_ranks: Path) -> None:
+    config = toy_config(dataset, four_ranks, name, **FULL, **{**TOPOLOGIES, **VARIANTS}[name])
+    expected_losses, expected = dense_run(config, config.train.steps)
+    assert losses(config) == pytest.approx(expected_losses, rel=1e-5)
+    reader = checkpoint(config, config.train.steps)
+    assert expected.keys() <= set(reader.names())
+    for key, value in expected.items():
+        assert (reader.read(key) - value).abs().max() < 1e-4, key
+
+
+def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, four_ranks: Path) -> None:
+    runs = {name: losses(toy_config(dataset, four_ranks, name)) for name in SAMPLED}
+    assert runs["sampled-tp2"] == pytest.approx(runs["sampled-tp1"], rel=1e-5)
+    assert runs["sampled-tp4"] == pytest.approx(runs["sampled-tp1"], rel=1e-5)
+    full, _ = dense_run(toy_config(dataset, four_ranks, "dense"), 1)
+    assert runs["sampled-tp1"][0] < full[0] - 1e-3, "no class was left out: the draw had no effect"
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_stays_close_to_fp32(name: str, dataset: Path, four_ranks: Path) -> None:
+    exact = losses(toy_config(dataset, four_ranks, "sampled-tp1"))
+    assert losses(toy_config(dataset, four_ranks, name)) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [n for n in CONTINUED if n.startswith("same")])
+def test_resume_on_the_same_topology_is_bit_identical(name: str, dataset: Path, four_ranks: Path) -> None:
+    whole = toy_config(dataset, four_ranks, f"{name}-whole")
+    continued = toy_config(dataset, four_ranks, f"{name}-continued")
+    assert losses(continued) == losses(whole)[2:]
+    assert set(differences(checkpoint(whole, 4), checkpoint(continued, 4)).values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", [n for n in CONTINUED if not n.startswith("same")])
+def test_resume_on_another_topology_agrees(name: str, dataset: Path, four_ranks: Path) -> None:
+    whole = toy_config(dataset, four_ranks, f"{name}-whole")
+    continued = toy_config(dataset, four_ranks, f"{name}-continued")
+    assert losses(continued) == pytest.approx(losses(whole)[2:], rel=1e-5)
+    weights = differences(checkpoint(whole, 4), checkpoint(continued, 4), "body.weight")
+    assert max(weights.values()) < 1e-4
+
+
+def test_a_checkpoint_holds_whole_tensors_whatever_wrote_it(dataset: Path, four_ranks: Path) -> None:
+    one = checkpoint(toy_config(dataset, four_ranks, "tp1-zero1"), 3)
+    for name in ("tp2-zero3", "tp4-zero1"):
+        other = checkpoint(toy_config(dataset, four_ranks, name), 3)
+        assert {n: one.shape(n) for n in one.names()} == {n: other.shape(n) for n in other.names()}
