@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaregion.heads.scratch import Scratch
 from megaregion.heads.streaming import inverse_lengths
 
-BLOCK = 1 << 20
-"""Elements corrected at a time, so that temporaries stay small."""
+BLOCK = 1 << 17
+"""Elements corrected at a time: they stay in the cache between the passes."""
 
 
 class ClassGradient:
@@ -24,6 +25,7 @@ class ClassGradient:
     def __init__(self, weight: Tensor) -> None:
         """Start without any class of ``weight`` [K, E]."""
         self._weight = weight
+        self._scratch = Scratch(weight)
         self.clear()
 
     def clear(self) -> None:
@@ -42,13 +44,12 @@ class ClassGradient:
         """Room for a draw's gradients, [C, E], to be added to and then given to ``settle``."""
         if self._squares is not None:
             raise RuntimeError("the step's gradients are finished; call zero_grad() before the next loss")
-        if classes is not None and self.rows is not None:
-            return self._weight.new_zeros((len(classes), self._weight.shape[1]))
-        if self.rows is not None:
-            self._widen()
-        return (
-            self.values if classes is None else self._weight.new_zeros((len(classes), self.values.shape[1]))
-        )
+        if classes is None:
+            if self.rows is not None:
+                self._widen()
+            return self.values
+        name = "values" if self.rows is not None and len(self.rows) == 0 else "room"
+        return self._scratch.take(name, (len(classes), self._weight.shape[1])).zero_()
 
     def settle(self, classes: Tensor | None, room: Tensor) -> None:
         """Take over the gradients of a draw."""
@@ -88,15 +89,17 @@ class ClassGradient:
         if bool(self._uneven):
             raise RuntimeError("the losses of one step must enter the total with the same weight")
         self._squares = torch.zeros((), dtype=torch.float64, device=self._weight.device)
-        factor = torch.ones_like(self._squares) if self._factor is None else self._factor
+        factor = self._weight.new_ones(()) if self._factor is None else self._factor.to(self._weight.dtype)
         block = max(1, BLOCK // max(1, self._weight.shape[1]))
         for start in range(0, len(self.values), block):
             part = slice(start, min(start + block, len(self.values)))
-            centers = self._weight[part if self.rows is None else self.rows[part]]
-            unit = centers * inverse_lengths(centers)[:, None]
+            centers = (
+                self._weight[part] if self.rows is None else self._weight.index_select(0, self.rows[part])
+            )
             values = self.values[part]
-            values.addcmul_((values * unit).sum(1, keepdim=True), unit, value=-1).mul_(factor)
-            self._squares += values.pow(2).sum(dtype=torch.float64)
+            along = (values * centers).sum(1) * inverse_lengths(centers).square()
+            values.addcmul_(centers, along[:, None], value=-1).mul_(factor)
+            self._squares += torch.linalg.vector_norm(values, dtype=torch.float64).square()
         return self._squares
 
     def _merge(self, rows: Tensor, classes: Tensor, room: Tensor) -> None:
@@ -113,7 +116,7 @@ class ClassGradient:
         self.values = torch.cat([self.values, room[fresh]])
 
     def _widen(self) -> None:
-        dense = torch.zeros_like(self._weight)
+        dense = self._scratch.take("dense", tuple(self._weight.shape)).zero_()
         if self.rows is not None and len(self.rows):
             dense[self.rows] = self.values
         self.rows, self.values, self._slots = None, dense, None

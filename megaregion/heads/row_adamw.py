@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megaregion.config import OptimizerConfig
 
+BLOCK = 1 << 17
+"""Elements updated at a time: the rows of one block stay in the cache between the passes."""
+
 
 class RowAdamW:
     """AdamW over the rows of one matrix."""
-
-    BLOCK = 1 << 21
-    """Elements updated at a time, so that temporaries stay small."""
 
     def __init__(self, weight: Tensor, config: OptimizerConfig) -> None:
         """Start with moments of zero for ``weight`` [K, E]."""
@@ -45,21 +45,30 @@ class RowAdamW:
             lr: Learning rate.
             scale: Factor of the gradient (the clip coefficient).
         """
-        block = max(1, self.BLOCK // max(1, self.weight.shape[1]))
+        block = max(1, BLOCK // max(1, self.weight.shape[1]))
         for start in range(0, len(gradient), block):
             part = slice(start, min(start + block, len(gradient)))
             self._step_block(part if rows is None else rows[part], gradient[part] * scale, lr)
 
     def _step_block(self, rows: slice | Tensor, gradient: Tensor, lr: float) -> None:
         config = self.config
-        count = self.count[rows] + 1
-        exp_avg = self.exp_avg[rows].lerp_(gradient, 1 - config.beta1)
-        exp_avg_sq = (
-            self.exp_avg_sq[rows].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        states = self.weight, self.exp_avg, self.exp_avg_sq, self.count
+        # A slice gives views that are updated in place; chosen rows are copied out and back.
+        weight, exp_avg, exp_avg_sq, count = (
+            state.index_select(0, rows) if isinstance(rows, Tensor) else state[rows] for state in states
         )
-        seen = count.to(gradient.dtype)[:, None]
-        root = exp_avg_sq.sqrt().div_((1 - config.beta2**seen).sqrt_()).add_(config.eps)
-        weight = self.weight[rows] * (1 - lr * config.head_weight_decay)
-        weight.sub_((exp_avg / root).mul_(lr / (1 - config.beta1**seen)))
-        self.count[rows], self.exp_avg[rows], self.exp_avg_sq[rows] = count, exp_avg, exp_avg_sq
-        self.weight[rows] = weight
+        count += 1
+        exp_avg.lerp_(gradient, 1 - config.beta1)
+        exp_avg_sq.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+        if config.head_weight_decay:
+            weight.mul_(1 - lr * config.head_weight_decay)
+        # m / c1 / (sqrt(v / c2) + eps) with both corrections of a row brought into the denominator.
+        seen = count.to(torch.float64)
+        stretch = 1 - config.beta1**seen
+        slope = (stretch * (1 - config.beta2**seen).rsqrt()).to(gradient.dtype)
+        floor = (stretch * config.eps).to(gradient.dtype)
+        root = torch.addcmul(floor[:, None], exp_avg_sq.sqrt(), slope[:, None])
+        weight.addcdiv_(exp_avg, root, value=-lr)
+        if isinstance(rows, Tensor):
+            for state, updated in zip(states, (weight, exp_avg, exp_avg_sq, count), strict=True):
+                state.index_copy_(0, rows, updated)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig
 from megaregion.heads.class_gradient import ClassGradient
+from megaregion.heads.scratch import Scratch
 from megaregion.heads.streaming import DrawStream
 from megaregion.heads.targets import Draw, Targets
 
@@ -31,6 +32,7 @@ class Scoring(NamedTuple):
     group: dist.ProcessGroup
     """All ranks; together they hold all classes."""
     chunk_bytes: int
+    scratch: Scratch
     learns: bool
     """Whether gradients are wanted."""
 
@@ -90,7 +92,11 @@ def _score_draw(
     """Loss of one draw's rows, 0-d; fills their part of the other arguments."""
     targets, gradient = scoring.targets, scoring.gradient
     index = targets.index[draw.rows]
-    centers = scoring.weight if draw.classes is None else scoring.weight[draw.classes]
+    centers = (
+        scoring.weight
+        if draw.classes is None
+        else scoring.scratch.rows("centers", scoring.weight, draw.classes)
+    )
     stream = DrawStream(
         scoring.config,
         features[index],
@@ -99,6 +105,7 @@ def _score_draw(
         targets.labels[draw.rows] >= 0,
         scoring.group,
         scoring.chunk_bytes,
+        scoring.scratch,
     )
     if by_features is None:
         sums = stream.run(None, None)

@@ -26,6 +26,7 @@ from megaregion.heads.class_gradient import ClassGradient
 from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows, unit_scale
 from megaregion.heads.row_adamw import RowAdamW
 from megaregion.heads.scoring import RowSums, Scoring, score_rows
+from megaregion.heads.scratch import Scratch
 from megaregion.heads.targets import NonFiniteFeatures, Targets, build_targets
 
 
@@ -95,7 +96,7 @@ class ClassShardedHead:
         self.local = range(start, min(start + share, classes))
         self.weight = random_centers(seed, name, self.local, dim).to(dtype)
         self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
-        self.gradient = ClassGradient(self.weight)
+        self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +107,7 @@ class ClassShardedHead:
         """Move centers and moments to a device; gradients gathered so far are forgotten."""
         self.weight = self.weight.to(device)
         self.optimizer.to(self.weight)
-        self.gradient = ClassGradient(self.weight)
+        self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
         return self
 
     def start_from(self, centers: np.ndarray | Tensor) -> None:
@@ -192,11 +193,17 @@ class ClassShardedHead:
             features = gather_features(features, self.world_group, self.data_group)
         rows = features.rows.to(self.weight.dtype)
         self._refuse_non_finite(rows.detach(), targets)
-        learns = torch.is_grad_enabled() and rows.requires_grad
         sums = score_rows(
             rows,
             Scoring(
-                self.config, self.weight, self.gradient, targets, self.world_group, self.chunk_bytes, learns
+                config=self.config,
+                weight=self.weight,
+                gradient=self.gradient,
+                targets=targets,
+                group=self.world_group,
+                chunk_bytes=self.chunk_bytes,
+                scratch=self.scratch,
+                learns=torch.is_grad_enabled() and rows.requires_grad,
             ),
         )
         count = torch.tensor(len(targets.index), device=self.device)

@@ -26,6 +26,7 @@ from torch import Tensor
 from megaregion.config import HeadConfig
 from megaregion.heads.losses import row_terms
 from megaregion.heads.margin import apply_margin
+from megaregion.heads.scratch import Scratch
 from megaregion.heads.tiles import TileBuffer, TilePlan, own_columns, plan_tiles
 
 LOG2E = math.log2(math.e)
@@ -66,6 +67,7 @@ class DrawStream:
         valid: Tensor,
         group: dist.ProcessGroup,
         chunk_bytes: int,
+        scratch: Scratch,
     ) -> None:
         """Take the parts of a draw.
 
@@ -77,8 +79,9 @@ class DrawStream:
             valid: Which positives there are on any rank, bool [R, T].
             group: All ranks.
             chunk_bytes: Memory for scores.
+            scratch: Where the scores are kept.
         """
-        self._config, self._group = config, group
+        self._config, self._group, self._scratch = config, group, scratch
         self._features = features * (config.scale * LOG2E)
         self._centers, self._inverse = centers, inverse_lengths(centers)
         self._columns, self._valid = columns, valid
@@ -99,7 +102,7 @@ class DrawStream:
         """
         total = self._features.new_zeros((), dtype=torch.float64)
         cosines = torch.zeros_like(self._columns, dtype=self._features.dtype)
-        buffers = [TileBuffer(self._plan, self._features) for _ in range(self._in_flight)]
+        buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
         waiting: list[_Swept] = []
         for number, rows in enumerate(self._plan.blocks()):
             waiting.append(self._sweep(rows, buffers[number % self._in_flight]))
@@ -187,7 +190,7 @@ class DrawStream:
 
         The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
         """
-        buffer = TileBuffer(self._plan, self._features)
+        buffer = TileBuffer(self._plan, self._scratch, "tiles 0")
         top = torch.full_like(self._best, float("-inf"))
         for rows in self._plan.blocks():
             features = self._features[rows]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megaregion.heads.scratch import Scratch
+
 MIN_ROWS = 128
 """Rows below which a matrix product spends its time on moving centers."""
 TILE_SCORES = 1 << 20
@@ -68,9 +70,10 @@ def plan_tiles(rows: int, classes: int, itemsize: int, budget: int) -> TilePlan:
 class TileBuffer:
     """Memory for the tiles of one block, used again for the next."""
 
-    def __init__(self, plan: TilePlan, like: Tensor) -> None:
+    def __init__(self, plan: TilePlan, scratch: Scratch, name: str) -> None:
+        """Take room for the plan's tiles under a name of its own."""
         tiles = min(plan.kept + 1, -(-plan.total_classes // plan.classes))
-        self._flat = like.new_empty(tiles * plan.rows * plan.classes)
+        self._flat = scratch.take(name, (tiles * plan.rows * plan.classes,))
         self._plan = plan
 
     def tile(self, number: int, rows: int, classes: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""What a benchmark reports: one line per case, each with a peer, a ratio and a goal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    case: str
+    """What was compared, with its sizes."""
+    ours: float
+    peer: float
+    goal: float
+    """Least ratio that was promised; 0 where none was."""
+    unit: str
+    """Unit of ours and peer."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times better ours is: peer / ours, so that more is better for times and memory alike."""
+        return self.peer / self.ours
+
+    @property
+    def holds(self) -> bool:
+        """Whether the goal is reached."""
+        return self.ratio >= self.goal
+
+
+@dataclass
+class Report:
+    """All cases of one run, and where it ran."""
+
+    host: dict[str, str | int | float]
+    cases: list[Case] = field(default_factory=list)
+
+    def table(self) -> str:
+        """The cases as aligned text."""
+        head = ("case", "ours", "peer", "unit", "ratio", "goal", "")
+        lines = [head, *(_cells(case) for case in self.cases)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column in (0, 3) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def write_json(self, path: Path) -> None:
+        """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
+        cases = [{**asdict(case), "ratio": case.ratio, "holds": case.holds} for case in self.cases]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"host": self.host, "cases": cases}, indent=2) + "\n")
+
+
+def _cells(case: Case) -> tuple[str, ...]:
+    numbers = [f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in (case.ours, case.peer)]
+    verdict = ("", "") if case.goal == 0 else (f"{case.goal:.2f}", "holds" if case.holds else "MISSED")
+    return (case.case, *numbers, case.unit, f"{case.ratio:.2f}", *verdict)
