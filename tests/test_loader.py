@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -61,9 +62,8 @@ def assert_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def children() -> set[int]:
-    task = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()}
+def children() -> set[int | None]:
+    return {process.pid for process in multiprocessing.active_children()}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,17 @@ def test_a_dead_worker_does_not_interrupt_the_program_elsewhere(folder: Path) ->
     os.kill(max(children() - before), signal.SIGKILL)
     time.sleep(0.3)  # here the run might be saving a checkpoint
     loader.close()
+
+
+def test_a_worker_that_hangs_does_not_keep_the_run_from_ending(folder: Path) -> None:
+    before = children()
+    loader = make_loader(folder, workers=1)
+    stream = loader.batches([p] for p in itertools.count())
+    next(stream)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGSTOP)
+    loader.close()
+    assert children() == before
 
 
 def test_workers_leave_the_signals_of_a_run_to_the_run(folder: Path) -> None:

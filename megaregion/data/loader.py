@@ -155,10 +155,8 @@ class RegionLoader:
             while (batch := self._next(iterator)) is not None:
                 yield batch
         finally:
-            # torch has no public way to stop workers, and its finaliser waits for the garbage collector,
-            # which a traceback can put off until after the exit hooks.
             if workers:
-                cast(Any, iterator)._shutdown_workers()
+                _stop_workers(iterator)
 
     def _next(self, iterator: Iterator[Batch | Failure]) -> Batch | None:
         try:
@@ -225,6 +223,17 @@ def _dead_workers(iterator: Iterator[Any]) -> list[str]:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             dead.append(f"worker {number} (pid {process.pid}, {how})")
     return dead
+
+
+def _stop_workers(iterator: Any) -> None:
+    # torch has no public way to stop workers, and its finaliser waits for the garbage collector, which a
+    # traceback can put off until after the exit hooks.
+    iterator._shutdown_workers()
+    for process in iterator._workers:
+        # Given 5 seconds, it is stuck (a file system that does not answer), and exit hooks would wait for it.
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _close(reference: weakref.ref[RegionLoader]) -> None:
