@@ -262,6 +262,13 @@ def test_centred_pixels_ignore_brightness_and_raw_pixels_do_not() -> None:
     assert raw_pixels(crops).shape == (2, 32 * 32 * 3)
 
 
+def test_threads_change_neither_the_crops_order_nor_their_features(place: Workplace) -> None:
+    items = [BoxedImage(open_image(s), s.boxes) for s in read_scenes(place.scenes / "test")]
+    one, many = (CropEncoder("p", raw_pixels, threads).encode(items).region for threads in (1, 5))
+    assert one.shape[0] == 12
+    assert np.array_equal(one, many)
+
+
 def test_the_trained_encoder_is_the_checkpoints_network(place: Workplace) -> None:
     run = open_run(place.run)
     scene = read_scenes(place.scenes / "test")[0]

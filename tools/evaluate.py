@@ -28,7 +28,8 @@ def main() -> None:
     opened = open_run(arguments.run, arguments.checkpoint)
     others = []
     if arguments.curation != "none":
-        others.append(CropEncoder("curation", load_embedder(arguments.curation).embed))
+        embedder = load_embedder(arguments.curation)
+        others.append(CropEncoder("curation", embedder.embed, threads=max(1, arguments.workers)))
     config = StudyConfig(
         scenes=arguments.scenes,
         dataset=arguments.dataset or Path(opened.config.data.path),
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=int, metavar="STEP", help="evaluate this step instead of the newest")
     add("--limit", type=int, default=4000, metavar="N", help="training objects in the gallery; 0 takes all")
     add("--batch", type=int, default=32, metavar="IMAGES", help="images that go through an encoder at once")
-    add("--workers", type=int, default=2, metavar="THREADS", help="threads that read images")
+    add("--workers", type=int, default=2, metavar="THREADS", help="threads that read and crop-embed images")
     add("--device", default="auto", help="where the network computes: auto, cpu, cuda, cuda:1 ...")
     add("--curation", default="lite0", help="curation encoder, named as for tools/curate.py, or none")
     add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")

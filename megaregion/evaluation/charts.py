@@ -19,12 +19,15 @@ Format = Callable[[float], str]
 
 
 def plain(value: float) -> str:
-    """A number with three significant digits, without an exponent where it can be helped."""
+    """A number with three significant digits, small ones like 1.5e-3."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3g}"
+    if abs(value) >= 0.02:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def line_chart(curve: Curve, style: str, label: str, form: Format = plain, smooth: bool = True) -> str:
