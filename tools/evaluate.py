@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=32, metavar="IMAGES", help="images that go through an encoder at once")
     add("--workers", type=int, default=2, metavar="THREADS", help="threads that read and crop-embed images")
     add("--device", default="auto", help="where the network computes: auto, cpu, cuda, cuda:1 ...")
-    add("--curation", default="lite0", help="curation encoder, named as for tools/curate.py, or none")
+    add("--curation", choices=("lite0", "none"), default="lite0", help="curation encoder to compare with")
     add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")
     add("--seed", type=int, default=0, help="draws the gallery and the pictures of the report")
     return parser
