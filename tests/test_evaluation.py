@@ -23,6 +23,7 @@ from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 from megaregion.evaluation import charts, knn, ocr
+from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, centred_pixels, crop, raw_pixels
 from megaregion.evaluation.encoding import encode_scenes, open_image
 from megaregion.evaluation.measure import majority_share
@@ -428,6 +429,22 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
         assert {row[key] for key in row if key.startswith("ocr")} == {None}
     write_report(study, tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_shows_curations_summary_where_there_is_one(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    assert curation_card(shards) == ""
+    counts = {"kept": 30, "dropped: too small": 10, "dropped: <odd>": 60, "text regions": 5}
+    sizes = {"clusters": 3, "smallest": 1, "median": 9.5, "largest": 20, "empty": 0}
+    (tmp_path / "summary.json").write_text(json.dumps({"counts": counts, "clusters": sizes}))
+    card = curation_card(shards)
+    assert "Object proposals</b> 100" in card
+    assert "width:30.00%" in card
+    assert card.index("&lt;odd&gt;") < card.index("too small")
+    assert "9.5 in the median" in card
+    (tmp_path / "summary.json").write_text("[")
+    assert curation_card(shards) == ""
 
 
 # ---- metrics and charts ----------------------------------------------------------------------------

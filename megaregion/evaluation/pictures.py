@@ -53,6 +53,7 @@ def scene_figure(scene: Scene) -> str:
         f'<svg class="scene" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">',
         f'<image href="{data_uri(open_image(scene), SCENE_SIDE)}" width="{width}" height="{height}"/>',
     ]
+    tags = []
     named = [("object", item.name, item.box) for item in scene.objects]
     named += [("word", item.text, item.box) for item in scene.words]
     for kind, name, (x0, y0, x1, y1) in named:
@@ -63,12 +64,15 @@ def scene_figure(scene: Scene) -> str:
         parts.append(
             f'<rect class="box {kind}" x="{x0:.1f}" y="{y0:.1f}" '
             f'width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
+        )
+        tags.append(
             f'<rect class="tag {kind}" x="{tag_x:.1f}" y="{tag_y:.1f}" '
             f'width="{tag_width:.1f}" height="{1.35 * letter:.1f}"/>'
-            f'<text class="tag-text" x="{tag_x + 0.35 * letter:.1f}" y="{tag_y + 1.0 * letter:.1f}" '
+            f'<text class="tag-text" x="{tag_x + 0.35 * letter:.1f}" y="{tag_y + letter:.1f}" '
             f'font-size="{letter:.1f}">{escape(name)}</text>'
         )
-    return "".join([*parts, "</svg>"])
+    # All tags lie above all boxes, or a neighbour's border would strike a name through.
+    return "".join([*parts, *tags, "</svg>"])
 
 
 def _ems(text: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megaregion.errors import UserError
 from megaregion.evaluation import charts, numbers, sheets
+from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.metrics import Metrics, read_metrics
 from megaregion.evaluation.study import Study
 
@@ -105,7 +106,7 @@ def _facts(study: Study) -> str:
         for name, value in _flatten(asdict(study.run.config))
     )
     return (
-        f'<div class="card"><dl class="facts">{shown}</dl>'
+        f'{curation_card(study.config.dataset)}<div class="card"><dl class="facts">{shown}</dl>'
         f'<details><summary>All settings</summary><div class="settings">{settings}</div></details></div>'
     )
 
