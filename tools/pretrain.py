@@ -26,13 +26,18 @@ def main() -> int:
         help="auto: go on from the newest whole checkpoint of this run, or start if there is none; "
         "none: start, and refuse if the run has checkpoints",
     )
+    parser.add_argument(
+        "--stop-at",
+        type=int,
+        help="save and leave after this step, for a later --resume auto; schedules still end at train.steps",
+    )
     config, flags = parse_run(parser)
     if flags.resume not in ("auto", "none"):
         raise UserError(f"--resume must be auto or none, got {flags.resume}")
-    return train(config, flags.resume == "auto")
+    return train(config, flags.resume == "auto", flags.stop_at)
 
 
-def train(config: RunConfig, resume: bool) -> int:
+def train(config: RunConfig, resume: bool, stop_at: int | None) -> int:
     from megaregion.parallel import topology
     from megaregion.training.metrics import LOG, open_log
     from megaregion.training.trainer import Trainer
@@ -54,7 +59,7 @@ def train(config: RunConfig, resume: bool) -> int:
         )  # fmt: skip
     if resume and not trainer.state.resume(checkpoints) and place.rank == 0:
         LOG.info("no checkpoint in %s yet: starting", checkpoints)
-    code = trainer.run()
+    code = trainer.run(stop_at)
     topology.leave()
     return code
 

@@ -117,9 +117,9 @@ def _launched_as() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def _store(rank: int, world_size: int) -> dist.Store:
+def _store(rank: int, world_size: int) -> Any:
     if world_size == 1:
-        return dist.HashStore()
+        return dist.HashStore()  # type: ignore[attr-defined]
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
         raise UserError(
@@ -128,7 +128,9 @@ def _store(rank: int, world_size: int) -> dist.Store:
         )
     # torchrun's agent already serves a store there; every worker, the first too, is then a client.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return dist.TCPStore(host, int(port), world_size, serves, timeout=timedelta(minutes=10))
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), world_size, serves, timeout=timedelta(minutes=10)
+    )
 
 
 def _own_device(local_rank: int) -> torch.device:

@@ -5,8 +5,9 @@ Shapes: B images of this rank's micro-step, N regions of an image, E embedding w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -127,4 +128,10 @@ class Heads:
     def load(self, reader: CheckpointReader) -> None:
         """Read this rank's part from a checkpoint of any number of ranks."""
         for kind, head in self.by_kind.items():
-            head.load(lambda name, offset, shape, k=kind: reader.read(f"head.{k}.{name}", offset, shape))
+            head.load(partial(_read_head, reader, kind))
+
+
+def _read_head(
+    reader: CheckpointReader, kind: str, name: str, offset: Sequence[int], shape: Sequence[int]
+) -> Tensor:
+    return reader.read(f"head.{kind}.{name}", offset, shape)

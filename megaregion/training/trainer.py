@@ -50,7 +50,7 @@ class Trainer:
         self.run_folder = Path(config.output) / config.name
         self._stop = stop
         self._micro_steps = accumulation(config, topology.data_size)
-        self.dataset = ShardedDataset(Path(config.data.path))
+        self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed)
         self._loader = RegionLoader(self.dataset, order, transform, config.data)
@@ -73,8 +73,11 @@ class Trainer:
             self.heads.norm_squared,
         )
 
-    def run(self) -> int:
+    def run(self, stop_at: int | None = None) -> int:
         """Train to the last step, or until a stop is asked for.
+
+        Args:
+            stop_at: Save and leave after this step; the schedules still reach to train.steps.
 
         Returns:
             0 at the end of training, 85 if the run saved on a signal and wants to be started again.
@@ -82,12 +85,13 @@ class Trainer:
         metrics = Metrics(self.run_folder, self.topology.rank == 0, self.config.train.steps)
         batches = self._loader.batches(self._positions())
         try:
-            while self.state.step < self.config.train.steps:
+            end = min(stop_at or self.config.train.steps, self.config.train.steps)
+            while self.state.step < end:
                 values = self.train_step(batches)
                 if self.state.step % self.config.train.log_every == 0:
                     metrics.write(self.state.step, values)
                 stopping = self._stop.agreed(self.topology.world_group, self.topology.device)
-                last = self.state.step == self.config.train.steps
+                last = self.state.step == end
                 if stopping or last or self.state.step % self.config.checkpoint.every == 0:
                     self.state.save(self.run_folder / "checkpoints")
                 if stopping and not last:
@@ -144,8 +148,8 @@ class Trainer:
         return images.bfloat16() if self.config.train.precision == "bf16" else images
 
     def _count_bad(self, batch: Batch) -> int:
-        for key in batch.bad_keys:
-            LOG.warning("unreadable sample %s was replaced", key)
+        for key, reason in zip(batch.bad_keys, batch.bad_reasons, strict=True):
+            LOG.warning("sample %s was replaced: %s", key, reason)
         return batch.bad
 
     def _record(
