@@ -535,7 +535,7 @@ def test_features_that_are_not_finite_are_refused_and_named(group: dist.ProcessG
 def test_tiles_cover_the_scores_once_within_the_budget(
     rows: int, classes: int, budget: int, itemsize: int
 ) -> None:
-    plan = tiles.plan_tiles(rows, classes, itemsize, budget)
+    plan = tiles.plan_tiles(rows, classes, classes * 3 // 2, itemsize, budget)
     covered = [part for block in plan.blocks() for part in range(block.start, block.stop)]
     assert covered == list(range(rows))
     ends = [tile.stop for tile in plan.tiles()]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 1024
 """Classes that share one random generator."""
 
 
@@ -29,10 +29,9 @@ def random_centers(seed: int, name: str, local: range, dim: int) -> Tensor:
     centers = torch.empty((len(local), dim))
     for block in range(local.start // BLOCK, -(-local.stop // BLOCK) if len(local) else 0):
         drawn = torch.randn((BLOCK, dim), generator=_generator(seed, f"{name}/{block}"))
-        start, stop = max(local.start, block * BLOCK), min(local.stop, (block + 1) * BLOCK)
-        centers[start - local.start : stop - local.start] = drawn[
-            start - block * BLOCK : stop - block * BLOCK
-        ]
+        first = block * BLOCK
+        start, stop = max(local.start, first), min(local.stop, first + BLOCK)
+        centers[start - local.start : stop - local.start] = drawn[start - first : stop - first]
     return centers.mul_(dim**-0.5)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaregion.heads.lengths import inverse_lengths
 from megaregion.heads.scratch import Scratch
-from megaregion.heads.streaming import inverse_lengths
 
 BLOCK = 1 << 17
 """Elements corrected at a time: they stay in the cache between the passes."""

@@ -14,27 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.config import HeadConfig
 from megaregion.heads.class_gradient import ClassGradient
-from megaregion.heads.scratch import Scratch
-from megaregion.heads.streaming import DrawStream
-from megaregion.heads.targets import Draw, Targets
-
-
-class Scoring(NamedTuple):
-    """What a micro-step's rows are scored with."""
-
-    config: HeadConfig
-    weight: Tensor
-    """Centers of this rank, of any length, [K, E]."""
-    gradient: ClassGradient
-    targets: Targets
-    group: dist.ProcessGroup
-    """All ranks; together they hold all classes."""
-    chunk_bytes: int
-    scratch: Scratch
-    learns: bool
-    """Whether gradients are wanted."""
+from megaregion.heads.streaming import DrawStream, RowResults, StreamSettings
+from megaregion.heads.targets import Targets
 
 
 class RowSums(NamedTuple):
@@ -48,72 +30,66 @@ class RowSums(NamedTuple):
     """Rows in which a positive beats all drawn negatives."""
 
 
-def score_rows(features: Tensor, scoring: Scoring) -> RowSums:
-    """Score unit rows [R, E] against the targets' draws; the loss carries gradient."""
-    return RowSums(*_ScoreRows.apply(features, scoring))
+def score_rows(
+    features: Tensor, targets: Targets, weight: Tensor, gradient: ClassGradient, settings: StreamSettings
+) -> RowSums:
+    """Score unit rows against the targets' draws.
+
+    Args:
+        features: Unit rows of the micro-step, [R, E].
+        targets: Which of them the head scores, against what.
+        weight: Centers of this rank, of any length, [local classes, E].
+        gradient: Receives the centers' gradients if ``features`` wants one.
+        settings: What all draws share.
+
+    Returns:
+        The sums; the loss carries gradient.
+    """
+    learns = torch.is_grad_enabled() and features.requires_grad
+    return RowSums(*_ScoreRows.apply(features, targets, weight, gradient if learns else None, settings))
 
 
 class _ScoreRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, scoring: Scoring) -> tuple[Tensor, ...]:
-        targets = scoring.targets
-        by_features = torch.zeros_like(features) if scoring.learns else None
-        total = torch.zeros((), dtype=torch.float64, device=features.device)
-        cosines = torch.zeros_like(targets.labels, dtype=features.dtype)
-        best = features.new_full((len(targets.index),), float("-inf"))
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        targets: Targets,
+        weight: Tensor,
+        gradient: ClassGradient | None,
+        settings: StreamSettings,
+    ) -> tuple[Tensor, ...]:
+        rows = len(targets.index)
+        results = RowResults(
+            loss=torch.zeros((), dtype=torch.float64, device=features.device),
+            cosines=torch.zeros_like(targets.labels, dtype=features.dtype),
+            best=features.new_full((rows,), float("-inf")),
+            by_features=None if gradient is None else torch.zeros_like(features),
+        )
         for draw in targets.draws:
-            total += _score_draw(draw, features, scoring, by_features, cosines, best)
-        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=scoring.group)
-        if by_features is not None:
-            scoring.gradient.expect_factor()
-            ctx.save_for_backward(by_features)
-        ctx.gradient = scoring.gradient
-        valid = targets.labels >= 0
-        won = (cosines.masked_fill(~valid, -2.0).amax(1) > best).sum() if len(best) else valid.sum()
-        sums = total.to(features.dtype), cosines.sum(), valid.sum(), won
+            chosen = draw.classes
+            centers = weight if chosen is None else settings.scratch.rows("centers", weight, chosen)
+            room = None if gradient is None else gradient.room(chosen)
+            DrawStream(settings, draw, features, centers, results).run(room)
+            if gradient is not None and room is not None:
+                gradient.settle(chosen, room)
+        if gradient is not None:
+            gradient.expect_factor()
+            ctx.gradient, ctx.by_features = gradient, results.by_features
+        sums = (results.loss.to(features.dtype), *_count(results, targets, settings.group))
         ctx.mark_non_differentiable(*sums[1:])
         return sums
 
     @staticmethod
-    def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        (by_features,) = ctx.saved_tensors
+    def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         ctx.gradient.take_factor(by_total)
-        return by_features * by_total, None
+        return ctx.by_features * by_total, None, None, None, None
 
 
-def _score_draw(
-    draw: Draw,
-    features: Tensor,
-    scoring: Scoring,
-    by_features: Tensor | None,
-    cosines: Tensor,
-    best: Tensor,
-) -> Tensor:
-    """Loss of one draw's rows, 0-d; fills their part of the other arguments."""
-    targets, gradient = scoring.targets, scoring.gradient
-    index = targets.index[draw.rows]
-    centers = (
-        scoring.weight
-        if draw.classes is None
-        else scoring.scratch.rows("centers", scoring.weight, draw.classes)
-    )
-    stream = DrawStream(
-        scoring.config,
-        features[index],
-        centers,
-        draw.columns,
-        targets.labels[draw.rows] >= 0,
-        scoring.group,
-        scoring.chunk_bytes,
-        scoring.scratch,
-    )
-    if by_features is None:
-        sums = stream.run(None, None)
-    else:
-        by_rows = features.new_empty((len(index), features.shape[1]))
-        room = gradient.room(draw.classes)
-        sums = stream.run(by_rows, room)
-        gradient.settle(draw.classes, room)
-        by_features[index] = by_rows
-    cosines[draw.rows], best[draw.rows] = sums.cosines, sums.best
-    return sums.loss
+def _count(results: RowResults, targets: Targets, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of positives' cosines, number of positives, rows won."""
+    dist.all_reduce(results.best, op=dist.ReduceOp.MAX, group=group)
+    valid = targets.labels >= 0
+    own = torch.where(valid, results.cosines, -2.0)
+    won = (own.amax(1) > results.best).sum() if own.numel() else valid.sum()
+    return results.cosines.sum(), valid.sum(), won

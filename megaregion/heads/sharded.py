@@ -23,11 +23,13 @@ from megaregion.config import HeadBackend, HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.class_gradient import ClassGradient
-from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows, unit_scale
+from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows
+from megaregion.heads.lengths import unit_scale
 from megaregion.heads.row_adamw import RowAdamW
-from megaregion.heads.scoring import RowSums, Scoring, score_rows
+from megaregion.heads.scoring import RowSums, score_rows
 from megaregion.heads.scratch import Scratch
-from megaregion.heads.targets import NonFiniteFeatures, Targets, build_targets
+from megaregion.heads.streaming import StreamSettings
+from megaregion.heads.targets import DrawRule, NonFiniteFeatures, Targets, build_targets
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,18 @@ class ClassShardedHead:
         return build_targets(
             marked[:, :-1],
             marked[:, -1] > 0,
-            name=self.name,
-            classes=self.classes,
-            local=self.local,
-            seed=self.seed,
+            DrawRule(
+                name=self.name,
+                classes=self.classes,
+                local=self.local,
+                ranks=self.world_group.size(),
+                seed=self.seed,
+                rate=self.config.sample_rate,
+                min_negatives=self.config.min_negatives,
+            ),
             step=step,
             first_row=first_row,
             draw_rows=draw_rows,
-            rate=self.config.sample_rate,
-            min_negatives=self.config.min_negatives,
         )
 
     def loss(
@@ -193,19 +198,8 @@ class ClassShardedHead:
             features = gather_features(features, self.world_group, self.data_group)
         rows = features.rows.to(self.weight.dtype)
         self._refuse_non_finite(rows.detach(), targets)
-        sums = score_rows(
-            rows,
-            Scoring(
-                config=self.config,
-                weight=self.weight,
-                gradient=self.gradient,
-                targets=targets,
-                group=self.world_group,
-                chunk_bytes=self.chunk_bytes,
-                scratch=self.scratch,
-                learns=torch.is_grad_enabled() and rows.requires_grad,
-            ),
-        )
+        settings = StreamSettings(self.config, self.world_group, self.chunk_bytes, self.scratch)
+        sums = score_rows(rows, targets, self.weight, self.gradient, settings)
         count = torch.tensor(len(targets.index), device=self.device)
         return HeadLoss(sums.loss, count, self._metrics(sums, count, targets))
 

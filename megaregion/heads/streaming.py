@@ -17,6 +17,7 @@ E embedding width, T positives of a row.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,34 +25,51 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig
-from megaregion.heads.losses import row_terms
+from megaregion.heads.lengths import inverse_lengths
+from megaregion.heads.losses import RowTerms, row_terms
 from megaregion.heads.margin import apply_margin
 from megaregion.heads.scratch import Scratch
-from megaregion.heads.tiles import TileBuffer, TilePlan, own_columns, plan_tiles
+from megaregion.heads.targets import Draw
+from megaregion.heads.tiles import TileBuffer, own_columns, plan_tiles
 
 LOG2E = math.log2(math.e)
 BOUNDED_SCALE = 70.0
 """Scale up to which exp(s), for every |s| <= scale and a sum over 1e7 classes, is a normal fp32 number."""
 
 
-class DrawSums(NamedTuple):
-    """What a draw's rows add up to; the same on every rank."""
+class StreamSettings(NamedTuple):
+    """What all draws of a head have in common."""
+
+    config: HeadConfig
+    group: dist.ProcessGroup
+    """All ranks; together they hold all classes."""
+    chunk_bytes: int
+    """Memory for scores."""
+    scratch: Scratch
+
+
+@dataclass
+class RowResults:
+    """What is found out about the head's rows, each draw filling its part."""
 
     loss: Tensor
-    """Sum of the row losses, 0-d."""
+    """Sum of the row losses, 0-d float64."""
     cosines: Tensor
-    """Positives' cosines, 0 where there is none, [R, T]."""
+    """Positives' cosines, 0 where there is none, [head's rows, T]."""
     best: Tensor
-    """Each row's greatest cosine with a negative of this rank's classes, [R]."""
+    """Greatest cosine with a negative among this rank's classes, [head's rows]."""
+    by_features: Tensor | None
+    """This rank's part of the gradient of all unit rows of the micro-step; None when it is not wanted."""
 
 
 class _Swept(NamedTuple):
-    """A block whose row sums are on their way."""
+    """A block whose row sums are on their way over the ranks."""
 
     rows: slice
+    features: Tensor
     buffer: TileBuffer
     parts: Tensor
-    """Positives' cosines and the sum over negatives, [r, T + 1]."""
+    """Positives' scores and the sum over negatives, [r, T + 1]."""
     work: dist.Work | None
 
 
@@ -60,117 +78,113 @@ class DrawStream:
 
     def __init__(
         self,
-        config: HeadConfig,
+        settings: StreamSettings,
+        draw: Draw,
         features: Tensor,
         centers: Tensor,
-        columns: Tensor,
-        valid: Tensor,
-        group: dist.ProcessGroup,
-        chunk_bytes: int,
-        scratch: Scratch,
+        results: RowResults,
     ) -> None:
         """Take the parts of a draw.
 
         Args:
-            config: Loss, margin and scale.
-            features: Unit rows, [R, E].
+            settings: What all draws share.
+            draw: The draw's rows, and the columns of their positives.
+            features: Unit rows of the micro-step, of which the draw has some, [all rows, E].
             centers: Centers of the draw on this rank, of any length, [C, E].
-            columns: Column of each positive among them, -1 where it is not on this rank, int64 [R, T].
-            valid: Which positives there are on any rank, bool [R, T].
-            group: All ranks.
-            chunk_bytes: Memory for scores.
-            scratch: Where the scores are kept.
+            results: Where the rows' results go.
         """
-        self._config, self._group, self._scratch = config, group, scratch
-        self._features = features * (config.scale * LOG2E)
+        self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
+        self._draw, self._features, self._results = draw, features, results
         self._centers, self._inverse = centers, inverse_lengths(centers)
-        self._columns, self._valid = columns, valid
+        self._unit = settings.config.scale * LOG2E
         # While one block's sums travel the next is swept: two buffers share the budget.
-        self._in_flight = 2 if group.size() > 1 else 1
-        self._plan: TilePlan = plan_tiles(
-            len(features), len(centers), features.element_size(), chunk_bytes // self._in_flight
+        self._in_flight = 2 if settings.group.size() > 1 else 1
+        self._plan = plan_tiles(
+            rows=len(draw.index),
+            classes=len(centers),
+            typical_classes=draw.typical_size,
+            itemsize=features.element_size(),
+            budget=settings.chunk_bytes // self._in_flight,
         )
-        self._best = features.new_full((len(features),), float("-inf"))
-        self._shift = self._row_maxima() if config.scale > BOUNDED_SCALE else None
+        self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
 
-    def run(self, by_features: Tensor | None, by_unit_centers: Tensor | None) -> DrawSums:
-        """Sum the losses and, where room for them is given, compute the gradients.
+    def run(self, by_centers: Tensor | None) -> None:
+        """Find the rows' losses and, where room for them is given, the gradients.
 
         Args:
-            by_features: Receives this rank's part of the gradient of the unit rows, [R, E].
-            by_unit_centers: Gradient of the unit centers over the centers' lengths, is added to, [C, E].
+            by_centers: Gradient of the unit centers over the centers' lengths, is added to, [C, E].
         """
-        total = self._features.new_zeros((), dtype=torch.float64)
-        cosines = torch.zeros_like(self._columns, dtype=self._features.dtype)
         buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
         waiting: list[_Swept] = []
         for number, rows in enumerate(self._plan.blocks()):
             waiting.append(self._sweep(rows, buffers[number % self._in_flight]))
             if len(waiting) == self._in_flight:
-                total += self._finish(waiting.pop(0), cosines, by_features, by_unit_centers)
+                self._finish(waiting.pop(0), by_centers)
         for swept in waiting:
-            total += self._finish(swept, cosines, by_features, by_unit_centers)
-        return DrawSums(total, cosines, self._best / (self._config.scale * LOG2E))
+            self._finish(swept, by_centers)
 
     def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
         """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
-        features = self._features[rows]
-        parts = features.new_zeros((len(features), self._columns.shape[1] + 1))
-        best = self._best[rows]
+        features = self._block(rows)
+        parts = features.new_zeros((len(features), self._draw.columns.shape[1] + 1))
+        best = features.new_full((len(features),), float("-inf"))
         for number, tile in enumerate(self._plan.tiles()):
-            scores = buffer.tile(number, len(features), tile.stop - tile.start)
+            scores = buffer.tile(number, len(features), tile)
             self._score(features, tile, scores)
-            column, inside = own_columns(self._columns[rows], tile)
+            column, inside = own_columns(self._draw.columns[rows], tile)
             parts[:, :-1] += torch.where(inside, scores.gather(1, column), 0.0)
             self._leave_out(scores, column, inside)
             torch.maximum(best, scores.amax(1), out=best)
             parts[:, -1] += self._exponentiate(scores, rows).sum(1)
             scores.mul_(self._inverse[tile])
+        self._results.best[self._draw.rows][rows] = best / self._unit
         work = dist.all_reduce(parts, group=self._group, async_op=True)
-        return _Swept(rows, buffer, parts, work)
+        return _Swept(rows, features, buffer, parts, work)
 
-    def _finish(
-        self, swept: _Swept, cosines: Tensor, by_features: Tensor | None, by_unit_centers: Tensor | None
-    ) -> Tensor:
+    def _finish(self, swept: _Swept, by_centers: Tensor | None) -> None:
         """Losses of a swept block, and the gradients from its tiles."""
         if swept.work is not None:
             swept.work.wait()
-        rows, config = swept.rows, self._config
-        cosine = swept.parts[:, :-1] / (config.scale * LOG2E)
-        cosines[rows] = cosine
-        with_margin, slope = apply_margin(cosine, config.margin_kind, config.margin)
-        shift = cosine.new_zeros(()) if self._shift is None else self._shift[rows]
+        config, results = self._config, self._results
+        cosines = swept.parts[:, :-1] / self._unit
+        results.cosines[self._draw.rows][swept.rows] = cosines
+        with_margin, slope = apply_margin(cosines, config.margin_kind, config.margin)
         terms = row_terms(
-            config.loss, with_margin * config.scale, self._valid[rows], swept.parts[:, -1], shift
+            config.loss,
+            scores=with_margin * config.scale,
+            valid=self._draw.valid[swept.rows],
+            mass=swept.parts[:, -1],
+            shift=cosines.new_zeros(()) if self._shift is None else self._shift[swept.rows],
         )
-        if by_features is not None and by_unit_centers is not None:
-            by_features[rows] = self._pull(
-                swept, terms.by_negative[:, None], terms.by_positive * slope, by_unit_centers
-            )
-        return terms.loss.sum(dtype=torch.float64)
+        results.loss += terms.loss.sum(dtype=torch.float64)
+        if results.by_features is not None and by_centers is not None:
+            pulled = self._pull(swept, terms._replace(by_positive=terms.by_positive * slope), by_centers)
+            results.by_features.index_copy_(0, self._draw.index[swept.rows], pulled)
 
-    def _pull(
-        self, swept: _Swept, by_negative: Tensor, by_positive: Tensor, by_unit_centers: Tensor
-    ) -> Tensor:
-        """Turn a block's exponentials into gradients; return that of its rows, [r, E]."""
-        features = self._features[swept.rows]
+    def _pull(self, swept: _Swept, terms: RowTerms, by_centers: Tensor) -> Tensor:
+        """Turn a block's exponentials into gradients; return that of its unit rows, [r, E]."""
+        features = swept.features
         by_rows = torch.zeros_like(features)
         for number, tile in enumerate(self._plan.tiles()):
-            scores = swept.buffer.tile(number, len(features), tile.stop - tile.start)
-            column, inside = own_columns(self._columns[swept.rows], tile)
+            scores = swept.buffer.tile(number, len(features), tile)
+            column, inside = own_columns(self._draw.columns[swept.rows], tile)
             if number >= self._plan.kept:
                 self._score(features, tile, scores)
                 self._leave_out(scores, column, inside)
                 self._exponentiate(scores, swept.rows).mul_(self._inverse[tile])
-            scores.mul_(by_negative)
-            weighted = by_positive * self._inverse[tile][column]
-            scores.scatter_add_(1, column, torch.where(inside, weighted, 0.0))
+            scores.mul_(terms.by_negative[:, None])
+            own = terms.by_positive * self._inverse[tile][column]
+            scores.scatter_add_(1, column, torch.where(inside, own, 0.0))
             by_rows.addmm_(scores, self._centers[tile])
-            by_unit_centers[tile].addmm_(scores.T, features, alpha=1 / LOG2E)
+            by_centers[tile].addmm_(scores.T, features, alpha=1 / LOG2E)
         return by_rows.mul_(self._config.scale)
 
+    def _block(self, rows: slice) -> Tensor:
+        """Unit rows of a block, times what makes their products scores in units of log 2, [r, E]."""
+        return self._features.index_select(0, self._draw.index[rows]).mul_(self._unit)
+
     def _score(self, features: Tensor, tile: slice, scores: Tensor) -> None:
-        """Write the scores of a tile, in units of log 2, [r, c]."""
+        """Write the scores of a tile, [r, c]."""
         torch.mm(features, self._centers[tile].T, out=scores)
         scores.mul_(self._inverse[tile])
 
@@ -191,21 +205,14 @@ class DrawStream:
         The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
         """
         buffer = TileBuffer(self._plan, self._scratch, "tiles 0")
-        top = torch.full_like(self._best, float("-inf"))
+        top = self._features.new_full((len(self._draw.index),), float("-inf"))
         for rows in self._plan.blocks():
-            features = self._features[rows]
+            features = self._block(rows)
             for number, tile in enumerate(self._plan.tiles()):
-                scores = buffer.tile(number, len(features), tile.stop - tile.start)
+                scores = buffer.tile(number, len(features), tile)
                 self._score(features, tile, scores)
-                self._leave_out(scores, *own_columns(self._columns[rows], tile))
+                self._leave_out(scores, *own_columns(self._draw.columns[rows], tile))
                 top[rows] = torch.maximum(top[rows], scores.amax(1))
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
-        top /= LOG2E
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
-        return top.clamp_min(floor)
-
-
-def inverse_lengths(centers: Tensor) -> Tensor:
-    """1 / length of each center, [C]; 1 for a center shorter than 1e-8, which thus scores 0 and can grow."""
-    lengths = torch.linalg.vector_norm(centers, dim=1)
-    return torch.where(lengths > 1e-8, lengths.reciprocal(), 1.0)
+        return (top / LOG2E).clamp_min(floor)

@@ -32,19 +32,45 @@ class NonFiniteFeatures(UserError):
 
 
 @dataclass(frozen=True)
+class DrawRule:
+    """What decides a head's draws besides step and rows."""
+
+    name: str
+    """Name of the head."""
+    classes: int
+    """Number of classes over all ranks."""
+    local: range
+    """This rank's classes."""
+    ranks: int
+    """Ranks that share the classes."""
+    seed: int
+    """Seed of the run."""
+    rate: float
+    """Share of classes drawn."""
+    min_negatives: int
+    """Random negatives that are always drawn."""
+
+
+@dataclass(frozen=True)
 class Draw:
     """One group of rows and the classes on this rank that it is scored against."""
 
     rows: slice
     """The group's rows among the head's rows."""
+    index: Tensor
+    """The group's rows in the micro-step's global order, int64 [rows]."""
+    valid: Tensor
+    """Which positives the rows have, on any rank, bool [rows, T]."""
     classes: Tensor | None
     """Rising class numbers within this rank's range, int64 [C]; None for the whole range."""
     columns: Tensor
     """Where each positive stands among those classes, -1 if not on this rank, int64 [rows, T]."""
     size: int
     """C."""
+    typical_size: int
+    """About C, and the same number on every rank."""
     positives: int
-    """How many of them are a positive of one of the rows."""
+    """How many of the classes are a positive of one of the rows."""
 
 
 @dataclass(frozen=True)
@@ -60,50 +86,31 @@ class Targets:
 
 
 def build_targets(
-    labels: Tensor,
-    rows: Tensor,
-    *,
-    name: str,
-    classes: int,
-    local: range,
-    seed: int,
-    step: int,
-    first_row: int,
-    draw_rows: int,
-    rate: float,
-    min_negatives: int,
+    labels: Tensor, rows: Tensor, rule: DrawRule, step: int, first_row: int, draw_rows: int
 ) -> Targets:
     """Choose the head's rows, check their labels and draw their classes.
 
     Args:
         labels: Labels of the micro-step's rows over all data ranks, -1 padded, int64 [all rows, T].
         rows: Which of them belong to this head, bool [all rows].
-        name: Name of the head.
-        classes: Number of classes over all ranks.
-        local: This rank's class range.
-        seed: Seed of the run.
+        rule: What decides the head's draws.
         step: Optimizer step.
         first_row: Place of the micro-step's first row within the step.
         draw_rows: Rows of the global order that share one draw; 0 for all of the micro-step.
-        rate: Share of classes drawn.
-        min_negatives: Random negatives that are always drawn.
 
     Raises:
         UserError: A label lies outside the label space, or a row of this head has none.
     """
     index = rows.nonzero().squeeze(1)
     chosen = labels[index]
-    check_labels(chosen, index, name, classes)
+    check_labels(chosen, index, rule.name, rule.classes)
     chosen = distinct(chosen)
-    span = draw_rows or max(1, len(rows))
-    group_of_row = (index + first_row) // span
+    group_of_row = (index + first_row) // (draw_rows or max(1, len(rows)))
     groups, counts = group_of_row.unique_consecutive(return_counts=True)
     draws, start = [], 0
     for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
         part = slice(start, start + count)
-        key = draw_key(seed, name, step, group)
-        found = drawn_classes(key, classes, local, chosen[part], rate, min_negatives)
-        draws.append(_draw(part, found, chosen[part], local))
+        draws.append(_draw(part, index[part], chosen[part], rule, step, group))
         start += count
     return Targets(index, chosen, tuple(draws))
 
@@ -145,13 +152,25 @@ def distinct(labels: Tensor) -> Tensor:
     return ordered
 
 
-def _draw(rows: slice, found: Tensor | None, labels: Tensor, local: range) -> Draw:
+def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int, group: int) -> Draw:
+    key, local = draw_key(rule.seed, rule.name, step, group), rule.local
+    found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
     here = (labels >= local.start) & (labels < local.stop)
     columns = labels - local.start
+    share = -(-rule.classes // rule.ranks)
     if found is not None:
         place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
         columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
+        share = min(share, int(share * rule.rate) + labels.numel() // rule.ranks)
     columns = columns.masked_fill(~here, -1)
-    positives = len(columns[here].unique())
-    return Draw(rows, found, columns, len(local) if found is None else len(found), positives)
+    return Draw(
+        rows=rows,
+        index=index,
+        valid=labels >= 0,
+        classes=found,
+        columns=columns,
+        size=len(local) if found is None else len(found),
+        typical_size=share,
+        positives=len(columns[here].unique()),
+    )

@@ -47,17 +47,19 @@ class TilePlan:
             yield slice(start, min(start + self.classes, self.total_classes))
 
 
-def plan_tiles(rows: int, classes: int, itemsize: int, budget: int) -> TilePlan:
+def plan_tiles(rows: int, classes: int, typical_classes: int, itemsize: int, budget: int) -> TilePlan:
     """Cut scores so that kept tiles and one more fit a budget.
 
     Args:
         rows: R.
         classes: C.
+        typical_classes: About C, and the same on every rank: all ranks must cut the same blocks of rows,
+            since their sums meet.
         itemsize: Bytes of a score.
         budget: Bytes for scores.
     """
     scores = max(1, budget // itemsize)
-    block = min(max(1, rows), max(MIN_ROWS, scores // max(1, classes)))
+    block = min(max(1, rows), max(MIN_ROWS, scores // max(1, typical_classes)))
     # Equal blocks: a short last one would be as slow as a full one.
     block = -(-rows // -(-rows // block)) if rows else 1
     tile = max(1, min(classes, TILE_SCORES // block, scores // block))
@@ -76,8 +78,9 @@ class TileBuffer:
         self._flat = scratch.take(name, (tiles * plan.rows * plan.classes,))
         self._plan = plan
 
-    def tile(self, number: int, rows: int, classes: int) -> Tensor:
-        """An uninitialised tile [rows, classes]; all tiles that are not kept share one place."""
+    def tile(self, number: int, rows: int, columns: slice) -> Tensor:
+        """An uninitialised tile [rows, columns]; all tiles that are not kept share one place."""
+        classes = columns.stop - columns.start
         start = min(number, self._plan.kept) * self._plan.rows * self._plan.classes
         return self._flat[start : start + rows * classes].view(rows, classes)
 
