@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, NonFiniteFeatures, tiles
+from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.margin import apply_margin
 from megaregion.heads.row_adamw import RowAdamW
@@ -90,7 +90,7 @@ def assert_equals_dense(
 ) -> None:
     rows = everyone(labels) if rows is None else rows
     targets = head.prepare(labels, rows, step=3, first_row=0, draw_rows=draw_rows)
-    result = head.score(features, targets)
+    result = head.score(gather_features(features, head.world_group, head.data_group), targets)
     (result.sum * 0.37).backward()
     own = features.detach().double().requires_grad_()
     centers = head.weight.detach().double().requires_grad_()
@@ -341,7 +341,8 @@ def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup
     features, labels = make_rows(20, 8, 100, 3, dtype=torch.float32)
     targets = head.prepare(labels, everyone(labels), 0)
     with _Watch() as watch:
-        head.score(features, targets).sum.backward()
+        gathered = gather_features(features, group, group)
+        head.score(gathered, targets).sum.backward()
     # One check of finite features, which only a CPU head makes at once.
     assert watch.waits == ["aten._local_scalar_dense.default"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, tiles
+from megaregion.heads import ClassShardedHead, gather_features, tiles
 
 RANKS = 4
 ROWS, DIM, STEPS = 24, 6, 3
@@ -49,6 +49,7 @@ CASES["only the floor"] = {
     "config": HeadConfig(sample_rate=1e-9, min_negatives=2),
     "draw_rows": 6,
 }
+CASES["uneven rows"] = {**CASES["separated, cosface, 4 labels, rate 0.2"], "uneven": True}
 CASES["scale beyond the bound"] = {
     **CASES["softmax, cosface, 4 labels, rate 1.0"],
     "config": HeadConfig(loss="softmax", scale=200.0, sample_rate=1.0),
@@ -72,7 +73,7 @@ def on_rank(folder: str) -> None:
             case = CASES["separated, cosface, 4 labels, rate 0.2"]
             found = train(case, loaded, *groups[loaded], resume=Path(folder) / saved)
             torch.save(found, Path(folder) / f"{saved} to {loaded}-{rank}.pt")
-    errors = {"four": refuse(*groups["four"])}
+    errors = {"four": refuse(*groups["four"][:2])}
     torch.save(errors, Path(folder) / f"errors-{rank}.pt")
     dist.destroy_process_group()
 
@@ -82,18 +83,21 @@ def world_size(layout: str) -> int:
     return data * tensor
 
 
-def make_groups() -> dict[str, tuple[Any, Any]]:
-    """World and data-parallel group of this rank in each layout."""
+def make_groups() -> dict[str, tuple[Any, Any, Any]]:
+    """World, data-parallel and tensor-parallel group of this rank in each layout."""
     groups = {}
     for layout, (data, tensor) in LAYOUTS.items():
-        world = dist.new_group(list(range(data * tensor)))
-        columns = [dist.new_group(list(range(column, data * tensor, tensor))) for column in range(tensor)]
-        groups[layout] = (world, columns[dist.get_rank() % tensor])
+        rank, ranks = dist.get_rank(), data * tensor
+        world = dist.new_group(list(range(ranks)))
+        columns = [dist.new_group(list(range(first, ranks, tensor))) for first in range(tensor)]
+        lines = [dist.new_group(list(range(first, first + tensor))) for first in range(0, ranks, tensor)]
+        line = lines[rank // tensor] if rank < ranks else None
+        groups[layout] = (world, columns[rank % tensor], line)
     return groups
 
 
 def train(
-    case: dict[str, Any], layout: str, world: Any, data: Any, resume: Path | None = None
+    case: dict[str, Any], layout: str, world: Any, data: Any, tensor: Any, resume: Path | None = None
 ) -> dict[str, Any]:
     """Some steps of two micro-steps each; what this rank saw."""
     head = ClassShardedHead(
@@ -114,9 +118,11 @@ def train(
     for step in range(first, first + STEPS):
         for micro_step in range(2):
             features, labels, rows = micro_batch(case, step, micro_step, data)
-            result = head.loss(
-                features, labels, rows, step, first_row=micro_step * ROWS, draw_rows=case["draw_rows"]
-            )
+            counts = row_counts(data.size()) if "uneven" in case else None
+            # The head gathers by itself or, as for two heads, is given what was gathered once.
+            given = gather_features(features, world, data, tensor, counts) if micro_step else features
+            first_row = micro_step * ROWS
+            result = head.loss(given, labels, rows, step, first_row, case["draw_rows"], counts)
             (result.sum / (2 * ROWS)).backward()
             found["loss"].append(result.sum.detach())
             found["metrics"].append({name: float(value) for name, value in result.metrics.items()})
@@ -136,8 +142,15 @@ def micro_batch(case: dict[str, Any], step: int, micro_step: int, data: Any) -> 
     labels[:, 0] = labels[:, 0].clamp_min(0)
     rows = torch.rand(ROWS, generator=generator) < 0.7
     share = ROWS // data.size()
-    own = slice(data.rank() * share, (data.rank() + 1) * share)
-    return features[own].clone().requires_grad_(), labels[own], rows[own]
+    counts = row_counts(data.size()) if "uneven" in case else [share] * data.size()
+    features, labels, rows = (whole.split(counts)[data.rank()] for whole in (features, labels, rows))
+    return features.clone().requires_grad_(), labels, rows
+
+
+def row_counts(ranks: int) -> list[int]:
+    """Rows of each rank: 1, 3, 5, ... and the rest on the last."""
+    counts = [2 * rank + 1 for rank in range(ranks - 1)]
+    return [*counts, ROWS - sum(counts)]
 
 
 def reader(saved: Path, case: str) -> Callable[[str, Sequence[int], Sequence[int]], Tensor]:

@@ -129,16 +129,23 @@ class ClassShardedHead:
         self.weight.copy_(given_centers(centers, self.seed, self.name, self.local, self.dim))
 
     def prepare(
-        self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
+        self,
+        labels: Tensor,
+        rows: Tensor,
+        step: int,
+        first_row: int = 0,
+        draw_rows: int = 0,
+        row_counts: Sequence[int] | None = None,
     ) -> Targets:
         """Gather and check the labels of a micro-step and draw its negatives.
 
         Args:
-            labels: Labels of this rank's rows, -1 padded, int64 [r, T]; r and T are the same on all ranks.
+            labels: Labels of this rank's rows, -1 padded, int64 [r, T]; T is the same on all ranks.
             rows: Which rows belong to this head, bool [r].
             step: Optimizer step; part of the draw's key.
             first_row: Place of the micro-step's first row in the step's global order.
             draw_rows: Consecutive global rows that share one draw; 0 for all of the micro-step.
+            row_counts: Rows of each data rank; None when all bring as many.
 
         Raises:
             UserError: Labels of a wrong type or shape or outside the label space, or a row without any.
@@ -149,7 +156,7 @@ class ClassShardedHead:
                 f"got {labels.dtype} {list(labels.shape)}"
             )
         marked = torch.cat([labels, rows[:, None].to(labels)], 1).to(self.device)
-        marked = gather_rows(marked, self.data_group)
+        marked = gather_rows(marked, self.data_group, row_counts)
         return build_targets(
             marked[:, :-1],
             marked[:, -1] > 0,
@@ -175,6 +182,7 @@ class ClassShardedHead:
         step: int,
         first_row: int = 0,
         draw_rows: int = 0,
+        row_counts: Sequence[int] | None = None,
     ) -> HeadLoss:
         """Loss of this rank's rows together with those of all other ranks.
 
@@ -185,17 +193,19 @@ class ClassShardedHead:
             step: As for ``prepare``.
             first_row: As for ``prepare``.
             draw_rows: As for ``prepare``.
+            row_counts: As for ``prepare``.
 
         Raises:
             NonFiniteFeatures: A row of this head holds NaN or infinity; nothing was changed.
             UserError: As for ``prepare``.
         """
-        return self.score(features, self.prepare(labels, rows, step, first_row, draw_rows))
-
-    def score(self, features: Tensor | GatheredFeatures, targets: Targets) -> HeadLoss:
-        """Loss of prepared targets; see ``loss``."""
+        targets = self.prepare(labels, rows, step, first_row, draw_rows, row_counts)
         if isinstance(features, Tensor):
-            features = gather_features(features, self.world_group, self.data_group)
+            features = gather_features(features, self.world_group, self.data_group, row_counts=row_counts)
+        return self.score(features, targets)
+
+    def score(self, features: GatheredFeatures, targets: Targets) -> HeadLoss:
+        """Loss of gathered features against prepared targets; see ``loss``."""
         rows = features.rows.to(self.weight.dtype)
         self._refuse_non_finite(rows.detach(), targets)
         settings = StreamSettings(self.config, self.world_group, self.chunk_bytes, self.scratch)
