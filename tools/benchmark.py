@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megaregion.benchmark.head import HeadSizes, compare
-from megaregion.benchmark.measure import describe_host
+from megaregion.benchmark.measure import Stopwatch, describe_host
 from megaregion.benchmark.report import Report
 from megaregion.command_line import run
 from megaregion.errors import UserError
@@ -34,10 +34,11 @@ def main() -> int | None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and none is visible; use --device cpu")
-    report = Report(describe_host(device))
+    watch = Stopwatch(device, processor=options.clock == "processor")
+    report = Report({**describe_host(device), "clock": options.clock})
     for sizes, goals in chosen(options):
         dense = options.dense or sizes.sample_rate == 1.0
-        report.cases += compare(sizes, goals, options.repeats, device, dense)
+        report.cases += compare(sizes, goals, options.repeats, watch, dense)
     print(report.table())
     if options.json:
         report.write_json(options.json)
@@ -86,6 +87,12 @@ def parse() -> argparse.Namespace:
     )
     head.add_argument("--repeats", type=int, default=3, help="timed steps; the fastest counts")
     head.add_argument("--threads", type=int, help="threads of the processor; all when not given")
+    head.add_argument(
+        "--clock",
+        choices=["wall", "processor"],
+        default="wall",
+        help="processor counts only this process's time, for a shared machine; use it with --threads 1",
+    )
     head.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     head.add_argument("--json", type=Path, metavar="FILE", help="also write the cases there")
     return parser.parse_args()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.benchmark.head_peers import DenseHead, PartialFCHead
-from megaregion.benchmark.measure import PeakMemory, seconds
+from megaregion.benchmark.measure import PeakMemory, Stopwatch
 from megaregion.benchmark.report import Case
 from megaregion.config import HeadConfig, LossName
 from megaregion.heads import ClassShardedHead
@@ -68,7 +68,7 @@ class Contender:
 
 
 def compare(
-    sizes: HeadSizes, goals: dict[str, float], repeats: int, device: torch.device, dense: bool
+    sizes: HeadSizes, goals: dict[str, float], repeats: int, watch: Stopwatch, dense: bool
 ) -> list[Case]:
     """Measure all heads at one size.
 
@@ -77,14 +77,16 @@ def compare(
         goals: Least ratio by name of the comparison: step, passes, update, memory,
             gemm, dense, dense_memory; what has no goal is shown with goal 0.
         repeats: Timed calls of each; the fastest counts.
-        device: Where to run.
+        watch: The clock, on the device to run on.
         dense: Whether to run the dense softmax, whose logits need rows x classes x 4 bytes several times.
     """
+    device = watch.device
     with group_of_one(device) as group:
-        ours = measure(lambda: _ours(sizes, group, device), sizes, repeats, device)
-        products = gemm_seconds(sizes, repeats, device)
-        peer = measure(lambda: _partial_fc(sizes, group, device), sizes, repeats, device)
-        plain = measure(lambda: _dense(sizes, device), sizes, repeats, device) if dense else None
+        _warm_up(group, device)
+        ours = measure(lambda: _ours(sizes, group, device), sizes, repeats, watch)
+        products = gemm_seconds(sizes, repeats, watch)
+        peer = measure(lambda: _partial_fc(sizes, group, device), sizes, repeats, watch)
+        plain = measure(lambda: _dense(sizes, device), sizes, repeats, watch) if dense else None
     found = [
         ("step", "whole step, PartialFC", ours.step, peer.step, "s"),
         ("passes", "forward + backward, PartialFC", ours.passes, peer.passes, "s"),
@@ -103,26 +105,27 @@ def compare(
     ]
 
 
-def measure(build: Callable[[], Contender], sizes: HeadSizes, repeats: int, device: torch.device) -> Measured:
+def measure(build: Callable[[], Contender], sizes: HeadSizes, repeats: int, watch: Stopwatch) -> Measured:
     """Build a head, take its peak memory and its times, and let it go."""
-    memory = PeakMemory(device)
+    memory = PeakMemory(watch.device)
     before = memory.now()
     contender = build()
-    timed_step(contender, device)
+    timed_step(contender, watch)
     memory.reset()
-    timed_step(contender, device)
+    timed_step(contender, watch)
     beyond = memory.peak() - before - sizes.state_bytes
-    times = [timed_step(contender, device) for _ in range(repeats)]
+    times = [timed_step(contender, watch) for _ in range(repeats)]
     return Measured(min(first for first, _ in times), min(second for _, second in times), beyond)
 
 
-def timed_step(contender: Contender, device: torch.device) -> tuple[float, float]:
+def timed_step(contender: Contender, watch: Stopwatch) -> tuple[float, float]:
     """Seconds of forward and backward, and of the update that follows."""
-    return seconds(contender.forward_backward, device), seconds(contender.update, device)
+    return watch.seconds(contender.forward_backward), watch.seconds(contender.update)
 
 
-def gemm_seconds(sizes: HeadSizes, repeats: int, device: torch.device) -> float:
+def gemm_seconds(sizes: HeadSizes, repeats: int, watch: Stopwatch) -> float:
     """Seconds of the four matrix products of a recomputing head, alone: scores twice, two gradients."""
+    device = watch.device
     drawn = sizes.classes * sizes.sample_rate
     if sizes.sample_rate < 1:
         drawn += sizes.rows * (1 - sizes.sample_rate)
@@ -139,7 +142,15 @@ def gemm_seconds(sizes: HeadSizes, repeats: int, device: torch.device) -> float:
         torch.mm(scores.T, features, out=by_centers)
 
     products()
-    return min(seconds(products, device) for _ in range(repeats)) * drawn / block
+    return min(watch.seconds(products) for _ in range(repeats)) * drawn / block
+
+
+def _warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Run every head once at a small size, so that no one's memory counts the libraries' own."""
+    small = HeadSizes(4096, 64, 256, 0.5, 2**20)
+    for contender in (_ours(small, group, device), _partial_fc(small, group, device), _dense(small, device)):
+        contender.forward_backward()
+        contender.update()
 
 
 def _ours(sizes: HeadSizes, group: dist.ProcessGroup, device: torch.device) -> Contender:
