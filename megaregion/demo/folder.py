@@ -1,0 +1,205 @@
+"""A folder of scenes: written in parallel beside its place, and moved there when it is whole.
+
+OUT/scenes.json  OUT/train/images/KEY.jpg  OUT/train/truth.jsonl  OUT/val/...  OUT/test/...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaregion.demo.assets import Library
+from megaregion.demo.scenes import SceneMaker, SceneSettings
+from megaregion.demo.split import Part
+from megaregion.errors import UserError
+
+VERSION = 1
+"""Goes up when the same settings would give other scenes than before."""
+CHUNK = 16
+"""Scenes that a worker makes per task."""
+
+
+@dataclass
+class PartSummary:
+    """What the scenes of one part hold."""
+
+    scenes: int = 0
+    words: int = 0
+    objects: Counter[str] = field(default_factory=Counter)
+    """Objects of each class."""
+    instances: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+
+    def add(self, truth: Mapping[str, Any]) -> None:
+        """Count one line of truth.jsonl."""
+        self.scenes += 1
+        self.words += len(truth["words"])
+        self.objects.update(item["class"] for item in truth["objects"])
+        self.instances.update(item["instance"] for item in truth["objects"])
+        self.texts.update(word["text"].lower() for word in truth["words"])
+
+
+def identity(library: Library, settings: SceneSettings, counts: Mapping[Part, int]) -> dict[str, Any]:
+    """Everything that decides what is in the folder, as scenes.json holds it."""
+    return {
+        "version": VERSION,
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "scenes": dict(counts),
+        "assets": library.fingerprint(),
+    }
+
+
+def is_done(out: Path, wanted: Mapping[str, Any], force: bool) -> bool:
+    """Whether the folder holds just these scenes already.
+
+    Raises:
+        UserError: The folder holds something else: scenes of other settings (unless ``force``
+            allows to replace them), or files that are no scenes at all (never replaced).
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{out} exists and holds no scenes of ours; name another folder with --out") from None
+    if found == wanted:
+        return not force
+    if not force:
+        changed = ", ".join(key for key in wanted if found.get(key) != wanted[key]) or "its contents"
+        raise UserError(
+            f"{out} holds scenes of other settings ({changed}); replace them with --force, or change --out"
+        )
+    return False
+
+
+def write_scenes(
+    out: Path,
+    library: Library,
+    settings: SceneSettings,
+    counts: Mapping[Part, int],
+    workers: int = 2,
+    on_progress: Callable[[int], None] = lambda scenes: None,
+) -> None:
+    """Make all scenes and put the folder in place, replacing what is there.
+
+    Args:
+        out: Folder to make; check it with :func:`is_done` first.
+        library: Files to compose of.
+        settings: Looks and seed.
+        counts: Number of scenes of each part.
+        workers: Processes; 0 and 1 work in this one. The scenes are the same for any number.
+        on_progress: Called with the number of scenes just made.
+
+    Raises:
+        UserError: A part has too few files, the disk takes no more, or a worker died.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in counts:
+        # Too few files for a part must show before the first scene is made.
+        SceneMaker(library, settings, part)
+    try:
+        with _renderer(library, settings, partial, workers) as render:
+            for part, count in counts.items():
+                (partial / part / "images").mkdir(parents=True)
+                tasks = [_Task(part, start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+                with (partial / part / "truth.jsonl").open("w", encoding="utf-8") as lines:
+                    for truths in render(tasks):
+                        lines.writelines(json.dumps(truth) + "\n" for truth in truths)
+                        on_progress(len(truths))
+        wanted = identity(library, settings, counts)
+        (partial / "scenes.json").write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        _replace(partial, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); make room, or name another --out"
+        ) from None
+
+
+def summarise(out: Path) -> dict[Part, PartSummary]:
+    """Count what is in a folder of scenes."""
+    counts: dict[Part, int] = json.loads((out / "scenes.json").read_text(encoding="utf-8"))["scenes"]
+    summaries = {part: PartSummary() for part in counts}
+    for part, summary in summaries.items():
+        with (out / part / "truth.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                summary.add(json.loads(line))
+    return summaries
+
+
+@dataclass(frozen=True)
+class _Task:
+    part: Part
+    start: int
+    stop: int
+
+
+@contextmanager
+def _renderer(
+    library: Library, settings: SceneSettings, folder: Path, workers: int
+) -> Iterator[Callable[[list[_Task]], Iterator[list[dict[str, Any]]]]]:
+    if workers <= 1:
+        worker = _Worker(library, settings, folder)
+        yield lambda tasks: map(worker.run, tasks)
+        return
+    # Not forked: a parent that holds threads (torch, BLAS) would hand its locks to the child.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (library, settings, folder)) as pool:
+
+        def render(tasks: list[_Task]) -> Iterator[list[dict[str, Any]]]:
+            try:
+                yield from pool.map(_run_in_worker, tasks)
+            except BrokenProcessPool:
+                raise UserError("a worker died, most likely of memory; try again with --workers 1") from None
+
+        yield render
+
+
+class _Worker:
+    def __init__(self, library: Library, settings: SceneSettings, folder: Path) -> None:
+        self._library, self._settings, self._folder = library, settings, folder
+        self._makers: dict[Part, SceneMaker] = {}
+
+    def run(self, task: _Task) -> list[dict[str, Any]]:
+        maker = self._makers.get(task.part)
+        if maker is None:
+            maker = self._makers[task.part] = SceneMaker(self._library, self._settings, task.part)
+        truths = []
+        for index in range(task.start, task.stop):
+            scene = maker.make(index)
+            (self._folder / task.part / "images" / f"{scene.truth['key']}.jpg").write_bytes(scene.jpeg)
+            truths.append(scene.truth)
+        return truths
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(library: Library, settings: SceneSettings, folder: Path) -> None:
+    global _worker
+    _worker = _Worker(library, settings, folder)
+
+
+def _run_in_worker(task: _Task) -> list[dict[str, Any]]:
+    assert _worker is not None  # the pool's initializer ran
+    return _worker.run(task)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put the finished folder in the other's place; a crash in between loses neither."""
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""Compose the demo's scenes: cut-outs and words on photo backgrounds, with everything in them known.
+
+python tools/make_scenes.py --out data/scenes --train 3000 --test 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megaregion.command_line import run
+from megaregion.demo.assets import load_library
+from megaregion.demo.folder import PartSummary, identity, is_done, summarise, write_scenes
+from megaregion.demo.scenes import SceneSettings
+from megaregion.demo.split import Part
+from megaregion.errors import UserError
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    counts: dict[Part, int] = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
+    counts = {part: count for part, count in counts.items() if count}
+    for part, count in counts.items():
+        if count < 0:
+            raise UserError(f"--{part} must not be negative, got {count}; 0 leaves that part out")
+    if not counts:
+        raise UserError("--train, --val and --test are all 0; ask for at least one scene")
+    settings = SceneSettings(arguments.seed, tuple(_size(text) for text in arguments.size))
+    library = load_library(arguments.cutouts, arguments.backgrounds)
+    for path, reason in list(library.left_out.items())[:5]:
+        print(f"left out: {path} {reason}", file=sys.stderr)
+    if len(library.left_out) > 5:
+        print(f"left out: {len(library.left_out) - 5} more files", file=sys.stderr)
+    if is_done(arguments.out, identity(library, settings, counts), arguments.force):
+        print(f"{arguments.out} holds these scenes already")
+    else:
+        began = time.perf_counter()
+        with tqdm(total=sum(counts.values()), unit="scene", disable=not sys.stderr.isatty()) as bar:
+            write_scenes(arguments.out, library, settings, counts, arguments.workers, bar.update)
+        seconds = time.perf_counter() - began
+        print(f"{arguments.out}: {sum(counts.values())} scenes in {seconds:.1f} s")
+    print(_table(summarise(arguments.out)))
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, _, height = text.partition("x")
+        return int(width), int(height or width)
+    except ValueError:
+        raise UserError(f"--size must be like 256 or 256x320 (width x height), got {text!r}") from None
+
+
+def _table(summaries: dict[Part, PartSummary]) -> str:
+    classes = sorted({name for summary in summaries.values() for name in summary.objects})
+    rows = [("", *summaries)]
+    rows += [("scenes", *(str(summary.scenes) for summary in summaries.values()))]
+    rows += [("objects", *(str(summary.objects.total()) for summary in summaries.values()))]
+    rows += [
+        ("  " + name, *(str(summary.objects[name]) for summary in summaries.values())) for name in classes
+    ]
+    rows += [("instances", *(str(len(summary.instances)) for summary in summaries.values()))]
+    rows += [("words", *(str(summary.words) for summary in summaries.values()))]
+    rows += [("  different", *(str(len(summary.texts)) for summary in summaries.values()))]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compose scenes with known truth. The parts share no cut-out instance, no background and "
+        "no word. OUT gets train/, val/ and test/ with images/ and truth.jsonl; only the evaluation "
+        "may read the truth.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/scenes"), help="folder to make")
+    add("--train", type=int, default=3000, metavar="N", help="scenes to train on")
+    add(
+        "--val", type=int, default=0, metavar="N", help="scenes to tune on, of files that no other part shows"
+    )
+    add("--test", type=int, default=400, metavar="N", help="scenes to measure on")
+    add(
+        "--size",
+        nargs="+",
+        default=["256"],
+        help="pixels, as 256 or 256x320; each scene draws one of those given",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="other scenes of the same files; the parts of the files stay the same",
+    )
+    add("--workers", type=int, default=2, help="processes; the scenes are the same for any number")
+    add(
+        "--cutouts",
+        type=Path,
+        metavar="DIR",
+        help="your own: one folder per class, pictures with transparency",
+    )
+    add("--backgrounds", type=Path, metavar="DIR", help="your own background pictures")
+    add("--force", action="store_true", help="replace scenes of other settings in OUT")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
