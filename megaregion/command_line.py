@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"megaregion: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT
+    except BrokenPipeError:
+        # Whoever read our output, `head` for one, has seen enough; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except KeyboardInterrupt:
         print("megaregion: interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT

@@ -16,6 +16,7 @@ from megaregion.errors import UserError
 Precision = Literal["fp32", "bf16"]
 Activation = Literal["gelu", "quick_gelu"]
 RegionWeights = Literal["shared", "separate"]
+FirstWeights = Literal["random", "structured"]
 LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
 HeadBackend = Literal["auto", "torch", "triton"]
@@ -48,6 +49,9 @@ class ModelConfig:
     """Number of last blocks in which region tokens attend to their own patches."""
     region_weights: RegionWeights = "shared"
     """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
+    first_weights: FirstWeights = "random"
+    """Weights before training: random, or structured (whitened cosine filters on patches, attention to
+    like and near tokens), which learns faster where a run is minutes long. The architecture is the same."""
 
     @property
     def head_dim(self) -> int:

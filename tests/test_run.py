@@ -1,0 +1,221 @@
+"""One run as its user meets it: the command line, signals, full disks, and mistakes that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from launch import free_port, launch, repository
+from toy import toy_config, toy_dataset
+
+from megaregion.config import RunConfig, config_from_dict
+from megaregion.errors import REQUEUE_EXIT, USER_ERROR_EXIT
+from megaregion.training.checkpoint import find_checkpoint
+
+SMALL = [
+    "--model.image_size=32", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",
+    "--model.mlp_width=64", "--model.region_layers=1", "--data.workers=0", "--data.regions_per_image=3",
+    "--head.embedding_dim=16", "--head.draw_images=1", "--train.global_batch=4", "--train.micro_batch=2",
+    "--train.precision=fp32", "--optimizer.warmup_steps=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_dataset(tmp_path_factory.mktemp("shards"))
+
+
+def command(dataset: Path, output: Path, *extra: str) -> list[str]:
+    flags = [*SMALL, f"--data.path={dataset}", f"--output={output}", "--name=run", *extra]
+    return [sys.executable, "-W", "ignore", "tools/pretrain.py", *flags]
+
+
+def pretrain(dataset: Path, output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(dataset, output, *extra),
+        cwd=repository(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_settings_metrics_logs_and_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    done = pretrain(dataset, tmp_path, "--train.steps=3", "--checkpoint.every=2")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3]
+    assert {"loss", "loss_object", "loss_text", "lr", "grad_norm", "images_per_second"} <= set(
+        metrics(tmp_path)[0]
+    )
+    assert "step      3/3" in done.stdout
+    config = config_from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    assert isinstance(config, RunConfig)
+    assert config.train.steps == 3
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
+    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == [
+        "latest", "step-00000002", "step-00000003",
+    ]  # fmt: skip
+    assert list((run / "tensorboard").glob("events*"))
+    assert (run / "logs" / "rank-00.log").read_text()
+
+    again = pretrain(dataset, tmp_path, "--train.steps=3")
+    assert again.returncode == USER_ERROR_EXIT
+    assert "holds checkpoints; use --resume auto" in again.stderr
+
+    finished = pretrain(dataset, tmp_path, "--train.steps=3", "--resume=auto")
+    assert finished.returncode == 0
+    assert len(metrics(tmp_path)) == 3, "a finished run took another step"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
+    number: signal.Signals, dataset: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        command(dataset, tmp_path, "--train.steps=100000", "--resume=auto"),
+        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(number)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == REQUEUE_EXIT, output
+    steps = [int(record["step"]) for record in metrics(tmp_path)]
+    assert json.loads((find_checkpoint(tmp_path / "run") / "manifest.json").read_text())["step"] == steps[-1]
+    resumed = pretrain(dataset, tmp_path, f"--train.steps={steps[-1] + 2}", "--resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [int(record["step"]) for record in metrics(tmp_path)] == list(range(1, steps[-1] + 3))
+
+
+def test_torchrun_starts_the_same_command_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
+    flags = command(dataset, tmp_path, "--train.steps=2", "--parallel.tensor=2", "--head.draw_images=2")[3:]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, *flags],
+        cwd=repository(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks: tensor 2 x data 1" in done.stdout
+    assert len(metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.path=missing"], "missing/dataset.json does not exist"),
+        (["--parallel.tensor=2"], "parallel.tensor must divide the number of ranks 1, got 2"),
+        (["--resume=yes"], "--resume must be auto or none, got yes"),
+        (["--train.global_batch=5", "--train.micro_batch=2"], "train.micro_batch must divide the 5 images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_run_behind(
+    flags: list[str], message: str, dataset: Path, tmp_path: Path
+) -> None:
+    done = pretrain(dataset, tmp_path, *flags)
+    assert done.returncode == USER_ERROR_EXIT
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+# --- inside one process of one rank ------------------------------------------------------------------------
+
+
+def _full_disk(dataset: str, output: str) -> None:
+    from test_training import train
+
+    config = toy_config(Path(dataset), Path(output), "full", train__steps=4, checkpoint__every=1)
+    from megaregion.training import state
+
+    real, limit = state.write_pieces, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def cramped(folder: Path, rank: int, pieces: object) -> None:
+        """Steps 2 and 3 meet a real refusal of the operating system; step 4 has room again."""
+        if int(folder.stem.removeprefix("step-")) in (2, 3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        try:
+            real(folder, rank, pieces)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    state.write_pieces = cramped
+    train(config)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(dataset: Path, tmp_path: Path) -> None:
+    launch(_full_disk, 1, str(dataset), str(tmp_path))
+    saved = sorted(f.name for f in (tmp_path / "full" / "checkpoints").iterdir())
+    assert saved == ["latest", "step-00000001", "step-00000004"]
+
+
+def _another_dataset(dataset: str, output: str) -> None:
+    from test_training import train
+
+    from megaregion.errors import UserError
+
+    first = toy_config(Path(dataset), Path(output), "first", train__steps=1)
+    train(first)
+    other = toy_dataset(Path(output) / "other", seed=1)
+    second = toy_config(other, Path(output), "second", train__steps=2)
+    with pytest.raises(UserError, match=r"centers_sha256 .* were trained with"):
+        train(second, resume_from=Path(output) / "first" / "checkpoints")
+    wider = toy_config(Path(dataset), Path(output), "wider", train__steps=2, model__mlp_width=128)
+    with pytest.raises(
+        UserError, match=r"mlp.fc1.weight has shape \[128, 32\] by the settings and \[64, 32\]"
+    ):
+        train(wider, resume_from=Path(output) / "first" / "checkpoints")
+
+
+def test_a_checkpoint_of_another_dataset_or_model_is_refused(dataset: Path, tmp_path: Path) -> None:
+    launch(_another_dataset, 1, str(dataset), str(tmp_path))
+
+
+def _corrupt_sample(dataset: str, output: str) -> None:
+    from test_training import train
+
+    shard = Path(dataset) / "shard-00000"
+    offset, size, _, _ = np.load(f"{shard}.index.npy", allow_pickle=False)[0]
+    with Path(f"{shard}.tar").open("r+b") as tar:
+        tar.seek(int(offset) + 10)
+        tar.write(b"\0" * int(size - 20))
+    train(toy_config(Path(dataset), Path(output), "corrupt", train__steps=5, data__max_bad_share=1.0))
+
+
+def test_a_sample_that_cannot_be_read_is_replaced_and_counted(tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path / "shards")
+    launch(_corrupt_sample, 1, str(dataset), str(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "corrupt" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(record["bad"] for record in records) == 2, "80 positions pass the 40 samples twice"
+
+
+def test_a_stop_request_that_comes_before_torch_is_not_lost(dataset: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(dataset, tmp_path, "--train.steps=100000"),
+        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    status = Path(f"/proc/{process.pid}/status")
+    usr1 = 1 << (signal.SIGUSR1 - 1)
+    while process.poll() is None:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) & usr1:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE_EXIT, output
+    assert len(metrics(tmp_path)) == 1
