@@ -433,7 +433,70 @@ def test_rows_that_take_no_part_keep_weight_and_moments_bit_for_bit(group: dist.
         for name, piece in head.state().items():
             assert torch.equal(piece.tensor[~touched], before[name][~touched])
             changed = (piece.tensor != before[name]).reshape(300, -1).any(1)
-            assert torch.equal(changed, touched)
+            assert torch.equal(changed, touched) or name == "last_positive"
+
+
+def test_bf16_moments_stay_close_to_wide_ones() -> None:
+    config = OptimizerConfig()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((40, 8), generator=generator)
+    wide, narrow = RowAdamW(weight.clone(), config), RowAdamW(weight.clone(), config, torch.bfloat16)
+    for step in range(60):
+        gradient = torch.randn((40, 8), generator=generator) + weight
+        rows = None if step % 2 else torch.arange(0, 40, 2)
+        for optimizer in (wide, narrow):
+            optimizer.step(rows, gradient[rows] if rows is not None else gradient, 0.01)
+    moved = (wide.weight - weight).norm()
+    assert narrow.exp_avg_sq.dtype == torch.bfloat16
+    assert float((narrow.weight - wide.weight).norm() / moved) < 0.02
+
+
+@pytest.mark.parametrize("loss", ["separated", "softmax"])
+def test_bf16_operands_stay_close_to_a_dense_head(group: dist.ProcessGroup, loss: str) -> None:
+    head = make_head(group, 300, 64, torch.float32, loss=loss, sample_rate=1.0, scale=16.0)
+    head.operand = torch.bfloat16
+    features, labels = make_rows(40, 64, 300, 1, dtype=torch.float32)
+    assert_equals_dense(head, features, labels, 1e-2)
+
+
+def test_topk_finds_the_nearest_centers(group: dist.ProcessGroup) -> None:
+    head = make_head(group, 30, 5, torch.float32)
+    features, _ = make_rows(7, 5, 30, 1, dtype=torch.float32)
+    cosines, classes = head.topk(features.detach(), 4)
+    dense = torch.nn.functional.cosine_similarity(features.detach()[:, None], head.weight[None], dim=2)
+    expected = dense.topk(4, dim=1)
+    assert torch.equal(classes, expected.indices)
+    torch.testing.assert_close(cosines, expected.values)
+    assert head.topk(features.detach(), 99)[1].shape == (7, 30)
+
+
+def test_census_finds_idle_classes_and_centers_that_are_alike(group: dist.ProcessGroup) -> None:
+    head = make_head(group, 40, 16, torch.float32, **ALL)
+    head.weight[31] = head.weight[4] * 3.0 + 0.001
+    features, labels = make_rows(6, 16, 40, 1, dtype=torch.float32)
+    head.loss(features, torch.arange(6)[:, None], everyone(labels), step=10).sum.backward()
+    found = head.census(step=100, patience=95, probes=40)
+    assert (found.idle, found.probed) == (34, 40)
+    assert {(one, other) for one, other, _ in found.alike} == {(4, 31), (31, 4)}
+    assert head.census(step=200, patience=95).idle == 40
+
+
+def test_sampling_that_saves_nothing_warns_once(
+    group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = make_head(group, 20, 4, sample_rate=0.1, min_negatives=1)
+    for step in range(2):
+        head.prepare(torch.arange(20)[:, None], torch.ones(20, dtype=torch.bool), step)
+    assert [record.message for record in caplog.records if "saves less than 10%" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+def test_a_kernel_that_is_not_built_is_refused(group: dist.ProcessGroup) -> None:
+    with pytest.raises(UserError, match="use torch or auto"):
+        ClassShardedHead(
+            HeadConfig(), 3, 3, world_group=group, data_group=group, seed=0, name="x", backend="triton"
+        )
 
 
 def test_a_center_counts_its_own_steps(group: dist.ProcessGroup) -> None:

@@ -131,6 +131,10 @@ def train(
         found["centers"].append(dense_center_gradient(head))
         head.step(0.01)
         head.zero_grad()
+    queries = torch.randn((3, DIM), generator=torch.Generator().manual_seed(5))
+    census = head.census(step=first + STEPS, patience=1, threshold=0.5)
+    found["topk"] = list(head.topk(queries, 4)[1].tolist())
+    found["census"] = [census.idle, census.probed, [line[:2] for line in census.alike]]
     return {**found, "state": {name: tuple(piece) for name, piece in head.state().items()}}
 
 
@@ -200,6 +204,8 @@ def assert_agrees(found: list[dict[str, Any]], expected: dict[str, Any], tensor:
     for one, other in zip(found[0]["loss"], expected["loss"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for rank in found:
+        assert rank["topk"] == expected["topk"]
+        assert rank["census"] == expected["census"]
         assert [float(loss) for loss in rank["loss"]] == [float(loss) for loss in found[0]["loss"]]
         assert rank["metrics"] == [pytest.approx(metrics, abs=1e-5) for metrics in expected["metrics"]]
         torch.testing.assert_close(rank["norm"], expected["norm"], rtol=1e-4, atol=1e-6)

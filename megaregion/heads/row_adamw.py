@@ -21,12 +21,18 @@ BLOCK = 1 << 17
 class RowAdamW:
     """AdamW over the rows of one matrix."""
 
-    def __init__(self, weight: Tensor, config: OptimizerConfig) -> None:
-        """Start with moments of zero for ``weight`` [K, E]."""
+    def __init__(self, weight: Tensor, config: OptimizerConfig, moments: torch.dtype | None = None) -> None:
+        """Start with moments of zero for ``weight`` [K, E].
+
+        Args:
+            weight: The centers.
+            config: Betas, eps and decay.
+            moments: Type that moments are kept in between steps; bf16 halves their memory.
+        """
         self.weight = weight
         self.config = config
-        self.exp_avg = torch.zeros_like(weight)
-        self.exp_avg_sq = torch.zeros_like(weight)
+        self.exp_avg = torch.zeros_like(weight, dtype=moments)
+        self.exp_avg_sq = torch.zeros_like(weight, dtype=moments)
         self.count = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
 
     def to(self, weight: Tensor) -> None:
@@ -53,10 +59,10 @@ class RowAdamW:
     def _step_block(self, rows: slice | Tensor, gradient: Tensor, lr: float) -> None:
         config = self.config
         states = self.weight, self.exp_avg, self.exp_avg_sq, self.count
-        # A slice gives views that are updated in place; chosen rows are copied out and back.
-        weight, exp_avg, exp_avg_sq, count = (
-            state.index_select(0, rows) if isinstance(rows, Tensor) else state[rows] for state in states
-        )
+        # A slice gives views that are updated in place; chosen or narrow rows are copied out and back.
+        taken = [state.index_select(0, rows) if isinstance(rows, Tensor) else state[rows] for state in states]
+        wide = [state.to(self.weight.dtype) for state in taken[:3]]
+        weight, exp_avg, exp_avg_sq, count = *wide, taken[3]
         count += 1
         exp_avg.lerp_(gradient, 1 - config.beta1)
         exp_avg_sq.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
@@ -69,6 +75,8 @@ class RowAdamW:
         floor = (stretch * config.eps).to(gradient.dtype)
         root = torch.addcmul(floor[:, None], exp_avg_sq.sqrt(), slope[:, None])
         weight.addcdiv_(exp_avg, root, value=-lr)
-        if isinstance(rows, Tensor):
-            for state, updated in zip(states, (weight, exp_avg, exp_avg_sq, count), strict=True):
-                state.index_copy_(0, rows, updated)
+        for state, own, updated in zip(states, taken, (weight, exp_avg, exp_avg_sq, count), strict=True):
+            if isinstance(rows, Tensor):
+                state.index_copy_(0, rows, updated.to(state.dtype))
+            elif updated is not own:
+                own.copy_(updated)

@@ -11,7 +11,6 @@ T labels of a row (padded with -1).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,27 +20,19 @@ from torch import Tensor
 
 from megaregion.config import HeadBackend, HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
+from megaregion.heads.census import Census, take_census
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.class_gradient import ClassGradient
 from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows
-from megaregion.heads.lengths import unit_scale
+from megaregion.heads.finite import FiniteGuard
+from megaregion.heads.head_loss import HeadLoss, SamplingWatch, report_loss
+from megaregion.heads.products import Products
+from megaregion.heads.ranking import nearest_classes
 from megaregion.heads.row_adamw import RowAdamW
-from megaregion.heads.scoring import RowSums, score_rows
+from megaregion.heads.scoring import score_rows
 from megaregion.heads.scratch import Scratch
 from megaregion.heads.streaming import StreamSettings
-from megaregion.heads.targets import DrawRule, NonFiniteFeatures, Targets, build_targets
-
-
-@dataclass(frozen=True)
-class HeadLoss:
-    """Loss of one head over all rows of a micro-step; the same on every rank."""
-
-    sum: Tensor
-    """Sum of the row losses, with gradient, 0-d."""
-    count: Tensor
-    """Rows of this head over all data ranks, 0-d int64."""
-    metrics: dict[str, Tensor]
-    """0-d: positive_cosine, accuracy (a positive beats all drawn negatives), sample_rate, positive_share."""
+from megaregion.heads.targets import DrawRule, Targets, build_targets
 
 
 class LocalTensor(NamedTuple):
@@ -69,6 +60,7 @@ class ClassShardedHead:
         backend: HeadBackend = "auto",
         optimizer: OptimizerConfig | None = None,
         dtype: torch.dtype = torch.float32,
+        moments: torch.dtype | None = None,
     ) -> None:
         """Lay out the class range and its first centers.
 
@@ -81,13 +73,16 @@ class ClassShardedHead:
             seed: Seed of centers and draws.
             name: Name of the head (object or text); part of every random key.
             chunk_bytes: Memory for logits.
-            backend: Kernel of the streaming loss.
+            backend: Kernel of the streaming loss; torch, or auto, which is torch.
             optimizer: Betas, eps and decay of the centers' AdamW.
-            dtype: Type of centers and moments; float64 serves tests.
+            dtype: Type of the centers; float64 serves tests.
+            moments: Type of AdamW's moments, None for that of the centers; bf16 halves their memory.
 
         Raises:
-            UserError: No classes.
+            UserError: No classes, or a backend that is not there.
         """
+        if backend == "triton":
+            raise UserError("head.backend triton is not built in this version; use torch or auto")
         if classes < 1:
             raise UserError(f"head {name} needs at least 1 class, got {classes}")
         self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
@@ -96,8 +91,12 @@ class ClassShardedHead:
         share = -(-classes // world_group.size())
         start = min(world_group.rank() * share, classes)
         self.local = range(start, min(start + share, classes))
+        self.operand: torch.dtype | None = None
+        """Type of the operands of matrix products; None chooses bf16 for bf16 features on a GPU."""
         self.weight = random_centers(seed, name, self.local, dim).to(dtype)
-        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
+        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig(), moments)
+        self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
+        self.guard, self.sampling = FiniteGuard(name), SamplingWatch(name, config.sample_rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
 
     @property
@@ -109,6 +108,7 @@ class ClassShardedHead:
         """Move centers and moments to a device; gradients gathered so far are forgotten."""
         self.weight = self.weight.to(device)
         self.optimizer.to(self.weight)
+        self.last_positive = self.last_positive.to(device)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
         return self
 
@@ -157,7 +157,7 @@ class ClassShardedHead:
             )
         marked = torch.cat([labels, rows[:, None].to(labels)], 1).to(self.device)
         marked = gather_rows(marked, self.data_group, row_counts)
-        return build_targets(
+        targets = build_targets(
             marked[:, :-1],
             marked[:, -1] > 0,
             DrawRule(
@@ -173,6 +173,8 @@ class ClassShardedHead:
             first_row=first_row,
             draw_rows=draw_rows,
         )
+        self.sampling.look(targets, len(self.local))
+        return targets
 
     def loss(
         self,
@@ -206,49 +208,54 @@ class ClassShardedHead:
 
     def score(self, features: GatheredFeatures, targets: Targets) -> HeadLoss:
         """Loss of gathered features against prepared targets; see ``loss``."""
+        narrow = features.rows.is_cuda and features.rows.dtype == torch.bfloat16
+        operand = self.operand or (torch.bfloat16 if narrow else self.weight.dtype)
         rows = features.rows.to(self.weight.dtype)
-        self._refuse_non_finite(rows.detach(), targets)
-        settings = StreamSettings(self.config, self.world_group, self.chunk_bytes, self.scratch)
+        self.guard.watch(rows.detach(), targets.index)
+        settings = StreamSettings(
+            self.config, self.world_group, self.chunk_bytes, self.scratch, Products(operand)
+        )
         sums = score_rows(rows, targets, self.weight, self.gradient, settings)
-        count = torch.tensor(len(targets.index), device=self.device)
-        return HeadLoss(sums.loss, count, self._metrics(sums, count, targets))
-
-    def _refuse_non_finite(self, rows: Tensor, targets: Targets) -> None:
-        bad = ~rows.sum(1).isfinite()[targets.index]
-        if bool(bad.any()):
-            raise NonFiniteFeatures(self.name, targets.index[bad].tolist())
-
-    def _metrics(self, sums: RowSums, count: Tensor, targets: Targets) -> dict[str, Tensor]:
-        sizes = [sum(draw.size for draw in targets.draws), sum(draw.positives for draw in targets.draws)]
-        drawn = torch.tensor(sizes, dtype=torch.float32, device=self.device)
-        dist.all_reduce(drawn, group=self.world_group)
-        return {
-            "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
-            "accuracy": sums.won / count.clamp_min(1),
-            "sample_rate": drawn[0] / max(1, self.classes * len(targets.draws)),
-            "positive_share": drawn[1] / drawn[0].clamp_min(1),
-        }
+        if torch.is_grad_enabled():
+            for draw in targets.draws:
+                self.last_positive[draw.positives] = targets.step
+        return report_loss(sums, targets, self.classes, self.world_group)
 
     def grad_norm_squared(self) -> Tensor:
-        """Squared norm of the centers' gradients over all ranks, 0-d."""
+        """Squared norm of the centers' gradients over all ranks, 0-d.
+
+        Raises:
+            NonFiniteFeatures: On a GPU, if features of the step were not finite; nothing was changed.
+        """
+        self.guard.ask()
         total = self.gradient.finish().clone()
         dist.all_reduce(total, group=self.world_group)
         return total.to(self.weight.dtype)
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        """Move the centers that took part, with gradients times ``scale`` (the clip coefficient)."""
+        """Move the centers that took part.
+
+        Args:
+            lr: Learning rate.
+            scale: Factor of the gradients (the clip coefficient).
+
+        Raises:
+            NonFiniteFeatures: On a GPU, if features of the step were not finite; nothing was changed.
+        """
+        self.guard.ask()
         self.gradient.finish()
         self.optimizer.step(self.gradient.rows, self.gradient.values, lr, scale)
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
         self.gradient.clear()
+        self.guard.forget()
 
     def state(self) -> dict[str, LocalTensor]:
-        """This rank's piece of everything a checkpoint needs: weight, exp_avg, exp_avg_sq, count."""
-        pieces = {
-            name: getattr(self.optimizer, name) for name in ("weight", "exp_avg", "exp_avg_sq", "count")
-        }
+        """This rank's piece of what a checkpoint needs: weight, exp_avg, exp_avg_sq, count, last_positive."""
+        names = ("weight", "exp_avg", "exp_avg_sq", "count")
+        pieces = {name: getattr(self.optimizer, name) for name in names}
+        pieces["last_positive"] = self.last_positive
         return {
             name: LocalTensor(
                 (self.classes, *piece.shape[1:]), (self.local.start,) + (0,) * (piece.ndim - 1), piece
@@ -267,17 +274,30 @@ class ClassShardedHead:
             piece.tensor.copy_(found[name])
         self.zero_grad()
 
-    @torch.no_grad()
-    def cosines(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Cosines between features and this rank's centers.
+    def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k classes nearest to each feature, over all ranks.
 
         Args:
-            features: Region embeddings, [r, E].
-            classes: Some classes of this rank's range by global number; None for all of them.
+            features: Region embeddings, the same on every rank, [r, E].
+            k: Classes wanted.
 
         Returns:
-            Cosines, [r, number of classes].
+            Falling cosines and their classes, both [r, k].
         """
-        rows = self.weight if classes is None else self.weight[classes.to(self.device) - self.local.start]
-        unit = features.to(self.weight) * unit_scale(features.to(self.weight))
-        return unit @ (rows * unit_scale(rows)).T
+        wanted = min(k, self.classes)
+        return nearest_classes(features.to(self.device), self.weight, self.local, self.world_group, wanted)
+
+    def census(self, step: int, patience: int, probes: int = 1024, threshold: float = 0.95) -> Census:
+        """Classes idle for ``patience`` steps, and centers that have become alike; see census.py."""
+        group = self.world_group
+        return take_census(
+            self.weight,
+            self.last_positive,
+            self.local,
+            self.classes,
+            group,
+            step,
+            patience,
+            probes,
+            threshold,
+        )

@@ -28,6 +28,7 @@ from megaregion.config import HeadConfig
 from megaregion.heads.lengths import inverse_lengths
 from megaregion.heads.losses import RowTerms, row_terms
 from megaregion.heads.margin import apply_margin
+from megaregion.heads.products import Products
 from megaregion.heads.scratch import Scratch
 from megaregion.heads.targets import Draw
 from megaregion.heads.tiles import TileBuffer, own_columns, plan_tiles
@@ -46,6 +47,7 @@ class StreamSettings(NamedTuple):
     chunk_bytes: int
     """Memory for scores."""
     scratch: Scratch
+    products: Products
 
 
 @dataclass
@@ -67,6 +69,7 @@ class _Swept(NamedTuple):
 
     rows: slice
     features: Tensor
+    """The block's rows as an operand, [r, E]."""
     buffer: TileBuffer
     parts: Tensor
     """Positives' scores and the sum over negatives, [r, T + 1]."""
@@ -95,7 +98,8 @@ class DrawStream:
         """
         self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
         self._draw, self._features, self._results = draw, features, results
-        self._centers, self._inverse = centers, inverse_lengths(centers)
+        self._products, self._inverse = settings.products, inverse_lengths(centers)
+        self._centers = settings.products.narrow(centers)
         self._unit = settings.config.scale * LOG2E
         # While one block's sums travel the next is swept: two buffers share the budget.
         self._in_flight = 2 if settings.group.size() > 1 else 1
@@ -103,7 +107,7 @@ class DrawStream:
             rows=len(draw.index),
             classes=len(centers),
             typical_classes=draw.typical_size,
-            itemsize=features.element_size(),
+            itemsize=centers.element_size(),
             budget=settings.chunk_bytes // self._in_flight,
         )
         self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
@@ -126,8 +130,8 @@ class DrawStream:
     def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
         """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
         features = self._block(rows)
-        parts = features.new_zeros((len(features), self._draw.columns.shape[1] + 1))
-        best = features.new_full((len(features),), float("-inf"))
+        parts = self._inverse.new_zeros((len(features), self._draw.columns.shape[1] + 1))
+        best = self._inverse.new_full((len(features),), float("-inf"))
         for number, tile in enumerate(self._plan.tiles()):
             scores = buffer.tile(number, len(features), tile)
             self._score(features, tile, scores)
@@ -164,7 +168,7 @@ class DrawStream:
     def _pull(self, swept: _Swept, terms: RowTerms, by_centers: Tensor) -> Tensor:
         """Turn a block's exponentials into gradients; return that of its unit rows, [r, E]."""
         features = swept.features
-        by_rows = torch.zeros_like(features)
+        by_rows = self._inverse.new_zeros(features.shape)
         for number, tile in enumerate(self._plan.tiles()):
             scores = swept.buffer.tile(number, len(features), tile)
             column, inside = own_columns(self._draw.columns[swept.rows], tile)
@@ -175,17 +179,19 @@ class DrawStream:
             scores.mul_(terms.by_negative[:, None])
             own = terms.by_positive * self._inverse[tile][column]
             scores.scatter_add_(1, column, torch.where(inside, own, 0.0))
-            by_rows.addmm_(scores, self._centers[tile])
-            by_centers[tile].addmm_(scores.T, features, alpha=1 / LOG2E)
+            operand = self._products.narrow(scores)
+            self._products.add(by_rows, operand, self._centers[tile])
+            self._products.add(by_centers[tile], operand.T, features, 1 / LOG2E)
         return by_rows.mul_(self._config.scale)
 
     def _block(self, rows: slice) -> Tensor:
         """Unit rows of a block, times what makes their products scores in units of log 2, [r, E]."""
-        return self._features.index_select(0, self._draw.index[rows]).mul_(self._unit)
+        chosen = self._features.index_select(0, self._draw.index[rows])
+        return self._products.narrow(chosen.to(self._inverse.dtype).mul_(self._unit))
 
     def _score(self, features: Tensor, tile: slice, scores: Tensor) -> None:
         """Write the scores of a tile, [r, c]."""
-        torch.mm(features, self._centers[tile].T, out=scores)
+        self._products.multiply(features, self._centers[tile].T, scores)
         scores.mul_(self._inverse[tile])
 
     @staticmethod
@@ -205,7 +211,7 @@ class DrawStream:
         The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
         """
         buffer = TileBuffer(self._plan, self._scratch, "tiles 0")
-        top = self._features.new_full((len(self._draw.index),), float("-inf"))
+        top = self._inverse.new_full((len(self._draw.index),), float("-inf"))
         for rows in self._plan.blocks():
             features = self._block(rows)
             for number, tile in enumerate(self._plan.tiles()):

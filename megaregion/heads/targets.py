@@ -9,7 +9,6 @@ C classes of a draw on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +16,6 @@ from torch import Tensor
 
 from megaregion.errors import UserError
 from megaregion.heads.sampling import draw_key, drawn_classes
-
-
-class NonFiniteFeatures(UserError):
-    """Features hold NaN or infinity; ``rows`` are the rows' numbers in the micro-step's global order."""
-
-    def __init__(self, head: str, rows: Sequence[int]) -> None:
-        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
-        super().__init__(
-            f"{len(rows)} features of head {head} are not finite (rows {shown} of the micro-step); "
-            "the step is refused and the centers stay as they are"
-        )
-        self.rows = list(rows)
 
 
 @dataclass(frozen=True)
@@ -69,8 +56,8 @@ class Draw:
     """C."""
     typical_size: int
     """About C, and the same number on every rank."""
-    positives: int
-    """How many of the classes are a positive of one of the rows."""
+    positives: Tensor
+    """Distinct positives of the rows on this rank, counted from its first class, int64."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +70,8 @@ class Targets:
     """Distinct positives of these rows, -1 padded, int64 [R, T]."""
     draws: tuple[Draw, ...]
     """Groups of rows with their classes; together they are all rows."""
+    step: int
+    """Optimizer step."""
 
 
 def build_targets(
@@ -112,7 +101,7 @@ def build_targets(
         part = slice(start, start + count)
         draws.append(_draw(part, index[part], chosen[part], rule, step, group))
         start += count
-    return Targets(index, chosen, tuple(draws))
+    return Targets(index, chosen, tuple(draws), step)
 
 
 def check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
@@ -172,5 +161,5 @@ def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int,
         columns=columns,
         size=len(local) if found is None else len(found),
         typical_size=share,
-        positives=len(columns[here].unique()),
+        positives=(labels[here] - local.start).unique(),
     )

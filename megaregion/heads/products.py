@@ -1,0 +1,42 @@
+"""Matrix products of the streaming loss: operands of one type, results and sums wide.
+
+On a GPU with a bf16 body the operands are bf16, the results fp32: features came as bf16 anyway, and a
+center rounded to bf16 moves a score by less than the noise of sampling. Everywhere else operands keep
+the type of the centers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Products:
+    """Products of matrices whose elements are first rounded to one type."""
+
+    def __init__(self, operand: torch.dtype) -> None:
+        """Round operands to ``operand``."""
+        self._operand = operand
+
+    def narrow(self, matrix: Tensor) -> Tensor:
+        """A matrix as an operand; itself if it is one already."""
+        return matrix.to(self._operand)
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write ``left @ right`` of two operands into a wide matrix."""
+        if left.dtype == out.dtype:
+            torch.mm(left, right, out=out)
+        elif out.is_cuda:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
+        else:
+            # A processor has no such product; widened operands give the same rounding, for tests.
+            torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+    def add(self, out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * left @ right`` of two operands to a wide matrix."""
+        if left.dtype == out.dtype:
+            out.addmm_(left, right, alpha=factor)
+        elif out.is_cuda:
+            torch.addmm(out, left, right, out_dtype=out.dtype, alpha=factor, out=out)
+        else:
+            out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=factor)
