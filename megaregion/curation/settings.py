@@ -1,0 +1,178 @@
+"""Every setting of a curation run, by stage; a stage is redone when one of its own settings changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megaregion.errors import UserError
+
+MIN_VOCABULARY = 384
+"""Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
+
+
+def _setting(default: Any, text: str, **options: Any) -> Any:
+    """A field whose sentence becomes the help of its flag."""
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Which images are read; these enter the stages propose, ocr, embed and pack."""
+
+    min_image_side: int = _setting(64, "skip images whose shortest edge has fewer pixels (paper: 336)")
+    max_image_pixels: int = _setting(89_478_485, "refuse larger images, in pixels, as decompression bombs")
+    piece_images: int = _setting(128, "images that one piece of work takes; a kill costs at most that much")
+
+
+@dataclass(frozen=True)
+class ProposeSettings:
+    """Boxes that may hold an object, and how object-like each is."""
+
+    proposer: str = _setting("selective-search", "who proposes", choices=("selective-search", "sam"))
+    sam: str = _setting("", "folder with SAM's weights, as transformers saves them")
+    sam_grid: int = _setting(16, "SAM: points along each side of the prompt grid (its paper: 32)")
+    proposal_sides: tuple[int, ...] = _setting(
+        (256, 160), "selective search: longest side, in pixels, of each size at which an image is segmented"
+    )
+    min_edge: float = _setting(
+        0.1, "least box edge: pixels, or below 1 a share of the image's shortest edge (paper: 128 px)"
+    )
+    max_area: float = _setting(0.6, "greatest share of the image that a box covers")
+    max_aspect: float = _setting(4.0, "greatest ratio of a box's edges")
+    nms_iou: float = _setting(0.7, "of two boxes with a greater IoU, the less object-like is a duplicate")
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """Which proposals are kept, and how their crops are embedded."""
+
+    max_regions: int = _setting(12, "most object regions of one image; the most object-like are kept")
+    min_objectness: float = _setting(0.05, "proposals less likely to be an object are background, 0..1")
+    text_overlap: float = _setting(0.5, "proposals with a greater IoU with a word are text, not objects")
+    embedder: str = _setting("lite0", "who embeds: EfficientNet-Lite0 or CLIP", choices=("lite0", "clip"))
+    clip: str = _setting("", "folder with CLIP's weights, as transformers saves them")
+    crop_side: int = _setting(128, "Lite0: side, in pixels, to which a crop is resized (trained at 224)")
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """The k-means that turns embeddings into classes."""
+
+    clusters: int = _setting(256, "number of centers, the object classes (paper: 1000000)")
+    cluster_iterations: int = _setting(20, "passes of k-means over the embeddings")
+    cluster_seed: int = _setting(0, "seed of k-means")
+
+
+@dataclass(frozen=True)
+class OcrSettings:
+    """Who reads the text."""
+
+    ocr: str = _setting(
+        "rapidocr", "OCR engine; none reads no text", choices=("rapidocr", "paddleocr", "none")
+    )
+    paddle: str = _setting("", "paddleocr: folder with the folders det and rec of its models")
+    ocr_side: int = _setting(384, "rapidocr: longest side, in pixels, at which text is looked for")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The classes of text."""
+
+    min_confidence: float = _setting(0.7, "words must be recognised with more than this (paper: 0.7)")
+    vocab: int = _setting(512, f"text classes; at least {MIN_VOCABULARY}, as 256 are single bytes")
+    corpus: str = _setting("", "text file, UTF-8, that joins the recognised words; Python's help if empty")
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """The shards."""
+
+    samples_per_shard: int = _setting(512, "images that go into one shard, before those without a region")
+
+
+@dataclass(frozen=True)
+class CurationSettings:
+    """One curation run."""
+
+    image: ImageSettings = field(default_factory=ImageSettings)
+    propose: ProposeSettings = field(default_factory=ProposeSettings)
+    embed: EmbedSettings = field(default_factory=EmbedSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    reader: OcrSettings = field(default_factory=OcrSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    pack: PackSettings = field(default_factory=PackSettings)
+
+
+def setting_groups() -> Iterator[tuple[str, str, tuple[Field[Any], ...]]]:
+    """Name, title and fields of every group of settings, for a command line."""
+    defaults = CurationSettings()
+    for group in fields(CurationSettings):
+        settings = getattr(defaults, group.name)
+        yield group.name, type(settings).__doc__ or "", fields(settings)
+
+
+def settings_from(values: dict[str, Any]) -> CurationSettings:
+    """Build settings from values by field name; what is absent keeps its default.
+
+    Raises:
+        UserError: A value is out of range or contradicts another.
+    """
+    defaults = CurationSettings()
+    groups = {
+        name: type(getattr(defaults, name))(
+            **{each.name: values[each.name] for each in members if each.name in values}
+        )
+        for name, _, members in setting_groups()
+    }
+    settings = CurationSettings(**groups)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings: CurationSettings) -> None:
+    """Check every setting that can be judged without reading an image.
+
+    Raises:
+        UserError: A value is out of range or contradicts another.
+    """
+    values = {
+        each.name: getattr(getattr(settings, g), each.name) for g, _, f in setting_groups() for each in f
+    }
+    for key in (
+        "min_image_side", "max_image_pixels", "piece_images", "sam_grid", "max_regions", "clusters",
+        "cluster_iterations", "ocr_side", "samples_per_shard",
+    ):  # fmt: skip
+        if values[key] < 1:
+            raise UserError(f"{_flag(key)} must be at least 1, got {values[key]}")
+    for key in ("max_area", "nms_iou", "min_objectness", "text_overlap", "min_confidence"):
+        if not 0 <= values[key] <= 1:
+            raise UserError(f"{_flag(key)} must lie in [0, 1], got {values[key]}")
+    if not values["proposal_sides"] or min(values["proposal_sides"]) < 32:
+        raise UserError(f"--proposal-sides must be 32 pixels or more, got {values['proposal_sides']}")
+    if values["min_edge"] < 0:
+        raise UserError(f"--min-edge must be 0 or more, got {values['min_edge']}")
+    if values["max_aspect"] < 1:
+        raise UserError(f"--max-aspect must be 1 or more, got {values['max_aspect']}; 1 keeps squares only")
+    if values["crop_side"] < 32 or values["crop_side"] % 32:
+        raise UserError(f"--crop-side must be a multiple of 32 pixels, got {values['crop_side']}")
+    if values["vocab"] < MIN_VOCABULARY:
+        raise UserError(f"--vocab must be at least {MIN_VOCABULARY}, got {values['vocab']}")
+    for who, key, kind in (
+        ("sam", "proposer", "--sam"),
+        ("clip", "embedder", "--clip"),
+        ("paddleocr", "ocr", "--paddle"),
+    ):
+        path = values[kind.removeprefix("--")]
+        if values[key] == who and not path:
+            raise UserError(f"{_flag(key)} {who} needs {kind} FOLDER with its weights")
+        if values[key] == who and not Path(path).is_dir():
+            raise UserError(f"{kind} {path} is no folder; give the folder that holds the weights")
+    if values["corpus"] and not Path(values["corpus"]).is_file():
+        raise UserError(f"--corpus {values['corpus']} is no file")
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")

@@ -1,0 +1,142 @@
+"""Stage pack: one shard of the dataset from each slice of the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from megaregion.curation.picture import Picture
+from megaregion.curation.proposer import Proposal
+from megaregion.curation.reader import Word
+from megaregion.curation.records import ImageRegions, ImageWords, read_regions, read_words
+from megaregion.curation.source import ImageFile
+from megaregion.curation.stage import Stage, plain
+from megaregion.curation.stages.assign import LABELS
+from megaregion.curation.stages.embed import REGIONS
+from megaregion.curation.stages.ocr import WORDS
+from megaregion.curation.stages.tokenizer import MODEL
+from megaregion.curation.store import Output, Piece
+from megaregion.data.info import INFO_NAME
+from megaregion.data.sample import RegionRecord, SampleRecord
+from megaregion.data.shards import ShardWriter
+from megaregion.data.tokens import load_tokenizer, token_set
+
+ENTRY = "entry.json"
+
+
+class Pack(Stage):
+    """Writes shards/shard-00003.tar with its index, and entry.json: the shard's line in dataset.json.
+
+    Pieces are slices of their own length, so that another shard size costs no new proposals. A slice
+    without any region gives no shard, and null as entry.
+    """
+
+    name = "pack"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = self.job.settings
+        confidence = {"min_confidence": settings.tokenizer.min_confidence}
+        return plain(settings.pack, settings.image) | confidence
+
+    @override
+    def slice_size(self) -> int:
+        return self.job.settings.pack.samples_per_shard
+
+    @override
+    def needs(self, number: int) -> list[Piece]:
+        names = ("embed", "assign", "ocr")
+        overlapping = [Piece(name, piece) for name in names for piece in self._overlapping(number)]
+        return [*overlapping, Piece("tokenizer", 0)]
+
+    @override
+    def prepare(self) -> None:
+        # Until all shards fit together again, nobody may take them for a dataset.
+        (self.job.shards / INFO_NAME).unlink(missing_ok=True)
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        name = f"shard-{number:05d}"
+        samples = self._samples(number, output)
+        first = next(samples, None)
+        entry = None
+        if first is not None:
+            with ShardWriter(self.job.shards, name) as writer:
+                writer.add(*first)
+                for sample in samples:
+                    writer.add(*sample)
+            entry = asdict(writer.entry)
+            output.counts["shards"] += 1
+            output.adopt(self.job.shards / f"{name}.tar")
+            output.adopt(self.job.shards / f"{name}.index.npy")
+        with output.file(ENTRY) as file:
+            file.write(json.dumps(entry).encode())
+
+    def _overlapping(self, number: int) -> range:
+        """Pieces of the other stages that this one's images lie in."""
+        size, pack = self.job.settings.image.piece_images, self.slice_size()
+        last = min((number + 1) * pack, len(self.job.source.images)) - 1
+        return range(number * pack // size, last // size + 1)
+
+    def _samples(self, number: int, output: Output) -> Iterator[tuple[str, bytes, SampleRecord]]:
+        """The samples of a piece: every readable image with at least one region."""
+        tokenizer = load_tokenizer(self.path(Piece("tokenizer", 0), MODEL))
+        confidence = self.job.settings.tokenizer.min_confidence
+        for image, found, labels, read in self._rows(number):
+            output.tick()
+            if not found.width:
+                continue
+            words = read.above(confidence)
+            output.counts["words kept"] += len(words)
+            output.counts["words below confidence"] += len(read.words) - len(words)
+            texts = [(word, token_set(tokenizer, word.text)) for word in words]
+            output.counts["words without token"] += sum(not tokens for _, tokens in texts)
+            output.counts["tokens"] += sum(len(tokens) for _, tokens in texts)
+            objects = [
+                _object(r, label) for r, label in zip(found.regions, labels, strict=True) if label >= 0
+            ]
+            regions = (*objects, *(_text(word, tokens) for word, tokens in texts if tokens))
+            if not regions:
+                output.counts["images without region"] += 1
+                continue
+            output.counts["images packed"] += 1
+            output.counts["object regions"] += len(objects)
+            output.counts["text regions"] += len(regions) - len(objects)
+            picture: Picture = self.job.read(image)
+            yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions)
+
+    def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[int], ImageWords]]:
+        """Each image of the piece with what earlier stages say of it."""
+        pieces = self._overlapping(number)
+        regions = read_regions(self.path(Piece("embed", piece), REGIONS) for piece in pieces)
+        words = read_words(self.path(Piece("ocr", piece), WORDS) for piece in pieces)
+        labels = iter(
+            np.concatenate(
+                [np.load(self.path(Piece("assign", p), LABELS), allow_pickle=False) for p in pieces]
+            ).tolist()
+        )
+        start = pieces.start * self.job.settings.image.piece_images
+        images = iter(self.images(number))
+        for position, (found, read) in enumerate(zip(regions, words, strict=True), start):
+            own = list(islice(labels, len(found.regions)))
+            # The first piece begins before this slice of images, the last one ends after it.
+            if position < number * self.slice_size():
+                continue
+            image = next(images, None)
+            if image is None:
+                return
+            yield image, found, own, read
+
+
+def _object(region: Proposal, label: int) -> RegionRecord:
+    return RegionRecord("object", region.box, label=label, score=region.score, mask=region.mask)
+
+
+def _text(word: Word, tokens: tuple[int, ...]) -> RegionRecord:
+    return RegionRecord("text", word.box, tokens=tokens, score=word.score, text=word.text)

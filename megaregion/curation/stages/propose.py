@@ -1,0 +1,68 @@
+"""Stage propose: candidates for object regions in every image, the most object-like first."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from megaregion.curation import lite0
+from megaregion.curation.filters import rank
+from megaregion.curation.objectness import Objectness
+from megaregion.curation.picture import Picture
+from megaregion.curation.proposer import Proposer, load_proposer
+from megaregion.curation.records import ImageRegions, write_regions
+from megaregion.curation.source import ImageFile
+from megaregion.curation.stage import Stage, plain
+from megaregion.curation.store import Output
+
+CANDIDATES = "candidates.jsonl"
+
+
+class Propose(Stage):
+    """Writes candidates.jsonl; also finds out which images can be used at all."""
+
+    name = "propose"
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = self.job.settings.propose
+        values = plain(settings, self.job.settings.image) | {"objectness": lite0.fingerprint()}
+        if settings.proposer == "sam":
+            from megaregion.curation.weights import describe
+
+            values["sam"] = describe(Path(settings.sam))
+        return values
+
+    @override
+    def prepare(self) -> None:
+        # Once here, or every worker would convert the network for itself.
+        lite0.convert()
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        with output.file(CANDIDATES) as file:
+
+            def propose(image: ImageFile, picture: Picture | None) -> None:
+                if picture is None:
+                    write_regions(file, ImageRegions(image.key))
+                    return
+                found = self._proposer.propose(picture.pixels)
+                ranked = rank(found, picture.pixels, self._objectness, self.job.settings.propose)
+                record = ImageRegions(image.key, picture.width, picture.height, ranked.proposals)
+                write_regions(file, record)
+                output.counts["images used"] += 1
+                output.counts["proposed"] += len(found)
+                output.counts.update({f"dropped: {why}": n for why, n in ranked.dropped.items()})
+
+            self.for_each(number, output, propose)
+
+    @cached_property
+    def _proposer(self) -> Proposer:
+        return load_proposer(self.job.settings.propose)
+
+    @cached_property
+    def _objectness(self) -> Objectness:
+        return Objectness()

@@ -1,0 +1,143 @@
+"""What finished pieces left on disk: their files, and a manifest that proves them whole.
+
+    OUT/stages/STAGE/00003/manifest.json and the piece's files; shards lie in OUT/shards
+
+The manifest is written last and names every file with its size and hash. A piece without one, or whose
+files differ from it, is half-written and will be done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from megaregion.data.info import file_sha256, replace_file
+
+VERSION = 1
+"""Version of the manifest's layout."""
+
+
+class Piece(NamedTuple):
+    """One independent piece of a stage's work."""
+
+    stage: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished piece says about itself."""
+
+    key: str
+    """Hash of all that the outcome depends on: settings, images, and the pieces that it read."""
+    files: dict[str, tuple[int, str]]
+    """Size and hash of each file, by path relative to the run's folder."""
+    counts: dict[str, int]
+    """What was counted on the way, by name."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """Images that could not be used, by path, and why."""
+    seconds: float = 0.0
+    """Time that the piece took."""
+    version: int = VERSION
+
+    @property
+    def digest(self) -> str:
+        """Hash of the files' content: what later pieces depend on."""
+        return hashlib.sha256(json.dumps(sorted(self.files.items())).encode()).hexdigest()
+
+
+class Output:
+    """Collects what one piece leaves behind.
+
+    Args:
+        root: The run's folder.
+        folder: The piece's folder.
+        tick: Called after every image.
+    """
+
+    def __init__(self, root: Path, folder: Path, tick: Callable[[], None]) -> None:
+        self.root, self.folder, self.tick = root, folder, tick
+        self.counts: Counter[str] = Counter()
+        self.bad: dict[str, str] = {}
+        self.files: list[Path] = []
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file of the piece for writing; it takes its name when it is complete."""
+        path = self.folder / name
+        partial = self.folder / f".{name}.partial"
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+        self.adopt(path)
+
+    def adopt(self, path: Path) -> None:
+        """Count a finished file, wherever it lies in the run's folder, among the piece's."""
+        self.files.append(path)
+
+
+class Store:
+    """The pieces below one run's folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, piece: Piece) -> Path:
+        """Where a piece's files lie."""
+        return self.root / "stages" / piece.stage / f"{piece.number:05d}"
+
+    def read(self, piece: Piece) -> Manifest | None:
+        """The manifest of a finished piece, or None if it is missing or its files are not whole."""
+        try:
+            content = json.loads((self.folder(piece) / "manifest.json").read_bytes())
+            manifest = Manifest(**{**content, "files": {k: tuple(v) for k, v in content["files"].items()}})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        if manifest.version != VERSION:
+            return None
+        whole = all(self._is_whole(path, size, sha) for path, (size, sha) in manifest.files.items())
+        return manifest if whole else None
+
+    def begin(self, piece: Piece, tick: Callable[[], None]) -> Output:
+        """Make room for a piece; what an earlier try left is gone."""
+        folder = self.folder(piece)
+        # The manifest first: if we are killed in between, nothing passes for finished.
+        (folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return Output(self.root, folder, tick)
+
+    def finish(self, piece: Piece, key: str, output: Output, began: float) -> None:
+        """Write the manifest, and so declare the piece finished.
+
+        Args:
+            piece: The piece.
+            key: What it was made from.
+            output: What it left.
+            began: Its start, by time.monotonic().
+        """
+        files = {
+            path.relative_to(self.root).as_posix(): (path.stat().st_size, file_sha256(path))
+            for path in output.files
+        }
+        seconds = round(time.monotonic() - began, 3)
+        manifest = Manifest(key, files, dict(sorted((+output.counts).items())), output.bad, seconds)
+        replace_file(self.folder(piece) / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+
+    def prune(self, stage: str, pieces: int) -> None:
+        """Remove what a run with more pieces left."""
+        for folder in sorted((self.root / "stages" / stage).glob("[0-9]*")):
+            if not folder.name.isdigit() or int(folder.name) >= pieces:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_whole(self, name: str, size: int, sha256: str) -> bool:
+        path = self.root / name
+        return path.is_file() and path.stat().st_size == size and file_sha256(path) == sha256

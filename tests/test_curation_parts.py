@@ -1,0 +1,214 @@
+"""The parts of curation: proposals and their filters, embeddings, clusters, text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from curation_scenes import save_tiny_clip, save_tiny_sam, scene
+from PIL import Image, ImageDraw, ImageFont
+
+from megaregion.curation.boxes import diverse, iou
+from megaregion.curation.embedder import load_embedder
+from megaregion.curation.filters import choose, rank
+from megaregion.curation.kmeans import find_centers, nearest_centers
+from megaregion.curation.objectness import Objectness
+from megaregion.curation.picture import cut
+from megaregion.curation.proposer import Proposal, SelectiveSearch
+from megaregion.curation.reader import load_reader
+from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
+from megaregion.curation.tokenizer import default_corpus, train_tokenizer
+from megaregion.data.mask import decode_mask
+from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sam(tmp_path_factory.mktemp("sam"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+# Proposals
+
+
+def test_each_proposal_that_goes_is_counted_under_its_reason() -> None:
+    pixels = np.asarray(scene(0))
+    boxes = {
+        "too small": (0, 0, 10, 10), "too large": (0, 0, 190, 180), "too elongated": (0, 0, 150, 30),
+        "kept": (20, 70, 80, 130), "duplicate": (21, 71, 80, 130),
+    }  # fmt: skip
+    proposals = [Proposal(box, 1.0) for box in boxes.values()]
+    ranked = rank(proposals, pixels, Objectness(), ProposeSettings())
+    assert len(ranked.proposals) == 1
+    assert ranked.dropped == {"too small": 1, "too large": 1, "too elongated": 1, "duplicate": 1}
+
+
+def test_text_background_and_the_surplus_are_not_chosen() -> None:
+    good = [Proposal((x, 0.0, x + 40.0, 40.0), 0.9) for x in (0.0, 50.0, 100.0)]
+    word = Proposal((0.0, 100.0, 60.0, 120.0), 0.99)
+    letter = Proposal((5.0, 102.0, 25.0, 118.0), 0.99)
+    sky = Proposal((100.0, 100.0, 160.0, 160.0), 0.01)
+    chosen = choose([word, letter, *good, sky], [(0, 98, 62, 121)], EmbedSettings(max_regions=2))
+    assert chosen.proposals == good[:2]
+    assert chosen.dropped == {"text": 2, "beyond the limit": 1, "background": 1}
+
+
+def test_parts_come_after_other_whole_objects() -> None:
+    boxes = np.array([[0, 0, 100, 100], [10, 10, 60, 90], [200, 0, 300, 100], [2, 2, 100, 100]], float)
+    order = diverse(boxes, np.array([5.0, 4.5, 4.0, 4.9]), limit=0.7, crowding=2.0)
+    assert order.tolist() == [0, 2, 1]
+    assert diverse(boxes[:0], np.zeros(0), 0.5).tolist() == []
+
+
+def test_a_box_around_an_object_is_more_object_like_than_background() -> None:
+    judge = Objectness()
+    wins = 0
+    for number in range(6):
+        scores = judge.score(np.asarray(scene(number)), np.array([[15, 72, 75, 135], [70, 0, 130, 62.0]]))
+        wins += bool(scores[0] > scores[1])
+    assert wins >= 5
+
+
+def test_selective_search_proposes_boxes_inside_the_image() -> None:
+    pixels = np.asarray(scene(3, 200))[:150]
+    boxes = np.array([proposal.box for proposal in SelectiveSearch((160, 96)).propose(pixels)])
+    assert len(boxes) > 5
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= [200, 150]).all()
+    assert len(np.unique(boxes, axis=0)) == len(boxes)
+
+
+def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
+    from megaregion.curation.sam import SamProposer
+
+    pixels = np.asarray(scene(2, 100))[:70]
+    found = SamProposer(sam, grid=3, min_iou=-np.inf, min_stability=0.0).propose(pixels)
+    assert 0 < len(found) <= 27
+    for proposal in found:
+        assert proposal.mask is not None
+        mask = decode_mask(proposal.mask)
+        assert mask.shape == (70, 100)
+        x0, y0, x1, y1 = map(int, proposal.box)
+        assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
+        assert all(edge.any() for edge in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
+    assert SamProposer(sam, grid=2, min_iou=2.0).propose(pixels) == []
+
+
+# Embeddings and clusters
+
+
+@pytest.mark.parametrize("name", ["lite0", "clip"])
+def test_an_embedding_has_unit_length_and_ignores_the_other_crops(name: str, clip: Path) -> None:
+    embedder = load_embedder(name, clip if name == "clip" else None)
+    crops = [cut(np.asarray(scene(n)), (10.0, 60.0, 80.0, 140.0)) for n in range(20)]
+    together = embedder.embed(crops)
+    assert together.shape == (20, embedder.dim)
+    assert together.dtype == np.float32
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert np.allclose(embedder.embed(crops[17:18]), together[17:18], atol=1e-5)
+    assert embedder.embed([]).shape == (0, embedder.dim)
+    assert embedder.name == load_embedder(name, clip if name == "clip" else None).name
+
+
+def test_lite0_knows_equal_shapes_from_others() -> None:
+    shapes = [cut(np.asarray(scene(n)), (10.0, 65.0, 85.0, 145.0)) for n in (1, 1, 2)]
+    shapes[1] = np.ascontiguousarray(shapes[1][:, ::-1])
+    same, other = (load_embedder("lite0").embed(shapes) @ load_embedder("lite0").embed(shapes[:1]).T)[1:, 0]
+    assert same > other
+
+
+def test_missing_weights_are_a_clear_mistake(tmp_path: Path, sam: Path) -> None:
+    with pytest.raises(UserError, match="holds no CLIPVisionModel"):
+        load_embedder("clip", tmp_path)
+    with pytest.raises(UserError, match=r"lacks .* weights of CLIPVisionModel|holds no CLIPVisionModel"):
+        load_embedder("clip", sam)
+    with pytest.raises(UserError, match="must be lite0 or clip"):
+        load_embedder("dino")
+
+
+def test_k_means_finds_the_same_unit_centers_for_the_same_seed() -> None:
+    rng = np.random.Generator(np.random.Philox(key=3))
+    groups = rng.normal(size=(5, 32))
+    vectors = np.repeat(groups, 40, axis=0) + rng.normal(0, 0.1, (200, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    found = find_centers(vectors, 5, iterations=20, seed=1)
+    assert np.array_equal(found.centers, find_centers(vectors, 5, iterations=20, seed=1).centers)
+    assert np.allclose(np.linalg.norm(found.centers, axis=1), 1, atol=1e-5)
+    labels, cosines = nearest_centers(vectors, found.centers)
+    assert np.array_equal(labels, (vectors @ found.centers.T).argmax(axis=1))
+    assert np.allclose(cosines, (vectors @ found.centers.T).max(axis=1), atol=1e-5)
+    assert nearest_centers(vectors[:0], found.centers)[0].shape == (0,)
+
+
+# Text
+
+
+def test_a_slanted_word_gets_the_upright_box_around_it() -> None:
+    image = Image.new("RGB", (240, 160), (40, 60, 90))
+    word = Image.new("RGBA", (150, 50))
+    ImageDraw.Draw(word).text((5, 5), "Coffee", font=ImageFont.load_default(36), fill=(255, 255, 255, 255))
+    slanted = word.rotate(14, expand=True)
+    image.paste(slanted, (40, 40), slanted)
+    (found,) = load_reader(OcrSettings()).read(np.asarray(image))
+    assert found.text == "Coffee"
+    assert found.score > 0.7
+    inked = np.array([slanted.getchannel("A").getbbox()], float) + 40
+    assert iou(np.array([found.box]), inked)[0, 0] > 0.5
+    assert load_reader(OcrSettings()).read(np.zeros((80, 80, 3), np.uint8)) == []
+    assert load_reader(OcrSettings(ocr="none")).read(np.asarray(image)) == []
+
+
+def test_paddleocr_reads_through_the_same_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = OcrSettings(ocr="paddleocr", paddle=str(tmp_path))
+    with pytest.raises(UserError, match=r"inference\.onnx does not exist"):
+        load_reader(settings)
+    for part in ("det", "rec"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "inference.onnx").write_bytes(b"")
+        (tmp_path / part / "inference.yml").write_text(f"Global:\n  model_name: tiny_{part}\n")
+    monkeypatch.setitem(sys.modules, "paddleocr", None)
+    with pytest.raises(UserError, match="pip install paddleocr"):
+        load_reader(settings)
+    polygon = np.array([[10, 5], [60, 20], [55, 40], [5, 25]])
+    page = {"rec_polys": [polygon, polygon], "rec_texts": ["SALE", " "], "rec_scores": [0.98, 0.9]}
+    asked: dict[str, Any] = {}
+
+    def engine(**options: Any) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(predict=lambda image: [page])
+
+    monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=engine))
+    (word,) = load_reader(settings).read(np.zeros((50, 50, 3), np.uint8))
+    assert (word.text, word.box, word.score) == ("SALE", (5.0, 5.0, 50.0, 40.0), 0.98)
+    assert asked["text_detection_model_name"] == "tiny_det"
+    assert asked["text_recognition_model_dir"] == str(tmp_path / "rec")
+    assert asked["engine"] == "onnxruntime"
+
+
+def test_the_tokenizer_is_exact_in_size_and_a_function_of_its_text(tmp_path: Path) -> None:
+    corpus = default_corpus()
+    model = train_tokenizer(["EXIT", "鬱", "Straße", "$5"] * 3, corpus, 512)
+    assert model == train_tokenizer(["$5", "Straße", "EXIT", "鬱"], corpus, 512)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    processor = load_tokenizer(tmp_path / "tokenizer.model")
+    assert processor.get_piece_size() == 512
+    pieces = [processor.id_to_piece(token) for token in token_set(processor, "$5")]
+    assert pieces == ["$", "5"]
+    # A syllable is one class wherever it stands, and a rare character falls into bytes.
+    assert set(token_set(processor, "a station")) >= set(token_set(processor, "station"))
+    assert len(token_set(processor, "鬱")) == 3
+    assert token_set(processor, "  ") == ()
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--vocab 5000 does not fit 2 distinct words .*larger --corpus"):
+        train_tokenizer(["hello world"], [], 5000)
