@@ -42,7 +42,7 @@ def command(dataset: Path, output: Path, *extra: str) -> list[str]:
 def pretrain(dataset: Path, output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(dataset, output, *extra),
-        cwd=repository(), capture_output=True, text=True, timeout=240, check=False,
+        cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
             process.send_signal(number)
             break
     output = process.stdout.read()
-    assert process.wait(timeout=120) == REQUEUE_EXIT, output
+    assert process.wait(timeout=600) == REQUEUE_EXIT, output
     steps = [int(record["step"]) for record in metrics(tmp_path)]
     assert json.loads((find_checkpoint(tmp_path / "run") / "manifest.json").read_text())["step"] == steps[-1]
     resumed = pretrain(dataset, tmp_path, f"--train.steps={steps[-1] + 2}", "--resume=auto")
@@ -105,7 +105,7 @@ def test_torchrun_starts_the_same_command_on_two_ranks(dataset: Path, tmp_path: 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *launcher, *flags],
-        cwd=repository(), capture_output=True, text=True, timeout=240, check=False,
+        cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 ranks: tensor 2 x data 1" in done.stdout
@@ -216,6 +216,6 @@ def test_a_stop_request_that_comes_before_torch_is_not_lost(dataset: Path, tmp_p
             break
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == REQUEUE_EXIT, output
     assert len(metrics(tmp_path)) == 1

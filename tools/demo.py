@@ -21,20 +21,13 @@ from pathlib import Path
 from megaregion.command_line import run
 from megaregion.errors import UserError
 
-DATA, RUN = Path("data/demo"), Path("runs/demo")
-CONFIG = "configs/demo.yaml"
-FIRST_STEPS = 60
-"""Steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks."""
-GATE = 0.10
-"""Region 5-NN of the trained encoder must be better than that of the untrained one by this much."""
-
 
 def main() -> int:
     arguments = _parser().parse_args()
     began = time.perf_counter()
     seconds: dict[str, float] = {}
-    shutil.rmtree(RUN / "hf", ignore_errors=True)
-    for name, command in steps(arguments.train_scenes, arguments.test_scenes):
+    shutil.rmtree(arguments.run / "hf", ignore_errors=True)
+    for name, command in steps(arguments):
         print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
         started = time.perf_counter()
         done = subprocess.run([sys.executable, *command], check=False)
@@ -42,16 +35,16 @@ def main() -> int:
             raise UserError(f"the demo stopped in step '{name}' (exit code {done.returncode}); see above")
         seconds[name] = round(time.perf_counter() - started, 1)
     seconds["total"] = round(time.perf_counter() - began, 1)
-    return conclude(seconds)
+    return conclude(arguments.run, seconds, arguments.gate)
 
 
-def steps(train_scenes: int, test_scenes: int) -> list[tuple[str, list[str]]]:
+def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Name and command of every step, in order."""
-    scenes, curated = DATA / "scenes", DATA / "curated"
-    counts = ["--train", str(train_scenes), "--test", str(test_scenes)]
+    scenes, curated, goal = arguments.data / "scenes", arguments.data / "curated", arguments.run
+    counts = ["--train", str(arguments.train_scenes), "--test", str(arguments.test_scenes)]
     train = [
-        "tools/pretrain.py", "--config", CONFIG, "--data.path", str(curated / "shards"),
-        "--output", str(RUN.parent), "--name", RUN.name, "--resume", "auto",
+        "tools/pretrain.py", "--config", arguments.config, "--data.path", str(curated / "shards"),
+        "--output", str(goal.parent), "--name", goal.name, "--resume", "auto",
     ]  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     return [
@@ -59,12 +52,12 @@ def steps(train_scenes: int, test_scenes: int) -> list[tuple[str, list[str]]]:
         ("curate", ["tools/curate.py", "--images", str(scenes / "train" / "images"), "--out", str(curated)]),
         (
             "train, 2 tensor x 2 data ranks",
-            [*torchrun, "4", *train, "--parallel.tensor", "2", "--stop-at", str(FIRST_STEPS)],
+            [*torchrun, "4", *train, "--parallel.tensor", "2", "--stop-at", str(arguments.first_steps)],
         ),
         ("train, resumed on 2 data ranks", [*torchrun, "2", *train, "--parallel.tensor", "1"]),
-        ("evaluate", ["tools/evaluate.py", str(RUN), "--scenes", str(scenes)]),
-        ("export", ["tools/convert_checkpoint.py", "to-hf", str(RUN), str(RUN / "hf"), "--check"]),
-        ("load with transformers", ["-c", LOAD, str(RUN / "hf"), str(scenes / "test" / "images")]),
+        ("evaluate", ["tools/evaluate.py", str(goal), "--scenes", str(scenes), "--limit", "2000"]),
+        ("export", ["tools/convert_checkpoint.py", "to-hf", str(goal), str(goal / "hf"), "--check"]),
+        ("load with transformers", ["-c", LOAD, str(goal / "hf"), str(scenes / "test" / "images")]),
     ]
 
 
@@ -81,9 +74,9 @@ print(type(model).__name__, shapes)
 """
 
 
-def conclude(seconds: dict[str, float]) -> int:
+def conclude(goal: Path, seconds: dict[str, float], gate: float) -> int:
     """Add the demo's times to evaluation.json, say what was reached, and judge the gate."""
-    file = RUN / "evaluation.json"
+    file = goal / "evaluation.json"
     result = json.loads(file.read_text())
     result["seconds"] = {**result.get("seconds", {}), **{f"demo: {k}": v for k, v in seconds.items()}}
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -91,11 +84,11 @@ def conclude(seconds: dict[str, float]) -> int:
     print("\n== done ==")
     for name, value in seconds.items():
         print(f"{name:<34}{value:>8.1f} s")
-    print(f"\nreport    {RUN / 'report.html'}\nnumbers   {file}\nencoder   {RUN / 'hf'}")
+    print(f"\nreport    {goal / 'report.html'}\nnumbers   {file}\nencoder   {goal / 'hf'}")
     print("region 5-NN: " + ", ".join(f"{name} {value:.1%}" for name, value in knn.items()))
     gain = knn["trained"] - knn["untrained"]
-    if gain < GATE:
-        print(f"the trained encoder should be {GATE:.0%} above the untrained one; it is {gain:.1%} above")
+    if gain < gate:
+        print(f"the trained encoder should be {gate:.0%} above the untrained one; it is {gain:.1%} above")
         return 1
     return 0
 
@@ -105,8 +98,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Images in, a HuggingFace encoder out.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--train-scenes", type=int, default=2400, help="scenes to curate and train on")
-    parser.add_argument("--test-scenes", type=int, default=300, help="held-out scenes of unseen cut-outs")
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/demo"), help="folder of scenes and shards")
+    add("--run", type=Path, default=Path("runs/demo"), help="folder of the run")
+    add("--config", default="configs/demo.yaml", help="settings of the training run")
+    add("--train-scenes", type=int, default=2400, help="scenes to curate and train on")
+    add("--test-scenes", type=int, default=300, help="held-out scenes of unseen cut-outs")
+    add(
+        "--first-steps",
+        type=int,
+        default=60,
+        help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks",
+    )
+    add("--gate", type=float, default=0.10, help="least gain in region 5-NN over the untrained encoder")
     return parser
 
 
