@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,7 @@ from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
 from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
 from megaregion.heads.centers import given_centers, random_centers
+from megaregion.heads.exponentials import choose_kernel
 from megaregion.heads.margin import apply_margin
 from megaregion.heads.row_adamw import RowAdamW
 from megaregion.heads.sampling import class_hashes, draw_key, drawn_classes
@@ -492,11 +498,41 @@ def test_sampling_that_saves_nothing_warns_once(
     ]
 
 
-def test_a_kernel_that_is_not_built_is_refused(group: dist.ProcessGroup) -> None:
-    with pytest.raises(UserError, match="use torch or auto"):
-        ClassShardedHead(
-            HeadConfig(), 3, 3, world_group=group, data_group=group, seed=0, name="x", backend="triton"
-        )
+def test_triton_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaregion.heads.exponentials.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the triton package"):
+        choose_kernel("triton")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the triton package comes with torch's GPU build")
+def test_triton_kernel_equals_the_torch_one_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own, since Triton decides at import whether to interpret."""
+    script = tmp_path / "compare.py"
+    script.write_text(INTERPRETED)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+INTERPRETED = """
+import torch
+from megaregion.heads.exponentials import exponentiate
+from megaregion.heads.triton_kernel import exponentiate_fused
+
+for rows, columns in ((1, 1), (3, 1000), (5, 1024), (4, 2500)):
+    for shift in (None, torch.rand(rows)):
+        products = torch.randn(rows, columns) * 20
+        products[0, columns // 2] = float("-inf")
+        inverse = torch.rand(columns) + 0.5
+        tile = torch.empty(rows, columns + 7)[:, :columns]
+        tile.copy_(products)
+        expected = exponentiate(products, inverse, shift)
+        found = exponentiate_fused(tile, inverse, shift)
+        for one, other in ((tile, products), (found[0], expected[0]), (found[1], expected[1])):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-30)
+"""
 
 
 def test_a_center_counts_its_own_steps(group: dist.ProcessGroup) -> None:

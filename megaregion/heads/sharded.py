@@ -24,6 +24,7 @@ from megaregion.heads.census import Census, take_census
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.class_gradient import ClassGradient
 from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows
+from megaregion.heads.exponentials import choose_kernel
 from megaregion.heads.finite import FiniteGuard
 from megaregion.heads.head_loss import HeadLoss, SamplingWatch, report_loss
 from megaregion.heads.products import Products
@@ -73,7 +74,7 @@ class ClassShardedHead:
             seed: Seed of centers and draws.
             name: Name of the head (object or text); part of every random key.
             chunk_bytes: Memory for logits.
-            backend: Kernel of the streaming loss; torch, or auto, which is torch.
+            backend: Kernel between the matrix products: torch, triton, or auto, which is torch.
             optimizer: Betas, eps and decay of the centers' AdamW.
             dtype: Type of the centers; float64 serves tests.
             moments: Type of AdamW's moments, None for that of the centers; bf16 halves their memory.
@@ -81,13 +82,11 @@ class ClassShardedHead:
         Raises:
             UserError: No classes, or a backend that is not there.
         """
-        if backend == "triton":
-            raise UserError("head.backend triton is not built in this version; use torch or auto")
         if classes < 1:
             raise UserError(f"head {name} needs at least 1 class, got {classes}")
         self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
         self.world_group, self.data_group = world_group, data_group
-        self.chunk_bytes, self.backend = chunk_bytes, backend
+        self.chunk_bytes, self.kernel = chunk_bytes, choose_kernel(backend)
         share = -(-classes // world_group.size())
         start = min(world_group.rank() * share, classes)
         self.local = range(start, min(start + share, classes))
@@ -213,7 +212,12 @@ class ClassShardedHead:
         rows = features.rows.to(self.weight.dtype)
         self.guard.watch(rows.detach(), targets.index)
         settings = StreamSettings(
-            self.config, self.world_group, self.chunk_bytes, self.scratch, Products(operand)
+            config=self.config,
+            group=self.world_group,
+            chunk_bytes=self.chunk_bytes,
+            scratch=self.scratch,
+            products=Products(operand),
+            kernel=self.kernel,
         )
         sums = score_rows(rows, targets, self.weight, self.gradient, settings)
         if torch.is_grad_enabled():

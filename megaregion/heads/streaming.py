@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig
+from megaregion.heads.exponentials import Kernel, greatest_scores
 from megaregion.heads.lengths import inverse_lengths
 from megaregion.heads.losses import RowTerms, row_terms
 from megaregion.heads.margin import apply_margin
@@ -48,6 +49,7 @@ class StreamSettings(NamedTuple):
     """Memory for scores."""
     scratch: Scratch
     products: Products
+    kernel: Kernel
 
 
 @dataclass
@@ -98,7 +100,8 @@ class DrawStream:
         """
         self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
         self._draw, self._features, self._results = draw, features, results
-        self._products, self._inverse = settings.products, inverse_lengths(centers)
+        self._products, self._kernel = settings.products, settings.kernel
+        self._inverse = inverse_lengths(centers)
         self._centers = settings.products.narrow(centers)
         self._unit = settings.config.scale * LOG2E
         # While one block's sums travel the next is swept: two buffers share the budget.
@@ -134,13 +137,10 @@ class DrawStream:
         best = self._inverse.new_full((len(features),), float("-inf"))
         for number, tile in enumerate(self._plan.tiles()):
             scores = buffer.tile(number, len(features), tile)
-            self._score(features, tile, scores)
-            column, inside = own_columns(self._draw.columns[rows], tile)
-            parts[:, :-1] += torch.where(inside, scores.gather(1, column), 0.0)
-            self._leave_out(scores, column, inside)
-            torch.maximum(best, scores.amax(1), out=best)
-            parts[:, -1] += self._exponentiate(scores, rows).sum(1)
-            scores.mul_(self._inverse[tile])
+            self._multiply(features, rows, tile, scores, parts[:, :-1])
+            mass, top = self._exponentiate(scores, rows, tile)
+            parts[:, -1] += mass
+            torch.maximum(best, top, out=best)
         self._results.best[self._draw.rows][rows] = best / self._unit
         work = dist.all_reduce(parts, group=self._group, async_op=True)
         return _Swept(rows, features, buffer, parts, work)
@@ -171,11 +171,10 @@ class DrawStream:
         by_rows = self._inverse.new_zeros(features.shape)
         for number, tile in enumerate(self._plan.tiles()):
             scores = swept.buffer.tile(number, len(features), tile)
-            column, inside = own_columns(self._draw.columns[swept.rows], tile)
             if number >= self._plan.kept:
-                self._score(features, tile, scores)
-                self._leave_out(scores, column, inside)
-                self._exponentiate(scores, swept.rows).mul_(self._inverse[tile])
+                self._multiply(features, swept.rows, tile, scores)
+                self._exponentiate(scores, swept.rows, tile)
+            column, inside = own_columns(self._draw.columns[swept.rows], tile)
             scores.mul_(terms.by_negative[:, None])
             own = terms.by_positive * self._inverse[tile][column]
             scores.scatter_add_(1, column, torch.where(inside, own, 0.0))
@@ -189,21 +188,28 @@ class DrawStream:
         chosen = self._features.index_select(0, self._draw.index[rows])
         return self._products.narrow(chosen.to(self._inverse.dtype).mul_(self._unit))
 
-    def _score(self, features: Tensor, tile: slice, scores: Tensor) -> None:
-        """Write the scores of a tile, [r, c]."""
-        self._products.multiply(features, self._centers[tile].T, scores)
-        scores.mul_(self._inverse[tile])
+    def _multiply(
+        self, features: Tensor, rows: slice, tile: slice, out: Tensor, positives: Tensor | None = None
+    ) -> None:
+        """Write a tile's products and take the rows' own positives out: they are no negatives.
 
-    @staticmethod
-    def _leave_out(scores: Tensor, column: Tensor, inside: Tensor) -> None:
-        """Take the rows' own positives out of a tile: they are no negatives."""
+        Args:
+            features: The block's operand, [r, E].
+            rows: The block.
+            tile: The tile.
+            out: Receives the products, [r, c], -inf at positives.
+            positives: The positives' scores are added to it, [r, T].
+        """
+        self._products.multiply(features, self._centers[tile].T, out)
+        column, inside = own_columns(self._draw.columns[rows], tile)
+        if positives is not None:
+            positives += torch.where(inside, out.gather(1, column) * self._inverse[tile][column], 0.0)
         # Adding, where padding adds 0 to column 0, needs no list of pairs and so no size known to the host.
-        scores.scatter_add_(1, column, torch.where(inside, float("-inf"), 0.0).to(scores.dtype))
+        out.scatter_add_(1, column, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
 
-    def _exponentiate(self, scores: Tensor, rows: slice) -> Tensor:
-        if self._shift is not None:
-            scores.sub_(self._shift[rows, None] * LOG2E)
-        return scores.exp2_()
+    def _exponentiate(self, products: Tensor, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
+        shift = None if self._shift is None else self._shift[rows] * LOG2E
+        return self._kernel(products, self._inverse[tile], shift)
 
     def _row_maxima(self) -> Tensor:
         """What to subtract from each row's scores when exp alone could overflow, [R].
@@ -216,9 +222,8 @@ class DrawStream:
             features = self._block(rows)
             for number, tile in enumerate(self._plan.tiles()):
                 scores = buffer.tile(number, len(features), tile)
-                self._score(features, tile, scores)
-                self._leave_out(scores, *own_columns(self._draw.columns[rows], tile))
-                top[rows] = torch.maximum(top[rows], scores.amax(1))
+                self._multiply(features, rows, tile, scores)
+                top[rows] = torch.maximum(top[rows], greatest_scores(scores, self._inverse[tile]))
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
         return (top / LOG2E).clamp_min(floor)

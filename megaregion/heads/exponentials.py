@@ -1,0 +1,65 @@
+"""What stands between two matrix products: products become exponentials, their row sums and maxima.
+
+Two kernels give the same: plain torch, which passes over the tile five times (in the cache of a
+processor that is nearly free), and a Triton one for GPUs, which passes once.
+
+Shapes: r rows of a block, c classes of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megaregion.config import HeadBackend
+from megaregion.errors import UserError
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(products [r, c], inverse [c], shift [r] or None) -> (row sums [r], row maxima [r]); see exponentiate."""
+
+
+def exponentiate(products: Tensor, inverse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Replace products by the exponentials of their scores, over the centers' lengths.
+
+    ``products[i, j]`` becomes ``inverse[j] * 2 ** (products[i, j] * inverse[j] - shift[i])``.
+
+    Args:
+        products: Products of rows and centers in units of log 2, [r, c]; overwritten.
+        inverse: 1 / length of each center, [c].
+        shift: What to subtract from each row's scores, [r]; None for nothing.
+
+    Returns:
+        Each row's sum of ``2 ** (score - shift)`` and its greatest score, both [r].
+    """
+    products.mul_(inverse)
+    best = products.amax(1)
+    if shift is not None:
+        products.sub_(shift[:, None])
+    mass = products.exp2_().sum(1)
+    products.mul_(inverse)
+    return mass, best
+
+
+def choose_kernel(backend: HeadBackend) -> Kernel:
+    """The kernel of a backend.
+
+    ``auto`` is torch: the Triton kernel has been checked against it, but not yet timed on a GPU.
+
+    Raises:
+        UserError: Triton was asked for and is not installed.
+    """
+    if backend != "triton":
+        return exponentiate
+    if find_spec("triton") is None:
+        raise UserError("head.backend triton needs the triton package, which is not installed; use torch")
+    from megaregion.heads.triton_kernel import exponentiate_fused
+
+    return exponentiate_fused
+
+
+def greatest_scores(products: Tensor, inverse: Tensor) -> Tensor:
+    """Greatest score of each row, [r]; the products are overwritten."""
+    return torch.amax(products.mul_(inverse), 1)
