@@ -203,6 +203,37 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_counted(tmp_path: Path) ->
     assert sum(record["bad"] for record in records) == 2, "80 positions pass the 40 samples twice"
 
 
+def _poisoned(dataset: str, output: str) -> None:
+    import torch
+
+    from megaregion.errors import UserError
+    from megaregion.parallel import topology
+    from megaregion.training.metrics import open_log
+    from megaregion.training.signals import StopRequest
+    from megaregion.training.trainer import Trainer
+
+    config = toy_config(Path(dataset), Path(output), "poisoned", train__micro_batch=16, head__draw_images=0)
+    place = topology.join(1)
+    open_log(Path(output) / "poisoned" / "logs", 0)
+    trainer = Trainer(config, place, StopRequest())
+    batch = next(trainer._loader.batches([range(16)]))
+    before = {kind: head.weight.clone() for kind, head in trainer.heads.by_kind.items()}
+    embeddings = torch.randn(16, 3, 16)
+    embeddings[5, 2] = float("nan")
+    with pytest.raises(UserError, match="are not finite"):
+        trainer.heads.loss(embeddings, batch, step=0, micro_step=0)
+    log = (Path(output) / "poisoned" / "logs" / "rank-00.log").read_text()
+    assert f"features of sample {batch.keys[5]} are not finite" in log
+    for kind, head in trainer.heads.by_kind.items():
+        assert torch.equal(head.weight, before[kind])
+
+
+def test_features_that_are_not_finite_name_their_sample_and_move_no_center(
+    dataset: Path, tmp_path: Path
+) -> None:
+    launch(_poisoned, 1, str(dataset), str(tmp_path))
+
+
 def test_a_stop_request_that_comes_before_torch_is_not_lost(dataset: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(dataset, tmp_path, "--train.steps=100000"),

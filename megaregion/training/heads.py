@@ -17,9 +17,11 @@ from megaregion.config import RunConfig, accumulation, draw_images
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.heads.communication import gather_features
+from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.parallel.topology import Topology
 from megaregion.training.checkpoint import CheckpointReader, Piece
+from megaregion.training.metrics import LOG
 
 KINDS = {"object": OBJECT, "text": TEXT}
 """Label kinds by head name."""
@@ -91,20 +93,33 @@ class Heads:
         sums, counts, metrics = {}, {}, {}
         total = torch.zeros((), device=leaf.device)
         for kind, head in self.by_kind.items():
-            result = head.loss(
-                rows,
-                labels,
-                kinds == KINDS[kind],
-                step=step,
-                first_row=micro_step * self._micro_rows,
-                draw_rows=self._draw_rows,
-            )
+            try:
+                result = head.loss(
+                    rows,
+                    labels,
+                    kinds == KINDS[kind],
+                    step=step,
+                    first_row=micro_step * self._micro_rows,
+                    draw_rows=self._draw_rows,
+                )
+            except NonFiniteFeatures as error:
+                self._name_samples(error, batch)
+                raise
             total = total + result.sum * (self._weights[kind] / regions)
             sums[kind], counts[kind] = result.sum.detach(), result.count
             metrics.update({f"{kind}/{name}": value for name, value in result.metrics.items()})
         total.backward()
         assert leaf.grad is not None
         return HeadsLoss(leaf.grad, sums, counts, metrics)
+
+    def _name_samples(self, error: NonFiniteFeatures, batch: Batch) -> None:
+        """Log which of this rank's samples gave features that are not finite."""
+        regions = batch.labels.shape[1]
+        first = self._topology.data_rank * len(batch.keys) * regions
+        samples = sorted({(row - first) // regions for row in error.rows if first <= row})
+        for sample in samples:
+            if sample < len(batch.keys):
+                LOG.error("features of sample %s are not finite", batch.keys[sample])
 
     def norm_squared(self) -> Tensor:
         """Squared gradient norm over all heads and ranks, 0-d."""
