@@ -156,6 +156,8 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; biases, norms and single tokens have none."""
     head_weight_decay: float = 0.0
     """Decoupled weight decay of class centers (their norm does not matter to the loss)."""
+    head_moments: Precision = "fp32"
+    """Type of the class centers' AdamW moments; bf16 halves their memory."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.98

@@ -443,10 +443,10 @@ def test_rows_that_take_no_part_keep_weight_and_moments_bit_for_bit(group: dist.
 
 
 def test_bf16_moments_stay_close_to_wide_ones() -> None:
-    config = OptimizerConfig()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((40, 8), generator=generator)
-    wide, narrow = RowAdamW(weight.clone(), config), RowAdamW(weight.clone(), config, torch.bfloat16)
+    wide = RowAdamW(weight.clone(), OptimizerConfig())
+    narrow = RowAdamW(weight.clone(), OptimizerConfig(head_moments="bf16"))
     for step in range(60):
         gradient = torch.randn((40, 8), generator=generator) + weight
         rows = None if step % 2 else torch.arange(0, 40, 2)

@@ -21,16 +21,11 @@ BLOCK = 1 << 17
 class RowAdamW:
     """AdamW over the rows of one matrix."""
 
-    def __init__(self, weight: Tensor, config: OptimizerConfig, moments: torch.dtype | None = None) -> None:
-        """Start with moments of zero for ``weight`` [K, E].
-
-        Args:
-            weight: The centers.
-            config: Betas, eps and decay.
-            moments: Type that moments are kept in between steps; bf16 halves their memory.
-        """
+    def __init__(self, weight: Tensor, config: OptimizerConfig) -> None:
+        """Start with moments of zero for ``weight`` [K, E]."""
         self.weight = weight
         self.config = config
+        moments = torch.bfloat16 if config.head_moments == "bf16" else weight.dtype
         self.exp_avg = torch.zeros_like(weight, dtype=moments)
         self.exp_avg_sq = torch.zeros_like(weight, dtype=moments)
         self.count = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)

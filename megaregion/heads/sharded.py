@@ -61,7 +61,6 @@ class ClassShardedHead:
         backend: HeadBackend = "auto",
         optimizer: OptimizerConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        moments: torch.dtype | None = None,
     ) -> None:
         """Lay out the class range and its first centers.
 
@@ -75,9 +74,8 @@ class ClassShardedHead:
             name: Name of the head (object or text); part of every random key.
             chunk_bytes: Memory for logits.
             backend: Kernel between the matrix products: torch, triton, or auto, which is torch.
-            optimizer: Betas, eps and decay of the centers' AdamW.
+            optimizer: Betas, eps, decay and type of moments of the centers' AdamW.
             dtype: Type of the centers; float64 serves tests.
-            moments: Type of AdamW's moments, None for that of the centers; bf16 halves their memory.
 
         Raises:
             UserError: No classes, or a backend that is not there.
@@ -93,7 +91,7 @@ class ClassShardedHead:
         self.operand: torch.dtype | None = None
         """Type of the operands of matrix products; None chooses bf16 for bf16 features on a GPU."""
         self.weight = random_centers(seed, name, self.local, dim).to(dtype)
-        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig(), moments)
+        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
         self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
         self.guard, self.sampling = FiniteGuard(name), SamplingWatch(name, config.sample_rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)

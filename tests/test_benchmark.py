@@ -1,0 +1,50 @@
+"""What the benchmarks report: honest ratios, in the form that all of them share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaregion.benchmark.head import HeadSizes, compare
+from megaregion.benchmark.measure import PeakMemory, Stopwatch
+from megaregion.benchmark.report import Case, Report
+
+CPU = torch.device("cpu")
+
+
+def test_a_ratio_is_better_when_greater_and_a_missed_goal_shows() -> None:
+    fast, slow = Case("a", 1.0, 4.0, 3.0, "s"), Case("b", 2.0, 4.0, 3.0, "s")
+    assert (fast.ratio, fast.holds) == (4.0, True)
+    assert (slow.ratio, slow.holds) == (2.0, False)
+    lines = Report({}, [fast, slow, Case("c", 1.0, 1.0, 0.0, "s")]).table().splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["holds", "MISSED", "1.00"]
+
+
+def test_the_json_has_the_form_of_every_benchmark(tmp_path: Path) -> None:
+    Report({"cores": 2}, [Case("a", 1.0, 4.0, 3.0, "s")]).write_json(tmp_path / "new" / "out.json")
+    found = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert found == {
+        "host": {"cores": 2},
+        "cases": [
+            {"case": "a", "ours": 1.0, "peer": 4.0, "ratio": 4.0, "goal": 3.0, "holds": True, "unit": "s"}
+        ],
+    }
+
+
+@pytest.mark.parametrize("sample_rate", [0.1, 1.0])
+def test_the_head_benchmark_runs_at_any_size(sample_rate: float) -> None:
+    sizes = HeadSizes(900, 16, 64, sample_rate, 2**16)
+    cases = compare(sizes, {"step": 3.0}, 1, Stopwatch(CPU, processor=True), dense=True)
+    assert [case.goal for case in cases] == [3.0, 0, 0, 0, 0, 0, 0]
+    assert all(case.unit == "MB" or (case.ours > 0 and case.peer > 0) for case in cases)
+
+
+def test_peak_memory_sees_what_was_let_go() -> None:
+    memory = PeakMemory(CPU)
+    before = memory.now()
+    memory.reset()
+    torch.ones(64 * 2**20 // 4).sum()
+    assert 60e6 < memory.peak() - before < 90e6
