@@ -342,15 +342,18 @@ def test_no_tensor_approaches_the_matrix_of_scores(group: dist.ProcessGroup) -> 
     assert watch.greatest <= 64 * 1024
 
 
-def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup) -> None:
-    head = make_head(group, 100, 8, torch.float32)
+@pytest.mark.parametrize("sample_rate", [0.1, 1.0])
+def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup, sample_rate: float) -> None:
+    head = make_head(group, 100, 8, torch.float32, sample_rate=sample_rate)
     features, labels = make_rows(20, 8, 100, 3, dtype=torch.float32)
-    targets = head.prepare(labels, everyone(labels), 0)
-    with _Watch() as watch:
-        gathered = gather_features(features, group, group)
-        head.score(gathered, targets).sum.backward()
-    # One check of finite features, which only a CPU head makes at once.
-    assert watch.waits == ["aten._local_scalar_dense.default"]
+    for micro_step in range(2):
+        targets = head.prepare(labels, everyone(labels), 0, first_row=20 * micro_step, draw_rows=5)
+        assert len(targets.draws) == 4
+        with _Watch() as watch:
+            gathered = gather_features(features, group, group)
+            head.score(gathered, targets).sum.backward()
+        # One check of finite features, which only a head on a processor makes at once.
+        assert watch.waits == ["aten._local_scalar_dense.default"]
 
 
 def test_draw_is_the_same_for_any_sharding() -> None:

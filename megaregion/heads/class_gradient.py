@@ -4,6 +4,9 @@ What the streaming loss adds up is the gradient of the *unit* centers over their
 that the rest of the graph puts on the loss. Both corrections are linear and the centers stand still
 during a step, so they are made once, when the step ends: the part along the center goes, the factor comes.
 
+One draw's gradients are kept as they are, by class. When a second draw comes, both go into a matrix of all
+local classes with a mark for each that took part: sizes stay unknown to the host, so a GPU never waits.
+
 Shapes: K local classes, E embedding width, C classes of a draw, n classes that took part so far.
 """
 
@@ -31,10 +34,10 @@ class ClassGradient:
     def clear(self) -> None:
         """Forget everything."""
         self.rows: Tensor | None = torch.empty(0, dtype=torch.int64, device=self._weight.device)
-        """Classes that took part, in the order of ``values``; None for all of them."""
+        """Classes that took part, in the order of ``values``; None for all of them (or not yet known)."""
         self.values = self._weight.new_empty((0, self._weight.shape[1]))
         """Their gradients, [n, E]; final after ``finish``."""
-        self._slots: Tensor | None = None
+        self._marks: Tensor | None = None
         self._factor: Tensor | None = None
         self._uneven = torch.zeros((), dtype=torch.bool, device=self._weight.device)
         self._awaited = 0
@@ -45,22 +48,20 @@ class ClassGradient:
         if self._squares is not None:
             raise RuntimeError("the step's gradients are finished; call zero_grad() before the next loss")
         if classes is None:
-            if self.rows is not None:
-                self._widen()
+            self._widen().fill_(True)
             return self.values
-        name = "values" if self.rows is not None and len(self.rows) == 0 else "room"
+        name = "values" if self._is_empty() else "room"
         return self._scratch.take(name, (len(classes), self._weight.shape[1])).zero_()
 
     def settle(self, classes: Tensor | None, room: Tensor) -> None:
         """Take over the gradients of a draw."""
         if classes is None:
             return
-        if self.rows is None:
-            self.values.index_add_(0, classes, room)
-        elif len(self.rows) == 0:
+        if self._is_empty():
             self.rows, self.values = classes, room
-        else:
-            self._merge(self.rows, classes, room)
+            return
+        self._widen().index_fill_(0, classes, True)
+        self.values.index_add_(0, classes, room)
 
     def expect_factor(self) -> None:
         """Count a loss whose backward is still to come."""
@@ -90,6 +91,7 @@ class ClassGradient:
             raise RuntimeError("the losses of one step must enter the total with the same weight")
         self._squares = torch.zeros((), dtype=torch.float64, device=self._weight.device)
         factor = self._weight.new_ones(()) if self._factor is None else self._factor.to(self._weight.dtype)
+        self._narrow()
         block = max(1, BLOCK // max(1, self._weight.shape[1]))
         for start in range(0, len(self.values), block):
             part = slice(start, min(start + block, len(self.values)))
@@ -102,21 +104,23 @@ class ClassGradient:
             self._squares += torch.linalg.vector_norm(values, dtype=torch.float64).square()
         return self._squares
 
-    def _merge(self, rows: Tensor, classes: Tensor, room: Tensor) -> None:
-        if self._slots is None:
-            self._slots = torch.full((len(self._weight),), -1, dtype=torch.int64, device=rows.device)
-            self._slots[rows] = torch.arange(len(rows), device=rows.device)
-        known = self._slots[classes]
-        fresh = known < 0
-        self.values.index_add_(0, known[~fresh], room[~fresh])
-        self._slots[classes[fresh]] = torch.arange(
-            len(rows), len(rows) + int(fresh.sum()), device=rows.device
-        )
-        self.rows = torch.cat([rows, classes[fresh]])
-        self.values = torch.cat([self.values, room[fresh]])
+    def _is_empty(self) -> bool:
+        return self._marks is None and self.rows is not None and len(self.rows) == 0
 
-    def _widen(self) -> None:
-        dense = self._scratch.take("dense", tuple(self._weight.shape)).zero_()
-        if self.rows is not None and len(self.rows):
-            dense[self.rows] = self.values
-        self.rows, self.values, self._slots = None, dense, None
+    def _widen(self) -> Tensor:
+        """Turn ``values`` into a matrix of all classes, [K, E]; return the marks of those that took part."""
+        if self._marks is None:
+            dense = self._scratch.take("dense", tuple(self._weight.shape)).zero_()
+            self._marks = torch.zeros(len(dense), dtype=torch.bool, device=dense.device)
+            if self.rows is not None:
+                dense.index_copy_(0, self.rows, self.values)
+                self._marks.index_fill_(0, self.rows, True)
+            self.rows, self.values = None, dense
+        return self._marks
+
+    def _narrow(self) -> None:
+        """Keep of a matrix of all classes only those that took part."""
+        if self._marks is None or bool(self._marks.all()):
+            return
+        self.rows = self._marks.nonzero().squeeze(1)
+        self.values = self.values.index_select(0, self.rows)
