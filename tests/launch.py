@@ -12,7 +12,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 
-def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 420) -> None:
+def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
     """Run function(*arguments) on every rank of a fresh process group environment."""
     context = multiprocessing.get_context("spawn")
     port = free_port()

@@ -113,7 +113,7 @@ class TrainingState:
             UserError: The checkpoint does not fit the settings or the dataset.
         """
         self._check_fits(reader)
-        self._engine.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
+        self._engine.state.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
         self._heads.load(reader)
         self.step, self.position = reader.step, int(reader.manifest["position"])
         if self._topology.rank == 0:
@@ -121,7 +121,7 @@ class TrainingState:
 
     def _pieces(self) -> Iterator[Piece]:
         """This rank's share of the state: body tensors in turn over the data ranks, its own classes."""
-        for index, (name, place, tensor) in enumerate(self._engine.state()):
+        for index, (name, place, tensor) in enumerate(self._engine.state.tensors()):
             # A tensor that tensor parallelism leaves whole is the same on all tensor ranks.
             repeated = place.shape == place.full_shape and self._topology.tensor_rank > 0
             if index % self._topology.data_size == self._topology.data_rank and not repeated:

@@ -1,0 +1,123 @@
+"""The body under DeepSpeed ZeRO: backward, one global clip, step.
+
+DeepSpeed owns everything between a loss and the updated body: bf16 copies and fp32 masters, reduction over
+the data ranks (it averages, see heads/), partitioning by stage. The gradient norm is joined with that of
+the heads, which live outside the engine, so that both are clipped by one coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaregion.config import RunConfig
+from megaregion.parallel.tensor_parallel import Placement
+from megaregion.parallel.topology import Topology
+from megaregion.parallel.zero.setup import deepspeed_config, start_engine
+from megaregion.parallel.zero.state import ZeroState
+
+
+class ZeroEngine:
+    """The body, its optimizer and its gradients under one ZeRO stage."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placements: Mapping[str, Placement],
+        config: RunConfig,
+        topology: Topology,
+        decays: Callable[[str, nn.Parameter], bool],
+        heads_norm_squared: Callable[[], Tensor],
+    ) -> None:
+        """Wrap the model.
+
+        Args:
+            model: The body, already cut by tensor parallelism.
+            placements: Place of every parameter in the full model.
+            config: The run.
+            topology: This rank's place.
+            decays: Whether a named parameter has weight decay.
+            heads_norm_squared: Squared gradient norm of all heads over all ranks; joined into the clip norm.
+        """
+        self.placements = dict(placements)
+        self.stage = config.parallel.zero_stage
+        self._clip_norm = config.optimizer.clip_norm
+        self._heads_norm_squared = heads_norm_squared
+        self._topology = topology
+        self._settings = deepspeed_config(config, topology.data_size)
+        self._engine, self._optimizer = start_engine(model, config, topology, decays, self._settings)
+        self._parameters = dict(self._engine.module.named_parameters())
+        self.state = ZeroState(self.stage, self._optimizer, self._parameters, self.placements, topology)
+        self._join_norms()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """DeepSpeed's settings as passed to it."""
+        return self._settings
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward pass of the body."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss that is already divided by the whole global batch."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor | None:
+        """End a micro-step; at the accumulation boundary clip and update.
+
+        Args:
+            lr: Learning rate of this step.
+
+        Returns:
+            At the boundary the global gradient norm over body and heads, before clipping, 0-d; else None.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        norm = self._clip_plain_gradients() if boundary and self.stage == 0 else None
+        self._engine.step()
+        if not boundary:
+            return None
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
+
+    def clip_coefficient(self, norm: Tensor) -> Tensor:
+        """Factor by which a gradient of this global norm is scaled, 0-d, at most 1."""
+        if self._clip_norm == 0:
+            return torch.ones_like(norm)
+        return 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)
+
+    def _join_norms(self) -> None:
+        """Add the heads' norm to the one by which DeepSpeed clips."""
+        if self.stage in (1, 2):
+            body_norm = self._optimizer.scaled_global_norm
+            self._optimizer.scaled_global_norm = lambda norm_type=2: torch.hypot(
+                body_norm(norm_type), self._heads_norm_squared().sqrt()
+            )
+        elif self.stage == 3:
+            body_norms = self._optimizer._get_norm_groups
+            self._optimizer._get_norm_groups = lambda: [*body_norms(), self._heads_norm_squared().sqrt()]
+
+    def _clip_plain_gradients(self) -> Tensor:
+        """Stage 0: the same clip on ordinary gradients."""
+        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        cut = torch.zeros((), device=self._topology.device)
+        whole = torch.zeros((), device=self._topology.device)
+        for name, gradient in gradients.items():
+            place = self.placements[name]
+            square = gradient.float().pow(2).sum()
+            if place.shape == place.full_shape:
+                whole += square
+            else:
+                cut += square
+        dist.all_reduce(cut, group=self._topology.tensor_group)
+        norm = (cut + whole + self._heads_norm_squared()).sqrt()
+        for gradient in gradients.values():
+            gradient.mul_(self.clip_coefficient(norm))
+        return norm
