@@ -230,6 +230,16 @@ def test_a_hostile_file_is_refused_with_a_reason(content: bytes) -> None:
         read_picture(content, max_pixels=10**7)
 
 
+@pytest.mark.parametrize(
+    ("size", "reason"), [((2100, 100), "elongated"), ((63, 90), "small"), ((900, 900), "bomb")]
+)
+def test_an_image_of_an_unusable_size_is_refused(size: tuple[int, int], reason: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    with pytest.raises(BadImage, match=reason):
+        read_picture(file.getvalue(), max_pixels=500_000, min_side=64)
+
+
 def test_hidden_colours_under_transparency_do_not_show(tmp_path: Path) -> None:
     layer = np.zeros((40, 40, 4), np.uint8)
     layer[..., 0] = 255
@@ -303,6 +313,7 @@ def test_damaged_and_half_written_pieces_are_done_again(copy: Path, images: Path
     (copy / "stages" / "propose" / "00000" / "manifest.json").write_text('{"key": ')
     shard = copy / "shards" / "shard-00001.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
+    (copy / "shards" / ".shard-00007.tar.partial").write_bytes(b"what a killed run had begun")
     run(images, copy)
     assert contents(copy / "shards") == whole
     assert redone(before, copy) == {"propose", "ocr", "embed", "pack", "publish"}

@@ -55,23 +55,41 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="folder of jpg, png or webp files, searched recursively")
-    add("--out", type=Path, default=Path("data"), help="folder of the run; the dataset is OUT/shards")
+    add(
+        "--images",
+        metavar="FOLDER",
+        type=Path,
+        required=True,
+        help="folder of jpg, png or webp files, searched recursively",
+    )
+    add(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("data"),
+        help="folder of the run; the dataset is OUT/shards",
+    )
     add("--stage", choices=("all", *NAMES), default="all", help="do one stage; pack publishes, too")
-    add("--workers", type=int, default=2, help="processes; the outcome is the same for any number")
+    add(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=2,
+        help="processes; the outcome is the same for any number",
+    )
     for _, title, settings in setting_groups():
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(title.rstrip("."))
         for setting in settings:
-            options = {key: value for key, value in setting.metadata.items() if key == "choices"}
             several = isinstance(setting.default, tuple)
-            kind = type(setting.default[0] if several else setting.default)
             group.add_argument(
                 "--" + setting.name.replace("_", "-"),
-                type=kind,
+                type=type(setting.default[0] if several else setting.default),
                 nargs="+" if several else None,
-                default=setting.default,
-                help=setting.metadata["help"].replace("%", "%%"),
-                **options,
+                # An empty default has nothing to show; settings_from fills it in.
+                default=argparse.SUPPRESS if setting.default == "" else setting.default,
+                choices=setting.metadata["choices"] or None,
+                metavar=setting.metadata["unit"] or None,
+                help=setting.metadata["help"],
             )
     return parser
 

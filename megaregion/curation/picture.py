@@ -23,6 +23,9 @@ Pixels = NDArray[np.uint8]
 ORIENTATION = 0x0112
 """EXIF tag of how the camera was held; 1 is upright."""
 
+MAX_ASPECT = 20
+"""Greatest ratio of an image's edges; no crop makes sense of a longer strip, and OCR engines fail on it."""
+
 JPEG_QUALITY = 95
 """Quality of images that have to be encoded anew."""
 
@@ -67,7 +70,7 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
         min_side: Images whose shortest edge is less, in pixels, are refused.
 
     Raises:
-        BadImage: It is no image, truncated, damaged, too large or too small.
+        BadImage: It is no image, truncated, damaged, too large, too small or too elongated.
     """
     if not content:
         raise BadImage("empty file")
@@ -81,6 +84,8 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
                 raise BadImage("decompression bomb")
             if min(width, height) < min_side:
                 raise BadImage("image too small")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise BadImage("image too elongated")
             kept = image.format == "JPEG" and _orientation(image) == 1
             return Picture(_upright(image), content if kept else None)
     except BadImage:

@@ -13,57 +13,71 @@ MIN_VOCABULARY = 384
 """Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
 
 
-def _setting(default: Any, text: str, **options: Any) -> Any:
-    """A field whose sentence becomes the help of its flag."""
-    return field(default=default, metadata={"help": text, **options})
+def _setting(default: Any, unit: str, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field that becomes a flag; the unit stands for the value in the help, the text says the effect."""
+    return field(default=default, metadata={"unit": unit, "help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class ImageSettings:
     """Which images are read; these enter the stages propose, ocr, embed and pack."""
 
-    min_image_side: int = _setting(64, "skip images whose shortest edge has fewer pixels (paper: 336)")
-    max_image_pixels: int = _setting(89_478_485, "refuse larger images, in pixels, as decompression bombs")
-    piece_images: int = _setting(128, "images that one piece of work takes; a kill costs at most that much")
+    min_image_side: int = _setting(64, "PX", "skip images whose shortest edge has fewer pixels (paper: 336)")
+    max_image_pixels: int = _setting(
+        89_478_485, "PX", "refuse larger images, in pixels, as decompression bombs"
+    )
+    piece_images: int = _setting(
+        128, "N", "images that one piece of work takes; a kill costs at most that much"
+    )
 
 
 @dataclass(frozen=True)
 class ProposeSettings:
     """Boxes that may hold an object, and how object-like each is."""
 
-    proposer: str = _setting("selective-search", "who proposes", choices=("selective-search", "sam"))
-    sam: str = _setting("", "folder with SAM's weights, as transformers saves them")
-    sam_grid: int = _setting(16, "SAM: points along each side of the prompt grid (its paper: 32)")
+    proposer: str = _setting("selective-search", "", "who proposes", choices=("selective-search", "sam"))
+    sam: str = _setting("", "FOLDER", "folder with SAM's weights, as transformers saves them")
+    sam_grid: int = _setting(16, "N", "SAM: points along each side of the prompt grid (its paper: 32)")
     proposal_sides: tuple[int, ...] = _setting(
-        (256, 160), "selective search: longest side, in pixels, of each size at which an image is segmented"
+        (256, 160),
+        "PX",
+        "selective search: longest side, in pixels, of each size at which an image is segmented",
     )
     min_edge: float = _setting(
-        0.1, "least box edge: pixels, or below 1 a share of the image's shortest edge (paper: 128 px)"
+        0.1,
+        "PX_OR_SHARE",
+        "least box edge: pixels, or below 1 a share of the image's shortest edge (paper: 128 px)",
     )
-    max_area: float = _setting(0.6, "greatest share of the image that a box covers")
-    max_aspect: float = _setting(4.0, "greatest ratio of a box's edges")
-    nms_iou: float = _setting(0.7, "of two boxes with a greater IoU, the less object-like is a duplicate")
+    max_area: float = _setting(0.6, "SHARE", "greatest share of the image that a box covers")
+    max_aspect: float = _setting(4.0, "RATIO", "greatest ratio of a box's edges")
+    nms_iou: float = _setting(
+        0.7, "IOU", "of two boxes with a greater IoU, the less object-like is a duplicate"
+    )
 
 
 @dataclass(frozen=True)
 class EmbedSettings:
     """Which proposals are kept, and how their crops are embedded."""
 
-    max_regions: int = _setting(12, "most object regions of one image; the most object-like are kept")
-    min_objectness: float = _setting(0.05, "proposals less likely to be an object are background, 0..1")
-    text_overlap: float = _setting(0.5, "proposals with a greater IoU with a word are text, not objects")
-    embedder: str = _setting("lite0", "who embeds: EfficientNet-Lite0 or CLIP", choices=("lite0", "clip"))
-    clip: str = _setting("", "folder with CLIP's weights, as transformers saves them")
-    crop_side: int = _setting(128, "Lite0: side, in pixels, to which a crop is resized (trained at 224)")
+    max_regions: int = _setting(12, "N", "most object regions of one image; the most object-like are kept")
+    min_objectness: float = _setting(0.05, "P", "proposals less likely to be an object are background, 0..1")
+    text_overlap: float = _setting(
+        0.5, "IOU", "proposals with a greater IoU with a word are text, not objects"
+    )
+    embedder: str = _setting("lite0", "", "who embeds: EfficientNet-Lite0 or CLIP", choices=("lite0", "clip"))
+    clip: str = _setting("", "FOLDER", "folder with CLIP's weights, as transformers saves them")
+    crop_side: int = _setting(
+        128, "PX", "Lite0: side, in pixels, to which a crop is resized (trained at 224)"
+    )
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
     """The k-means that turns embeddings into classes."""
 
-    clusters: int = _setting(256, "number of centers, the object classes (paper: 1000000)")
-    cluster_iterations: int = _setting(20, "passes of k-means over the embeddings")
-    cluster_seed: int = _setting(0, "seed of k-means")
+    clusters: int = _setting(256, "K", "number of centers, the object classes (paper: 1000000)")
+    cluster_iterations: int = _setting(20, "N", "passes of k-means over the embeddings")
+    cluster_seed: int = _setting(0, "SEED", "seed of k-means")
 
 
 @dataclass(frozen=True)
@@ -71,26 +85,30 @@ class OcrSettings:
     """Who reads the text."""
 
     ocr: str = _setting(
-        "rapidocr", "OCR engine; none reads no text", choices=("rapidocr", "paddleocr", "none")
+        "rapidocr", "", "OCR engine; none reads no text", choices=("rapidocr", "paddleocr", "none")
     )
-    paddle: str = _setting("", "paddleocr: folder with the folders det and rec of its models")
-    ocr_side: int = _setting(384, "rapidocr: longest side, in pixels, at which text is looked for")
+    paddle: str = _setting("", "FOLDER", "paddleocr: folder with the folders det and rec of its models")
+    ocr_side: int = _setting(384, "PX", "rapidocr: longest side, in pixels, at which text is looked for")
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
     """The classes of text."""
 
-    min_confidence: float = _setting(0.7, "words must be recognised with more than this (paper: 0.7)")
-    vocab: int = _setting(512, f"text classes; at least {MIN_VOCABULARY}, as 256 are single bytes")
-    corpus: str = _setting("", "text file, UTF-8, that joins the recognised words; Python's help if empty")
+    min_confidence: float = _setting(0.7, "P", "words must be recognised with more than this (paper: 0.7)")
+    vocab: int = _setting(512, "V", f"text classes; at least {MIN_VOCABULARY}, as 256 are single bytes")
+    corpus: str = _setting(
+        "", "FILE", "text file, UTF-8, that joins the recognised words; Python's help if empty"
+    )
 
 
 @dataclass(frozen=True)
 class PackSettings:
     """The shards."""
 
-    samples_per_shard: int = _setting(512, "images that go into one shard, before those without a region")
+    samples_per_shard: int = _setting(
+        512, "N", "images that go into one shard, before those without a region"
+    )
 
 
 @dataclass(frozen=True)

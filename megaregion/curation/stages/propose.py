@@ -25,6 +25,7 @@ class Propose(Stage):
     """Writes candidates.jsonl; also finds out which images can be used at all."""
 
     name = "propose"
+    version = 2
 
     @override
     def settings(self) -> dict[str, Any]:

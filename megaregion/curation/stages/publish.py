@@ -60,7 +60,9 @@ class Publish(Stage):
         output.tick()
 
     def _remove_others(self, names: set[str]) -> None:
-        """Remove shards that an earlier run with other settings left."""
+        """Remove shards that a run with other settings left, and what a killed one had begun."""
         for path in self.job.shards.glob("shard-*"):
             if path.name.split(".")[0] not in names:
                 path.unlink()
+        for path in self.job.shards.glob(".shard-*.partial"):
+            path.unlink()
