@@ -141,7 +141,15 @@ def _export() -> bytes:
     import warnings
 
     import torch
-    from efficientnet_lite_pytorch import EfficientNet
+
+    try:
+        import onnx  # noqa: F401 - torch's exporter needs it and says so only in a long traceback
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed, which converting EfficientNet-Lite0 needs; "
+            "pip install onnx==1.23.2 efficientnet-lite-pytorch==0.1.0"
+        ) from None
 
     class Reading(torch.nn.Module):
         """The network with what is read from it as outputs."""
