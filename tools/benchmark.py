@@ -20,7 +20,7 @@ STANDARD = {
         {"step": 3.0, "memory": 8.0, "gemm": 1 / 1.35},
     ),
     "full": (
-        HeadSizes(100_000, 512, 2048, 1.0, 24 * MIB),
+        HeadSizes(100_000, 512, 2048, 1.0, 16 * MIB),
         {"passes": 1.7, "memory": 10.0, "gemm": 1 / 1.35, "dense": 1.15, "dense_memory": 10.0},
     ),
 }

@@ -152,4 +152,4 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         route: _Route = ctx.route
-        return route.send_back(gradient) * route.data.size(), None
+        return route.send_back(gradient).mul_(route.data.size()), None

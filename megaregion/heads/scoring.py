@@ -82,8 +82,9 @@ class _ScoreRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        # In place, since this is its only use: a second backward is refused by take_factor's count.
         ctx.gradient.take_factor(by_total)
-        return ctx.by_features * by_total, None, None, None, None
+        return ctx.by_features.mul_(by_total), None, None, None, None
 
 
 def _count(results: RowResults, targets: Targets, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
