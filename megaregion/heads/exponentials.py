@@ -18,28 +18,28 @@ from megaregion.config import HeadBackend
 from megaregion.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(products [r, c], inverse [c], shift [r] or None) -> (row sums [r], row maxima [r]); see exponentiate."""
+"""(products [c, r], inverse [c], shift [r] or None) -> (row sums [r], row maxima [r]); see exponentiate."""
 
 
 def exponentiate(products: Tensor, inverse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Replace products by the exponentials of their scores, over the centers' lengths.
 
-    ``products[i, j]`` becomes ``inverse[j] * 2 ** (products[i, j] * inverse[j] - shift[i])``.
+    ``products[j, i]`` becomes ``inverse[j] * 2 ** (products[j, i] * inverse[j] - shift[i])``.
 
     Args:
-        products: Products of rows and centers in units of log 2, [r, c]; overwritten.
+        products: Products of centers and rows in units of log 2, [c, r]; overwritten.
         inverse: 1 / length of each center, [c].
         shift: What to subtract from each row's scores, [r]; None for nothing.
 
     Returns:
         Each row's sum of ``2 ** (score - shift)`` and its greatest score, both [r].
     """
-    products.mul_(inverse)
-    best = products.amax(1)
+    scale = inverse[:, None]
+    best = products.mul_(scale).amax(0)
     if shift is not None:
-        products.sub_(shift[:, None])
-    mass = products.exp2_().sum(1)
-    products.mul_(inverse)
+        products.sub_(shift)
+    mass = products.exp2_().sum(0)
+    products.mul_(scale)
     return mass, best
 
 
@@ -62,4 +62,4 @@ def choose_kernel(backend: HeadBackend) -> Kernel:
 
 def greatest_scores(products: Tensor, inverse: Tensor) -> Tensor:
     """Greatest score of each row, [r]; the products are overwritten."""
-    return torch.amax(products.mul_(inverse), 1)
+    return torch.amax(products.mul_(inverse[:, None]), 0)

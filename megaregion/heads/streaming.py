@@ -32,7 +32,7 @@ from megaregion.heads.margin import apply_margin
 from megaregion.heads.products import Products
 from megaregion.heads.scratch import Scratch
 from megaregion.heads.targets import Draw
-from megaregion.heads.tiles import TileBuffer, own_columns, plan_tiles
+from megaregion.heads.tiles import TileBuffer, own_places, plan_tiles
 
 LOG2E = math.log2(math.e)
 BOUNDED_SCALE = 70.0
@@ -174,13 +174,13 @@ class DrawStream:
             if number >= self._plan.kept:
                 self._multiply(features, swept.rows, tile, scores)
                 self._exponentiate(scores, swept.rows, tile)
-            column, inside = own_columns(self._draw.columns[swept.rows], tile)
-            scores.mul_(terms.by_negative[:, None])
-            own = terms.by_positive * self._inverse[tile][column]
-            scores.scatter_add_(1, column, torch.where(inside, own, 0.0))
+            line, inside = own_places(self._draw.columns[swept.rows], tile)
+            scores.mul_(terms.by_negative)
+            own = terms.by_positive.T * self._inverse[tile][line]
+            scores.scatter_add_(0, line, torch.where(inside, own, 0.0))
             operand = self._products.narrow(scores)
-            self._products.add(by_rows, operand, self._centers[tile])
-            self._products.add(by_centers[tile], operand.T, features, 1 / LOG2E)
+            self._products.add(by_rows, operand.T, self._centers[tile])
+            self._products.add(by_centers[tile], operand, features, 1 / LOG2E)
         return by_rows.mul_(self._config.scale)
 
     def _block(self, rows: slice) -> Tensor:
@@ -197,15 +197,15 @@ class DrawStream:
             features: The block's operand, [r, E].
             rows: The block.
             tile: The tile.
-            out: Receives the products, [r, c], -inf at positives.
+            out: Receives the products, [c, r], -inf at positives.
             positives: The positives' scores are added to it, [r, T].
         """
-        self._products.multiply(features, self._centers[tile].T, out)
-        column, inside = own_columns(self._draw.columns[rows], tile)
+        self._products.multiply(self._centers[tile], features.T, out)
+        line, inside = own_places(self._draw.columns[rows], tile)
         if positives is not None:
-            positives += torch.where(inside, out.gather(1, column) * self._inverse[tile][column], 0.0)
-        # Adding, where padding adds 0 to column 0, needs no list of pairs and so no size known to the host.
-        out.scatter_add_(1, column, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
+            positives += torch.where(inside, out.gather(0, line) * self._inverse[tile][line], 0.0).T
+        # Adding, where padding adds 0 to line 0, needs no list of pairs and so no size known to the host.
+        out.scatter_add_(0, line, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
 
     def _exponentiate(self, products: Tensor, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
         shift = None if self._shift is None else self._shift[rows] * LOG2E

@@ -1,5 +1,8 @@
 """How a matrix of scores is cut: blocks of rows, tiles of classes, and the buffer that holds them.
 
+A tile lies in memory with a class per line and the block's rows side by side: processors multiply
+(centers x rows) markedly faster than (rows x centers) when the rows are few.
+
 A block's rows meet all classes of the draw before their sums are known, and once more for the gradient.
 Tiles that fit the memory budget are kept between the two; the others are computed again. Tall blocks
 make efficient matrix products, so a block is never shorter than ``MIN_ROWS``: with a small budget it is
@@ -78,22 +81,23 @@ class TileBuffer:
         self._flat = scratch.take(name, (tiles * plan.rows * plan.classes,))
         self._plan = plan
 
-    def tile(self, number: int, rows: int, columns: slice) -> Tensor:
-        """An uninitialised tile [rows, columns]; all tiles that are not kept share one place."""
-        classes = columns.stop - columns.start
+    def tile(self, number: int, rows: int, span: slice) -> Tensor:
+        """An uninitialised tile [classes, rows]; all tiles that are not kept share one place."""
+        classes = span.stop - span.start
         start = min(number, self._plan.kept) * self._plan.rows * self._plan.classes
-        return self._flat[start : start + rows * classes].view(rows, classes)
+        return self._flat[start : start + rows * classes].view(classes, rows)
 
 
-def own_columns(columns: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+def own_places(columns: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     """Positives that stand inside a tile.
 
     Args:
-        columns: Column of each positive in the draw, -1 where it is not on this rank, [rows, T].
+        columns: Where each positive stands among the draw's classes, -1 if not on this rank, [rows, T].
         tile: Slice of classes.
 
     Returns:
-        Column within the tile (0 where it is elsewhere) and whether it is there, both [rows, T].
+        Line within the tile (0 where it is elsewhere) and whether it is there, both [T, rows].
     """
-    inside = (columns >= tile.start) & (columns < tile.stop)
-    return (columns - tile.start).masked_fill_(~inside, 0), inside
+    lines = columns.T
+    inside = (lines >= tile.start) & (lines < tile.stop)
+    return (lines - tile.start).masked_fill_(~inside, 0), inside

@@ -1,6 +1,7 @@
 """The exponentials of a tile in one pass over it, for GPUs; see exponentials.py for what it computes.
 
-One program takes one row and walks over its columns, so sums have a fixed order and need no atomics.
+A program takes some neighbouring rows and walks over a span of classes; its sums go to a line of their own
+and the lines are added afterwards, so every sum has a fixed order and needs no atomics.
 
 Shapes: r rows of a block, c classes of a tile.
 """
@@ -14,53 +15,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024
-"""Columns that a program holds at a time."""
+ROWS, CLASSES, SPAN = 64, 32, 512
+"""Rows of a program, classes that it holds at a time, classes that it walks over."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exponentiate_row(  # type: ignore[no-untyped-def]
+def _exponentiate_span(  # type: ignore[no-untyped-def]
     products,
     inverse,
     shift,
     mass,
     best,
-    columns,
-    stride,
+    rows,
+    classes,
     HAS_SHIFT: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    CLASSES: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
 ):
-    row = tl.program_id(0)
-    line = products + row.to(tl.int64) * stride
-    offset = tl.load(shift + row) if HAS_SHIFT else 0.0
-    total = tl.zeros([BLOCK], tl.float32)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < columns
-        scale = tl.load(inverse + column, mask=inside, other=1.0)
-        score = tl.load(line + column, mask=inside, other=float("-inf")) * scale
-        top = tl.maximum(top, score)
-        power = tl.exp2(score - offset)
-        total += power
-        tl.store(line + column, power * scale, mask=inside)
-    tl.store(mass + row, tl.sum(total, 0))
-    tl.store(best + row, tl.max(top, 0))
+    span = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    offset = tl.load(shift + row, mask=there, other=0.0) if HAS_SHIFT else tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for start in range(0, SPAN, CLASSES):
+        line = span * SPAN + start + tl.arange(0, CLASSES)
+        inside = (line < classes)[:, None] & there[None, :]
+        place = products + line.to(tl.int64)[:, None] * rows + row[None, :]
+        scale = tl.load(inverse + line, mask=line < classes, other=1.0)[:, None]
+        score = tl.load(place, mask=inside, other=float("-inf")) * scale
+        top = tl.maximum(top, tl.max(score, 0))
+        power = tl.exp2(score - offset[None, :])
+        total += tl.sum(power, 0)
+        tl.store(place, power * scale, mask=inside)
+    tl.store(mass + span * rows + row, total, mask=there)
+    tl.store(best + span * rows + row, top, mask=there)
 
 
 def exponentiate_fused(products: Tensor, inverse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As ``exponentials.exponentiate``, for fp32 tiles whose rows are contiguous."""
-    mass, best = (torch.empty_like(products[:, 0]) for _ in range(2))
-    kernel: Any = _exponentiate_row[(len(products),)]
+    """As ``exponentials.exponentiate``, for contiguous fp32 tiles."""
+    classes, rows = products.shape
+    spans = triton.cdiv(classes, SPAN)
+    mass, best = (torch.empty((spans, rows), device=products.device) for _ in range(2))
+    kernel: Any = _exponentiate_span[(triton.cdiv(rows, ROWS), spans)]
     kernel(
         products,
         inverse,
         products if shift is None else shift,
         mass,
         best,
-        products.shape[1],
-        products.stride(0),
+        rows,
+        classes,
         HAS_SHIFT=shift is not None,
-        BLOCK=COLUMNS,
+        ROWS=ROWS,
+        CLASSES=CLASSES,
+        SPAN=SPAN,
     )
-    return mass, best
+    return mass.sum(0), best.amax(0)
