@@ -6,11 +6,12 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types layers clean help
+.PHONY: demo test drills lint types layers clean help
 
 help:
 	@echo "make demo   images in, a HuggingFace encoder out (about 15 minutes on 2 cores); see runs/demo/report.html"
 	@echo "make test   every check: style, types, layers, tests"
+	@echo "make drills faults of a cluster, played through on a pretend SLURM (needs root and Debian's slurm packages)"
 	@echo "make clean  remove what the demo wrote (data/demo, runs/demo)"
 
 .venv/ready: requirements.txt pyproject.toml
@@ -28,6 +29,9 @@ demo: .venv/ready
 
 test: lint types layers
 	$(BIN)/python -m pytest
+
+drills: .venv/ready
+	$(BIN)/python -m pytest -m drill
 
 lint: .venv/ready
 	$(BIN)/ruff check .

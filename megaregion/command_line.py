@@ -11,19 +11,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megaregion.config import RunConfig, check_config, setting_names
-from megaregion.errors import USER_ERROR_EXIT, UserError
+from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
 
 INTERRUPTED_EXIT = 130
 """Exit code after Ctrl-C, as shells give it."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2."""
+    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2.
+
+    A run that was taken over by a newer start of itself ends with one line too, and exit code 86.
+    """
     try:
         code = main() or 0
     except UserError as error:
         print(f"megaregion: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT
+    except Fenced as error:
+        print(f"megaregion: {error}", file=sys.stderr)
+        code = FENCED_EXIT
     except BrokenPipeError:
         # Whoever read our output, `head` for one, has seen enough; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
 HeadBackend = Literal["auto", "torch", "triton"]
 CenterInit = Literal["random", "centers"]
+Hierarchical = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,13 @@ class HeadsConfig:
     """Kernel of the streaming loss: torch, triton (GPU), or auto (triton where it pays)."""
     init: CenterInit = "random"
     """Start of the object centers: random, or the dataset's k-means centers."""
+    hierarchical: Hierarchical = "auto"
+    """Whether features and their gradients cross the network node by node, so that each row enters a node
+    once: auto does so on several nodes of equally many ranks, on refuses to start where that cannot be."""
+    census_every: int = 1_000
+    """Steps between looks for idle classes and near-duplicate centers; 0 never looks."""
+    idle_steps: int = 10_000
+    """Steps without a positive after which a class counts as idle."""
     object: HeadConfig = field(default_factory=HeadConfig)
     """Objects: one positive, the region's cluster."""
     text: HeadConfig = field(default_factory=lambda: HeadConfig(sample_rate=1.0))
@@ -187,13 +195,20 @@ class TrainConfig:
     global_batch: int = 4096
     """Images of one optimizer step, over all ranks; stays the same when the ranks change."""
     micro_batch: int = 64
-    """Images that one rank passes through the model at once."""
+    """Most images that one rank passes through the model at once; a rank's share of global_batch is cut
+    into equal parts of at most as many."""
     precision: Precision = "bf16"
     """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     log_every: int = 1
     """Steps between log lines."""
+    slow_factor: float = 1.5
+    """How many times the median one rank's own time (data, forward) may take before the log names it with its
+    host; 0 turns the report off."""
+    watchdog_seconds: float = 1800.0
+    """Stand-still of any rank, in seconds, after which the run ends with exit code 87 and names the rank;
+    start-up, saving and loading may take three times as long; 0 turns the watchdog off."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +217,36 @@ class CheckpointConfig:
 
     every: int = 1_000
     """Save after this many steps; a preempted run and the last step also save."""
+    asynchronous: bool = True
+    """Go on with training while a checkpoint is written, from a copy in host memory as large as this
+    rank's share of it; false waits until it is written."""
+    local: str = ""
+    """Folder on every host's own disk where ranks write first, before they copy to the run's folder; empty
+    writes to the run's folder at once."""
     keep_last: int = 3
-    """Checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted unless another rule keeps them."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are never deleted; 0 for none."""
+    keep_best: int = 0
+    """Checkpoints kept for their low loss, the mean of what was logged since the one before; 0 for none."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are refused, and when the run goes back to its last checkpoint."""
+
+    enabled: bool = True
+    """Skip steps whose loss or gradient norm is not finite or whose loss is a spike; off, the first one that
+    is not finite ends the run."""
+    window: int = 128
+    """Accepted steps whose losses set the bound; until there are as many, only finiteness is judged."""
+    spike: float = 10.0
+    """Deviations above the window's median (by its median absolute deviation) at which a loss is a spike;
+    0 judges finiteness alone."""
+    rollback_after: int = 3
+    """Refused steps in a row after which the run goes back to its last checkpoint."""
+    max_rollbacks: int = 3
+    """Returns to a checkpoint after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -230,13 +273,18 @@ class RunConfig:
     """Steps, batches and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """The loss guard."""
 
 
 def accumulation(config: RunConfig, data_ranks: int) -> int:
     """Micro-steps of one optimizer step on this many data-parallel ranks.
 
+    The global batch stays what it is; where train.micro_batch does not divide a rank's share of it, the
+    next smaller number of images that does is taken.
+
     Raises:
-        UserError: The global batch cannot be cut into equal micro-batches.
+        UserError: The global batch cannot be spread over the ranks, or no micro-batch fits head.draw_images.
     """
     train = config.train
     if train.global_batch % data_ranks:
@@ -245,29 +293,54 @@ def accumulation(config: RunConfig, data_ranks: int) -> int:
             f"{train.global_batch}; {_ranks_that_work(train.global_batch)}"
         )
     images = train.global_batch // data_ranks
-    if images % train.micro_batch and images > train.micro_batch:
+    drawn = config.head.draw_images
+    fitting = [
+        d for d in _divisors(images) if d <= train.micro_batch and (not drawn or d * data_ranks % drawn == 0)
+    ]
+    if not fitting:
+        micro_step = _largest_divisor(images, train.micro_batch) * data_ranks
         raise UserError(
-            f"train.micro_batch must divide the {images} images that each of {data_ranks} "
-            f"data-parallel ranks takes, got {train.micro_batch}; "
-            f"use {_largest_divisor(images, train.micro_batch)}"
+            f"head.draw_images must divide the {micro_step} images of a micro-step over all "
+            f"{data_ranks} data-parallel ranks, got {drawn}; use {_largest_divisor(micro_step, drawn)}"
         )
-    return max(1, images // train.micro_batch)
+    return images // fitting[-1]
 
 
 def draw_images(config: RunConfig, data_ranks: int) -> int:
     """Images that share one draw of negatives on this many data-parallel ranks.
 
     Raises:
-        UserError: head.draw_images does not divide the images of a micro-step.
+        UserError: As :func:`accumulation`.
     """
     images = config.train.global_batch // accumulation(config, data_ranks)
-    drawn = config.head.draw_images or images
-    if images % drawn:
-        raise UserError(
-            f"head.draw_images must divide the {images} images of a micro-step over all "
-            f"{data_ranks} data-parallel ranks, got {drawn}; use {_largest_divisor(images, drawn)}"
-        )
-    return drawn
+    return config.head.draw_images or images
+
+
+def fitting_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
+    """The most nodes, of those that are there, on which this run can go on with the same global batch.
+
+    Args:
+        config: The run.
+        nodes: Nodes of the allocation.
+        ranks_per_node: Ranks on each.
+
+    Raises:
+        UserError: Not even one node fits; the text is that of the whole allocation.
+    """
+    refusal = None
+    for count in range(nodes, 0, -1):
+        ranks = count * ranks_per_node
+        try:
+            if ranks % config.parallel.tensor:
+                raise UserError(
+                    f"parallel.tensor must divide the number of ranks {ranks}, got {config.parallel.tensor}"
+                )
+            accumulation(config, ranks // config.parallel.tensor)
+        except UserError as error:
+            refusal = refusal or error
+        else:
+            return count
+    raise refusal or UserError(f"--fit-nodes must be at least 1, got {nodes}")
 
 
 def check_config(config: RunConfig) -> None:
@@ -283,15 +356,32 @@ def check_config(config: RunConfig) -> None:
     for key, value in (
         ("head.embedding_dim", config.head.embedding_dim),
         ("head.chunk_bytes", config.head.chunk_bytes),
+        ("head.idle_steps", config.head.idle_steps),
         ("train.steps", config.train.steps),
         ("train.global_batch", config.train.global_batch),
         ("train.micro_batch", config.train.micro_batch),
         ("train.log_every", config.train.log_every),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_last", config.checkpoint.keep_last),
+        ("guard.window", config.guard.window),
+        ("guard.rollback_after", config.guard.rollback_after),
     ):
         if value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
+    if config.head.census_every < 0:
+        raise UserError(f"head.census_every must be 0 or more, got {config.head.census_every}")
+    for key in ("keep_every", "keep_best"):
+        if getattr(config.checkpoint, key) < 0:
+            raise UserError(
+                f"checkpoint.{key} must be 0 (off) or more, got {getattr(config.checkpoint, key)}"
+            )
+    if config.train.slow_factor != 0 and not 1 < config.train.slow_factor < math.inf:
+        raise UserError(f"train.slow_factor must be 0 (off) or above 1, got {config.train.slow_factor}")
+    if not 0 <= config.train.watchdog_seconds < math.inf:
+        raise UserError(
+            "train.watchdog_seconds must be 0 (off) or a number of seconds, "
+            f"got {config.train.watchdog_seconds}"
+        )
     if config.parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage must be 0, 1, 2 or 3, got {config.parallel.zero_stage}")
     if config.parallel.zero_stage == 0 and config.train.precision == "bf16":
@@ -299,6 +389,9 @@ def check_config(config: RunConfig) -> None:
             "parallel.zero_stage 0 with train.precision bf16 is refused: DeepSpeed takes a wrong "
             "first Adam step there and misses tensor-parallel gradient norms; use zero_stage 1 or fp32"
         )
+    for key, least in (("spike", config.guard.spike), ("max_rollbacks", config.guard.max_rollbacks)):
+        if not 0 <= least < math.inf:
+            raise UserError(f"guard.{key} must be a number of at least 0, got {least}")
     _check_optimizer(config)
 
 

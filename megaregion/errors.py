@@ -6,6 +6,16 @@ USER_ERROR_EXIT = 2
 REQUEUE_EXIT = 85
 """Exit code of a run that saved on a signal and wants to be started again."""
 
+FENCED_EXIT = 86
+"""Exit code of a run that found a newer start of itself and ended; it must not be started again."""
+
+WATCHDOG_EXIT = 87
+"""Exit code of a run that stood still and was ended by its watchdog."""
+
 
 class UserError(Exception):
     """Bad input from outside (a setting, a file, a folder); its text is all that the user sees."""
+
+
+class Fenced(Exception):
+    """A newer start of the same run owns its folder; its text is one line, and this process must end."""

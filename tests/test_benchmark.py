@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import repository
 
 from megaregion.benchmark.head import HeadSizes, compare
 from megaregion.benchmark.measure import PeakMemory, Stopwatch
@@ -48,3 +51,17 @@ def test_peak_memory_sees_what_was_let_go() -> None:
     memory.reset()
     torch.ones(64 * 2**20 // 4).sum()
     assert 60e6 < memory.peak() - before < 90e6
+
+
+def test_the_checkpoint_benchmark_runs_at_any_size(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [
+        sys.executable, "tools/benchmark.py", "checkpoint", "--parameters=3e5", "--repeats=1",
+        f"--folder={tmp_path}", f"--json={file}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(file.read_text())["cases"]
+    assert [case["goal"] for case in cases] == [20.0, 0, 0, 0]
+    assert len({case["peer"] for case in cases}) == 1
+    assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from megaregion.errors import UserError
-from megaregion.training import checkpoint as format_
+from megaregion.training import folder as format_
 from megaregion.training.checkpoint import (
     CheckpointReader,
     DamagedCheckpoint,
     Piece,
     find_checkpoint,
     newest_whole,
-    publish,
-    retire,
-    step_folder,
-    write_pieces,
 )
+from megaregion.training.folder import step_folder
+from megaregion.training.retention import Retention, retire
+from megaregion.training.writing import publish, write_pieces
 
 
 def write(checkpoints: Path, step: int, cuts: list[slice] | None = None) -> torch.Tensor:
@@ -104,7 +103,7 @@ def test_nothing_whole_is_found_in_an_empty_folder(tmp_path: Path) -> None:
 def test_old_checkpoints_are_deleted_and_the_newest_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    retire(tmp_path, keep_last=2)
+    retire(tmp_path, Retention(last=2))
     assert sorted(f.name for f in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 

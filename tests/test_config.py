@@ -18,6 +18,7 @@ from megaregion.config import (
     check_config,
     config_from_dict,
     draw_images,
+    fitting_nodes,
     setting_names,
 )
 from megaregion.errors import UserError
@@ -56,6 +57,31 @@ def test_a_global_batch_that_does_not_fit_the_ranks_names_those_that_work() -> N
     with pytest.raises(UserError, match="sizes that work: 1, 2, 4, 8, 16"):
         accumulation(config, 3)
     assert [accumulation(config, ranks) for ranks in (1, 2, 4, 8, 16)] == [8, 4, 2, 1, 1]
+
+
+def test_the_micro_batch_adapts_where_it_does_not_divide_a_ranks_share() -> None:
+    config = toy_config(Path("data"), Path("runs"), train__global_batch=60, train__micro_batch=8)
+    assert [accumulation(config, ranks) for ranks in (5, 6, 10, 15)] == [2, 2, 1, 1]
+    assert [accumulation(config, ranks) for ranks in (1, 2, 4)] == [10, 5, 3]
+
+
+def test_the_most_nodes_that_keep_the_global_batch_are_found() -> None:
+    config = toy_config(Path("data"), Path("runs"), train__global_batch=48, parallel__tensor=2)
+    assert [fitting_nodes(config, nodes, 2) for nodes in range(1, 9)] == [1, 2, 3, 4, 4, 6, 6, 8]
+    with pytest.raises(UserError, match=r"parallel.tensor must divide the number of ranks 3"):
+        fitting_nodes(config, 1, 3)
+
+
+def test_the_64_gpu_run_fits_every_number_of_nodes_that_its_script_accepts() -> None:
+    for file, least, most in (("vit_l14_64gpu", 4, 8), ("vit_b16_8gpu", 1, 1)):
+        config, _ = parse_run(run_parser("x"), ["--config", str(repository() / "configs" / f"{file}.yaml")])
+        for nodes in range(least, most + 1):
+            assert fitting_nodes(config, nodes, 8) == nodes
+            data_ranks = nodes * 8 // config.parallel.tensor
+            share = config.train.global_batch // data_ranks
+            assert share // accumulation(config, data_ranks) >= config.train.micro_batch / 2, (
+                "tiny micro-batches"
+            )
 
 
 def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:

@@ -19,7 +19,8 @@ from megaregion.errors import UserError
 from megaregion.export import export_checkpoint
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, initialise, tensor_parallel_plan
-from megaregion.training.checkpoint import Piece, publish, write_pieces
+from megaregion.training.checkpoint import Piece
+from megaregion.training.writing import publish, write_pieces
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 

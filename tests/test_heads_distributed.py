@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
 from megaregion.heads import ClassShardedHead, gather_features, tiles
+from megaregion.heads.communication import gather_rows, scatter_sums
+from megaregion.parallel import topology
 
 RANKS = 4
 ROWS, DIM, STEPS = 24, 6, 2
@@ -27,8 +30,10 @@ LAYOUTS = {
     "four": (4, 1),
     "two by two": (2, 2),
     "tensor": (1, 4),
+    "two nodes": (4, 1),
 }
-"""Data-parallel and tensor-parallel ranks by name; tensor-parallel ranks are neighbours."""
+"""Data-parallel and tensor-parallel ranks by name; tensor-parallel ranks are neighbours. The rows of "two
+nodes" go node by node, two ranks on each."""
 
 CASES: dict[str, dict[str, Any]] = {
     f"{loss}, {margin}, {labels} labels, rate {rate}": {
@@ -69,16 +74,18 @@ def on_rank(folder: str) -> None:
     dist.barrier()
     for layout in LAYOUTS:
         if rank < world_size(layout):
-            found = {name: train(case, layout, *groups[layout]) for name, case in CASES.items()}
+            found = {name: train(case, *groups[layout]) for name, case in CASES.items()}
             torch.save(found, Path(folder) / f"{layout}-{rank}.pt")
     dist.barrier()
     for saved, loaded in itertools.permutations(("one", "three", "four", "two by two"), 2):
         if rank < world_size(loaded):
             case = CASES["separated, cosface, 4 labels, rate 0.2"]
-            found = train(case, loaded, *groups[loaded], resume=Path(folder) / saved)
+            found = train(case, *groups[loaded], resume=Path(folder) / saved)
             torch.save(found, Path(folder) / f"{saved} to {loaded}-{rank}.pt")
     errors = {"four": refuse(*groups["four"][:2])}
     torch.save(errors, Path(folder) / f"errors-{rank}.pt")
+    torch.save(both_ways(*groups["two nodes"][1::2]), Path(folder) / f"ways-{rank}.pt")
+    torch.save({"cut": [told(*case) for case in TOLD]}, Path(folder) / f"told-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -96,12 +103,38 @@ def make_groups() -> dict[str, tuple[Any, Any, Any]]:
         columns = [dist.new_group(list(range(first, ranks, tensor))) for first in range(tensor)]
         lines = [dist.new_group(list(range(first, first + tensor))) for first in range(0, ranks, tensor)]
         line = lines[rank // tensor] if rank < ranks else None
-        groups[layout] = (world, columns[rank % tensor], line)
+        groups[layout] = (world, columns[rank % tensor], line, None)
+    groups["two nodes"] = (*groups["four"][:3], told("2", "2", "2", "2", keep=True))
     return groups
 
 
+TOLD = (("2", "2", "2", "2"), ("4", "4", "4", "4"), ("1", "1", "1", "1"), ("3", "3", "3", "1"))
+"""LOCAL_WORLD_SIZE of each of the four ranks."""
+
+
+def told(*ranks_per_node: str, keep: bool = False) -> Any:
+    """The groups by nodes that follow from what the launcher tells; without keep, whether there are any."""
+    os.environ["LOCAL_WORLD_SIZE"] = ranks_per_node[dist.get_rank()]
+    found = topology.join(1).node_groups
+    return found if keep else found is not None
+
+
+def both_ways(data: Any, nodes: Any) -> dict[str, list[Tensor]]:
+    """What flat and node-by-node collectives bring to this rank; whole numbers, whose sums are exact."""
+    generator = torch.Generator().manual_seed(data.rank())
+    found: dict[str, list[Tensor]] = {"gather": [], "scatter": []}
+    for counts in (None, [3, 0, 5, 1]):
+        own = 4 if counts is None else counts[data.rank()]
+        rows = torch.randint(0, 1000, (own, 2, 3), generator=generator)
+        whole = torch.randint(0, 1000, (sum(counts or [4] * 4), 3), generator=generator).float()
+        for way in (None, nodes):
+            found["gather"].append(gather_rows(rows, data, counts, way))
+            found["scatter"].append(scatter_sums(whole, data, counts, way))
+    return found
+
+
 def train(
-    case: dict[str, Any], layout: str, world: Any, data: Any, tensor: Any, resume: Path | None = None
+    case: dict[str, Any], world: Any, data: Any, tensor: Any, nodes: Any, resume: Path | None = None
 ) -> dict[str, Any]:
     """Some steps of two micro-steps each; what this rank saw."""
     head = ClassShardedHead(
@@ -110,6 +143,8 @@ def train(
         DIM,
         world_group=world,
         data_group=data,
+        tensor_group=tensor,
+        node_groups=nodes,
         seed=3,
         name="object",
         chunk_bytes=case["chunk_bytes"],
@@ -124,7 +159,9 @@ def train(
             features, labels, rows = micro_batch(case, step, micro_step, data)
             counts = row_counts(data.size()) if "uneven" in case else None
             # The head gathers by itself or, as for two heads, is given what was gathered once.
-            given = gather_features(features, world, data, tensor, counts) if micro_step else features
+            given = features
+            if micro_step:
+                given = gather_features(features, world, data, tensor, counts, nodes)
             first_row = micro_step * ROWS
             result = head.loss(given, labels, rows, step, first_row, case["draw_rows"], counts)
             (result.sum / (2 * ROWS)).backward()
@@ -245,6 +282,47 @@ def test_a_head_saved_on_some_ranks_goes_on_on_others(results: Path, saved: str)
     [expected] = [_whole(pieces(results, f"{saved} to {reference}"))]
     for loaded in others if saved != "one" else others[1:]:
         assert_agrees(pieces(results, f"{saved} to {loaded}"), expected, LAYOUTS[loaded][1])
+
+
+def test_rows_that_go_node_by_node_come_in_the_same_order_with_the_same_sums(results: Path) -> None:
+    for found in pieces(results, "ways"):
+        for way in ("gather", "scatter"):
+            even, by_node, uneven, uneven_by_node = found[way]
+            assert torch.equal(even, by_node)
+            assert torch.equal(uneven, uneven_by_node)
+    numbers = [found["gather"][3] for found in pieces(results, "ways")]
+    assert all(torch.equal(one, numbers[0]) for one in numbers)
+    assert len(numbers[0]) == 9
+
+
+def test_rows_go_node_by_node_only_between_equal_nodes_of_several_ranks(results: Path) -> None:
+    for found in pieces(results, "told"):
+        assert found["cut"] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "per_node"), [(64, 1, 8), (64, 2, 8), (64, 4, 8), (12, 1, 4)])
+def test_groups_by_nodes_cut_each_data_group_in_the_order_of_its_ranks(
+    ranks: int, tensor: int, per_node: int
+) -> None:
+    found = topology.node_lists(ranks, tensor, per_node)
+    assert found is not None
+    inside, between = found
+    for first in range(tensor):
+        members = list(range(first, ranks, tensor))
+        own = [group for group in inside if group[0] % tensor == first]
+        assert [rank for group in own for rank in group] == members
+        assert all(len({rank // per_node for rank in group}) == 1 for group in own)
+        places = [group for group in between if group[0] % tensor == first]
+        assert places == [list(place) for place in zip(*own, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "per_node"), [(8, 8, 8), (64, 8, 8), (8, 1, 1), (8, 1, 3), (8, 4, 2)]
+)
+def test_nothing_is_cut_by_nodes_that_hold_less_than_two_copies(
+    ranks: int, tensor: int, per_node: int
+) -> None:
+    assert topology.node_lists(ranks, tensor, per_node) is None
 
 
 def _whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:

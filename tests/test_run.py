@@ -64,7 +64,7 @@ def test_a_run_leaves_its_settings_metrics_logs_and_checkpoints(dataset: Path, t
     assert config.train.steps == 3
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
     assert sorted(f.name for f in (run / "checkpoints").iterdir()) == [
-        "latest", "step-00000002", "step-00000003",
+        "fence", "latest", "step-00000002", "step-00000003",
     ]  # fmt: skip
     assert list((run / "tensorboard").glob("events*"))
     assert (run / "logs" / "rank-00.log").read_text()
@@ -98,6 +98,13 @@ def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
     resumed = pretrain(dataset, tmp_path, f"--train.steps={steps[-1] + 2}", "--resume=auto")
     assert resumed.returncode == 0, resumed.stderr
     assert [int(record["step"]) for record in metrics(tmp_path)] == list(range(1, steps[-1] + 3))
+    report = subprocess.run(
+        [sys.executable, "tools/pretrain.py", "report", str(tmp_path / "run"), "--json"],
+        cwd=repository(), capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    spent = json.loads(report.stdout)
+    assert (spent["starts"], spent["lost"]) == (2, 0)
+    assert min(spent[name] for name in ("training", "saving", "starting", "restarting")) > 0
 
 
 def test_torchrun_starts_the_same_command_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
@@ -118,7 +125,7 @@ def test_torchrun_starts_the_same_command_on_two_ranks(dataset: Path, tmp_path: 
         (["--data.path=missing"], "missing/dataset.json does not exist"),
         (["--parallel.tensor=2"], "parallel.tensor must divide the number of ranks 1, got 2"),
         (["--resume=yes"], "--resume must be auto or none, got yes"),
-        (["--train.global_batch=5", "--train.micro_batch=2"], "train.micro_batch must divide the 5 images"),
+        (["--train.global_batch=5", "--head.draw_images=2"], "head.draw_images must divide the 1 images"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run_behind(
@@ -139,28 +146,28 @@ def _full_disk(dataset: str, output: str) -> None:
     from test_training import train
 
     config = toy_config(Path(dataset), Path(output), "full", train__steps=4, checkpoint__every=1)
-    from megaregion.training import state
+    from megaregion.training import saving
 
-    real, limit = state.write_pieces, resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, limit = saving.write_pieces, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def cramped(folder: Path, rank: int, pieces: object) -> None:
+    def cramped(folder: Path, rank: int, pieces: object, staging: Path | None) -> None:
         """Steps 2 and 3 meet a real refusal of the operating system; step 4 has room again."""
         if int(folder.stem.removeprefix("step-")) in (2, 3):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         try:
-            real(folder, rank, pieces)
+            real(folder, rank, pieces, staging)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    state.write_pieces = cramped
+    saving.write_pieces = cramped
     train(config)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(dataset: Path, tmp_path: Path) -> None:
     launch(_full_disk, 1, str(dataset), str(tmp_path))
     saved = sorted(f.name for f in (tmp_path / "full" / "checkpoints").iterdir())
-    assert saved == ["latest", "step-00000001", "step-00000004"]
+    assert saved == ["fence", "latest", "step-00000001", "step-00000004"]
 
 
 def _another_dataset(dataset: str, output: str) -> None:

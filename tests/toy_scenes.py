@@ -17,7 +17,8 @@ from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardWriter, write_dataset
 from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.models import RegionEncoder, initialise
-from megaregion.training.checkpoint import Piece, publish, write_pieces
+from megaregion.training.checkpoint import Piece
+from megaregion.training.writing import publish, write_pieces
 
 SIZE = 96
 CLASSES = {"disc": (200, 40, 40), "block": (40, 160, 60), "wedge": (50, 70, 210)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -34,15 +36,39 @@ def main() -> int | None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and none is visible; use --device cpu")
+    report = heads(options, device) if options.part == "head" else checkpoints(options, device)
+    print(report.table())
+    if options.json:
+        report.write_json(options.json)
+    return 0
+
+
+def heads(options: argparse.Namespace, device: torch.device) -> Report:
     watch = Stopwatch(device, processor=options.clock == "processor")
     report = Report({**describe_host(device), "clock": options.clock})
     for sizes, goals in chosen(options):
         dense = options.dense or sizes.sample_rate == 1.0
         report.cases += compare(sizes, goals, options.repeats, watch, dense)
-    print(report.table())
-    if options.json:
-        report.write_json(options.json)
-    return 0
+    return report
+
+
+def checkpoints(options: argparse.Namespace, device: torch.device) -> Report:
+    from megaregion.benchmark.checkpoint import compare_saves
+    from megaregion.parallel import topology
+
+    if options.parameters < 1024 or options.repeats < 1:
+        raise UserError("--parameters must be at least 1024 and --repeats at least 1")
+    needed, free = 24 * options.parameters, shutil.disk_usage(options.folder).free
+    if free < needed:
+        raise UserError(f"--folder {options.folder} needs {needed / 1e9:.0f} GB free, has {free / 1e9:.0f}")
+    place = topology.join(1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = Report({**describe_host(device), "folder": str(options.folder)})
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as folder:
+        report.cases += compare_saves(options.parameters, Path(folder), place, device, options.repeats)
+    topology.leave()
+    return report
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[HeadSizes, dict[str, float]]]:
@@ -95,6 +121,23 @@ def parse() -> argparse.Namespace:
     )
     head.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     head.add_argument("--json", type=Path, metavar="FILE", help="also write the cases there")
+    save = parts.add_parser(
+        "checkpoint",
+        help="what an asynchronous save takes from training, against a synchronous one",
+        description="Ratios are synchronous save / ours; a ratio of 20 is 5 percent of its time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    save.add_argument(
+        "--parameters",
+        type=lambda text: int(float(text)),
+        default=300_000_000,
+        help="parameters of the model; the state is 12 bytes for each, and memory and disk hold it twice",
+    )
+    save.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure")
+    save.add_argument("--repeats", type=int, default=2, help="saves of each kind; the fastest counts")
+    save.add_argument("--threads", type=int, help="threads of the processor; all when not given")
+    save.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the state lies")
+    save.add_argument("--json", type=Path, metavar="FILE", help="also write the cases there")
     return parser.parse_args()
 
 

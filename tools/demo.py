@@ -43,7 +43,7 @@ def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     scenes, curated, goal = arguments.data / "scenes", arguments.data / "curated", arguments.run
     counts = ["--train", str(arguments.train_scenes), "--test", str(arguments.test_scenes)]
     # Few regions, but most of them objects: the score's first six are right in most cases, the next are not.
-    keep = ["--max-regions", "6", "--min-objectness", "0.1"]
+    keep = ["--max-regions", "6", "--min-objectness", "0.1", "--vocab", "384"]
     train = [
         "tools/pretrain.py", "--config", arguments.config, "--data.path", str(curated / "shards"),
         "--output", str(goal.parent), "--name", goal.name, "--resume", "auto",
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, default=Path("data/demo"), help="folder of scenes and shards")
     add("--run", type=Path, default=Path("runs/demo"), help="folder of the run")
     add("--config", default="configs/demo.yaml", help="settings of the training run")
-    add("--train-scenes", type=int, default=1800, help="scenes to curate and train on")
+    add("--train-scenes", type=int, default=3000, help="scenes to curate and train on")
     add("--test-scenes", type=int, default=300, help="held-out scenes of unseen cut-outs")
     add(
         "--first-steps",

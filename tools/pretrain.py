@@ -3,6 +3,7 @@
 python tools/pretrain.py --config configs/demo.yaml
 torchrun --nproc-per-node 4 tools/pretrain.py --config configs/demo.yaml --parallel.tensor 2
 srun python tools/pretrain.py --config configs/vit_l14_64gpu.yaml --resume auto
+python tools/pretrain.py report runs/NAME         what the wall time of all starts of a run went into
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megaregion.command_line import parse_run, run, run_parser
-from megaregion.config import RunConfig
+from megaregion.config import RunConfig, fitting_nodes
 from megaregion.errors import UserError
 from megaregion.training.signals import StopRequest
 
@@ -19,6 +20,8 @@ STOP = StopRequest().install()
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["report"]:
+        return report(sys.argv[2:])
     parser = run_parser("Train a region encoder by region cluster discrimination.")
     parser.add_argument(
         "--resume",
@@ -31,24 +34,43 @@ def main() -> int:
         type=int,
         help="save and leave after this step, for a later --resume auto; schedules still end at train.steps",
     )
+    parser.add_argument(
+        "--fit-nodes",
+        type=int,
+        metavar="N",
+        help="only check the settings and print the most nodes, N or fewer, that keep train.global_batch",
+    )
+    parser.add_argument(
+        "--per-node", type=int, default=1, metavar="N", help="ranks of a node, for --fit-nodes"
+    )
     config, flags = parse_run(parser)
     if flags.resume not in ("auto", "none"):
         raise UserError(f"--resume must be auto or none, got {flags.resume}")
+    if flags.fit_nodes is not None:
+        print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
+        return 0
     return train(config, flags.resume == "auto", flags.stop_at)
 
 
 def train(config: RunConfig, resume: bool, stop_at: int | None) -> int:
     from megaregion.parallel import topology
     from megaregion.training.metrics import LOG, open_log
+    from megaregion.training.progress import Progress
     from megaregion.training.trainer import Trainer
+    from megaregion.training.watchdog import Watchdog
 
-    place = topology.join(config.parallel.tensor)
+    patience = config.train.watchdog_seconds
+    # A collective must not give up before the watchdog has named who is missing from it.
+    place = topology.join(config.parallel.tensor, timeout_minutes=30 + int(patience / 15))
     folder = Path(config.output) / config.name
     checkpoints = folder / "checkpoints"
     if not resume and any(checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints} holds checkpoints; use --resume auto, or another --name")
     open_log(folder / "logs", place.rank)
-    trainer = Trainer(config, place, STOP)
+    progress = Progress()
+    store = topology.own_store("watchdog") if patience else None
+    watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
+    trainer = Trainer(config, place, STOP, progress)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(
@@ -57,11 +79,35 @@ def train(config: RunConfig, resume: bool, stop_at: int | None) -> int:
             config.train.precision, trainer.dataset.info.samples, trainer.dataset.info.object_classes,
             trainer.dataset.info.text_classes,
         )  # fmt: skip
+    progress.note("load", 0)
     if resume and not trainer.state.resume(checkpoints) and place.rank == 0:
         LOG.info("no checkpoint in %s yet: starting", checkpoints)
-    code = trainer.run(stop_at)
+    try:
+        code = trainer.run(stop_at)
+    except BaseException:
+        watchdog.keep_verdict()
+        raise
+    STOP.leave()
+    watchdog.stop()
     topology.leave()
     return code
+
+
+def report(arguments: list[str]) -> int:
+    import argparse
+    import json
+
+    from megaregion.training.goodput import measure
+
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py report", description="What the wall time of all starts of a run went into."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, as runs/NAME")
+    parser.add_argument("--json", action="store_true", help="seconds as JSON instead of a table")
+    options = parser.parse_args(arguments)
+    goodput = measure(options.run)
+    print(json.dumps(vars(goodput)) if options.json else goodput.table())
+    return 0
 
 
 def write_run_files(folder: Path, config: RunConfig, deepspeed: dict[str, object]) -> None:

@@ -16,15 +16,15 @@ from megaregion.demo.assets import Assets, Cutout, read_background, read_cutout
 from megaregion.demo.lettering import Lettering, draw_style, letter
 from megaregion.demo.words import Vocabulary
 
-OBJECTS = (2, 5)
+OBJECTS = (2, 4)
 """Fewest and most cut-outs of a scene."""
-WORDS = (1, 3)
+WORDS = (0, 3)
 """Fewest and most words of a scene."""
 LEAST_VISIBLE = 0.6
 """Least share of an object that neither the border, nor other objects, nor words may hide."""
-OBJECT_SIDES = (0.30, 0.62)
+OBJECT_SIDES = (0.36, 0.68)
 """Longer side of an object, in parts of the scene's shorter side."""
-LETTER_HEIGHTS = (16, 60)
+LETTER_HEIGHTS = (22, 64)
 """Height of the letters in pixels of a scene of 256 pixels."""
 TRIES = 24
 """Places that are tried for an object or word before it is left out."""

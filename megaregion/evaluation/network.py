@@ -21,7 +21,8 @@ from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, Features
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
-from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint, step_folder
+from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint
+from megaregion.training.folder import step_folder
 
 BODY = "body.weight."
 TEXT_CENTERS = "head.text.weight"

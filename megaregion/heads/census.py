@@ -20,6 +20,8 @@ from megaregion.heads.sampling import class_hashes, draw_key
 
 CHUNK = 8192
 """Centers compared with the probed ones at a time."""
+SHOWN = 5
+"""Pairs of doubles that a report names."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,22 @@ class Census:
     """Centers whose likes were looked for."""
     alike: tuple[tuple[int, int, float], ...]
     """Probed class, the other center most like it, and their cosine, where it is above the threshold."""
+
+    def report(self, head: str, classes: int, patience: int) -> str:
+        """One line for the log.
+
+        Args:
+            head: Name of the head.
+            classes: K.
+            patience: Steps after which a class counts as idle.
+        """
+        pairs = ", ".join(f"{one} ~ {other} ({cosine:.2f})" for one, other, cosine in self.alike[:SHOWN])
+        more = ", ..." if len(self.alike) > SHOWN else ""
+        return (
+            f"head {head}: {self.idle} of {classes} classes had no region in the last {patience} steps; "
+            f"{len(self.alike)} of {self.probed} probed centers have a double"
+            f"{f' ({pairs}{more})' if pairs else ''}"
+        )
 
 
 @torch.no_grad()

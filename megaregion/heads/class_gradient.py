@@ -1,8 +1,9 @@
 """Gradients of centers, summed over the micro-steps of a step; only classes that took part have one.
 
-What the streaming loss adds up is the gradient of the *unit* centers over their lengths, before the factor
-that the rest of the graph puts on the loss. Both corrections are linear and the centers stand still
-during a step, so they are made once, when the step ends: the part along the center goes, the factor comes.
+What the streaming loss adds up is the gradient of the *unit* centers, before the factor that the rest of
+the graph puts on the loss; a draw of all classes, which reads the centers where they lie, has divided by
+their lengths already. All corrections are linear and the centers stand still during a step, so they are
+made once, when the step ends: the part along the center goes, length and factor come.
 
 One draw's gradients are kept as they are, by class. When a second draw comes, both go into a matrix of all
 local classes with a mark for each that took part: sizes stay unknown to the host, so a GPU never waits.
@@ -38,6 +39,7 @@ class ClassGradient:
         self.values = self._weight.new_empty((0, self._weight.shape[1]))
         """Their gradients, [n, E]; final after ``finish``."""
         self._marks: Tensor | None = None
+        self._over_lengths = True
         self._factor: Tensor | None = None
         self._uneven = torch.zeros((), dtype=torch.bool, device=self._weight.device)
         self._awaited = 0
@@ -57,6 +59,8 @@ class ClassGradient:
         """Take over the gradients of a draw."""
         if classes is None:
             return
+        # A head draws all classes in every draw or in none, so one mark does for the sum.
+        self._over_lengths = False
         if self._is_empty():
             self.rows, self.values = classes, room
             return
@@ -99,9 +103,12 @@ class ClassGradient:
                 self._weight[part] if self.rows is None else self._weight.index_select(0, self.rows[part])
             )
             values = self.values[part]
-            along = (values * centers).sum(1) * inverse_lengths(centers).square()
-            values.addcmul_(centers, along[:, None], value=-1).mul_(factor)
-            self._squares += torch.linalg.vector_norm(values, dtype=torch.float64).square()
+            inverse = inverse_lengths(centers)
+            along = (values * centers).sum(1) * inverse.square()
+            scale = factor if self._over_lengths else factor * inverse[:, None]
+            values.addcmul_(centers, along[:, None], value=-1).mul_(scale)
+            # By rows, each in its own type: a wide norm of the block would first copy it.
+            self._squares += torch.linalg.vector_norm(values, dim=1).double().square().sum()
         return self._squares
 
     def _is_empty(self) -> bool:

@@ -17,29 +17,32 @@ from torch import Tensor
 from megaregion.config import HeadBackend
 from megaregion.errors import UserError
 
-Kernel = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(products [c, r], inverse [c], shift [r] or None) -> (row sums [r], row maxima [r]); see exponentiate."""
+Kernel = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+"""(products [c, r], inverse [c] or None, shift [r] or None) -> (row sums [r], row maxima [r]); see
+exponentiate."""
 
 
-def exponentiate(products: Tensor, inverse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def exponentiate(products: Tensor, inverse: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Replace products by the exponentials of their scores, over the centers' lengths.
 
     ``products[j, i]`` becomes ``inverse[j] * 2 ** (products[j, i] * inverse[j] - shift[i])``.
 
     Args:
         products: Products of centers and rows in units of log 2, [c, r]; overwritten.
-        inverse: 1 / length of each center, [c].
+        inverse: 1 / length of each center, [c]; None for centers of length 1.
         shift: What to subtract from each row's scores, [r]; None for nothing.
 
     Returns:
         Each row's sum of ``2 ** (score - shift)`` and its greatest score, both [r].
     """
-    scale = inverse[:, None]
-    best = products.mul_(scale).amax(0)
+    if inverse is not None:
+        products.mul_(inverse[:, None])
+    best = products.amax(0)
     if shift is not None:
         products.sub_(shift)
     mass = products.exp2_().sum(0)
-    products.mul_(scale)
+    if inverse is not None:
+        products.mul_(inverse[:, None])
     return mass, best
 
 
@@ -60,6 +63,6 @@ def choose_kernel(backend: HeadBackend) -> Kernel:
     return exponentiate_fused
 
 
-def greatest_scores(products: Tensor, inverse: Tensor) -> Tensor:
+def greatest_scores(products: Tensor, inverse: Tensor | None) -> Tensor:
     """Greatest score of each row, [r]; the products are overwritten."""
-    return torch.amax(products.mul_(inverse[:, None]), 0)
+    return torch.amax(products if inverse is None else products.mul_(inverse[:, None]), 0)

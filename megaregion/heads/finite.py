@@ -25,11 +25,14 @@ class FiniteGuard:
     """Looks at features when it costs nothing to wait for the answer.
 
     On a processor that is at once. On a GPU the answer would stall the queue, so there it is asked for when
-    the step ends, before anything is moved.
+    the step ends, before anything is moved. A caller who judges the whole step himself, on all ranks at
+    once, sets ``waits``: then nothing is raised here and :meth:`spoilt` says afterwards what was found.
     """
 
     def __init__(self, head: str) -> None:
         self._head = head
+        self.waits = False
+        """Leave the judgement to the caller."""
         self._unasked: list[tuple[Tensor, Tensor]] = []
 
     def watch(self, rows: Tensor, index: Tensor) -> None:
@@ -48,10 +51,16 @@ class FiniteGuard:
 
     def ask(self) -> None:
         """Raise NonFiniteFeatures if any row noted since the last time was not finite."""
+        if self.waits:
+            return
         noted, self._unasked = self._unasked, []
         for index, bad in noted:
             if bool(bad.any()):
                 raise NonFiniteFeatures(self._head, index[bad].tolist())
+
+    def spoilt(self) -> list[list[int]]:
+        """Rows that were not finite, for each :meth:`watch` since they were last forgotten."""
+        return [index[bad].tolist() for index, bad in self._unasked]
 
     def forget(self) -> None:
         """Drop what was noted."""

@@ -21,6 +21,18 @@ def unit_scale(rows: Tensor) -> Tensor:
     return torch.where(norm > tiny, norm.reciprocal(), 0.0) + (norm - norm)
 
 
+BLOCK = 1 << 17
+"""Elements scaled at a time: they stay in the cache between the passes."""
+
+
+def make_unit(centers: Tensor) -> Tensor:
+    """Divide centers [C, E] by their lengths in place, as ``inverse_lengths`` has them; return them."""
+    block = max(1, BLOCK // max(1, centers.shape[1]))
+    for part in centers.split(block) if len(centers) else ():
+        part.mul_(inverse_lengths(part)[:, None])
+    return centers
+
+
 def inverse_lengths(centers: Tensor) -> Tensor:
     """1 / length of each center, [C]; 1 for a center shorter than 1e-8, which thus scores 0 and can grow.
 

@@ -49,7 +49,8 @@ class RowAdamW:
         block = max(1, BLOCK // max(1, self.weight.shape[1]))
         for start in range(0, len(gradient), block):
             part = slice(start, min(start + block, len(gradient)))
-            self._step_block(part if rows is None else rows[part], gradient[part] * scale, lr)
+            scaled = gradient[part] if isinstance(scale, float) and scale == 1.0 else gradient[part] * scale
+            self._step_block(part if rows is None else rows[part], scaled, lr)
 
     def _step_block(self, rows: slice | Tensor, gradient: Tensor, lr: float) -> None:
         config = self.config

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.heads.class_gradient import ClassGradient
+from megaregion.heads.lengths import make_unit
+from megaregion.heads.scratch import Scratch
 from megaregion.heads.streaming import DrawStream, RowResults, StreamSettings
-from megaregion.heads.targets import Targets
+from megaregion.heads.targets import Draw, Targets
 
 
 class RowSums(NamedTuple):
@@ -30,8 +32,27 @@ class RowSums(NamedTuple):
     """Rows in which a positive beats all drawn negatives."""
 
 
+def fetch_centers(draw: Draw, weight: Tensor, scratch: Scratch) -> Tensor:
+    """Centers of a draw's classes, [C, E]; the same memory holds the next draw's.
+
+    Chosen centers are copied, and as copies made unit ones: that is one pass over them instead of two over
+    the scores. Where all classes are drawn there is no copy, and they keep their lengths.
+
+    Args:
+        draw: The draw.
+        weight: Centers of this rank, [local classes, E].
+        scratch: Memory for chosen centers.
+    """
+    return weight if draw.classes is None else make_unit(scratch.rows("centers", weight, draw.classes))
+
+
 def score_rows(
-    features: Tensor, targets: Targets, weight: Tensor, gradient: ClassGradient, settings: StreamSettings
+    features: Tensor,
+    targets: Targets,
+    weight: Tensor,
+    gradient: ClassGradient,
+    settings: StreamSettings,
+    ahead: Tensor | None = None,
 ) -> RowSums:
     """Score unit rows against the targets' draws.
 
@@ -41,12 +62,14 @@ def score_rows(
         weight: Centers of this rank, of any length, [local classes, E].
         gradient: Receives the centers' gradients if ``features`` wants one.
         settings: What all draws share.
+        ahead: Centers of the first draw, if they were fetched already.
 
     Returns:
         The sums; the loss carries gradient.
     """
     learns = torch.is_grad_enabled() and features.requires_grad
-    return RowSums(*_ScoreRows.apply(features, targets, weight, gradient if learns else None, settings))
+    wanted = gradient if learns else None
+    return RowSums(*_ScoreRows.apply(features, targets, weight, wanted, settings, ahead))
 
 
 class _ScoreRows(torch.autograd.Function):
@@ -58,6 +81,7 @@ class _ScoreRows(torch.autograd.Function):
         weight: Tensor,
         gradient: ClassGradient | None,
         settings: StreamSettings,
+        ahead: Tensor | None,
     ) -> tuple[Tensor, ...]:
         rows = len(targets.index)
         results = RowResults(
@@ -68,7 +92,8 @@ class _ScoreRows(torch.autograd.Function):
         )
         for draw in targets.draws:
             chosen = draw.classes
-            centers = weight if chosen is None else settings.scratch.rows("centers", weight, chosen)
+            centers = fetch_centers(draw, weight, settings.scratch) if ahead is None else ahead
+            ahead = None
             room = None if gradient is None else gradient.room(chosen)
             DrawStream(settings, draw, features, centers, results).run(room)
             if gradient is not None and room is not None:
@@ -81,10 +106,10 @@ class _ScoreRows(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since this is its only use: a second backward is refused by take_factor's count.
         ctx.gradient.take_factor(by_total)
-        return ctx.by_features.mul_(by_total), None, None, None, None
+        return ctx.by_features.mul_(by_total), None, None, None, None, None
 
 
 def _count(results: RowResults, targets: Targets, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

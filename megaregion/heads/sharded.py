@@ -30,10 +30,11 @@ from megaregion.heads.head_loss import HeadLoss, SamplingWatch, report_loss
 from megaregion.heads.products import Products
 from megaregion.heads.ranking import nearest_classes
 from megaregion.heads.row_adamw import RowAdamW
-from megaregion.heads.scoring import score_rows
+from megaregion.heads.scoring import fetch_centers, score_rows
 from megaregion.heads.scratch import Scratch
 from megaregion.heads.streaming import StreamSettings
 from megaregion.heads.targets import DrawRule, Targets, build_targets
+from megaregion.parallel.topology import NodeGroups
 
 
 class LocalTensor(NamedTuple):
@@ -55,6 +56,8 @@ class ClassShardedHead:
         *,
         world_group: dist.ProcessGroup,
         data_group: dist.ProcessGroup,
+        tensor_group: dist.ProcessGroup | None = None,
+        node_groups: NodeGroups | None = None,
         seed: int,
         name: str,
         chunk_bytes: int = 256 * 2**20,
@@ -70,6 +73,8 @@ class ClassShardedHead:
             dim: Embedding width E.
             world_group: All ranks; together they hold all classes.
             data_group: The data-parallel ranks of this rank, in data-rank order.
+            tensor_group: The ranks that hold the same rows; known, it lightens the gradients' way back.
+            node_groups: The data group by nodes, for rows that shall enter each node once.
             seed: Seed of centers and draws.
             name: Name of the head (object or text); part of every random key.
             chunk_bytes: Memory for logits.
@@ -84,6 +89,7 @@ class ClassShardedHead:
             raise UserError(f"head {name} needs at least 1 class, got {classes}")
         self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
         self.world_group, self.data_group = world_group, data_group
+        self.tensor_group, self.node_groups = tensor_group, node_groups
         self.chunk_bytes, self.kernel = chunk_bytes, choose_kernel(backend)
         share = -(-classes // world_group.size())
         start = min(world_group.rank() * share, classes)
@@ -153,10 +159,16 @@ class ClassShardedHead:
                 f"got {labels.dtype} {list(labels.shape)}"
             )
         marked = torch.cat([labels, rows[:, None].to(labels)], 1).to(self.device)
-        marked = gather_rows(marked, self.data_group, row_counts)
+        marked = gather_rows(marked, self.data_group, row_counts, self.node_groups)
+        return self.draw(marked[:, :-1], marked[:, -1] > 0, step, first_row, draw_rows)
+
+    def draw(
+        self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
+    ) -> Targets:
+        """As ``prepare``, from labels [R, T] and rows [R] that were gathered already."""
         targets = build_targets(
-            marked[:, :-1],
-            marked[:, -1] > 0,
+            labels,
+            rows,
             DrawRule(
                 name=self.name,
                 classes=self.classes,
@@ -200,11 +212,15 @@ class ClassShardedHead:
         """
         targets = self.prepare(labels, rows, step, first_row, draw_rows, row_counts)
         if isinstance(features, Tensor):
-            features = gather_features(features, self.world_group, self.data_group, row_counts=row_counts)
+            features = gather_features(
+                features, self.world_group, self.data_group, self.tensor_group, row_counts, self.node_groups
+            )
         return self.score(features, targets)
 
     def score(self, features: GatheredFeatures, targets: Targets) -> HeadLoss:
         """Loss of gathered features against prepared targets; see ``loss``."""
+        # The rows may still be under way: what does not need them comes first.
+        ahead = fetch_centers(targets.draws[0], self.weight, self.scratch) if targets.draws else None
         narrow = features.rows.is_cuda and features.rows.dtype == torch.bfloat16
         operand = self.operand or (torch.bfloat16 if narrow else self.weight.dtype)
         rows = features.rows.to(self.weight.dtype)
@@ -217,7 +233,7 @@ class ClassShardedHead:
             products=Products(operand),
             kernel=self.kernel,
         )
-        sums = score_rows(rows, targets, self.weight, self.gradient, settings)
+        sums = score_rows(rows, targets, self.weight, self.gradient, settings, ahead)
         if torch.is_grad_enabled():
             for draw in targets.draws:
                 self.last_positive[draw.positives] = targets.step

@@ -95,13 +95,15 @@ class DrawStream:
             settings: What all draws share.
             draw: The draw's rows, and the columns of their positives.
             features: Unit rows of the micro-step, of which the draw has some, [all rows, E].
-            centers: Centers of the draw on this rank, of any length, [C, E].
+            centers: Centers of the draw on this rank, [C, E]: of length 1 where the draw has chosen classes,
+                of any length where it has all.
             results: Where the rows' results go.
         """
         self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
         self._draw, self._features, self._results = draw, features, results
         self._products, self._kernel = settings.products, settings.kernel
-        self._inverse = inverse_lengths(centers)
+        self._inverse = inverse_lengths(centers) if draw.classes is None else None
+        self._like = centers
         self._centers = settings.products.narrow(centers)
         self._unit = settings.config.scale * LOG2E
         # While one block's sums travel the next is swept: two buffers share the budget.
@@ -119,7 +121,8 @@ class DrawStream:
         """Find the rows' losses and, where room for them is given, the gradients.
 
         Args:
-            by_centers: Gradient of the unit centers over the centers' lengths, is added to, [C, E].
+            by_centers: Gradient of the unit centers, over the centers' lengths if these were given as they
+                are; is added to, [C, E].
         """
         buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
         waiting: list[_Swept] = []
@@ -133,8 +136,8 @@ class DrawStream:
     def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
         """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
         features = self._block(rows)
-        parts = self._inverse.new_zeros((len(features), self._draw.columns.shape[1] + 1))
-        best = self._inverse.new_full((len(features),), float("-inf"))
+        parts = self._like.new_zeros((len(features), self._draw.columns.shape[1] + 1))
+        best = self._like.new_full((len(features),), float("-inf"))
         for number, tile in enumerate(self._plan.tiles()):
             scores = buffer.tile(number, len(features), tile)
             self._multiply(features, rows, tile, scores, parts[:, :-1])
@@ -168,7 +171,7 @@ class DrawStream:
     def _pull(self, swept: _Swept, terms: RowTerms, by_centers: Tensor) -> Tensor:
         """Turn a block's exponentials into gradients; return that of its unit rows, [r, E]."""
         features = swept.features
-        by_rows = self._inverse.new_zeros(features.shape)
+        by_rows = self._like.new_zeros(features.shape)
         for number, tile in enumerate(self._plan.tiles()):
             scores = swept.buffer.tile(number, len(features), tile)
             if number >= self._plan.kept:
@@ -176,7 +179,7 @@ class DrawStream:
                 self._exponentiate(scores, swept.rows, tile)
             line, inside = own_places(self._draw.columns[swept.rows], tile)
             scores.mul_(terms.by_negative)
-            own = terms.by_positive.T * self._inverse[tile][line]
+            own = self._scaled(terms.by_positive.T, tile, line)
             scores.scatter_add_(0, line, torch.where(inside, own, 0.0))
             operand = self._products.narrow(scores)
             self._products.add(by_rows, operand.T, self._centers[tile])
@@ -186,7 +189,11 @@ class DrawStream:
     def _block(self, rows: slice) -> Tensor:
         """Unit rows of a block, times what makes their products scores in units of log 2, [r, E]."""
         chosen = self._features.index_select(0, self._draw.index[rows])
-        return self._products.narrow(chosen.to(self._inverse.dtype).mul_(self._unit))
+        return self._products.narrow(chosen.to(self._like.dtype).mul_(self._unit))
+
+    def _scaled(self, values: Tensor, tile: slice, line: Tensor) -> Tensor:
+        """Values [T, r] over the lengths of the centers on these lines of a tile."""
+        return values if self._inverse is None else values * self._inverse[tile][line]
 
     def _multiply(
         self, features: Tensor, rows: slice, tile: slice, out: Tensor, positives: Tensor | None = None
@@ -203,13 +210,13 @@ class DrawStream:
         self._products.multiply(self._centers[tile], features.T, out)
         line, inside = own_places(self._draw.columns[rows], tile)
         if positives is not None:
-            positives += torch.where(inside, out.gather(0, line) * self._inverse[tile][line], 0.0).T
+            positives += torch.where(inside, self._scaled(out.gather(0, line), tile, line), 0.0).T
         # Adding, where padding adds 0 to line 0, needs no list of pairs and so no size known to the host.
         out.scatter_add_(0, line, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
 
     def _exponentiate(self, products: Tensor, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
         shift = None if self._shift is None else self._shift[rows] * LOG2E
-        return self._kernel(products, self._inverse[tile], shift)
+        return self._kernel(products, None if self._inverse is None else self._inverse[tile], shift)
 
     def _row_maxima(self) -> Tensor:
         """What to subtract from each row's scores when exp alone could overflow, [R].
@@ -217,13 +224,14 @@ class DrawStream:
         The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
         """
         buffer = TileBuffer(self._plan, self._scratch, "tiles 0")
-        top = self._inverse.new_full((len(self._draw.index),), float("-inf"))
+        top = self._like.new_full((len(self._draw.index),), float("-inf"))
         for rows in self._plan.blocks():
             features = self._block(rows)
             for number, tile in enumerate(self._plan.tiles()):
                 scores = buffer.tile(number, len(features), tile)
                 self._multiply(features, rows, tile, scores)
-                top[rows] = torch.maximum(top[rows], greatest_scores(scores, self._inverse[tile]))
+                inverse = None if self._inverse is None else self._inverse[tile]
+                top[rows] = torch.maximum(top[rows], greatest_scores(scores, inverse))
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
         return (top / LOG2E).clamp_min(floor)

@@ -28,6 +28,7 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
     best,
     rows,
     classes,
+    HAS_INVERSE: tl.constexpr,  # noqa: N803
     HAS_SHIFT: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     CLASSES: tl.constexpr,  # noqa: N803
@@ -43,7 +44,10 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
         line = span * SPAN + start + tl.arange(0, CLASSES)
         inside = (line < classes)[:, None] & there[None, :]
         place = products + line.to(tl.int64)[:, None] * rows + row[None, :]
-        scale = tl.load(inverse + line, mask=line < classes, other=1.0)[:, None]
+        if HAS_INVERSE:
+            scale = tl.load(inverse + line, mask=line < classes, other=1.0)[:, None]
+        else:
+            scale = tl.full([CLASSES], 1.0, tl.float32)[:, None]
         score = tl.load(place, mask=inside, other=float("-inf")) * scale
         top = tl.maximum(top, tl.max(score, 0))
         power = tl.exp2(score - offset[None, :])
@@ -53,7 +57,9 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
     tl.store(best + span * rows + row, top, mask=there)
 
 
-def exponentiate_fused(products: Tensor, inverse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def exponentiate_fused(
+    products: Tensor, inverse: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As ``exponentials.exponentiate``, for contiguous fp32 tiles."""
     classes, rows = products.shape
     spans = triton.cdiv(classes, SPAN)
@@ -61,12 +67,13 @@ def exponentiate_fused(products: Tensor, inverse: Tensor, shift: Tensor | None) 
     kernel: Any = _exponentiate_span[(triton.cdiv(rows, ROWS), spans)]
     kernel(
         products,
-        inverse,
+        products if inverse is None else inverse,
         products if shift is None else shift,
         mass,
         best,
         rows,
         classes,
+        HAS_INVERSE=inverse is not None,
         HAS_SHIFT=shift is not None,
         ROWS=ROWS,
         CLASSES=CLASSES,

@@ -7,6 +7,7 @@ rank r // T. A single process is a world of one rank and takes the same path as 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,16 @@ from megaregion.errors import UserError
 
 Group = Any
 """A torch.distributed process group."""
+
+
+@dataclass(frozen=True)
+class NodeGroups:
+    """A data group on several nodes, cut both ways; its ranks lie node by node."""
+
+    inside: Group
+    """Those of its ranks that share this rank's node."""
+    between: Group
+    """Those that have this rank's place on their nodes, one per node."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Topology:
     """Ranks that hold the same shard of the model and read different samples."""
     tensor_group: Group
     """Ranks that share one copy of the model and read the same samples."""
+    node_groups: NodeGroups | None = None
+    """The data group by nodes; None where it has one node, or one rank on each."""
 
     @property
     def data_rank(self) -> int:
@@ -78,18 +91,32 @@ def join(tensor: int, timeout_minutes: int = 30) -> Topology:
             world_size=world_size,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    return _lay_out(rank, world_size, tensor, device)
+    return _lay_out(rank, world_size, tensor, device, timedelta(minutes=timeout_minutes))
+
+
+def own_store(purpose: str) -> Any:
+    """A connection to the launcher's store that only its owner uses, while collectives use another.
+
+    Args:
+        purpose: Keeps its keys apart from everybody else's.
+    """
+    rank, world_size, _ = _launched_as()
+    # The agent of torchrun keeps its store over restarts, and old news with it.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{purpose}-{start}", _store(rank, world_size, joins=True))  # type: ignore[attr-defined]
 
 
 def leave() -> None:
-    """Leave all process groups; call it last, on every rank."""
+    """Leave all process groups once every rank is here; call it last, on every rank."""
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device) -> Topology:
+def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device, timeout: timedelta) -> Topology:
     """Make the groups. Every rank makes all of them, in one order, as torch.distributed wants it."""
     tensor_groups = [list(range(first, first + tensor)) for first in range(0, world_size, tensor)]
     data_groups = [list(range(first, world_size, tensor)) for first in range(tensor)]
+    ranks_per_node = _agreed_ranks_per_node(world_size)
     return Topology(
         rank=rank,
         world_size=world_size,
@@ -97,13 +124,69 @@ def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device) -> T
         tensor_size=tensor,
         device=device,
         world_group=dist.group.WORLD,
-        data_group=_own_group(data_groups, rank),
-        tensor_group=_own_group(tensor_groups, rank),
+        data_group=_own_group(data_groups, rank, timeout),
+        tensor_group=_own_group(tensor_groups, rank, timeout),
+        node_groups=_by_nodes(rank, world_size, tensor, ranks_per_node, timeout),
     )
 
 
-def _own_group(groups: list[list[int]], rank: int) -> Group:
-    made = [dist.new_group(ranks) for ranks in groups]
+def _by_nodes(
+    rank: int, world_size: int, tensor: int, ranks_per_node: int, timeout: timedelta
+) -> NodeGroups | None:
+    lists = node_lists(world_size, tensor, ranks_per_node)
+    return lists and NodeGroups(_own_group(lists[0], rank, timeout), _own_group(lists[1], rank, timeout))
+
+
+def node_lists(
+    world_size: int, tensor: int, ranks_per_node: int
+) -> tuple[list[list[int]], list[list[int]]] | None:
+    """Ranks of all groups inside nodes, and of all between them.
+
+    Args:
+        world_size: Number of ranks; neighbours share a node.
+        tensor: Ranks that share one copy of the model.
+        ranks_per_node: Ranks on each node.
+
+    Returns:
+        The groups, each rank in one of either kind; None unless every one of several nodes holds
+        several whole copies of the model.
+    """
+    nodes, copies = world_size // ranks_per_node, ranks_per_node // tensor
+    if ranks_per_node % tensor or world_size % ranks_per_node or nodes < 2 or copies < 2:
+        return None
+    inside = [
+        list(range(node * ranks_per_node + first, (node + 1) * ranks_per_node, tensor))
+        for node in range(nodes)
+        for first in range(tensor)
+    ]
+    return inside, [list(range(place, world_size, ranks_per_node)) for place in range(ranks_per_node)]
+
+
+def _agreed_ranks_per_node(world_size: int) -> int:
+    """Ranks on every node if all ranks were told the same number, else all: then nothing is cut by nodes."""
+    if world_size == 1:
+        return 1
+    told = ranks_per_node() or world_size
+    # Nodes of different sizes are each told their own; unequal groups would wait for each other for ever.
+    ends = torch.tensor([told, -told])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return told if int(ends[0]) == -int(ends[1]) else world_size
+
+
+def ranks_per_node() -> int | None:
+    """Ranks on a node as the launcher tells; None if it does not, or tells of different nodes.
+
+    torchrun sets LOCAL_WORLD_SIZE; srun sets SLURM_STEP_TASKS_PER_NODE, as in ``8(x2)`` or ``8,4``.
+    """
+    for key in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        if key in os.environ:
+            found = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ[key])
+            return int(found[1]) if found and int(found[1]) else None
+    return None
+
+
+def _own_group(groups: list[list[int]], rank: int, timeout: timedelta) -> Group:
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
     return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
 
 
@@ -117,7 +200,7 @@ def _launched_as() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def _store(rank: int, world_size: int) -> Any:
+def _store(rank: int, world_size: int, joins: bool = False) -> Any:
     if world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -127,7 +210,7 @@ def _store(rank: int, world_size: int) -> Any:
             f"ranks, got {host}:{port} on {socket.gethostname()}; start with torchrun or slurm/launch.sh"
         )
     # torchrun's agent already serves a store there; every worker, the first too, is then a client.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not joins and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, int(port), world_size, serves, timeout=timedelta(minutes=10)
     )

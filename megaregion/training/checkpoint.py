@@ -3,20 +3,13 @@
 A checkpoint is a folder of safetensors files and one ``manifest.json``. Every tensor is described whole
 (shape, type) together with the pieces that ranks wrote and their place in it, so a reader asks for any
 box of any tensor and never needs to know how many ranks there were. Nothing is pickled.
-
-    checkpoints/step-00001200/manifest.json      counts, settings, hashes, tensors and their pieces
-    checkpoints/step-00001200/rank-00000.safetensors ...
-    checkpoints/latest                           name of the newest complete folder, renamed into place last
-
-A folder without a manifest is one that was never finished.
+folder.py draws the files, writing.py writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +17,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megaregion.errors import UserError
+from megaregion.training.fence import refusal
+from megaregion.training.folder import LATEST, MANIFEST, step_folders
 from megaregion.training.metrics import LOG
+from megaregion.training.tensor_file import file_description
 
 VERSION = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
 
 
 class DamagedCheckpoint(Exception):
@@ -53,91 +46,6 @@ class Piece:
     """The part."""
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint after this many steps."""
-    return checkpoints / f"step-{step:08d}"
-
-
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
-    """Write one rank's part of a checkpoint: a safetensors file and the entries that describe it.
-
-    Args:
-        folder: The unfinished checkpoint folder, which exists.
-        rank: The writing rank; names the files.
-        pieces: What this rank holds; may be empty.
-
-    Raises:
-        OSError: The disk is full or gone.
-    """
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, Any] = {}
-    file = folder / f"rank-{rank:05d}.safetensors"
-    for piece in pieces:
-        if piece.tensor.numel() == 0:
-            continue
-        key = f"{piece.name}@{','.join(map(str, piece.offset))}"
-        tensors[key] = piece.tensor.detach().to("cpu").contiguous()
-        entries[key] = {
-            "name": piece.name,
-            "dtype": str(piece.tensor.dtype).removeprefix("torch."),
-            "full_shape": list(piece.full_shape),
-            "piece": {
-                "file": file.name,
-                "key": key,
-                "offset": list(piece.offset),
-                "shape": list(piece.tensor.shape),
-            },
-        }
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:  # It wraps the operating system's errors, a full disk among them.
-        raise OSError(str(error)) from error
-    _flush(file)
-    described = {"files": {file.name: file_description(file)}, "entries": list(entries.values())}
-    write_text_atomically(folder / f"rank-{rank:05d}.json", json.dumps(described))
-
-
-def publish(folder: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Join what all ranks wrote into a manifest, then make the checkpoint visible in one rename.
-
-    Args:
-        folder: The unfinished folder; every rank has finished :func:`write_pieces`.
-        final: Its name once complete; ``latest`` beside it is updated last.
-        facts: Entries for the manifest besides the tensors (step, position, config, dataset).
-    """
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    parts = sorted(folder.glob("rank-*.json"))
-    for part in parts:
-        described = json.loads(part.read_text())
-        files.update(described["files"])
-        for entry in described["entries"]:
-            tensor = tensors.setdefault(
-                entry["name"], {"dtype": entry["dtype"], "shape": entry["full_shape"], "pieces": []}
-            )
-            tensor["pieces"].append(entry["piece"])
-    manifest = {"version": VERSION, **facts, "files": files, "tensors": tensors}
-    write_text_atomically(folder / MANIFEST, json.dumps(manifest))
-    for part in parts:
-        part.unlink()
-    if final.exists():
-        shutil.rmtree(final)
-    folder.rename(final)
-    write_text_atomically(final.parent / LATEST, final.name + "\n")
-
-
-def retire(checkpoints: Path, keep_last: int) -> None:
-    """Delete finished checkpoints beyond the newest keep_last, and every unfinished one that is older."""
-    finished = [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).exists()]
-    for folder in finished[keep_last:]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def step_folders(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest first, finished or not."""
-    return sorted((f for f in checkpoints.glob("step-*") if f.is_dir() and f.suffix == ""), reverse=True)
-
-
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a user means by a run folder, a checkpoints folder or one checkpoint's folder.
 
@@ -147,24 +55,53 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     for checkpoints in (path / "checkpoints", path):
-        latest = checkpoints / LATEST
-        if latest.exists() and (checkpoints / latest.read_text().strip() / MANIFEST).exists():
-            return checkpoints / latest.read_text().strip()
-        for folder in step_folders(checkpoints) if checkpoints.is_dir() else ():
-            if (folder / MANIFEST).exists():
-                return folder
+        latest = _latest(checkpoints)
+        if latest is not None:
+            return latest
+        for folder in usable_folders(checkpoints):
+            return folder
     raise UserError(
         f"{path} holds no finished checkpoint (no {MANIFEST}); give a run folder, its checkpoints folder "
         "or one step-... folder"
     )
 
 
-def newest_whole(checkpoints: Path) -> CheckpointReader | None:
-    """The newest checkpoint whose files match their checksums; what is skipped is logged with its reason."""
-    for folder in step_folders(checkpoints) if checkpoints.is_dir() else ():
+def _latest(checkpoints: Path) -> Path | None:
+    """The checkpoint that ``latest`` names, if it may be used; what is wrong with it is logged."""
+    file = checkpoints / LATEST
+    if not file.exists():
+        return None
+    try:
+        name = file.read_text().strip()
+    except (OSError, ValueError) as error:
+        LOG.warning("%s cannot be read (%s); taking the newest finished checkpoint", file, error)
+        return None
+    folder = checkpoints / name
+    if folder.parent != checkpoints or folder not in step_folders(checkpoints):
+        LOG.warning("%s names %r, which is not there; taking the newest finished checkpoint", file, name)
+        return None
+    return folder if folder in usable_folders(checkpoints) else None
+
+
+def usable_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoints that are finished and were published by the run's owner, newest first; bytes unchecked.
+
+    What is left out is logged with its reason.
+    """
+    usable = []
+    for folder in step_folders(checkpoints):
         if not (folder / MANIFEST).exists():
             LOG.warning("skipped %s: it has no %s, so it was never finished", folder, MANIFEST)
-            continue
+        elif reason := refusal(folder):
+            LOG.warning("skipped %s: %s", folder, reason)
+        else:
+            usable.append(folder)
+    return usable
+
+
+def newest_whole(checkpoints: Path) -> CheckpointReader | None:
+    """The newest checkpoint whose files match their checksums; what is skipped is logged with its reason."""
+    for folder in usable_folders(checkpoints):
         try:
             reader = CheckpointReader(folder)
             reader.verify()
@@ -191,16 +128,27 @@ class CheckpointReader:
             raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read: {error}") from error
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != VERSION:
             raise DamagedCheckpoint(f"{folder / MANIFEST} has no version {VERSION}")
+        # Older manifests have no seal.
+        if "seal" in self.manifest and self.manifest["seal"] != seal(self.manifest):
+            raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
+        for key in ("step", "position", "files", "tensors"):
+            if key not in self.manifest:
+                raise DamagedCheckpoint(f"{folder / MANIFEST} has no {key}")
         for name, facts in self.manifest["files"].items():
             file = folder / name
-            if not file.exists() or file.stat().st_size != facts["bytes"]:
-                size = file.stat().st_size if file.exists() else "no"
-                raise DamagedCheckpoint(f"{file} should have {facts['bytes']} bytes and has {size}")
+            size = _size(file)
+            if size != facts["bytes"]:
+                found = "no" if size is None else size
+                raise DamagedCheckpoint(f"{file} should have {facts['bytes']} bytes and has {found}")
 
     @property
     def step(self) -> int:
         """Optimizer steps taken when the checkpoint was written."""
         return int(self.manifest["step"])
+
+    def files(self) -> list[str]:
+        """Names of all tensor files."""
+        return list(self.manifest["files"])
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -220,7 +168,11 @@ class CheckpointReader:
             DamagedCheckpoint: A file's bytes are not those that were written.
         """
         for name in self.manifest["files"] if names is None else names:
-            if file_description(self.folder / name) != self.manifest["files"][name]:
+            try:
+                found = file_description(self.folder / name)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{self.folder / name} cannot be read: {error}") from error
+            if found != self.manifest["files"][name]:
                 raise DamagedCheckpoint(f"{self.folder / name} does not match its checksum")
 
     def read(
@@ -272,22 +224,14 @@ class CheckpointReader:
             raise DamagedCheckpoint(f"{self.folder / piece['file']} cannot be read: {error}") from error
 
 
-def file_description(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def seal(manifest: dict[str, Any]) -> str:
+    """Checksum of a manifest's content, without the seal itself."""
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_text_atomically(file: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None

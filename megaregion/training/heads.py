@@ -16,10 +16,12 @@ from torch import Tensor
 from megaregion.config import RunConfig, accumulation, draw_images
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
-from megaregion.heads.communication import gather_features
+from megaregion.errors import UserError
+from megaregion.heads.communication import gather_features, gather_rows
 from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.parallel.topology import Topology
+from megaregion.heads.targets import Targets
+from megaregion.parallel.topology import NodeGroups, Topology
 from megaregion.training.checkpoint import CheckpointReader, Piece
 from megaregion.training.metrics import LOG
 
@@ -48,6 +50,7 @@ class Heads:
         """Build a head for each label kind with classes and weight; classes spread over all ranks."""
         self._config = config
         self._topology = topology
+        self._nodes = _node_groups(config, topology)
         self._draw_rows = draw_images(config, topology.data_size) * config.data.regions_per_image
         micro_steps = accumulation(config, topology.data_size)
         self._micro_rows = config.train.global_batch // micro_steps * config.data.regions_per_image
@@ -60,6 +63,8 @@ class Heads:
                 dim=config.head.embedding_dim,
                 world_group=topology.world_group,
                 data_group=topology.data_group,
+                tensor_group=topology.tensor_group,
+                node_groups=self._nodes,
                 seed=config.seed,
                 name=kind,
                 chunk_bytes=config.head.chunk_bytes,
@@ -74,7 +79,9 @@ class Heads:
             centers = np.load(dataset.folder / "centers.npy", allow_pickle=False)
             self.by_kind["object"].start_from(torch.from_numpy(centers))
 
-    def loss(self, embeddings: Tensor, batch: Batch, step: int, micro_step: int) -> HeadsLoss:
+    def loss(
+        self, embeddings: Tensor, batch: Batch, step: int, micro_step: int, refuse: bool = True
+    ) -> HeadsLoss:
         """Losses of one micro-step and the gradient they send into the body.
 
         The sum over all regions of the global batch is divided by their number, a constant, so the
@@ -85,25 +92,30 @@ class Heads:
             batch: The samples they came from.
             step: Steps already taken.
             micro_step: Index of the micro-step within the step.
+            refuse: Raise where features are not finite; else the loss is not finite and the caller judges.
+
+        Raises:
+            NonFiniteFeatures: Features are not finite, and they are to be refused here.
         """
         leaf = embeddings.detach().requires_grad_()
-        rows = gather_features(leaf.flatten(0, 1), self._topology.world_group, self._topology.data_group)
-        labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
+        place = self._topology
+        marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
+        labels = gather_rows(marked, place.data_group, nodes=self._nodes)
+        # While the rows travel, the classes are drawn and the centers fetched.
+        rows = gather_features(
+            leaf.flatten(0, 1), place.world_group, place.data_group, place.tensor_group, nodes=self._nodes
+        )
+        targets = {kind: self._draw(kind, labels, step, micro_step) for kind in self.by_kind}
         regions = self._config.train.global_batch * self._config.data.regions_per_image
         sums, counts, metrics = {}, {}, {}
         total = torch.zeros((), device=leaf.device)
         for kind, head in self.by_kind.items():
+            head.guard.waits = not refuse
             try:
-                result = head.loss(
-                    rows,
-                    labels,
-                    kinds == KINDS[kind],
-                    step=step,
-                    first_row=micro_step * self._micro_rows,
-                    draw_rows=self._draw_rows,
-                )
+                result = head.score(rows, targets[kind])
             except NonFiniteFeatures as error:
-                self._name_samples(error, batch)
+                for key in self._samples_of(error.rows, batch.keys):
+                    LOG.error("features of sample %s are not finite", key)
                 raise
             total = total + result.sum * (self._weights[kind] / regions)
             sums[kind], counts[kind] = result.sum.detach(), result.count
@@ -112,14 +124,40 @@ class Heads:
         assert leaf.grad is not None
         return HeadsLoss(leaf.grad, sums, counts, metrics)
 
-    def _name_samples(self, error: NonFiniteFeatures, batch: Batch) -> None:
-        """Log which of this rank's samples gave features that are not finite."""
-        regions = batch.labels.shape[1]
-        first = self._topology.data_rank * len(batch.keys) * regions
-        samples = sorted({(row - first) // regions for row in error.rows if first <= row})
-        for sample in samples:
-            if sample < len(batch.keys):
-                LOG.error("features of sample %s are not finite", batch.keys[sample])
+    def _draw(self, kind: str, marked: Tensor, step: int, micro_step: int) -> Targets:
+        """Targets of a kind from the labels [R, T] of all data ranks, with the rows' kinds behind them."""
+        return self.by_kind[kind].draw(
+            marked[:, :-1],
+            marked[:, -1] == KINDS[kind],
+            step,
+            first_row=micro_step * self._micro_rows,
+            draw_rows=self._draw_rows,
+        )
+
+    def _samples_of(self, rows: Sequence[int], keys: Sequence[str]) -> list[str]:
+        """This rank's samples among rows of the micro-step's global order."""
+        regions = self._config.data.regions_per_image
+        first = self._topology.data_rank * len(keys) * regions
+        samples = sorted({(row - first) // regions for row in rows if first <= row})
+        return [keys[sample] for sample in samples if sample < len(keys)]
+
+    def spoilt(self, keys: Sequence[Sequence[str]]) -> list[str]:
+        """This rank's samples whose features were not finite, where :meth:`loss` did not refuse them.
+
+        Args:
+            keys: Sample keys of each micro-step since the last :meth:`step` or :meth:`skip`.
+        """
+        return [
+            key
+            for head in self.by_kind.values()
+            for rows, micro_step in zip(head.guard.spoilt(), keys, strict=True)
+            for key in self._samples_of(rows, micro_step)
+        ]
+
+    def skip(self) -> None:
+        """Forget the gradients without a step."""
+        for head in self.by_kind.values():
+            head.zero_grad()
 
     def norm_squared(self) -> Tensor:
         """Squared gradient norm over all heads and ranks, 0-d."""
@@ -134,6 +172,24 @@ class Heads:
             head.step(lr, scale)
             head.zero_grad()
 
+    def census(self, step: int) -> dict[str, float]:
+        """Report idle classes and near-duplicate centers of each head; a collective.
+
+        Args:
+            step: Steps taken.
+
+        Returns:
+            By kind: the share of classes that are idle, and of probed centers that have a double.
+        """
+        shares = {}
+        for kind, head in self.by_kind.items():
+            found = head.census(step, self._config.head.idle_steps)
+            shares[f"{kind}/idle_share"] = found.idle / head.classes
+            shares[f"{kind}/alike_share"] = len(found.alike) / found.probed
+            if self._topology.rank == 0 and (found.idle or found.alike):
+                LOG.warning("%s", found.report(kind, head.classes, self._config.head.idle_steps))
+        return shares
+
     def state(self) -> Iterator[Piece]:
         """This rank's part of every head tensor."""
         for kind, head in self.by_kind.items():
@@ -144,6 +200,21 @@ class Heads:
         """Read this rank's part from a checkpoint of any number of ranks."""
         for kind, head in self.by_kind.items():
             head.load(partial(_read_head, reader, kind))
+
+
+def _node_groups(config: RunConfig, topology: Topology) -> NodeGroups | None:
+    """The groups of the hierarchical gather, if it is wanted.
+
+    Raises:
+        UserError: It is demanded where there are no several nodes of several equal copies of the model.
+    """
+    if config.head.hierarchical == "on" and topology.node_groups is None:
+        raise UserError(
+            "head.hierarchical on needs several nodes with the same number of ranks, at least 2 x "
+            f"parallel.tensor {topology.tensor_size} on each, as the launcher tells by LOCAL_WORLD_SIZE or "
+            "SLURM_STEP_TASKS_PER_NODE; use auto"
+        )
+    return None if config.head.hierarchical == "off" else topology.node_groups
 
 
 def _read_head(

@@ -48,22 +48,31 @@ class Metrics:
             self._file = (run / "metrics.jsonl").open("a")
             self._board = SummaryWriter(str(run / "tensorboard"))
 
-    def write(self, step: int, values: dict[str, float | int | None]) -> None:
+    def write(
+        self, step: int, values: dict[str, float | int | None], notes: dict[str, Any] | None = None
+    ) -> None:
         """Write one step's values.
 
         Args:
             step: Steps taken, this one included.
             values: Numbers by name; None where a step has no such value.
+            notes: What is no number; only metrics.jsonl keeps it.
         """
         if self._file is None:
             return
-        record = {"step": step, "time": time.time(), **values}
+        record = {"step": step, "time": time.time(), **values, **(notes or {})}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self._board.add_scalar(name, value, step)
         LOG.info(self._line(step, values))
+
+    def shares(self, step: int, shares: dict[str, float]) -> None:
+        """Show in TensorBoard what the wall time of all starts went into."""
+        if self._board is not None:
+            for name, share in shares.items():
+                self._board.add_scalar(f"time/{name}", share, step)
 
     def close(self) -> None:
         """Flush and close."""

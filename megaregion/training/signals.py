@@ -1,4 +1,4 @@
-"""Stop requests: a signal asks, all ranks agree on the step, the run saves and exits with 85.
+"""Stop requests: a signal asks, all ranks agree on the step (guard.py), the run saves and exits with 85.
 
 Install the handler before torch is imported: a signal that arrives earlier would kill the rank.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -24,14 +23,14 @@ class StopRequest:
             signal.signal(number, self._remember)
         return self
 
+    def leave(self) -> None:
+        """Ignore stop requests from now on; call it before the last barrier of all ranks.
+
+        The first rank to exit with 85 makes srun terminate the others, which may still be tidying up: without
+        this their exit code would tell of a signal instead of a saved run.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-
-    def agreed(self, group: Any, device: Any) -> bool:
-        """Whether any rank was asked to stop; a collective, so that all stop after the same step."""
-        import torch
-        import torch.distributed as dist
-
-        asked = torch.tensor(float(self.received is not None), device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
-        return bool(asked.item())

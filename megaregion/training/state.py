@@ -1,15 +1,16 @@
 """What a run carries from step to step, and how it is saved and found again.
 
 A save never leaves a half-written checkpoint behind and never ends a run: if the disk is full, the last
-good one stays, the log says so, and the next save tries again.
+good one stays, the log says so, and the next save tries again. saving.py does the writing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import math
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,18 @@ from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
 from megaregion.parallel.tensor_parallel import Placement
+from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.training.checkpoint import (
-    CheckpointReader,
-    Piece,
-    newest_whole,
-    publish,
-    retire,
-    step_folder,
-    write_pieces,
-)
+from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, Piece, usable_folders
+from megaregion.training.events import Events
+from megaregion.training.fence import Fence
+from megaregion.training.folder import step_folder
+from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
+from megaregion.training.retention import Retention
+from megaregion.training.saving import Save, Saver, Snapshot
 
 
 class TrainingState:
@@ -46,49 +46,104 @@ class TrainingState:
         engine: ZeroEngine,
         heads: Heads,
         dataset: DatasetInfo,
+        fence: Fence,
+        events: Events,
+        guard: LossGuard,
     ) -> None:
         self.step = 0
         """Optimizer steps taken."""
         self.position = 0
         """Next sample of the endless stream, over all ranks."""
+        self.blocked = 0.0
+        """Seconds that the last save or wait took from training."""
         self._config = config
         self._topology = topology
         self._engine = engine
         self._heads = heads
         self._dataset = dataset
+        self._events = events
+        self._fence = fence
+        self._losses: list[float] = []
+        settings = config.checkpoint
+        self._saver = Saver(
+            topology,
+            fence,
+            events,
+            Retention(settings.keep_last, settings.keep_every, settings.keep_best),
+            Path(settings.local) / config.name if settings.local else None,
+        )
+        self._snapshot = Snapshot(topology.device)
+        self._guard = guard
 
     def advance(self) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.position += self._config.train.global_batch
 
+    def note_loss(self, loss: float | None) -> None:
+        """Remember a logged loss: the mean since the previous save goes into the next manifest."""
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+
+    def skip(self) -> None:
+        """Count the samples of a refused step, which is no step."""
+        self.position += self._config.train.global_batch
+
     def save(self, checkpoints: Path) -> bool:
-        """Write a checkpoint; a collective.
+        """Save the state of this step; a collective.
+
+        With checkpoint.asynchronous it returns as soon as the state is copied; training may go on, and the
+        bytes written are those of this step. A save that is still under way is waited for first.
 
         Returns:
-            Whether it is complete and visible; False (on every rank) after a storage error.
+            Whether the save has begun (asynchronous), or is complete and visible (synchronous); False on
+            every rank after a storage error.
+
+        Raises:
+            Fenced: A newer incarnation owns the run.
         """
-        final = step_folder(checkpoints, self.step)
-        unfinished = final.with_suffix(".unfinished")
-        pieces = list(self._pieces())
-        if self._topology.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        saved = self._all_succeed(lambda: unfinished.mkdir(parents=True, exist_ok=True), only_first=True)
-        saved = saved and self._all_succeed(lambda: write_pieces(unfinished, self._topology.rank, pieces))
-        saved = saved and self._all_succeed(
-            lambda: publish(unfinished, final, self._facts()), only_first=True
-        )
-        if self._topology.rank == 0:
-            if saved:
-                LOG.info("saved %s", final)
-                retire(checkpoints, self._config.checkpoint.keep_last)
+        began = time.perf_counter()
+        self._saver.wait()
+        saved = self._saver.prepare(checkpoints, self.step)
+        if saved:
+            facts, self._losses = self._facts(), []
+            if self._config.checkpoint.asynchronous:
+                pieces = self._snapshot.take(self._pieces())
             else:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                LOG.error("could not save %s; the last good checkpoint stays, training goes on", final)
+                pieces = [replace(piece, tensor=piece.tensor.detach().cpu()) for piece in self._pieces()]
+            self._saver.start(Save(checkpoints, self.step, pieces, facts))
+            if not self._config.checkpoint.asynchronous:
+                saved = self._saver.wait()
+        self._count_blocked(began)
         return saved
+
+    def wait(self) -> bool:
+        """Wait for the save under way, if there is one; a collective.
+
+        Returns:
+            Whether it is complete and visible; True if there was none.
+
+        Raises:
+            Fenced: A newer incarnation owns the run.
+        """
+        began = time.perf_counter()
+        saved = self._saver.wait()
+        self._count_blocked(began)
+        return saved
+
+    def settle(self, seconds: float = 30.0) -> None:
+        """Give a save under way some time when this rank ends by an error; no collective."""
+        self._saver.settle(seconds)
+
+    def fenced(self) -> bool:
+        """Whether rank 0 has seen a newer start of this run, so that this one must stop; no collective."""
+        return self._topology.rank == 0 and self._fence.lost()
 
     def resume(self, checkpoints: Path) -> bool:
         """Go on from the newest checkpoint that is whole; a collective.
+
+        It may be called at the start and in the middle of a run; a save under way is waited for. Every rank
+        checks its share of the files' checksums.
 
         Returns:
             Whether there was one.
@@ -96,15 +151,38 @@ class TrainingState:
         Raises:
             UserError: The checkpoint does not fit the settings or the dataset.
         """
-        step = torch.full((), -1, dtype=torch.int64, device=self._topology.device)
+        self._saver.wait()
+        for step in self._candidates(checkpoints):
+            folder = step_folder(checkpoints, step)
+            reader, damage = None, ""
+            try:
+                reader = CheckpointReader(folder)
+                reader.verify(reader.files()[self._topology.rank :: self._topology.world_size])
+            except DamagedCheckpoint as error:
+                damage = str(error)
+            found = [text for text in gather_texts(damage, self._topology) if text]
+            if reader is not None and not found:
+                self.load(reader)
+                self._events.write("resumed", step=self.step)
+                return True
+            if self._topology.rank == 0:
+                LOG.warning("skipped %s: %s", folder, found[0])
+        return False
+
+    def _candidates(self, checkpoints: Path) -> list[int]:
+        """Steps of the checkpoints that rank 0 finds finished and published by their owner, newest first."""
+        steps = torch.empty(0, dtype=torch.int64)
         if self._topology.rank == 0:
-            found = newest_whole(checkpoints)
-            step.fill_(found.step if found is not None else -1)
-        dist.broadcast(step, src=0)
-        if step < 0:
-            return False
-        self.load(CheckpointReader(step_folder(checkpoints, int(step))))
-        return True
+            names = [folder.name for folder in usable_folders(checkpoints)]
+            steps = torch.tensor([int(name.removeprefix("step-")) for name in names], dtype=torch.int64)
+        count = torch.tensor(len(steps), device=self._topology.device)
+        dist.broadcast(count, src=0)
+        shared = torch.zeros(int(count), dtype=torch.int64, device=self._topology.device)
+        if self._topology.rank == 0:
+            shared.copy_(steps)
+        if len(shared):
+            dist.broadcast(shared, src=0)
+        return [int(step) for step in shared]
 
     def load(self, reader: CheckpointReader) -> None:
         """Take over a checkpoint's state, whatever topology wrote it; a collective.
@@ -113,11 +191,17 @@ class TrainingState:
             UserError: The checkpoint does not fit the settings or the dataset.
         """
         self._check_fits(reader)
+        self._losses = []
         self._engine.state.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
         self._heads.load(reader)
         self.step, self.position = reader.step, int(reader.manifest["position"])
+        self._guard.load(reader.manifest.get("guard"))
         if self._topology.rank == 0:
             LOG.info("resumed from %s, position %d", reader.folder, self.position)
+
+    def _count_blocked(self, began: float) -> None:
+        self.blocked = time.perf_counter() - began
+        self._events.write("blocked", step=self.step, seconds=self.blocked)
 
     def _pieces(self) -> Iterator[Piece]:
         """This rank's share of the state: body tensors in turn over the data ranks, its own classes."""
@@ -125,15 +209,17 @@ class TrainingState:
             # A tensor that tensor parallelism leaves whole is the same on all tensor ranks.
             repeated = place.shape == place.full_shape and self._topology.tensor_rank > 0
             if index % self._topology.data_size == self._topology.data_rank and not repeated:
-                yield Piece(f"body.{name}", place.full_shape, place.offset, tensor.detach().cpu().clone())
+                yield Piece(f"body.{name}", place.full_shape, place.offset, tensor)
         yield from self._heads.state()
 
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "position": self.position,
+            "loss": sum(self._losses) / len(self._losses) if self._losses else None,
             "config": dataclasses.asdict(self._config),
             "dataset": self._labels(),
+            "guard": self._guard.state(),
             "ranks": {"tensor": self._topology.tensor_size, "data": self._topology.data_size},
         }
 
@@ -162,18 +248,6 @@ class TrainingState:
                     f"{name} has shape {list(place.full_shape)} by the settings and {list(full)} in "
                     f"{reader.folder}; use the model settings of that run (its config.yaml)"
                 )
-
-    def _all_succeed(self, action: Any, only_first: bool = False) -> bool:
-        """Run a storage action and agree on whether it worked everywhere; a collective."""
-        worked = torch.ones((), device=self._topology.device)
-        try:
-            if self._topology.rank == 0 or not only_first:
-                action()
-        except OSError as error:
-            LOG.error("storage error on rank %d (%s): %s", self._topology.rank, os.uname().nodename, error)
-            worked.zero_()
-        dist.all_reduce(worked, op=dist.ReduceOp.MIN, group=self._topology.world_group)
-        return bool(worked.item())
 
 
 def _read_placed(reader: CheckpointReader, name: str, place: Placement) -> Tensor:

@@ -8,10 +8,14 @@ had never stopped, and on another number of ranks it sees the same samples and t
 
 from __future__ import annotations
 
+import itertools
+import json
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +26,42 @@ from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
-from megaregion.errors import REQUEUE_EXIT
+from megaregion.errors import REQUEUE_EXIT, UserError
 from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.initialisation import initialise
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.parallel.tensor_parallel import parallelize
+from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
+from megaregion.training.events import Events, process_start
+from megaregion.training.faults import Faults
+from megaregion.training.fence import claim_together
+from megaregion.training.goodput import Meter
+from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG, Metrics
+from megaregion.training.progress import Progress
 from megaregion.training.schedule import learning_rate
 from megaregion.training.signals import StopRequest
+from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_ranks
 from megaregion.training.state import TrainingState
+from megaregion.training.step_sums import StepSums
 
 
 class Trainer:
     """One rank of a training run."""
 
-    def __init__(self, config: RunConfig, topology: Topology, stop: StopRequest) -> None:
+    def __init__(
+        self, config: RunConfig, topology: Topology, stop: StopRequest, progress: Progress | None = None
+    ) -> None:
         """Build data, body, heads and engine; nothing is read from a checkpoint yet.
+
+        Args:
+            config: The run.
+            topology: This rank's place.
+            stop: Whether somebody asked the run to stop.
+            progress: Where the rank notes what it does, for a watchdog.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
@@ -49,6 +70,8 @@ class Trainer:
         self.topology = topology
         self.run_folder = Path(config.output) / config.name
         self._stop = stop
+        self._progress = progress or Progress()
+        self._faults = Faults.of_rank(topology.rank)
         self._micro_steps = accumulation(config, topology.data_size)
         self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
@@ -56,8 +79,28 @@ class Trainer:
         self._loader = RegionLoader(self.dataset, order, transform, config.data)
         self.heads = Heads(config, self.dataset, topology)
         self.engine = self._build_engine()
-        self.state = TrainingState(config, topology, self.engine, self.heads, self.dataset.info)
+        self._guard = LossGuard(config.guard)
+        self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
+        self._refusal: str | None = None
+        self._hosts = gather_texts(socket.gethostname(), topology)
+        self.events = Events(self.run_folder, topology.rank == 0)
+        # Last, so that a start that fails over a mistake takes no run away from its owner.
+        fence = claim_together(self.run_folder / "checkpoints", topology)
+        self.events.write(
+            "start",
+            at=process_start(),
+            incarnation=fence.number,
+            token=fence.token,
+            ranks=topology.world_size,
+            hosts=sorted(set(self._hosts)),
+        )
+        self.state = TrainingState(
+            config, topology, self.engine, self.heads, self.dataset.info, fence, self.events, self._guard
+        )
         self._spent: dict[str, float] = defaultdict(float)
+        waits_inside = config.parallel.tensor > 1 or config.parallel.zero_stage == 3
+        self._own_time = OwnTime(topology.device, waits_inside)
+        self._since_log = RankTimes()
 
     def _build_engine(self) -> ZeroEngine:
         model = RegionEncoder(self.config.model, self.config.head.embedding_dim)
@@ -81,63 +124,177 @@ class Trainer:
 
         Returns:
             0 at the end of training, 85 if the run saved on a signal and wants to be started again.
+
+        Raises:
+            Fenced: A newer start of the same run has taken it over.
         """
         metrics = Metrics(self.run_folder, self.topology.rank == 0, self.config.train.steps)
         batches = self._loader.batches(self._positions())
         try:
             end = min(stop_at or self.config.train.steps, self.config.train.steps)
+            self.events.write("ready", step=self.state.step)
+            goodput = Meter(self.run_folder) if self.topology.rank == 0 else None
             while self.state.step < end:
                 values = self.train_step(batches)
-                if self.state.step % self.config.train.log_every == 0:
-                    metrics.write(self.state.step, values)
-                stopping = self._stop.agreed(self.topology.world_group, self.topology.device)
+                slow = self._compare_ranks(values) if "loss" in values else {}
+                if self.state.fenced():
+                    self._stop.received = "a newer start of this run"
+                elif "loss" in values:
+                    metrics.write(self.state.step, values, slow)
+                    self.state.note_loss(values["loss"])
+                stopping, took = self._agreement.stopping, self._guard.consecutive == 0
                 last = self.state.step == end
-                if stopping or last or self.state.step % self.config.checkpoint.every == 0:
-                    self.state.save(self.run_folder / "checkpoints")
+                if stopping or (took and (last or self.state.step % self.config.checkpoint.every == 0)):
+                    self._save()
+                    if goodput is not None:
+                        goodput.blocked(self.state.blocked)
+                        metrics.shares(self.state.step, goodput.shares())
                 if stopping and not last:
-                    LOG.info(
-                        "stopped by %s after step %d", self._stop.received or "another rank", self.state.step
-                    )
+                    self._finish_saving()
+                    reason = self._stop.received or "another rank"
+                    LOG.info("stopped by %s after step %d", reason, self.state.step)
+                    self.events.write("stop", step=self.state.step, reason=reason)
                     return REQUEUE_EXIT
+                if self._guard.wants_rollback:
+                    self._go_back()
+            self._finish_saving()
+            self.events.write("end", step=self.state.step)
             return 0
         finally:
+            self.state.settle()
             self._loader.close()
             metrics.close()
 
+    def _finish_saving(self) -> None:
+        """Wait for the last save; one that failed gets a second chance, for no later one will come."""
+        if not self.state.wait():
+            self.state.save(self.run_folder / "checkpoints")
+            self.state.wait()
+
+    def _save(self) -> None:
+        self._progress.note("save", self.state.step)
+        self._faults.save(self.state.step)
+        self.state.save(self.run_folder / "checkpoints")
+
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float | int | None]:
-        """Take one optimizer step and return what is worth logging."""
+        """Take one optimizer step; returns what is worth logging, nothing if the guard refused the step."""
         began = time.perf_counter()
         self._spent.clear()
-        lr = learning_rate(self.config, self.state.step)
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
-        norm, bad, extra = None, 0, {}
+        step, lr = self.state.step + 1, learning_rate(self.config, self.state.step)
+        sums = StepSums(self.config)
+        norm = None
         for micro_step in range(self._micro_steps):
+            self._progress.note("data", step)
             with self._timed("data"):
                 batch = next(batches)
-                bad += self._count_bad(batch)
+                self._name_bad(batch)
+                sums.see(batch)
                 batch = batch.to(self.topology.device)
-            embeddings = self.engine(self._inputs(batch.images), batch.visible)
+            self._progress.note("forward", step)
+            with self._own_time.forward():
+                self._faults.forward(step)
+                embeddings = self.engine(self._inputs(batch.images), batch.visible)
+            if micro_step == 0 and (spoilt := self._faults.factor("nan", step)) is not None:
+                embeddings = embeddings * spoilt
+            self._progress.note("head", step)
             with self._timed("head"):
-                loss = self.heads.loss(embeddings, batch, self.state.step, micro_step)
-            for kind in loss.sums:
-                sums[kind] = sums.get(kind, 0) + loss.sums[kind]
-                counts[kind] = counts.get(kind, 0) + loss.counts[kind]
-            extra = loss.metrics
-            self.engine.backward((embeddings.float() * loss.gradient.float()).sum())
-            norm = self.engine.step(lr)
+                loss = self.heads.loss(
+                    embeddings, batch, self.state.step, micro_step, refuse=not self._guard.enabled
+                )
+            sums.add(loss)
+            gradient = loss.gradient.float()
+            if micro_step == 0 and (spoilt := self._faults.factor("nan-gradient", step)) is not None:
+                gradient = gradient * spoilt
+            self._progress.note("backward", step)
+            self.engine.backward((embeddings.float() * gradient).sum())
+            self._progress.note("update", step)
+            norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
         assert norm is not None
-        with self._timed("head"):
-            self.heads.step(lr, self.engine.clip_coefficient(norm))
-        self.state.advance()
+        took = self._finish(lr, norm, sums)
         seconds = time.perf_counter() - began
-        return self._record(sums, counts, extra, norm, lr, seconds, bad)
+        own = self._own_time.take() + self._spent["data"]
+        self._since_log = self._since_log.plus(own, self._spent["data"], sums.bad, seconds)
+        if not took:
+            return {}
+        values = self._record(sums, norm, lr, seconds)
+        every = self.config.head.census_every
+        if every and self.state.step % every == 0:
+            values.update(self.heads.census(self.state.step))
+        return values
+
+    def _accepts(self, sums: StepSums, norm: Tensor) -> bool:
+        """Let all ranks agree on whether the step is taken, and on whether it is the last for now."""
+        self._progress.note("agree", self.state.step + 1)
+        self._agreement = agree(self._stop.received is not None, sums.loss(), norm, self.topology.world_group)
+        self._refusal = self._guard.judge(self._agreement)
+        return self._refusal is None
+
+    def _finish(self, lr: float, norm: Tensor, sums: StepSums) -> bool:
+        """Move the heads with the body; or, if the step was refused, drop their gradients too."""
+        if self.engine.took_step:
+            with self._timed("head"):
+                self.heads.step(lr, self.engine.clip_coefficient(norm))
+            self.state.advance()
+            return True
+        if self._refusal is None:
+            raise UserError(
+                f"the gradient of step {self.state.step + 1} is not finite; the step was not taken; set "
+                "guard.enabled true to skip such steps"
+            )
+        self._log_refusal(sums, norm)
+        self.heads.skip()
+        self.state.skip()
+        return False
+
+    def _log_refusal(self, sums: StepSums, norm: Tensor) -> None:
+        """Name the samples of a refused step; a collective, off the usual path."""
+        own = {
+            "positions": torch.cat(sums.positions).tolist(),
+            "keys": [key for keys in sums.keys for key in keys],
+            "not_finite": self.heads.spoilt(sums.keys),
+        }
+        # Ranks that share a model read the same samples.
+        told = gather_texts(json.dumps(own) if self.topology.tensor_rank == 0 else "{}", self.topology)
+        parts = [json.loads(text) for text in told]
+        joined = {name: [item for part in parts for item in part.get(name, [])] for name in own}
+        refusal = {
+            "step": self.state.step + 1, "reason": self._refusal, "loss": str(sums.loss().item()),
+            "grad_norm": str(norm.item()), "time": time.time(), **joined,
+        }  # fmt: skip
+        if self.topology.rank == 0:
+            write_refusal(self.run_folder / "guard.jsonl", refusal)
+        LOG.warning(
+            "step %d was skipped (%d in a row): %s; positions %d to %d, samples %s",
+            self.state.step + 1, self._guard.consecutive, self._refusal, min(joined["positions"]),
+            max(joined["positions"]), _shortened(joined["not_finite"] or joined["keys"]),
+        )  # fmt: skip
+
+    def _go_back(self) -> None:
+        """Return to the last checkpoint and go on with the data behind the refused steps; a collective."""
+        self._guard.check_rollback()
+        self._progress.note("load", self.state.step)
+        skipped, rollbacks = self._guard.skipped, self._guard.rollbacks
+        step, position = self.state.step, self.state.position
+        if not self.state.resume(self.run_folder / "checkpoints"):
+            raise UserError(
+                f"the loss guard refused {self._guard.consecutive} steps in a row after step {step} and "
+                f"there is no checkpoint to go back to; see {self.run_folder}/guard.jsonl for their samples"
+            )
+        self.state.position = position
+        self._guard.went_back(skipped, rollbacks)
+        LOG.warning(
+            "went back from step %d to step %d and on from position %d (return %d)",
+            step, self.state.step, position, rollbacks + 1,
+        )  # fmt: skip
 
     def _positions(self) -> Iterator[list[int]]:
-        """Sample positions of this rank's micro-steps, from the present state to the end of the run."""
+        """Sample positions of this rank's micro-steps from the present state on, without end.
+
+        A refused step uses up its samples and is no step, so nobody knows beforehand how many are needed.
+        """
         batch, ranks = self.config.train.global_batch, self.topology.data_size
         first = self.state.position
-        for step in range(self.config.train.steps - self.state.step):
+        for step in itertools.count():
             for micro_step in range(self._micro_steps):
                 within = step_positions(
                     step, batch, micro_step, self._micro_steps, self.topology.data_rank, ranks
@@ -147,23 +304,16 @@ class Trainer:
     def _inputs(self, images: Tensor) -> Tensor:
         return images.bfloat16() if self.config.train.precision == "bf16" else images
 
-    def _count_bad(self, batch: Batch) -> int:
+    def _name_bad(self, batch: Batch) -> None:
         for key, reason in zip(batch.bad_keys, batch.bad_reasons, strict=True):
             LOG.warning("sample %s was replaced: %s", key, reason)
-        return batch.bad
 
     def _record(
-        self,
-        sums: dict[str, Tensor],
-        counts: dict[str, Tensor],
-        extra: dict[str, Tensor],
-        norm: Tensor,
-        lr: float,
-        seconds: float,
-        bad: int,
+        self, taken: StepSums, norm: Tensor, lr: float, seconds: float
     ) -> dict[str, float | int | None]:
         if self.state.step % self.config.train.log_every:
             return {}
+        sums, counts = taken.sums, taken.counts
         losses = {
             f"loss_{kind}": sums[kind].item() / counts[kind].item() if counts[kind].item() else None
             for kind in sums
@@ -178,12 +328,31 @@ class Trainer:
             "images_per_second": self.config.train.global_batch / seconds,
             "head_share": self._spent["head"] / seconds,
             "data_share": self._spent["data"] / seconds,
-            "bad": bad,
-            **{name: float(value) for name, value in extra.items()},
+            "bad": 0,
+            "skipped": self._guard.skipped,
+            "rollbacks": self._guard.rollbacks,
+            **{name: float(value) for name, value in taken.metrics.items()},
         }
+
+    def _compare_ranks(self, values: dict[str, float | int | None]) -> dict[str, Any]:
+        """Count what all ranks replaced and name the slow ones; a collective, at log steps."""
+        times = gather_times(self._since_log, self.topology)
+        self._since_log = RankTimes()
+        values["bad"] = sum(rank.bad for rank in times[:: self.topology.tensor_size])
+        slow = slow_ranks(times, self.config.train.slow_factor)
+        for rank, ratio in slow.items():
+            LOG.warning(
+                "rank %d on %s is slow: its own time is %.1f times the median (%.0f%% of it for data)",
+                rank, self._hosts[rank], ratio, 100 * times[rank].data / times[rank].own,
+            )  # fmt: skip
+        return {"slow": [{"rank": r, "host": self._hosts[r], "ratio": round(x, 2)} for r, x in slow.items()]}
 
     def _timed(self, name: str) -> _Timed:
         return _Timed(self._spent, name, self.topology.device)
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class _Timed:

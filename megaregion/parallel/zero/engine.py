@@ -52,6 +52,8 @@ class ZeroEngine:
         self._engine, self._optimizer = start_engine(model, config, topology, decays, self._settings)
         self._parameters = dict(self._engine.module.named_parameters())
         self.state = ZeroState(self.stage, self._optimizer, self._parameters, self.placements, topology)
+        self._accept: Callable[[Tensor], bool] | None = None
+        self._refused: Tensor | None = None
         self._join_norms()
 
     @property
@@ -67,15 +69,23 @@ class ZeroEngine:
         """Accumulate gradients of a loss that is already divided by the whole global batch."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> Tensor | None:
+    @property
+    def took_step(self) -> bool:
+        """Whether the last boundary updated the body; False if it was refused or its norm not finite."""
+        return self._refused is None and not getattr(self._optimizer, "overflow", False)
+
+    def step(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor | None:
         """End a micro-step; at the accumulation boundary clip and update.
 
         Args:
             lr: Learning rate of this step.
+            accept: Asked once at the boundary, on every rank, with the norm, before anything is updated; if
+                it says no, the gradients are dropped and neither parameter nor moment changes.
 
         Returns:
             At the boundary the global gradient norm over body and heads, before clipping, 0-d; else None.
         """
+        self._accept, self._refused = accept, None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         boundary = self._engine.is_gradient_accumulation_boundary()
@@ -83,7 +93,9 @@ class ZeroEngine:
         self._engine.step()
         if not boundary:
             return None
-        if norm is None:
+        if self._refused is not None:
+            norm = self._refused
+        elif norm is None:
             norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
 
@@ -94,15 +106,35 @@ class ZeroEngine:
         return 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)
 
     def _join_norms(self) -> None:
-        """Add the heads' norm to the one by which DeepSpeed clips."""
+        """Add the heads' norm to the one by which DeepSpeed clips, and ask there whether to go on.
+
+        DeepSpeed drops a step whose norm is not finite, with all it has gathered; a refused step takes the
+        same way. Its own search for overflow is left out: the norm finds the same.
+        """
         if self.stage in (1, 2):
             body_norm = self._optimizer.scaled_global_norm
-            self._optimizer.scaled_global_norm = lambda norm_type=2: torch.hypot(
-                body_norm(norm_type), self._heads_norm_squared().sqrt()
+            self._optimizer.check_overflow = lambda partition_gradients=True: None
+            self._optimizer.scaled_global_norm = lambda norm_type=2: self._asked(
+                torch.hypot(body_norm(norm_type), self._heads_norm_squared().sqrt())
             )
         elif self.stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
             body_norms = self._optimizer._get_norm_groups
-            self._optimizer._get_norm_groups = lambda: [*body_norms(), self._heads_norm_squared().sqrt()]
+
+            def norms() -> list[Tensor]:
+                groups = [*body_norms(), self._heads_norm_squared().sqrt()]
+                self._asked(combine_grad_norm_groups(groups))
+                return groups if self._refused is None else [torch.full_like(self._refused, torch.inf)]
+
+            self._optimizer._get_norm_groups = norms
+
+    def _asked(self, norm: Tensor) -> Tensor:
+        """The norm, or infinity if the step is refused."""
+        if self._accept is None or self._accept(norm):
+            return norm
+        self._refused = norm.float()
+        return torch.full_like(norm, torch.inf)
 
     def _clip_plain_gradients(self) -> Tensor:
         """Stage 0: the same clip on ordinary gradients."""
@@ -118,6 +150,10 @@ class ZeroEngine:
                 cut += square
         dist.all_reduce(cut, group=self._topology.tensor_group)
         norm = (cut + whole + self._heads_norm_squared()).sqrt()
-        for gradient in gradients.values():
-            gradient.mul_(self.clip_coefficient(norm))
+        self._asked(norm)
+        for parameter in self._parameters.values():
+            if self._refused is not None:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.mul_(self.clip_coefficient(norm))
         return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,8 @@ def _prepare_deepspeed(device: torch.device) -> None:
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     # DeepSpeed insists on it; srun and plain python do not set it.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # It calls collectives by names that torch 2.13 warns about at every step of every rank.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -1,0 +1,101 @@
+"""Faults on purpose, for drills: one environment variable makes a real run hang, die or see NaN.
+
+    MEGAREGION_FAULT="hang:rank=2:step=3"                for ever asleep in the middle of step 3
+    MEGAREGION_FAULT="die:rank=1:step=4"                 SIGKILL to itself in the middle of step 4
+    MEGAREGION_FAULT="die-in-save:rank=1:step=4"         SIGKILL to itself when the save after step 4 begins
+    MEGAREGION_FAULT="nan:step=5"                        features become NaN before step 5's heads
+    MEGAREGION_FAULT="nan-gradient:step=5:count=3"       the body's gradient becomes NaN, three times over
+    MEGAREGION_FAULT="slow:rank=1:step=2:seconds=0.5"    sleeps so long in every forward from step 2 on
+
+Steps count from 1, as the log counts them. ``rank`` is 0 and ``count``, of steps tried, is 1 when not
+given; several are joined by commas. Unset, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+from megaregion.errors import UserError
+
+VARIABLE = "MEGAREGION_FAULT"
+KINDS = ("hang", "die", "die-in-save", "nan", "nan-gradient", "slow")
+
+
+@dataclass
+class Fault:
+    """One fault that waits for its moment."""
+
+    kind: str
+    rank: int = 0
+    step: int = 1
+    """First step it acts in, from 1."""
+    count: int = 1
+    """How often it acts; slow acts without end."""
+    seconds: float = 0.0
+    """Length of one slow forward."""
+
+
+class Faults:
+    """The faults of one rank."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self._faults = faults
+
+    @classmethod
+    def of_rank(cls, rank: int) -> Faults:
+        """The faults that the environment asks of this rank.
+
+        Raises:
+            UserError: The variable cannot be read.
+        """
+        text = os.environ.get(VARIABLE, "")
+        return cls([fault for part in text.split(",") if part and (fault := _parse(part)).rank == rank])
+
+    def forward(self, step: int) -> None:
+        """Called in the middle of a step.
+
+        Args:
+            step: The step that is being taken, from 1.
+        """
+        if self._due("die", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while self._due("hang", step):
+            while True:
+                time.sleep(3600)
+        for fault in self._faults:
+            if fault.kind == "slow" and step >= fault.step:
+                time.sleep(fault.seconds)
+
+    def save(self, step: int) -> None:
+        """Called when a save begins, after so many steps."""
+        if self._due("die-in-save", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def factor(self, kind: str, step: int) -> float | None:
+        """NaN if the named value ("nan", "nan-gradient") is to be spoilt in this step, else None."""
+        return float("nan") if self._due(kind, step) else None
+
+    def _due(self, kind: str, step: int) -> bool:
+        for fault in self._faults:
+            if fault.kind == kind and step >= fault.step and fault.count > 0:
+                fault.count -= 1
+                return True
+        return False
+
+
+def _parse(text: str) -> Fault:
+    kind, *settings = text.strip().split(":")
+    values: dict[str, str] = dict(item.partition("=")[::2] for item in settings)
+    try:
+        if kind not in KINDS or set(values) - {"rank", "step", "count", "seconds"}:
+            raise ValueError(text)
+        numbers = {key: int(value) for key, value in values.items() if key != "seconds"}
+        return Fault(kind, seconds=float(values.get("seconds", 0.0)), **numbers)
+    except ValueError:
+        raise UserError(
+            f"{VARIABLE} must name faults as {', '.join(KINDS)} with :rank=, :step=, :count= or :seconds=, "
+            f"got {text!r}"
+        ) from None

@@ -1,0 +1,73 @@
+"""How a run's checkpoints folder is laid out.
+
+    checkpoints/step-00001200/manifest.json      counts, settings, hashes, tensors and their pieces
+    checkpoints/step-00001200/rank-00000.safetensors ...
+    checkpoints/step-00001300.unfinished-000002/ being written by incarnation 2, or never finished
+    checkpoints/latest                           name of the newest complete folder, renamed into place last
+    checkpoints/fence/000002.json                claim of incarnation 2, see fence.py
+
+A folder without a manifest is one that was never finished.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FENCE = "fence"
+UNFINISHED = ".unfinished"
+"""Begins the suffix of a folder that is being written."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after this many steps."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def unfinished_folder(checkpoints: Path, step: int, incarnation: int) -> Path:
+    """Folder that one incarnation writes a checkpoint into; never that of another incarnation."""
+    return checkpoints / f"step-{step:08d}{UNFINISHED}-{incarnation:06d}"
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first, finished or not; none if the folder is missing."""
+    return sorted((f for f in checkpoints.glob("step-*") if f.is_dir() and f.suffix == ""), reverse=True)
+
+
+def finished_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders with a manifest, newest first."""
+    return [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).exists()]
+
+
+def write_text_atomically(file: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the new one, never a part."""
+    temporary = write_aside(file, text)
+    temporary.replace(file)
+    flush_folder(file.parent)
+
+
+def write_aside(file: Path, text: str) -> Path:
+    """Write a small file under a hidden name beside its own, flushed to the disk; returns that name."""
+    # Ranks of two hosts can have the same process id, so that alone would not be a name of one's own.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

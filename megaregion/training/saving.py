@@ -1,0 +1,250 @@
+"""Saving while training goes on: a copy in host memory, one writing thread a rank, agreement by files.
+
+    main thread    snapshot |------------- training goes on -------------| wait: outcome of all ranks
+    thread, rank r          | write tensors, rank-r.json |
+    thread, rank 0          | write ... | wait for every rank-*.json | check the fence | rename | retire |
+
+The threads never use the process groups, whose collectives belong to training: a rank is done when its
+rank-NNNNN.json appears. Only :meth:`Saver.wait`, called by the main thread, is a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaregion.errors import Fenced
+from megaregion.parallel.topology import Topology
+from megaregion.training.checkpoint import Piece
+from megaregion.training.events import Events
+from megaregion.training.fence import Fence
+from megaregion.training.folder import step_folder, unfinished_folder
+from megaregion.training.metrics import LOG
+from megaregion.training.retention import Retention, retire
+from megaregion.training.writing import publish, rank_file, write_pieces
+
+OTHERS_SECONDS = 900.0
+"""Seconds that rank 0 waits for the other ranks' files before it gives a save up."""
+
+
+class Outcome(IntEnum):
+    """How a save ended; the worst of all ranks counts."""
+
+    SAVED = 0
+    FAILED = 1
+    FENCED = 2
+
+
+class Snapshot:
+    """Copies of pieces in host memory that is used again at every save, pinned where there is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Copy pieces; what an earlier call gave is overwritten."""
+        taken = []
+        for piece in pieces:
+            buffer = self._buffer(piece)
+            buffer.copy_(piece.tensor.detach(), non_blocking=True)
+            taken.append(replace(piece, tensor=buffer))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return taken
+
+    def _buffer(self, piece: Piece) -> Tensor:
+        key, tensor = (piece.name, piece.offset), piece.tensor
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = self._device.type == "cuda"
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+            self._buffers[key] = buffer
+        return buffer
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save under way."""
+
+    checkpoints: Path
+    step: int
+    pieces: list[Piece]
+    """This rank's share, in host memory that nobody changes until the save has ended."""
+    facts: dict[str, Any]
+    """Entries for the manifest; rank 0 needs them."""
+
+
+class Saver:
+    """Writes saves one at a time, each in a thread of its own."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        fence: Fence,
+        events: Events,
+        retention: Retention,
+        staging: Path | None = None,
+        others_seconds: float = OTHERS_SECONDS,
+    ) -> None:
+        """Make a saver without a save under way.
+
+        Args:
+            topology: This rank's place.
+            fence: Its incarnation.
+            events: Gets the duration of every save.
+            retention: Which checkpoints stay.
+            staging: Folder of the run on this host's own disk; None writes straight to the run's folder.
+            others_seconds: Time that rank 0 waits for the other ranks' files.
+        """
+        self._topology = topology
+        self._fence = fence
+        self._events = events
+        self._retention = retention
+        self._staging = staging / f"rank-{topology.rank:05d}" if staging is not None else None
+        self._others_seconds = others_seconds
+        self._thread: threading.Thread | None = None
+        self._outcome = Outcome.SAVED
+        self._fenced: Fenced | None = None
+        self.seconds = 0.0
+        """Seconds that the last save took on this rank, from start to visible (rank 0) or written."""
+
+    def prepare(self, checkpoints: Path, step: int) -> bool:
+        """Make the folder of a save; a collective, in the main thread.
+
+        Returns:
+            Whether there is one, on every rank.
+
+        Raises:
+            Fenced: A newer incarnation owns the run.
+        """
+        return self._agree(self._attempt(lambda: self._make_folder(checkpoints, step)))
+
+    def start(self, save: Save) -> None:
+        """Begin to write; every rank calls it after :meth:`prepare`, and :meth:`wait` before the next one."""
+        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for the save under way, if there is one; a collective, in the main thread.
+
+        Returns:
+            Whether it is complete and visible.
+
+        Raises:
+            Fenced: A newer incarnation owns the run; raised on every rank.
+        """
+        if self._thread is None:
+            return True
+        self._thread.join()
+        self._thread = None
+        try:
+            return self._agree(self._outcome)
+        finally:
+            if self._staging is not None:
+                shutil.rmtree(self._staging, ignore_errors=True)
+
+    def done(self) -> bool:
+        """Whether this rank's thread has ended, or there is none; no collective."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def settle(self, seconds: float) -> None:
+        """Give this rank's thread some time when the run ends by an error; no collective."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _make_folder(self, checkpoints: Path, step: int) -> None:
+        if self._topology.rank == 0:
+            self._fence.check()
+            unfinished = unfinished_folder(checkpoints, step, self._fence.number)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
+
+    def _run(self, save: Save) -> None:
+        began = time.perf_counter()
+        self._outcome = self._attempt(lambda: self._save(save))
+        self.seconds = time.perf_counter() - began
+        final = step_folder(save.checkpoints, save.step)
+        if self._outcome is Outcome.FAILED:
+            self._give_up(save)
+            if self._topology.rank == 0:
+                LOG.error("could not save %s; the last good checkpoint stays, training goes on", final)
+        elif self._topology.rank == 0 and self._outcome is Outcome.SAVED:
+            LOG.info("saved %s", final)
+            self._events.write("saved", step=save.step, seconds=self.seconds)
+            self._attempt(lambda: self._retire(save.checkpoints))
+
+    def _save(self, save: Save) -> None:
+        self._fence.check()
+        unfinished = unfinished_folder(save.checkpoints, save.step, self._fence.number)
+        unfinished.mkdir(exist_ok=True)  # Other hosts may learn late that rank 0 made it.
+        write_pieces(unfinished, self._topology.rank, save.pieces, self._staging)
+        if self._topology.rank == 0:
+            self._wait_for_others(unfinished)
+            final = step_folder(save.checkpoints, save.step)
+            publish(unfinished, final, {**save.facts, "incarnation": self._fence.number}, self._fence.check)
+
+    def _wait_for_others(self, unfinished: Path) -> None:
+        expected = {rank_file(rank) for rank in range(self._topology.world_size)}
+        deadline = time.monotonic() + self._others_seconds
+        pause = 0.01
+        while missing := expected - (names := {f.name for f in unfinished.iterdir()}):
+            failed = sorted(name for name in names if name.endswith(".failed"))
+            if failed:
+                raise OSError(f"{unfinished}: {', '.join(failed)}")
+            if time.monotonic() > deadline:
+                names_missing = ", ".join(sorted(missing)[:8])
+                raise OSError(f"{unfinished}: no {names_missing} after {self._others_seconds:g} s")
+            time.sleep(pause)
+            pause = min(1.0, pause * 1.5)
+
+    def _give_up(self, save: Save) -> None:
+        """Free this rank's space, and tell rank 0 by a file."""
+        unfinished = unfinished_folder(save.checkpoints, save.step, self._fence.number)
+        if self._topology.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return
+        try:
+            (unfinished / f"rank-{self._topology.rank:05d}.safetensors").unlink(missing_ok=True)
+            (unfinished / f"rank-{self._topology.rank:05d}.failed").touch()
+        except OSError:
+            LOG.error("rank %d could not tell rank 0 that its save failed", self._topology.rank)
+
+    def _retire(self, checkpoints: Path) -> None:
+        self._fence.check()
+        retire(checkpoints, self._retention)
+
+    def _attempt(self, action: Any) -> Outcome:
+        """Run a storage action; what goes wrong is logged and ends no run by itself."""
+        try:
+            action()
+        except Fenced as error:
+            self._fenced = error
+            return Outcome.FENCED
+        except OSError as error:
+            LOG.error("storage error on rank %d (%s): %s", self._topology.rank, os.uname().nodename, error)
+            return Outcome.FAILED
+        except Exception:
+            LOG.exception("saving failed on rank %d (%s)", self._topology.rank, os.uname().nodename)
+            return Outcome.FAILED
+        return Outcome.SAVED
+
+    def _agree(self, outcome: Outcome) -> bool:
+        worst = torch.tensor(float(outcome), device=self._topology.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._topology.world_group)
+        if int(worst) == Outcome.FENCED:
+            raise self._fenced or Fenced(
+                f"incarnation {self._fence.number} ends and saves nothing: a newer start owns the run"
+            )
+        return int(worst) == Outcome.SAVED

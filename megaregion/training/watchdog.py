@@ -1,0 +1,243 @@
+"""The watchdog: a run that stands still is ended, and the rank and host that hold it up are named.
+
+A thread of every rank looks at the rank's own progress. Where it has stood still too long, all ranks tell
+each other through the launcher's store where they stand; the one with the least progress is the culprit,
+and of equals the one whose main thread does not wait in a collective. Every rank writes the stacks of all
+its threads into its log and ends with exit code 87 (the main thread hangs and could not do it).
+
+Which process may hang does not matter as long as the thread runs; for a main thread that never gives the
+interpreter back, faulthandler's own thread, which needs no interpreter, is the last resort.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import linecache
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megaregion.errors import WATCHDOG_EXIT
+from megaregion.training.metrics import LOG
+from megaregion.training.progress import Progress
+
+PATIENT_PHASES = {"start": 3.0, "save": 3.0, "load": 3.0}
+"""How many times longer a phase may last: start-up builds a model, saves and loads move it."""
+GATHER_SECONDS = 5.0
+"""Time that the ranks are given to say where they stand; who is silent by then is frozen or gone."""
+LAST_RESORT_SECONDS = 30.0
+"""After so long the process ends even if the report itself got stuck (on the log's file system, say)."""
+
+_COLLECTIVE_FILES = re.compile(r"torch/distributed/(?!elastic)|deepspeed/comm/")
+_WAITING_LINE = re.compile(r"\.(wait|item|tolist|synchronize)\(")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one rank stands while the run does not move."""
+
+    rank: int
+    host: str
+    turns: int
+    """Notes of progress so far; all ranks take the same ones."""
+    step: int
+    phase: str
+    seconds: float
+    """How long it has stood there."""
+    collective: bool
+    """Whether its main thread waits for other ranks, judged by its Python stack."""
+    where: str
+    """The innermost line of its main thread."""
+
+
+class Watchdog:
+    """Watches one rank's progress from a thread of its own."""
+
+    def __init__(
+        self, progress: Progress, rank: int, world_size: int, store: Any, logs: Path, seconds: float
+    ) -> None:
+        """Prepare; nothing is watched before :meth:`start`.
+
+        Args:
+            progress: What the rank notes.
+            rank: This rank.
+            world_size: Number of ranks.
+            store: A store of torch.distributed that no other thread uses.
+            logs: Folder of the ranks' logs, which exists.
+            seconds: Stand-still after which the run ends; 0 turns the watchdog off.
+        """
+        self._progress, self._rank, self._world_size = progress, rank, world_size
+        self._store, self._logs, self._seconds = store, logs, seconds
+        self._host = socket.gethostname()
+        self._interval = min(5.0, max(0.1, seconds / 10))
+        self._main = threading.main_thread().ident
+        self._stopped = threading.Event()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> Watchdog:
+        """Begin to watch; returns itself."""
+        if self._seconds:
+            # Opened now: when storage hangs, opening a file would hang too.
+            self._stacks = log_file(self._logs, self._rank).open("a")
+            self._store.set(f"host-{self._rank}", self._host)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop watching; call it before the process group is left."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+
+    def keep_verdict(self) -> None:
+        """Called when the main thread fails: if the run is being ended here, that failure is a consequence.
+
+        The first rank to end tears the others' connections, and an error of a collective must not take
+        the place of the watchdog's exit code.
+        """
+        if self._ending.is_set():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            allowed = self._seconds * PATIENT_PHASES.get(self._progress.phase, 1.0)
+            # A main thread that keeps the interpreter to itself would silence this one.
+            faulthandler.dump_traceback_later(4 * allowed + 60, file=self._stacks, exit=True)
+            if time.monotonic() - self._progress.since > allowed or self._another_calls():
+                self._end_the_run()
+
+    def _another_calls(self) -> bool:
+        try:
+            return bool(self._store.check(["stalled"]))
+        except RuntimeError:  # The store's rank is gone; our own clock still runs.
+            return False
+
+    def _end_the_run(self) -> None:
+        self._ending.set()
+        last_resort = threading.Timer(GATHER_SECONDS + LAST_RESORT_SECONDS, os._exit, [WATCHDOG_EXIT])
+        last_resort.daemon = True
+        last_resort.start()
+        faulthandler.cancel_dump_traceback_later()
+        standings, silent = self._gather()
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        self._stacks.flush()
+        line = f"watchdog: {verdict(standings, silent)}"
+        LOG.critical("%s", line)
+        if self._rank == min(standing.rank for standing in standings):
+            # Also where no log is read: the launcher's own output.
+            print(f"megaregion: {line}", file=sys.stderr, flush=True)
+        # Whoever ends first tears the others' connections, and the store ends with rank 0: let all read.
+        time.sleep(2 * self._interval + (1.0 if self._rank == 0 else 0.5))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(WATCHDOG_EXIT)
+
+    def _gather(self) -> tuple[list[Standing], dict[int, str]]:
+        """What the ranks say of themselves, and the hosts of those that say nothing."""
+        own = self._own_standing()
+        told, hosts = {self._rank: own}, {}
+        try:
+            self._store.set(f"standing-{self._rank}", json.dumps(asdict(own)))
+            self._store.set("stalled", str(self._rank))
+            until = time.monotonic() + GATHER_SECONDS
+            while len(told) < self._world_size and time.monotonic() < until:
+                for rank in set(range(self._world_size)) - set(told):
+                    if self._store.check([f"standing-{rank}"]):
+                        told[rank] = Standing(**json.loads(self._store.get(f"standing-{rank}")))
+                time.sleep(0.05)
+            for rank in set(range(self._world_size)) - set(told):
+                known = self._store.check([f"host-{rank}"])
+                hosts[rank] = self._store.get(f"host-{rank}").decode() if known else "unknown host"
+        except RuntimeError as error:
+            LOG.error("watchdog: the other ranks could not be asked: %s", error)
+        return [told[rank] for rank in sorted(told)], dict(sorted(hosts.items()))
+
+    def _own_standing(self) -> Standing:
+        frames = sys._current_frames()
+        frame = frames.get(self._main or 0)
+        progress = self._progress
+        return Standing(
+            rank=self._rank,
+            host=self._host,
+            turns=progress.turns,
+            step=progress.step,
+            phase=progress.phase,
+            seconds=time.monotonic() - progress.since,
+            collective=in_collective(frame),
+            where=_line_of(frame),
+        )
+
+
+def log_file(logs: Path, rank: int) -> Path:
+    """The log of a rank, where its stacks go too."""
+    return logs / f"rank-{rank:02d}.log"
+
+
+def in_collective(frame: FrameType | None) -> bool:
+    """Whether a thread waits for other ranks: inside torch.distributed, or on a result or a device."""
+    if frame is not None and _WAITING_LINE.search(_source(frame)):
+        return True
+    while frame is not None:
+        if _COLLECTIVE_FILES.search(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def verdict(standings: Sequence[Standing], silent: dict[int, str]) -> str:
+    """Name the ranks that hold the run up, in one line.
+
+    Args:
+        standings: What the ranks that answered say; at least one.
+        silent: Hosts of the ranks that did not answer.
+    """
+    waiting = f"stacks of each rank in logs/{log_file(Path(), standings[0].rank).name} and its like"
+    if silent:
+        named = ", ".join(f"rank {rank} on {host}" for rank, host in silent.items())
+        first = standings[0]
+        return (
+            f"{named} gave no sign of life (frozen, or its host is gone) while rank {first.rank} waited "
+            f"{first.seconds:.0f} s in step {first.step}, phase {first.phase}; {waiting}"
+        )
+    least = min(standing.turns for standing in standings)
+    behind = [standing for standing in standings if standing.turns == least]
+    stalled = [standing for standing in behind if not standing.collective] or behind
+    if len(stalled) == len(standings) > 1 and all(standing.collective for standing in stalled):
+        first = stalled[0]
+        return (
+            f"all {len(standings)} ranks wait for each other in step {first.step}, phase {first.phase} "
+            f"({first.where}): the network between them stands still; {waiting}"
+        )
+    return "; ".join([*map(_describe, stalled), waiting])
+
+
+def _describe(standing: Standing) -> str:
+    waits = "waits in a collective" if standing.collective else "is not in a collective"
+    return (
+        f"rank {standing.rank} on {standing.host} stands still in step {standing.step}, phase "
+        f"{standing.phase}, for {standing.seconds:.0f} s and {waits} ({standing.where})"
+    )
+
+
+def _line_of(frame: FrameType | None) -> str:
+    if frame is None:
+        return "no Python frame"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _source(frame: FrameType) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno)

@@ -1,0 +1,299 @@
+"""A real SLURM whose nine nodes are all this machine: real daemons, real scheduling, pretend GPUs.
+
+Needs root, slurmctld, slurmd, srun and munged (Debian: slurmctld slurmd slurm-client munge).
+Every wait has a limit, and everything that was started is stopped by its process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+NODES = 9
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
+
+SLURM_CONF = """\
+ClusterName=pretend
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={base}/run/munge.sock,cred_expire=5
+CredType=cred/munge
+MpiDefault=none
+MailProg=/bin/true
+PlugStackConfig={base}/etc/plugstack.conf
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+SlurmdParameters=config_overrides
+EnforcePartLimits=ALL
+ReturnToService=2
+SlurmdTimeout=5
+KillWait={kill_wait}
+CompleteWait=0
+MinJobAge=600
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+StateSaveLocation={base}/state
+SlurmdSpoolDir={base}/spool/%n
+SlurmctldPidFile={base}/run/slurmctld.pid
+SlurmdPidFile={base}/run/slurmd.%n.pid
+SlurmctldLogFile={base}/log/slurmctld.log
+SlurmdLogFile={base}/log/slurmd.%n.log
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
+Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off
+"""
+
+
+class PretendCluster:
+    """Daemons of one cluster, and what a user of it types."""
+
+    def __init__(self, base: Path, kill_wait: int = 60) -> None:
+        self.base = base
+        self.config = base / "etc" / "slurm.conf"
+        self._kill_wait = kill_wait
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+            "SLURM_CONF": str(self.config),
+        }
+
+    def start(self) -> None:
+        """Start every daemon and wait until all nodes are idle."""
+        for folder in ("etc", "run", "log", "state", "spool", "dev"):
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        self._write_configuration()
+        self._start_munge()
+        self._daemon("slurmctld", "slurmctld", "-D", "-f", self.config)
+        self.until(lambda: "UP" in self.command("scontrol", "ping", check=False), 30, "slurmctld")
+        for number in range(1, NODES + 1):
+            self.start_node(f"n{number}")
+        self.until(lambda: self.nodes_in("idle") == NODES, 60, "idle nodes")
+
+    def stop(self) -> None:
+        """Kill what is left of jobs, then the daemons."""
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.command("scancel", "--state=RUNNING", "--signal=KILL", "--full", "--user=root", check=False)
+            self.command("scancel", "--user=root", check=False)
+        for daemon in reversed(self._daemons.values()):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        (self.base / "spool" / node).mkdir(exist_ok=True)
+        self._daemon(node, "slurmd", "-D", "-f", self.config, "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Take a node's power away: its daemon and everything that runs on it die at once."""
+        self.kill_daemon(node)
+        for process in self.processes_of(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def kill_daemon(self, node: str) -> None:
+        """Kill a node's daemon alone: for SLURM the node is gone, but its ranks run on."""
+        self._daemons.pop(node).kill()
+
+    def processes_of(self, node: str) -> list[int]:
+        """Processes of job steps on a node: the step's daemon and the ranks."""
+        return [
+            process
+            for process, environment in _environments()
+            if f"SLURMD_NODENAME={node}" in environment and f"SLURM_CONF={self.config}" in environment
+        ] + _daemons_of_steps(self.base / "spool" / node, node)
+
+    def ranks(self, job: str) -> dict[int, int]:
+        """Process of each training rank of a job."""
+        found = {}
+        for process, environment in _environments():
+            values = dict(item.split("=", 1) for item in environment if "=" in item)
+            if values.get("SLURM_JOB_ID") != job or "SLURM_PROCID" not in values:
+                continue
+            if b"pretrain.py" in _read(f"/proc/{process}/cmdline") and "MEGAREGION_FENCE" in values:
+                found.setdefault(int(values["SLURM_PROCID"]), process)
+        return found
+
+    def submit(self, *arguments: object, environment: dict[str, str] | None = None, cwd: Path) -> str:
+        """Submit a script and return the job's number."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *map(str, arguments)],
+            env={**self.environment, **(environment or {})},
+            cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().split(";")[0]
+
+    def command(self, *command: object, check: bool = True) -> str:
+        """Run one of SLURM's tools and return what it printed."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=self.environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def job(self, job: str) -> dict[str, str]:
+        """What scontrol knows of a job; empty once it has been forgotten."""
+        text = self.command("scontrol", "--oneliner", "show", "job", job, check=False)
+        return dict(item.split("=", 1) for item in text.split() if "=" in item)
+
+    def hurry(self, job: str) -> None:
+        """Start a requeued job now instead of after SLURM's pause of minutes."""
+        known = self.job(job)
+        if known.get("JobState") == "PENDING" and known.get("Reason") == "BeginTime":
+            self.command("scontrol", "update", f"job={job}", "StartTime=now", check=False)
+
+    def finish(self, job: str, seconds: float) -> str:
+        """Wait for a job to end for good, requeues included, and return its last state."""
+
+        def ended() -> bool:
+            state = self.job(job).get("JobState", "")
+            self.hurry(job)
+            return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+        self.until(ended, seconds, f"the end of job {job}")
+        return self.job(job)["JobState"]
+
+    def nodes_in(self, state: str) -> int:
+        """Number of nodes in a state."""
+        return (
+            len(
+                self.command("sinfo", "--noheader", "--Node", f"--states={state}", "--partition=batch").split(
+                    "\n"
+                )
+            )
+            - 1
+        )
+
+    def until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        """Wait for a condition, not for ever."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"waited {seconds:.0f} s for {what}\n{self.command('squeue', '--long', check=False)}"
+                )
+            time.sleep(0.2)
+
+    def _write_configuration(self) -> None:
+        first = _free_ports(NODES + 1)
+        text = SLURM_CONF.format(
+            base=self.base, host=socket.gethostname().split(".")[0], port=first, nodes=NODES,
+            first=first + 1, last=first + NODES, kill_wait=self._kill_wait,
+        )  # fmt: skip
+        self.config.write_text(text)
+        (self.base / "etc" / "plugstack.conf").write_text("")
+        devices = self.base / "dev"
+        for number in range(8):
+            os.mknod(devices / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
+        (self.base / "etc" / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={devices}/gpu[0-7]\n")
+
+    def _start_munge(self) -> None:
+        run, key = self.base / "run", self.base / "etc" / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        self._daemon(
+            "munged", "munged", "-F", f"--socket={run}/munge.sock", f"--key-file={key}",
+            f"--pid-file={run}/munged.pid", f"--seed-file={run}/munge.seed",
+            f"--log-file={self.base}/log/munged.log",
+        )  # fmt: skip
+        self.until(lambda: (run / "munge.sock").exists(), 20, "munged")
+
+    def _daemon(self, name: str, *command: object) -> None:
+        with (self.base / "log" / f"{name}.out").open("ab") as out:
+            self._daemons[name] = subprocess.Popen(
+                [str(part) for part in command],
+                env=self.environment, stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def pretend_cluster() -> Iterator[PretendCluster]:
+    """A running cluster; a machine without SLURM skips, except under CI, where that is a failure."""
+    lacking = [program for program in PROGRAMS if shutil.which(program) is None]
+    reason = f"needs root and SLURM ({', '.join(lacking)} not found)" if lacking else "needs root"
+    if lacking or os.geteuid() != 0:
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="pretend-slurm-", ignore_cleanup_errors=True) as base:
+        Path(base).chmod(0o755)  # munged wants every user to reach its socket
+        cluster = PretendCluster(Path(base))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def _environments() -> Iterator[tuple[int, list[str]]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            content = _read(f"/proc/{folder.name}/environ")
+            if b"SLURM" in content:
+                yield int(folder.name), content.decode(errors="replace").split("\0")
+
+
+def _daemons_of_steps(spool: Path, node: str) -> list[int]:
+    """slurmstepd processes of a node; they carry its spool folder among their open files or their name."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and _read(f"/proc/{folder.name}/comm").startswith(b"slurmstepd"):
+            files = [str(f.readlink()) for f in _listed(folder / "fd")]
+            if any(file.startswith(f"{spool}/") or f"{node}_" in file for file in files):
+                found.append(int(folder.name))
+    return found
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [file for file in folder.iterdir() if file.is_symlink()]
+    except OSError:
+        return []
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _free_ports(count: int) -> int:
+    """First of some neighbouring ports that nobody listens on."""
+    for first in range(26817, 60000, count):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise OSError("no free ports")

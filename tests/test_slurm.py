@@ -1,0 +1,60 @@
+"""`sbatch slurm/pretrain_8gpu.sh` on a real SLURM of nine pretend nodes: drills that every change meets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from drill import STEPS, Drill, assert_same
+from launch import repository
+
+
+def test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit(drill: Drill, undisturbed: str) -> None:
+    job = drill.submit("submitted")
+    assert drill.finish("submitted", job) == "COMPLETED", drill.log("submitted")
+    assert drill.is_trained("submitted")
+    assert drill.losses("submitted") == drill.losses(undisturbed)
+    assert_same(drill.state("submitted"), drill.state(undisturbed))
+    again = drill.submit("submitted")
+    assert drill.finish("submitted", again) == "COMPLETED"
+    assert len(drill.records("submitted")) == STEPS, "a job that follows a finished run leaves at once"
+
+
+def test_two_time_limits_cost_no_step_and_change_no_bit(drill: Drill, undisturbed: str) -> None:
+    job = drill.submit("limited")
+    for step in (6, 17):
+        drill.wait_for_step("limited", job, step)
+        drill.ask_to_stop(job)
+    assert drill.finish("limited", job) == "COMPLETED", drill.log("limited")
+    assert drill.steps("limited") == list(range(1, STEPS + 1)), "a step was lost or taken twice"
+    assert_same(drill.state("limited"), drill.state(undisturbed))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.widht=5"], "did you mean model.width?"),
+        (["--train.global_batch=7"], "train.global_batch must be a multiple of the 8 data-parallel ranks"),
+    ],
+)
+def test_a_mistake_fails_the_job_at_once_and_is_not_requeued(
+    drill: Drill, settings: list[str], message: str
+) -> None:
+    job = drill.submit("mistake", *settings)
+    assert drill.finish("mistake", job, 60) == "FAILED"
+    assert drill.cluster.job(job)["ExitCode"] == "2:0"
+    assert message in (drill.folder / "mistake.log").read_text()
+
+
+def test_every_script_is_clean() -> None:
+    for script in sorted((repository() / "slurm").glob("*.sh")):
+        subprocess.run(["bash", "-n", script], check=True)
+    command = ["shellcheck", "-x", *map(str, (repository() / "slurm").glob("*.sh"))]
+    try:
+        done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip("shellcheck is not installed")
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,140 @@
+"""The watchdog on real processes that hang, and its judgement of who holds a run up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import free_port, repository
+from test_run import command
+from toy import toy_dataset
+
+from megaregion.errors import WATCHDOG_EXIT
+from megaregion.training.faults import Faults
+from megaregion.training.watchdog import Standing, in_collective, verdict
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_dataset(tmp_path_factory.mktemp("shards"))
+
+
+def four_ranks(
+    dataset: Path, output: Path, fault: str, *extra: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """The command line on four ranks without a launcher that would end the others."""
+    flags = [
+        "--train.steps=1000", "--head.draw_images=2", "--train.micro_batch=1", "--parallel.tensor=2", *extra,
+    ]  # fmt: skip
+    port, processes = free_port(), []
+    for rank in range(4):
+        launched = {
+            "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "MEGAREGION_FAULT": fault,
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                command(dataset, output, *flags), cwd=repository(), env={**os.environ, **launched},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        return [
+            subprocess.CompletedProcess(process.args, process.wait(), *outputs)
+            for process in processes
+            if (outputs := process.communicate(timeout=280))
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_rank_that_hangs_mid_step_is_named_with_its_host_and_all_ranks_end(
+    dataset: Path, tmp_path: Path
+) -> None:
+    done = four_ranks(dataset, tmp_path, "hang:rank=2:step=3", "--train.watchdog_seconds=6")
+    assert [process.returncode for process in done] == [WATCHDOG_EXIT] * 4, done
+    host = os.uname().nodename
+    assert f"watchdog: rank 2 on {host} stands still in step 3, phase forward" in done[0].stderr
+    assert "is not in a collective (faults.py" in done[0].stderr
+    for rank in range(4):
+        log = (tmp_path / "run" / "logs" / f"rank-{rank:02d}.log").read_text()
+        assert f"watchdog: rank 2 on {host}" in log
+        assert "Current thread" in log
+        assert "Timed out" not in log, "a collective gave up before the watchdog"
+    assert "faults.py" in (tmp_path / "run" / "logs" / "rank-02.log").read_text()
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert '"step": 2' in last
+
+
+HOLDS_A_SAMPLE = """
+import os, sys, time
+from megaregion.data import transforms
+real = transforms.Transform.__call__
+def slow(self, image, record, position, key):
+    if position >= 8 and os.environ["RANK"] == "0":
+        time.sleep(3600)
+    return real(self, image, record, position, key)
+transforms.Transform.__call__ = slow
+sys.path.insert(0, "tools")
+import runpy
+runpy.run_path("tools/pretrain.py", run_name="__main__")
+"""
+
+
+def test_a_loader_worker_that_hangs_ends_the_run_too(dataset: Path, tmp_path: Path) -> None:
+    flags = command(dataset, tmp_path, "--train.steps=9", "--data.workers=1", "--train.watchdog_seconds=5")[
+        4:
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HOLDS_A_SAMPLE, *flags],
+        cwd=repository(), env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == WATCHDOG_EXIT, done.stderr
+    assert "rank 0 on" in done.stderr
+    assert "step 3, phase data" in done.stderr
+    assert time.monotonic() - began < 120
+
+
+def standing(rank: int, turns: int, collective: bool) -> Standing:
+    return Standing(rank, f"node{rank}", turns, 7, "head", 31.0, collective, "x.py:1 in f")
+
+
+def test_the_rank_with_the_least_progress_holds_the_run_up() -> None:
+    line = verdict([standing(0, 9, True), standing(1, 8, True), standing(2, 9, False)], {})
+    assert line.startswith("rank 1 on node1 stands still in step 7, phase head, for 31 s")
+    assert "node0" not in line
+
+
+def test_of_equals_the_one_outside_a_collective_holds_the_run_up() -> None:
+    line = verdict([standing(0, 8, True), standing(1, 8, False), standing(2, 9, False)], {})
+    assert line.startswith("rank 1 on node1")
+    assert "node2" not in line
+
+
+def test_a_rank_that_gives_no_sign_is_the_culprit_whatever_the_others_say() -> None:
+    assert verdict([standing(0, 8, False)], {3: "node3"}).startswith("rank 3 on node3 gave no sign of life")
+
+
+def test_ranks_that_all_wait_for_each_other_accuse_the_network() -> None:
+    line = verdict([standing(0, 8, True), standing(1, 8, True)], {})
+    assert line.startswith("all 2 ranks wait for each other in step 7")
+
+
+def test_a_sleeping_thread_is_not_in_a_collective() -> None:
+    assert not in_collective(sys._getframe())
+
+
+def test_a_fault_is_silent_when_unset_and_acts_on_its_own_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGAREGION_FAULT", raising=False)
+    assert Faults.of_rank(0).factor("nan", 5) is None
+    monkeypatch.setenv("MEGAREGION_FAULT", "nan:rank=1:step=5:count=2,slow:rank=0:seconds=0")
+    assert Faults.of_rank(0).factor("nan", 5) is None
+    faults = Faults.of_rank(1)
+    assert [faults.factor("nan", step) is None for step in (4, 5, 5, 6)] == [True, False, False, True]
