@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import difflib
 import os
@@ -17,10 +18,14 @@ INTERRUPTED_EXIT = 130
 """Exit code after Ctrl-C, as shells give it."""
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     """Run a command and end the process: a user's mistake is one line on stderr and exit code 2.
 
     A run that was taken over by a newer start of itself ends with one line too, and exit code 86.
+
+    Args:
+        main: The command; returns its exit code.
+        teardown: Whether the interpreter takes itself down; see :func:`end_process`.
     """
     try:
         code = main() or 0
@@ -37,7 +42,21 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("megaregion: interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT
-    sys.exit(code)
+    if teardown:
+        sys.exit(code)
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Run the exit hooks, then end at once.
+
+    Threads inside torch and gloo may ask for the interpreter while it is taken down, which aborts the
+    process now and then: a rank that had done its work would look like one that died.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_parser(description: str) -> Any:

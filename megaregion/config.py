@@ -99,6 +99,11 @@ class DataConfig:
     """Shards whose samples are shuffled together."""
     max_bad_share: float = 0.01
     """Share of unreadable samples above which the run stops."""
+    read_retries: int = 5
+    """Tries after a storage error before a shard is skipped; with parallel.tensor above 1 the run ends
+    instead, for ranks that share a model must read the same."""
+    read_pause: float = 1.0
+    """Seconds before the first of these tries; each later pause is twice as long."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,22 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class MachinesConfig:
+    """What the machines must give before a start, with --preflight."""
+
+    slow_factor: float = 1.5
+    """How many times the median one rank's matrix product may take; 0 judges none."""
+    inside_gbytes: float = 0.0
+    """Least bus bandwidth of an all-reduce inside every host, in GB/s; 0 only measures it."""
+    across_gbytes: float = 0.0
+    """Least bus bandwidth of an all-reduce over all ranks, in GB/s; 0 only measures it."""
+    clock_skew: float = 5.0
+    """Seconds that a host's clock may be off the others'."""
+    free_checkpoints: int = 2
+    """Checkpoints that must still fit on the disk."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -275,6 +296,8 @@ class RunConfig:
     """Saving."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """The loss guard."""
+    machines: MachinesConfig = field(default_factory=MachinesConfig)
+    """The look at the machines before a start."""
 
 
 def accumulation(config: RunConfig, data_ranks: int) -> int:
@@ -392,7 +415,16 @@ def check_config(config: RunConfig) -> None:
     for key, least in (("spike", config.guard.spike), ("max_rollbacks", config.guard.max_rollbacks)):
         if not 0 <= least < math.inf:
             raise UserError(f"guard.{key} must be a number of at least 0, got {least}")
+    _check_machines(config.machines)
     _check_optimizer(config)
+
+
+def _check_machines(machines: MachinesConfig) -> None:
+    if machines.slow_factor != 0 and not 1 < machines.slow_factor < math.inf:
+        raise UserError(f"machines.slow_factor must be 0 (off) or above 1, got {machines.slow_factor}")
+    for key in ("inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"):
+        if not 0 <= getattr(machines, key) < math.inf:
+            raise UserError(f"machines.{key} must be a number of at least 0, got {getattr(machines, key)}")
 
 
 def setting_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
@@ -458,6 +490,10 @@ def _check_data(data: DataConfig) -> None:
     for key in ("regions_per_image", "max_text_tokens", "prefetch", "window_shards"):
         if getattr(data, key) < 1:
             raise UserError(f"data.{key} must be at least 1, got {getattr(data, key)}")
+    if data.read_retries < 0:
+        raise UserError(f"data.read_retries must be 0 or more, got {data.read_retries}")
+    if not 0 <= data.read_pause < math.inf:
+        raise UserError(f"data.read_pause must be a number of seconds, got {data.read_pause}")
     if data.workers < 0:
         raise UserError(f"data.workers must be 0 or more, got {data.workers}")
     low, high = data.crop_scale

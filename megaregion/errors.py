@@ -12,6 +12,9 @@ FENCED_EXIT = 86
 WATCHDOG_EXIT = 87
 """Exit code of a run that stood still and was ended by its watchdog."""
 
+UNFIT_EXIT = 88
+"""Exit code of a start that found a host sick, slow or different; another allocation may do without it."""
+
 
 class UserError(Exception):
     """Bad input from outside (a setting, a file, a folder); its text is all that the user sees."""

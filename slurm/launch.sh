@@ -8,7 +8,8 @@
 #   85  saved on a signal (time limit, preemption, a person): requeued
 #   2   a mistake in the settings or the data: the job fails, a new start would fail as well
 #   86  a newer start owns the run: the job ends and touches nothing
-#   any other, such as a dead rank or a watchdog's 87: requeued, until starts in a row bring no new checkpoint
+#   any other, such as a dead rank, a watchdog's 87 or an unfit machine's 88: requeued, until starts in a row
+#       bring no new checkpoint
 # A job is requeued only while SLURM calls it RUNNING, so scancel is final.
 set -euo pipefail
 
@@ -137,8 +138,11 @@ export TOKENIZERS_PARALLELISM=false
 say "$nodes of $SLURM_JOB_NUM_NODES nodes x $per_node tasks, first node $first ($MASTER_ADDR:$MASTER_PORT), logs in $logs"
 if [[ -n $stopping ]]; then requeue "asked to stop before training began"; fi
 
+# The machines are looked at by the ranks that will train, before anything is built: seconds, not a start of its own.
+look=(--preflight first)
+if [[ ${MEGAREGION_PREFLIGHT:-yes} == no ]]; then look=(); fi
 code=0
-run_step "${train[@]}" --resume auto || code=$?
+run_step "${train[@]}" --resume auto "${look[@]}" || code=$?
 say "srun ended with $code"
 case $code in
   0)

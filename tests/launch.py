@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
+from megaregion.command_line import end_process
+
 
 def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
     """Run function(*arguments) on every rank of a fresh process group environment."""
@@ -67,6 +69,7 @@ def _start(
     except BaseException:
         failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
         os._exit(1)
+    end_process(0)  # As tools/pretrain.py ends.
 
 
 def repository() -> Path:

@@ -9,10 +9,12 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from megaregion.config import DataConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
+from megaregion.data.patience import LostShard, PatientReader
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardedDataset, ShardWriter, write_dataset
 from megaregion.data.transforms import Transform
@@ -351,3 +354,72 @@ def test_a_shard_cut_off_during_the_run_is_named(tmp_path: Path, workers: int) -
     os.truncate(folder / "shard-00000.tar", 4096)
     with pytest.raises(UserError, match=r"shard-00000\.tar ends early"):
         list(loader.batches([range(20)]))
+
+
+def test_a_shard_that_comes_back_within_the_pauses_costs_nothing(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    expected = take(tmp_path / "shards", [range(40)])
+    loader = make_loader(tmp_path / "shards", read_pause=0.2)
+    shard, aside = tmp_path / "shards" / "shard-00002.tar", tmp_path / "aside"
+    shard.rename(aside)
+    threading.Timer(0.3, aside.rename, [shard]).start()
+    assert_equal(list(loader.batches([range(40)])), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_stays_away_is_skipped_named_and_counted(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    (expected,) = take(tmp_path / "shards", [range(40)])
+    loader = make_loader(tmp_path / "shards", workers, read_retries=2, read_pause=0.01, max_bad_share=1.0)
+    (tmp_path / "shards" / "shard-00002.tar").unlink()
+    (batch,) = loader.batches([range(40)])
+    loader.close()
+    assert batch.lost >= 10, "all ten samples of the shard, and what may have stood in for them"
+    assert "shard-00002 is skipped after 3 tries" in batch.bad_reasons[0]
+    assert set(batch.bad_reasons[1:]) == {"shard-00002 is skipped, it could not be read"}
+    whole = [i for i, key in enumerate(expected.keys) if key in batch.keys and batch.keys[i] == key]
+    assert len(whole) == 30
+    assert torch.equal(batch.pixels[whole], expected.pixels[whole])
+
+
+def test_ranks_that_share_a_model_end_the_run_rather_than_read_different_samples(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    dataset = ShardedDataset(tmp_path / "shards")
+    config = toy_config(folder, folder)
+    data = dataclasses.replace(config.data, workers=0, read_retries=0)
+    order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
+    transform = Transform(data, config.model, SEED)
+    loader = RegionLoader(dataset, order, transform, data, skips_lost=False)
+    (tmp_path / "shards" / "shard-00002.tar").unlink()
+    with pytest.raises(LostShard, match="shard-00002"):
+        list(loader.batches([range(40)]))
+
+
+def test_a_storage_that_is_gone_is_no_mistake_of_the_user(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    loader = make_loader(tmp_path / "shards", read_retries=0)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(LostShard):
+        list(loader.batches([range(40)]))
+
+
+def test_a_lost_shard_is_tried_again_after_a_while(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "shards")
+    monkeypatch.setattr("megaregion.data.patience.FORGOTTEN_AFTER", 0.05)
+    reader = PatientReader(ShardedDataset(tmp_path / "shards"), retries=0, pause=0)
+    shard, aside = tmp_path / "shards" / "shard-00000.tar", tmp_path / "aside"
+    shard.rename(aside)
+    with pytest.raises(LostShard, match="after 1 tries"):
+        reader.read(0)
+    aside.rename(shard)
+    with pytest.raises(LostShard, match="is skipped, it"):
+        reader.read(0)
+    time.sleep(0.06)
+    assert reader.read(0).key

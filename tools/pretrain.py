@@ -35,6 +35,14 @@ def main() -> int:
         help="save and leave after this step, for a later --resume auto; schedules still end at train.steps",
     )
     parser.add_argument(
+        "--preflight",
+        nargs="?",
+        const="only",
+        choices=["only", "first"],
+        help="look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
+        "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend",
+    )
+    parser.add_argument(
         "--fit-nodes",
         type=int,
         metavar="N",
@@ -49,12 +57,13 @@ def main() -> int:
     if flags.fit_nodes is not None:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
-    return train(config, flags.resume == "auto", flags.stop_at)
+    return train(config, flags.resume == "auto", flags.stop_at, flags.preflight)
 
 
-def train(config: RunConfig, resume: bool, stop_at: int | None) -> int:
+def train(config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None) -> int:
     from megaregion.parallel import topology
     from megaregion.training.metrics import LOG, open_log
+    from megaregion.training.preflight import check_machines
     from megaregion.training.progress import Progress
     from megaregion.training.trainer import Trainer
     from megaregion.training.watchdog import Watchdog
@@ -62,6 +71,11 @@ def train(config: RunConfig, resume: bool, stop_at: int | None) -> int:
     patience = config.train.watchdog_seconds
     # A collective must not give up before the watchdog has named who is missing from it.
     place = topology.join(config.parallel.tensor, timeout_minutes=30 + int(patience / 15))
+    if preflight:
+        code = check_machines(config, place)
+        if code or preflight == "only":
+            topology.leave()
+            return code
     folder = Path(config.output) / config.name
     checkpoints = folder / "checkpoints"
     if not resume and any(checkpoints.glob("step-*")):
@@ -125,4 +139,4 @@ def write_run_files(folder: Path, config: RunConfig, deepspeed: dict[str, object
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    run(main)
+    run(main, teardown=False)

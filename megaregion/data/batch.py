@@ -68,6 +68,8 @@ class Batch:
     """Samples replaced because their crop held no region; nothing is wrong with them."""
     dropped_regions: int = 0
     """Regions left out because their box has no area inside its image."""
+    lost: int = 0
+    """Samples of `bad_keys` whose shard could not be read."""
 
     @property
     def bad(self) -> int:

@@ -24,6 +24,7 @@ from megaregion.config import DataConfig
 from megaregion.data.batch import Batch, TransformedSample, collate
 from megaregion.data.image import open_image
 from megaregion.data.order import SampleOrder
+from megaregion.data.patience import LostShard, PatientReader
 from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_sample
 from megaregion.data.shards import DatasetInfo, ShardedDataset
 from megaregion.data.transforms import Transform
@@ -39,9 +40,15 @@ RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Failure:
-    """A user's mistake found in a worker; an exception would arrive wrapped in a traceback."""
+    """What ends a run, found in a worker; an exception would arrive wrapped in a traceback."""
 
     text: str
+    storage: bool = False
+    """Whether the storage failed, which a later start may find mended; else it is a user's mistake."""
+
+    def to_error(self) -> UserError | LostShard:
+        """The exception that tells the run."""
+        return (LostShard if self.storage else UserError)(self.text)
 
 
 @dataclass
@@ -52,28 +59,45 @@ class _Finds:
     bad_reasons: list[str] = field(default_factory=list)
     empty: int = 0
     dropped_regions: int = 0
+    lost: int = 0
 
 
 class _Positions(Dataset[Batch]):
     """Turns lists of positions into batches; this is what runs in a worker."""
 
     def __init__(
-        self, dataset: ShardedDataset, order: SampleOrder, transform: Transform, config: DataConfig
+        self,
+        dataset: ShardedDataset,
+        order: SampleOrder,
+        transform: Transform,
+        config: DataConfig,
+        skips_lost: bool,
     ) -> None:
         self.dataset, self.order, self.transform, self.config = dataset, order, transform, config
+        self.skips_lost = skips_lost
+        self.reader = PatientReader(dataset, config.read_retries, config.read_pause)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | Failure:
         finds = _Finds()
         try:
             samples = [self._sample(position, finds) for position in positions]
-        except UserError as error:
-            return Failure(str(error))
+        except (UserError, LostShard) as error:
+            return Failure(str(error), storage=isinstance(error, LostShard))
         return replace(collate(samples, self.config.mean, self.config.std), **vars(finds))
 
     def _sample(self, position: int, finds: _Finds) -> TransformedSample:
         index = self.order.sample(position)
         for attempt in range(1, MAX_TRIES + 1):
-            raw = self.dataset.read(index)
+            try:
+                raw = self.reader.read(index)
+            except LostShard as reason:
+                if not self.skips_lost or attempt == MAX_TRIES:
+                    raise
+                finds.lost += 1
+                finds.bad_keys.append(f"sample {index}")
+                finds.bad_reasons.append(str(reason))
+                index = self.order.replacement(position, attempt)
+                continue
             try:
                 record, dropped = clip_regions(parse_sample(raw.record))
                 check_labels(raw.key, record, self.dataset.info)
@@ -102,12 +126,19 @@ class RegionLoader:
         order: Which sample stands at which position.
         transform: What is made of a sample.
         config: Workers, prefetching and the bearable share of bad samples.
+        skips_lost: Whether samples of a shard that cannot be read are replaced; False ends the run, where
+            several ranks read the same samples and must agree on them.
     """
 
     def __init__(
-        self, dataset: ShardedDataset, order: SampleOrder, transform: Transform, config: DataConfig
+        self,
+        dataset: ShardedDataset,
+        order: SampleOrder,
+        transform: Transform,
+        config: DataConfig,
+        skips_lost: bool = True,
     ) -> None:
-        self._positions = _Positions(dataset, order, transform, config)
+        self._positions = _Positions(dataset, order, transform, config, skips_lost)
         self._config = config
         self._seen = self._bad = 0
         self._streams: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
@@ -123,6 +154,7 @@ class RegionLoader:
 
         Raises:
             UserError: A label lies outside its label space, too many samples are bad, or a worker died.
+            LostShard: Too much of the storage fails, or any of it where nothing may be skipped.
         """
         stream = self._stream(positions)
         self._streams.add(stream)
@@ -171,7 +203,7 @@ class RegionLoader:
                 f"({self._config.prefetch})"
             ) from error
         if isinstance(batch, Failure):
-            raise UserError(batch.text)
+            raise batch.to_error()
         if batch is not None:
             self._judge(batch)
         return batch
@@ -183,10 +215,11 @@ class RegionLoader:
             named = "; ".join(
                 f"{key}: {why}" for key, why in zip(batch.bad_keys, batch.bad_reasons, strict=True)
             )
-            raise UserError(
+            text = (
                 f"{self._bad} of {self._seen} samples of {self._positions.dataset.folder} could not be used, "
                 f"more than data.max_bad_share {self._config.max_bad_share} allows; the last ones: {named}"
             )
+            raise Failure(text, storage=batch.lost > 0).to_error()
 
 
 def check_labels(key: str, record: SampleRecord, info: DatasetInfo) -> None:

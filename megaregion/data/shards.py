@@ -86,11 +86,10 @@ class ShardedDataset:
 
         Raises:
             IndexError: The dataset is shorter.
+            OSError: The storage fails.
             UserError: The index of the shard does not fit its tar.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a dataset of {len(self)}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = self.shard_of(index)
         shard = self._shard(number)
         image, image_size, record, record_size = shard.rows[index - int(self._starts[number])].tolist()
         start = image - BLOCK
@@ -109,6 +108,16 @@ class ShardedDataset:
             content[BLOCK : BLOCK + image_size],
             content[record - start :],
         )
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds sample `index`.
+
+        Raises:
+            IndexError: The dataset is shorter.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset of {len(self)}")
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def verify(self) -> None:
         """Hash every shard and read every key; for a check after a transfer, not for each start.
@@ -142,7 +151,7 @@ class ShardedDataset:
         shard = self.info.shards[number]
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}); pack the shard again") from None
         if index.shape != (shard.samples, 4) or index.dtype != np.int64 or int(index.max()) > shard.bytes:
             raise UserError(

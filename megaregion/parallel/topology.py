@@ -106,6 +106,22 @@ def own_store(purpose: str) -> Any:
     return dist.PrefixStore(f"{purpose}-{start}", _store(rank, world_size, joins=True))  # type: ignore[attr-defined]
 
 
+def host_name() -> str:
+    """This host as SLURM calls it in its commands, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def host_group(hosts: list[str], topology: Topology) -> Group:
+    """The group of the ranks that share this rank's host; a collective.
+
+    Args:
+        hosts: Every rank's host, in rank order.
+        topology: This rank's place.
+    """
+    groups = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
+    return _own_group(groups, topology.rank, timedelta(minutes=5))
+
+
 def leave() -> None:
     """Leave all process groups once every rank is here; call it last, on every rank."""
     dist.barrier()

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megaregion.errors import Fenced, UserError
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import Topology, host_name
 from megaregion.training.folder import FENCE, MANIFEST, finished_folders, flush_folder, write_aside
 
 TOKEN = "MEGAREGION_FENCE"
@@ -113,7 +112,7 @@ def claim(checkpoints: Path, token: str) -> Claim:
                 f"{token} started late: {owner.token}, a later restart of the same job, owns {checkpoints}"
             )
         number = max(numbers, default=0) + 1
-        made = Claim(number, token, socket.gethostname(), time.time(), _published(checkpoints))
+        made = Claim(number, token, host_name(), time.time(), _published(checkpoints))
         content = {key: value for key, value in vars(made).items() if key != "number"}
         aside = write_aside(folder / _file(number), json.dumps(content))
         try:
@@ -155,7 +154,7 @@ def claim_together(checkpoints: Path, topology: Topology) -> Fence:
 
 def own_token() -> str:
     """The launcher's token, or one that no other process has."""
-    return os.environ.get(TOKEN) or f"{socket.gethostname()}:{os.getpid()}:{time.time():.3f}"
+    return os.environ.get(TOKEN) or f"{host_name()}:{os.getpid()}:{time.time():.3f}"
 
 
 def refusal(folder: Path) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from megaregion.models.initialisation import initialise
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import Topology, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.training.events import Events, process_start
 from megaregion.training.faults import Faults
@@ -76,13 +75,15 @@ class Trainer:
         self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed)
-        self._loader = RegionLoader(self.dataset, order, transform, config.data)
+        self._loader = RegionLoader(
+            self.dataset, order, transform, config.data, skips_lost=topology.tensor_size == 1
+        )
         self.heads = Heads(config, self.dataset, topology)
         self.engine = self._build_engine()
         self._guard = LossGuard(config.guard)
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
         self._refusal: str | None = None
-        self._hosts = gather_texts(socket.gethostname(), topology)
+        self._hosts = gather_texts(host_name(), topology)
         self.events = Events(self.run_folder, topology.rank == 0)
         # Last, so that a start that fails over a mistake takes no run away from its owner.
         fence = claim_together(self.run_folder / "checkpoints", topology)

@@ -17,7 +17,6 @@ import linecache
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from megaregion.errors import WATCHDOG_EXIT
+from megaregion.parallel.topology import host_name
 from megaregion.training.metrics import LOG
 from megaregion.training.progress import Progress
 
@@ -78,7 +78,7 @@ class Watchdog:
         """
         self._progress, self._rank, self._world_size = progress, rank, world_size
         self._store, self._logs, self._seconds = store, logs, seconds
-        self._host = socket.gethostname()
+        self._host = host_name()
         self._interval = min(5.0, max(0.1, seconds / 10))
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()

@@ -1,0 +1,314 @@
+"""What is looked at before a start costs anything: machines that differ, are sick, slow or short of disk.
+
+Every rank measures itself, all ranks' findings meet on every rank, and one judgement, the same everywhere,
+says what is wrong and on which host. Problems of the machines and problems that a person has to mend are
+told apart, for only the first kind may be gone at the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megaregion.config import MachinesConfig, RunConfig
+from megaregion.data.shards import ShardedDataset
+from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
+from megaregion.models.encoder import RegionEncoder
+from megaregion.parallel.texts import gather_texts
+from megaregion.parallel.topology import Group, Topology, host_group, host_name
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "webdataset")
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one rank says of itself and its host."""
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    device: str
+    """Kind of the device and its memory."""
+    matrix: float
+    """Seconds of one matrix product, the best of some rounds."""
+    exact: bool
+    """Whether that product is right to the last bit."""
+    inside: float
+    """Bus bandwidth of an all-reduce over the host's ranks, GB/s; 0 where it has one."""
+    across: float
+    """Bus bandwidth of an all-reduce over all ranks, GB/s; 0 for one rank."""
+    clock: float
+    """Seconds since the epoch, taken as all ranks leave one barrier."""
+    dataset: str
+    """Hash of dataset.json and every shard's size, empty if the dataset cannot be read."""
+    free: int
+    """Bytes free where checkpoints are written."""
+    complaint: str = ""
+    """Why the dataset cannot be read."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of all findings."""
+
+    machines: list[str] = field(default_factory=list)
+    """What is wrong with a host; another allocation may do without it."""
+    mistakes: list[str] = field(default_factory=list)
+    """What a person has to mend before any start can work."""
+
+
+def check_machines(config: RunConfig, topology: Topology) -> int:
+    """Examine, judge and tell; a collective.
+
+    Args:
+        config: The run.
+        topology: This rank's place.
+
+    Returns:
+        0, or the exit code that the start must end with.
+    """
+    findings = examine(config, topology)
+    verdict = judge(findings, config.machines, checkpoint_bytes(config))
+    if topology.rank == 0:
+        print(table(findings))
+        for problem in verdict.mistakes + verdict.machines:
+            print(f"megaregion: preflight: {problem}", file=sys.stderr)
+    if verdict.mistakes:
+        return USER_ERROR_EXIT
+    return UNFIT_EXIT if verdict.machines else 0
+
+
+def examine(config: RunConfig, topology: Topology) -> list[Findings]:
+    """Every rank's findings, in rank order; a collective.
+
+    Args:
+        config: The run.
+        topology: This rank's place.
+    """
+    hosts = gather_texts(host_name(), topology)
+    inside = host_group(hosts, topology)
+    floats = 1 << (24 if topology.device.type == "cuda" else 20)
+    seconds, exact = _multiply(topology.device)
+    dataset, complaint = _read_dataset(config.data.path, topology)
+    dist.barrier(topology.world_group)
+    findings = Findings(
+        rank=topology.rank,
+        host=hosts[topology.rank],
+        versions=_versions(),
+        device=_describe(topology.device),
+        matrix=seconds,
+        exact=exact,
+        clock=time.time(),
+        inside=_bus_bandwidth(inside, floats, topology.device),
+        across=_bus_bandwidth(topology.world_group, floats, topology.device),
+        dataset=dataset,
+        complaint=complaint,
+        free=_free_bytes(Path(config.output) / config.name),
+    )
+    texts = gather_texts(json.dumps(dataclasses.asdict(findings)), topology)
+    return [Findings(**json.loads(text)) for text in texts]
+
+
+def judge(findings: Sequence[Findings], wanted: MachinesConfig, checkpoint_bytes: int) -> Verdict:
+    """What is wrong, each in one line that names the host.
+
+    Args:
+        findings: All ranks' findings.
+        wanted: What is still good enough.
+        checkpoint_bytes: Size of one checkpoint.
+    """
+    mistakes = _differ(
+        findings, "versions", lambda one: _text(one.versions), "install requirements.txt there"
+    )
+    mistakes += list(dict.fromkeys(f"{one.host}: {one.complaint}" for one in findings if one.complaint))
+    readable = [one for one in findings if not one.complaint]
+    mistakes += _differ(readable, "dataset", lambda one: one.dataset[:12], "copy it there again")
+    need = wanted.free_checkpoints * checkpoint_bytes
+    short = {one.host: one.free for one in findings if one.free < need}
+    mistakes += [
+        f"{host} has {free / 1e9:,.1f} GB free for checkpoints, and {wanted.free_checkpoints} of them need "
+        f"{need / 1e9:,.1f} GB (machines.free_checkpoints)"
+        for host, free in short.items()
+    ]
+    machines = _differ(findings, "device", lambda one: one.device, "leave it out (sbatch --exclude)")
+    machines += [f"{_place(one)} multiplies wrongly" for one in findings if not one.exact]
+    machines += _slow(findings, wanted.slow_factor) + _narrow(findings, wanted) + _skewed(findings, wanted)
+    return Verdict(machines, mistakes)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint: fp32 masters and two moments each, of the body and the heads' rows."""
+    with torch.device("meta"):
+        body = sum(p.numel() for p in RegionEncoder(config.model, config.head.embedding_dim).parameters())
+    try:
+        info = ShardedDataset(config.data.path, check_labels=False).info
+        rows = info.object_classes + info.text_classes
+    except UserError:
+        rows = 0  # The dataset is complained of by itself.
+    return 4 * 3 * (body + rows * config.head.embedding_dim)
+
+
+def table(findings: Sequence[Findings]) -> str:
+    """Hosts below each other: device, speed of the slowest rank, bandwidth inside, free disk."""
+    hosts: dict[str, list[Findings]] = defaultdict(list)
+    for one in findings:
+        hosts[one.host].append(one)
+    lines = [f"{'host':24} {'ranks':>5} {'product ms':>10} {'inside GB/s':>11} {'free GB':>9}  device"]
+    for host, ranks in hosts.items():
+        slowest, narrowest = max(one.matrix for one in ranks), min(one.inside for one in ranks)
+        lines.append(
+            f"{host:24} {len(ranks):5} {slowest * 1e3:10.2f} {f'{narrowest:.2f}' if narrowest else '-':>11} "
+            f"{ranks[0].free / 1e9:9,.0f}  {ranks[0].device}"
+        )
+    across = min(one.across for one in findings)
+    return "\n".join([*lines, f"all-reduce over all {len(findings)} ranks: {across:.2f} GB/s"])
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found["python"] = platform.python_version()
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"processor {platform.machine()}"
+
+
+def _multiply(device: torch.device) -> tuple[float, bool]:
+    """Seconds of a matrix product, and whether it is exact: small integers leave nothing to round."""
+    size, kind = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-1, 2, (size, size), generator=generator).to(device, kind)
+    columns = torch.arange(size, device=device)
+    # A permutation and signs: every element of the product is known without a second product.
+    right = torch.zeros(size, size, device=device, dtype=kind)
+    right[columns, (columns * 5 + 3) % size] = 1
+    expected = torch.empty_like(left)
+    expected[:, (columns * 5 + 3) % size] = left
+    seconds, exact = [], True
+    for _ in range(ROUNDS):
+        if device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            product = left @ right
+            events[1].record()
+            torch.cuda.synchronize()
+            seconds.append(events[0].elapsed_time(events[1]) / 1e3)
+        else:
+            began = time.thread_time()
+            product = left @ right
+            seconds.append(time.thread_time() - began)
+        exact = exact and torch.equal(product, expected)
+    return min(seconds), exact
+
+
+def _bus_bandwidth(group: Group, floats: int, device: torch.device) -> float:
+    """GB/s over every link of a ring: 2 (n - 1) / n of the bytes over the best round's seconds."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return 0.0
+    payload, best = torch.ones(floats, device=device), float("inf")
+    for _ in range(ROUNDS):
+        dist.barrier(group)
+        began = time.perf_counter()
+        dist.all_reduce(payload, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * (ranks - 1) / ranks * payload.numel() * 4 / best / 1e9
+
+
+def _read_dataset(path: str, topology: Topology) -> tuple[str, str]:
+    """Hash of what names the dataset's bytes, and a complaint; reads one sample of this rank's own."""
+    try:
+        dataset = ShardedDataset(path, check_labels=False)
+        dataset.read(topology.rank * len(dataset) // topology.world_size)
+        dataset.close()
+        content = (Path(path) / "dataset.json").read_bytes()
+    except (UserError, OSError) as error:
+        return "", str(error)
+    return hashlib.sha256(content).hexdigest(), ""
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _differ(
+    findings: Sequence[Findings], what: str, of: Callable[[Findings], str], way_out: str
+) -> list[str]:
+    """One line for every host that differs from what most have."""
+    if not findings:
+        return []
+    usual = Counter(of(one) for one in findings).most_common(1)[0][0]
+    odd = {one.host: of(one) for one in findings if of(one) != usual}
+    return [f"{host} has {what} {found}, most have {usual}; {way_out}" for host, found in odd.items()]
+
+
+def _slow(findings: Sequence[Findings], factor: float) -> list[str]:
+    usual = statistics.median(one.matrix for one in findings)
+    return [
+        f"{_place(one)} takes {one.matrix * 1e3:.2f} ms for a matrix product, the median is "
+        f"{usual * 1e3:.2f} ms (machines.slow_factor {factor:g})"
+        for one in findings
+        if factor and one.matrix > factor * usual
+    ]
+
+
+def _narrow(findings: Sequence[Findings], wanted: MachinesConfig) -> list[str]:
+    hosts = {one.host: one.inside for one in findings if one.inside}
+    narrow = [
+        f"{host} reduces at {speed:.2f} GB/s inside, less than machines.inside_gbytes "
+        f"{wanted.inside_gbytes:g}"
+        for host, speed in hosts.items()
+        if speed < wanted.inside_gbytes
+    ]
+    across = min(one.across for one in findings)
+    if len(findings) > 1 and across < wanted.across_gbytes:
+        names = ", ".join(dict.fromkeys(one.host for one in findings))
+        narrow.append(
+            f"all ranks reduce at {across:.2f} GB/s, less than machines.across_gbytes "
+            f"{wanted.across_gbytes:g}; hosts: {names}"
+        )
+    return narrow
+
+
+def _skewed(findings: Sequence[Findings], wanted: MachinesConfig) -> list[str]:
+    usual = statistics.median(one.clock for one in findings)
+    hosts = {one.host: one.clock - usual for one in findings}
+    return [
+        f"{host}'s clock is {skew:+.1f} s off the others' (machines.clock_skew {wanted.clock_skew:g} s)"
+        for host, skew in hosts.items()
+        if abs(skew) > wanted.clock_skew
+    ]
+
+
+def _place(one: Findings) -> str:
+    return f"rank {one.rank} on {one.host}"
+
+
+def _text(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,0 +1,132 @@
+"""The look at the machines before a start: what it finds is named with its host, and says who can mend it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from launch import free_port, repository
+from test_run import command
+from toy import toy_dataset
+
+from megaregion.config import MachinesConfig, RunConfig
+from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT
+from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, judge
+
+WHOLE = Findings(
+    rank=0, host="n0", versions={"torch": "2.13.0"}, device="H200, 140 GiB", matrix=0.010, exact=True,
+    inside=300.0, across=40.0, clock=1000.0, dataset="f" * 64, free=10**12,
+)  # fmt: skip
+
+
+def findings(**odd: object) -> list[Findings]:
+    """Two hosts of two ranks; rank 3, on n1, is odd."""
+    ranks = [dataclasses.replace(WHOLE, rank=rank, host=f"n{rank // 2}") for rank in range(4)]
+    return [*ranks[:3], dataclasses.replace(ranks[3], **odd)]  # type: ignore[arg-type]
+
+
+def test_machines_that_are_alike_and_whole_pass() -> None:
+    assert judge(findings(), MachinesConfig(), checkpoint_bytes=10**9) == Verdict()
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"device": "A100, 80 GiB"}, "n1 has device A100, 80 GiB, most have H200, 140 GiB"),
+        ({"exact": False}, "rank 3 on n1 multiplies wrongly"),
+        ({"matrix": 0.020}, "rank 3 on n1 takes 20.00 ms for a matrix product, the median is 10.00 ms"),
+        ({"clock": 1009.5}, "n1's clock is +9.5 s off the others'"),
+        ({"inside": 90.0}, "n1 reduces at 90.00 GB/s inside, less than machines.inside_gbytes 100"),
+        (
+            {"across": 4.0},
+            "all ranks reduce at 4.00 GB/s, less than machines.across_gbytes 10; hosts: n0, n1",
+        ),
+    ],
+)
+def test_an_unfit_machine_is_named_and_another_allocation_may_do(odd: dict[str, object], said: str) -> None:
+    verdict = judge(findings(**odd), MachinesConfig(inside_gbytes=100, across_gbytes=10), 10**9)
+    assert not verdict.mistakes
+    assert [said in problem for problem in verdict.machines] == [True], verdict
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"versions": {"torch": "2.12.1"}}, "n1 has versions torch 2.12.1, most have torch 2.13.0"),
+        ({"dataset": "0" * 64}, "n1 has dataset 000000000000, most have ffffffffffff"),
+        (
+            {"dataset": "", "complaint": "shard-00000.tar does not exist"},
+            "n1: shard-00000.tar does not exist",
+        ),
+        ({"free": 10**9}, "n1 has 1.0 GB free for checkpoints, and 2 of them need 2.0 GB"),
+    ],
+)
+def test_what_a_person_must_mend_is_a_mistake(odd: dict[str, object], said: str) -> None:
+    verdict = judge(findings(**odd), MachinesConfig(), 10**9)
+    assert not verdict.machines
+    assert [said in problem for problem in verdict.mistakes] == [True], verdict
+
+
+def test_a_checkpoint_is_weighed_before_it_is_written(tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path / "shards")
+    small = RunConfig(data=dataclasses.replace(RunConfig().data, path=str(dataset)))
+    wider = dataclasses.replace(small, head=dataclasses.replace(small.head, embedding_dim=1024))
+    info = json.loads((dataset / "dataset.json").read_text())
+    assert 0 < checkpoint_bytes(small) < checkpoint_bytes(wider)
+    assert info["samples"] > 0
+
+
+def start(folder: Path, datasets: list[Path], *extra: str) -> list[subprocess.CompletedProcess[str]]:
+    """The command line on one rank for every dataset, two ranks a host."""
+    port, processes = free_port(), []
+    for rank, dataset in enumerate(datasets):
+        launched = {
+            "RANK": str(rank), "WORLD_SIZE": str(len(datasets)), "LOCAL_RANK": str(rank % 2),
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "SLURMD_NODENAME": f"n{rank // 2}",
+        }  # fmt: skip
+        flags = ["--train.steps=2", "--machines.slow_factor=0", *extra]
+        processes.append(
+            subprocess.Popen(
+                command(dataset, folder, *flags), cwd=repository(), env={**os.environ, **launched},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        told = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *outputs)
+        for process, outputs in zip(processes, told, strict=True)
+    ]
+
+
+def test_ranks_look_at_their_machines_and_then_train_or_stop(tmp_path: Path) -> None:
+    whole = toy_dataset(tmp_path / "whole")
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    next(other.glob("*.tar")).unlink()
+
+    done = start(tmp_path / "first", [whole] * 4, "--preflight=first")
+    assert [process.returncode for process in done] == [0] * 4, done[0].stderr
+    assert "all-reduce over all 4 ranks" in done[0].stdout
+    assert [line.split()[:2] for line in done[0].stdout.splitlines() if line.startswith("n")] == [
+        ["n0", "2"], ["n1", "2"],
+    ]  # fmt: skip
+    assert (tmp_path / "first" / "run" / "metrics.jsonl").exists()
+
+    done = start(tmp_path / "mistake", [whole, whole, whole, other], "--preflight=first")
+    assert [process.returncode for process in done] == [USER_ERROR_EXIT] * 4
+    assert "preflight: n1: " in done[0].stderr
+    assert not (tmp_path / "mistake").exists(), "nothing is written before the machines are known"
+
+    done = start(tmp_path / "unfit", [whole] * 2, "--preflight=only", "--machines.inside_gbytes=1e6")
+    assert [process.returncode for process in done] == [UNFIT_EXIT] * 2
+    assert "n0 reduces at" in done[0].stderr
