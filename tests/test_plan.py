@@ -9,7 +9,7 @@ import sys
 import pytest
 from launch import repository
 
-from megaregion.benchmark.faults import LLAMA3_FAULTS, Cluster, best_interval, expected, simulate, young
+from megaregion.planning.faults import LLAMA3_FAULTS, Cluster, best_interval, expected, simulate, young
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from megaregion.benchmark.faults import (
+from megaregion.command_line import run
+from megaregion.errors import UserError
+from megaregion.planning.faults import (
     LLAMA3_FAULTS,
     Cluster,
     best_interval,
@@ -16,8 +18,6 @@ from megaregion.benchmark.faults import (
     simulate,
     young,
 )
-from megaregion.command_line import run
-from megaregion.errors import UserError
 
 
 def main() -> int:

@@ -1,0 +1,13 @@
+"""The parts of ``tools/benchmark.py``: one file a part, each with its flags and how it measures.
+
+A part is a module with ``HELP`` (a line), ``DESCRIPTION`` (what the ratios mean), ``add_arguments(parser)``
+and ``measure(options, device) -> Report``. What is slow to import is imported inside ``measure``, for every
+part is loaded to show the help.
+"""
+
+from __future__ import annotations
+
+from megaregion.benchmark.commands import checkpoint, head
+
+PARTS = {"head": head, "checkpoint": checkpoint}
+"""Part modules by the name that the command line knows."""
