@@ -4,7 +4,7 @@
 #   slurm/launch.sh CONFIG [--setting value ...]        from a batch script, see pretrain_64gpu.sh
 #
 # What becomes of a start is read from the exit code of srun:
-#   0   trained to the end: the DONE marker is written, jobs that follow leave at once
+#   0   trained to the end (or to --stop-at); at the end the run has a DONE marker, jobs that follow leave at once
 #   85  saved on a signal (time limit, preemption, a person): requeued
 #   2   a mistake in the settings or the data: the job fails, a new start would fail as well
 #   86  a newer start owns the run: the job ends and touches nothing
@@ -65,7 +65,7 @@ count_fault() {
   latest=$(cat "$run/checkpoints/latest" 2>/dev/null || echo none)
   if [[ -f $file ]]; then read -r count seen <"$file"; fi
   if [[ $seen != "$latest" ]]; then count=0; fi
-  echo "$((count + 1)) $latest" >"$file"
+  echo "$((count + 1)) $latest" >"$file" || true # a full disk must not end the job
   echo "$((count + 1))"
 }
 
@@ -101,7 +101,7 @@ run_step() {
 
 mkdir -p "$logs"
 if [[ -f $run/DONE ]]; then
-  say "$run is trained to the end already"
+  say "$run is trained to the end already; remove $run/DONE to go on with more train.steps"
   exit 0
 fi
 if [[ -n ${MEGAREGION_MODULES:-} ]]; then
@@ -146,7 +146,7 @@ run_step "${train[@]}" --resume auto "${look[@]}" || code=$?
 say "srun ended with $code"
 case $code in
   0)
-    touch "$run/DONE"
+    if [[ -f $run/DONE ]]; then say "$run is trained to the end"; else say "stopped where it was told to"; fi
     ;;
   85)
     requeue "saved on a signal"

@@ -7,11 +7,13 @@ bit where the ranks are as many as before.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from launch import repository
+from launch import free_port, repository
 from pretend_cluster import PretendCluster
 from toy import toy_dataset
 
@@ -37,10 +39,13 @@ class Drill:
         self.folder = folder
         self.dataset = toy_dataset(folder / "shards", samples=64)
 
-    def submit(self, name: str, *settings: str, nodes: int | str = NODES, **environment: str) -> str:
+    def submit(
+        self, name: str, *settings: str, nodes: int | str = NODES, per_node: int = 1, **environment: str
+    ) -> str:
         """Submit the script that users submit; returns the job's number."""
         return self.cluster.submit(
-            f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
+            f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}",
+            "--cpus-per-task=1",
             f"--output={self.folder}/{name}.log",
             repository() / "slurm" / "pretrain_8gpu.sh",
             *TOY, f"--data.path={self.dataset}", *settings,
@@ -54,6 +59,20 @@ class Drill:
             },
             cwd=self.folder,
         )  # fmt: skip
+
+    def torchrun(self, name: str, ranks: int) -> None:
+        """The same training without SLURM, undisturbed to its end."""
+        flags = [*TOY, f"--data.path={self.dataset}", f"--output={self.folder}", f"--name={name}"]
+        done = subprocess.run(
+            [
+                sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
+                f"--master-port={free_port()}", "tools/pretrain.py", "--config", "configs/vit_b16_8gpu.yaml",
+                *flags,
+            ],
+            cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
 
     def steps(self, name: str) -> list[int]:
         """Steps that the run has logged, in order."""

@@ -24,7 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 
 SLURM_CONF = """\
 ClusterName=pretend
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -59,15 +59,22 @@ SlurmctldPidFile={base}/run/slurmctld.pid
 SlurmdPidFile={base}/run/slurmd.%n.pid
 SlurmctldLogFile={base}/log/slurmctld.log
 SlurmdLogFile={base}/log/slurmd.%n.log
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
-Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+{addresses}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off
 """
 
 
+NODE_CONF = """\
+NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} \
+Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"""
+
+
 class PretendCluster:
     """Daemons of one cluster, and what a user of it types."""
+
+    controller = "127.0.0.1"
+    """Address that the nodes reach the controller at."""
 
     def __init__(self, base: Path, kill_wait: int = 60) -> None:
         self.base = base
@@ -109,7 +116,15 @@ class PretendCluster:
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
         (self.base / "spool" / node).mkdir(exist_ok=True)
-        self._daemon(node, "slurmd", "-D", "-f", self.config, "-N", node)
+        self._daemon(node, *self._inside(node), "slurmd", "-D", "-f", self.config, "-N", node)
+
+    def address(self, number: int) -> str:
+        """Address of node n<number>."""
+        return "127.0.0.1"
+
+    def _inside(self, node: str) -> list[str]:
+        """Command in front of a node's daemon."""
+        return []
 
     def kill_node(self, node: str) -> None:
         """Take a node's power away: its daemon and everything that runs on it die at once."""
@@ -216,9 +231,14 @@ class PretendCluster:
 
     def _write_configuration(self) -> None:
         first = _free_ports(NODES + 1)
+        host = socket.gethostname().split(".")[0]
+        nodes = [
+            NODE_CONF.format(name=f"n{i}", host=host, address=self.address(i), port=first + i)
+            for i in range(1, NODES + 1)
+        ]
         text = SLURM_CONF.format(
-            base=self.base, host=socket.gethostname().split(".")[0], port=first, nodes=NODES,
-            first=first + 1, last=first + NODES, kill_wait=self._kill_wait,
+            base=self.base, host=host, port=first, controller=self.controller, kill_wait=self._kill_wait,
+            addresses="\n".join(nodes),
         )  # fmt: skip
         self.config.write_text(text)
         (self.base / "etc" / "plugstack.conf").write_text("")
@@ -247,7 +267,7 @@ class PretendCluster:
 
 
 @contextlib.contextmanager
-def pretend_cluster() -> Iterator[PretendCluster]:
+def pretend_cluster(kind: type[PretendCluster] = PretendCluster) -> Iterator[PretendCluster]:
     """A running cluster; a machine without SLURM skips, except under CI, where that is a failure."""
     lacking = [program for program in PROGRAMS if shutil.which(program) is None]
     reason = f"needs root and SLURM ({', '.join(lacking)} not found)" if lacking else "needs root"
@@ -257,7 +277,7 @@ def pretend_cluster() -> Iterator[PretendCluster]:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="pretend-slurm-", ignore_cleanup_errors=True) as base:
         Path(base).chmod(0o755)  # munged wants every user to reach its socket
-        cluster = PretendCluster(Path(base))
+        cluster = kind(Path(base))
         try:
             cluster.start()
             yield cluster

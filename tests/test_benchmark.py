@@ -65,3 +65,16 @@ def test_the_checkpoint_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     assert [case["goal"] for case in cases] == [20.0, 0, 0, 0]
     assert len({case["peer"] for case in cases}) == 1
     assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
+
+
+def test_the_guards_benchmark_runs_at_any_size(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [
+        sys.executable, "tools/benchmark.py", "guards", "--width=64", "--depth=4", "--image-size=32",
+        "--images=1", "--repeats=1", f"--json={file}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(file.read_text())["cases"]
+    assert case["goal"] == 100.0
+    assert 0 < case["ours"] < case["peer"]

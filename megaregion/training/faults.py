@@ -8,7 +8,8 @@
     MEGAREGION_FAULT="slow:rank=1:step=2:seconds=0.5"    sleeps so long in every forward from step 2 on
 
 Steps count from 1, as the log counts them. ``rank`` is 0 and ``count``, of steps tried, is 1 when not
-given; several are joined by commas. Unset, nothing here does anything.
+given; ``start=0`` keeps a fault to a job's first start, ``start=1`` to its first restart. Several are joined
+by commas. Unset, nothing here does anything.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Fault:
     """How often it acts; slow acts without end."""
     seconds: float = 0.0
     """Length of one slow forward."""
+    start: int | None = None
+    """The only start of a requeued job that it acts in, from 0; None for all."""
 
 
 class Faults:
@@ -51,8 +54,9 @@ class Faults:
         Raises:
             UserError: The variable cannot be read.
         """
-        text = os.environ.get(VARIABLE, "")
-        return cls([fault for part in text.split(",") if part and (fault := _parse(part)).rank == rank])
+        faults = [_parse(part) for part in os.environ.get(VARIABLE, "").split(",") if part]
+        start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return cls([fault for fault in faults if fault.rank == rank and fault.start in (None, start)])
 
     def forward(self, step: int) -> None:
         """Called in the middle of a step.
@@ -90,12 +94,12 @@ def _parse(text: str) -> Fault:
     kind, *settings = text.strip().split(":")
     values: dict[str, str] = dict(item.partition("=")[::2] for item in settings)
     try:
-        if kind not in KINDS or set(values) - {"rank", "step", "count", "seconds"}:
+        if kind not in KINDS or set(values) - {"rank", "step", "count", "seconds", "start"}:
             raise ValueError(text)
         numbers = {key: int(value) for key, value in values.items() if key != "seconds"}
         return Fault(kind, seconds=float(values.get("seconds", 0.0)), **numbers)
     except ValueError:
         raise UserError(
-            f"{VARIABLE} must name faults as {', '.join(KINDS)} with :rank=, :step=, :count= or :seconds=, "
-            f"got {text!r}"
+            f"{VARIABLE} must name faults as {', '.join(KINDS)} with :rank=, :step=, :count=, :start= or "
+            f":seconds=, got {text!r}"
         ) from None

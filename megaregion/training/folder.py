@@ -17,6 +17,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+DONE = "DONE"
+"""Lies in the run's folder once the last step is taken: jobs that were chained to it leave at once."""
 FENCE = "fence"
 UNFINISHED = ".unfinished"
 """Begins the suffix of a folder that is being written."""

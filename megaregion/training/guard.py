@@ -7,6 +7,7 @@ its last checkpoint and continues with the data behind the bad window; after sev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -144,8 +145,8 @@ class LossGuard:
 
 
 def write_refusal(file: Path, refusal: dict[str, Any]) -> None:
-    """Add one refused step to guard.jsonl."""
-    with file.open("a") as stream:
+    """Add one refused step to guard.jsonl; a full disk loses the line, which the log has too."""
+    with contextlib.suppress(OSError), file.open("a") as stream:
         stream.write(json.dumps(refusal) + "\n")
 
 

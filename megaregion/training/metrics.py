@@ -1,16 +1,25 @@
-"""What a run says about itself: a log line, metrics.jsonl and TensorBoard, written by rank 0."""
+"""What a run says about itself: a log line, metrics.jsonl and TensorBoard, written by rank 0.
+
+None of it is worth a run. While a disk is full, records wait in memory and are written once there is room
+again; TensorBoard, which keeps nothing, misses those steps.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 LOG = logging.getLogger("megaregion")
+
+KEPT_RECORDS = 100_000
+"""Records that wait for room on the disk; beyond them the oldest are lost."""
 
 
 def open_log(folder: Path, rank: int) -> None:
@@ -19,6 +28,7 @@ def open_log(folder: Path, rank: int) -> None:
     LOG.handlers.clear()
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    logging.raiseExceptions = False  # A line that a full disk refuses is lost, without a traceback for each.
     file = logging.FileHandler(folder / f"rank-{rank:02d}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(file)
@@ -40,13 +50,13 @@ class Metrics:
             total_steps: Steps of the whole run, for the log line.
         """
         self._total = total_steps
-        self._file = None
+        self._run = run
+        self._waiting: deque[str] = deque(maxlen=KEPT_RECORDS)
+        self._file: int | None = None
         self._board: Any = None
+        self._torn = self._refused = False
         if writes:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._file = (run / "metrics.jsonl").open("a")
-            self._board = SummaryWriter(str(run / "tensorboard"))
+            self._file = os.open(run / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(
         self, step: int, values: dict[str, float | int | None], notes: dict[str, Any] | None = None
@@ -61,24 +71,61 @@ class Metrics:
         if self._file is None:
             return
         record = {"step": step, "time": time.time(), **values, **(notes or {})}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        self._waiting.append(json.dumps(record))
+        self._write_waiting()
+        self._show({n: v for n, v in values.items() if v is not None and math.isfinite(v)}, step)
         LOG.info(self._line(step, values))
 
     def shares(self, step: int, shares: dict[str, float]) -> None:
         """Show in TensorBoard what the wall time of all starts went into."""
-        if self._board is not None:
-            for name, share in shares.items():
-                self._board.add_scalar(f"time/{name}", share, step)
+        if self._file is not None:
+            self._show({f"time/{name}": share for name, share in shares.items()}, step)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        if self._file is None:
+            return
+        self._write_waiting()
+        os.close(self._file)
+        self._file = None
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                LOG.warning("TensorBoard's last steps could not be written: %s", error)
+
+    def _write_waiting(self) -> None:
+        """Append the records that wait, in one write, so that no other process's lines come in between."""
+        assert self._file is not None
+        text = ("\n" if self._torn else "") + "".join(f"{line}\n" for line in self._waiting)
+        content = text.encode()
+        try:
+            written = os.write(self._file, content)
+        except OSError as error:
+            self._refuse(error)
+            return
+        self._torn = written < len(content)
+        if not self._torn:
+            self._waiting.clear()
+            self._refused = False
+
+    def _show(self, values: dict[str, float], step: int) -> None:
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard.writer import SummaryWriter
+
+                self._board = SummaryWriter(str(self._run / "tensorboard"))
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            # Its writing thread has ended; the next step opens another.
+            self._board = None
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        if not self._refused:
+            LOG.error("metrics of %s cannot be written (%s); training goes on", self._run, error.strerror)
+        self._refused = True
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
         def number(key: str, form: str, missing: str = "-") -> str:

@@ -36,6 +36,7 @@ from megaregion.parallel.zero import ZeroEngine
 from megaregion.training.events import Events, process_start
 from megaregion.training.faults import Faults
 from megaregion.training.fence import claim_together
+from megaregion.training.folder import DONE
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
@@ -124,7 +125,8 @@ class Trainer:
             stop_at: Save and leave after this step; the schedules still reach to train.steps.
 
         Returns:
-            0 at the end of training, 85 if the run saved on a signal and wants to be started again.
+            0 at the end of training, which DONE in the run's folder marks, or of ``stop_at``; 85 if the run
+            saved on a signal and wants to be started again.
 
         Raises:
             Fenced: A newer start of the same run has taken it over.
@@ -160,6 +162,8 @@ class Trainer:
                     self._go_back()
             self._finish_saving()
             self.events.write("end", step=self.state.step)
+            if self.topology.rank == 0 and self.state.step == self.config.train.steps:
+                (self.run_folder / DONE).touch()
             return 0
         finally:
             self.state.settle()

@@ -7,7 +7,7 @@ part is loaded to show the help.
 
 from __future__ import annotations
 
-from megaregion.benchmark.commands import checkpoint, head
+from megaregion.benchmark.commands import checkpoint, guards, head
 
-PARTS = {"head": head, "checkpoint": checkpoint}
+PARTS = {"head": head, "checkpoint": checkpoint, "guards": guards}
 """Part modules by the name that the command line knows."""
