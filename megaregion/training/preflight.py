@@ -82,10 +82,11 @@ def check_machines(config: RunConfig, topology: Topology) -> int:
     Returns:
         0, or the exit code that the start must end with.
     """
+    began = time.perf_counter()
     findings = examine(config, topology)
     verdict = judge(findings, config.machines, checkpoint_bytes(config))
     if topology.rank == 0:
-        print(table(findings))
+        print(f"{table(findings)}; looked at in {time.perf_counter() - began:.1f} s")
         for problem in verdict.mistakes + verdict.machines:
             print(f"megaregion: preflight: {problem}", file=sys.stderr)
     if verdict.mistakes:
