@@ -57,8 +57,8 @@ def compare_guards(
     guards(1)
     calls = 200 * repeats
     began = time.perf_counter()
-    for step in range(2, calls + 2):
-        guards(step)
+    for number in range(2, calls + 2):
+        guards(number)
     ours = (time.perf_counter() - began) / calls
     step = encoder_step(model, images, watch.device)
     step()

@@ -10,17 +10,22 @@ Shapes: O output width, I input width, T tensor ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from megaregion.parallel.topology import Topology
+
+with warnings.catch_warnings():
+    # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 Split = Literal["column", "row"]
 
