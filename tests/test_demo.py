@@ -46,6 +46,7 @@ def test_images_become_an_encoder_that_transformers_loads(tmp_path: Path) -> Non
     assert 0 <= rows["trained"]["ocr_prior"] <= 1
     assert result["test_regions"] > 0
     assert result["seconds"]["demo: total"] > 0
+    assert result["demo_peak_memory_bytes"] > 200e6, "four ranks alone need more"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert "<html" in (run / "report.html").read_text()

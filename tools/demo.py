@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from megaregion.command_line import run
+from megaregion.demo.memory import PeakMemory
 from megaregion.errors import UserError
 
 
@@ -27,15 +29,16 @@ def main() -> int:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     shutil.rmtree(arguments.run / "hf", ignore_errors=True)
-    for name, command in steps(arguments):
-        print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, *command], check=False)
-        if done.returncode:
-            raise UserError(f"the demo stopped in step '{name}' (exit code {done.returncode}); see above")
-        seconds[name] = round(time.perf_counter() - started, 1)
+    with PeakMemory(os.getpid()) as memory:
+        for name, command in steps(arguments):
+            print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, *command], check=False)
+            if done.returncode:
+                raise UserError(f"the demo stopped in step '{name}' (exit code {done.returncode}); see above")
+            seconds[name] = round(time.perf_counter() - started, 1)
     seconds["total"] = round(time.perf_counter() - began, 1)
-    return conclude(arguments.run, seconds, arguments.gate)
+    return conclude(arguments.run, seconds, memory.peak, arguments.gate)
 
 
 def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
@@ -79,16 +82,18 @@ print(type(model).__name__, shapes)
 """
 
 
-def conclude(goal: Path, seconds: dict[str, float], gate: float) -> int:
-    """Add the demo's times to evaluation.json, say what was reached, and judge the gate."""
+def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) -> int:
+    """Add the demo's times and peak memory to evaluation.json, say what was reached, and judge the gate."""
     file = goal / "evaluation.json"
     result = json.loads(file.read_text())
     result["seconds"] = {**result.get("seconds", {}), **{f"demo: {k}": v for k, v in seconds.items()}}
+    result["demo_peak_memory_bytes"] = memory
     file.write_text(json.dumps(result, indent=1) + "\n")
     knn = {row["encoder"]: row["region_knn"] for row in result["rows"]}
     print("\n== done ==")
     for name, value in seconds.items():
         print(f"{name:<34}{value:>8.1f} s")
+    print(f"{'peak memory of all processes':<34}{memory / 1e9:>8.1f} GB")
     print(f"\nreport    {goal / 'report.html'}\nnumbers   {file}\nencoder   {goal / 'hf'}")
     print("region 5-NN: " + ", ".join(f"{name} {value:.1%}" for name, value in knn.items()))
     gain = knn["trained"] - knn["untrained"]
