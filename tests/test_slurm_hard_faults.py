@@ -43,8 +43,10 @@ def test_a_node_lost_during_a_save_without_a_spare_one(drill: Drill, undisturbed
         drill.cluster.command("scontrol", "update", "nodename=n9", "state=resume")
         drill.cluster.until(lambda: drill.cluster.nodes_in("idle") == 9, 90, "nine idle nodes")
     log = (drill.folder / "no-spare.log").read_text()
-    assert "8 of 8 nodes" in log, log
-    assert "6 of 7 nodes" in log, "48 images do not spread over seven nodes"
+    used = [int(line.split(" nodes x ")[0].split()[-3]) for line in log.splitlines() if " nodes x " in line]
+    assert used[0] == 8, log
+    # As many of the seven that are left as were free at that moment, and 48 images do not spread over seven.
+    assert used[-1] in (4, 6), log
     _assert_close(drill.losses("no-spare"), drill.losses(undisturbed))
 
 
