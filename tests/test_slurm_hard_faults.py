@@ -34,13 +34,14 @@ def test_a_node_lost_during_a_save_with_a_spare_one(drill: Drill, undisturbed: s
 
 
 def test_a_node_lost_during_a_save_without_a_spare_one(drill: Drill, undisturbed: str) -> None:
-    drill.cluster.command("scontrol", "update", "nodename=n9", "state=down", "reason=drill")
+    drill.cluster.kill_node("n9")
+    drill.cluster.until(lambda: drill.cluster.nodes_in("idle") == 8, 90, "the ninth node's end")
     try:
         job = drill.submit("no-spare", nodes="4-8")
         with _lost_during_a_save(drill, "no-spare", job, rank=3):
             assert drill.finish("no-spare", job) == "COMPLETED", drill.log("no-spare")
     finally:
-        drill.cluster.command("scontrol", "update", "nodename=n9", "state=resume")
+        drill.cluster.start_node("n9")
         drill.cluster.until(lambda: drill.cluster.nodes_in("idle") == 9, 90, "nine idle nodes")
     log = (drill.folder / "no-spare.log").read_text()
     used = [int(line.split(" nodes x ")[0].split()[-3]) for line in log.splitlines() if " nodes x " in line]
