@@ -8,7 +8,7 @@ others (accumulation, patch grid) are methods here, computed once from the sourc
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from megaregion.errors import UserError
@@ -21,6 +21,7 @@ LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
 HeadBackend = Literal["auto", "torch", "triton"]
 CenterInit = Literal["random", "centers"]
+Packing = Literal["square", "native"]
 Hierarchical = Literal["auto", "on", "off"]
 
 
@@ -91,6 +92,10 @@ class DataConfig:
     """Mean subtracted from each of R, G, B on the 0..1 scale (CLIP's)."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation that divides each of R, G, B (CLIP's)."""
+    packing: Packing = "square"
+    """square stretches every crop to image_size; native keeps its aspect ratio at no more patches than a
+    square has, and the patches of a micro-batch's images share one sequence without padding (crop_ratio is
+    then relative to the image's own)."""
     workers: int = 2
     """Processes of one rank that read and decode; 0 decodes in the training process."""
     prefetch: int = 2
@@ -206,6 +211,11 @@ class TrainConfig:
     """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_gib: float = 0.0
+    """Most memory for what the blocks keep of a micro-batch for the backward pass, in GiB: as many blocks as
+    needed then recompute norms and GELU, and where that is not enough, everything; 0 sets no bound."""
+    compile: bool = False
+    """Compile each block with torch.compile; a start takes minutes longer, and on a CPU it does not pay."""
     log_every: int = 1
     """Steps between log lines."""
     slow_factor: float = 1.5
@@ -271,6 +281,18 @@ class MachinesConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """Another resolution, from some image of the run on."""
+
+    image_size: int = 224
+    """Side of the square training crop, in pixels; a multiple of model.patch_size."""
+    from_image: int = 0
+    """Images seen before it begins; a multiple of train.global_batch."""
+    lr_scale: float = 1.0
+    """Factor of the learning rate that the schedule gives."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -298,6 +320,18 @@ class RunConfig:
     """The loss guard."""
     machines: MachinesConfig = field(default_factory=MachinesConfig)
     """The look at the machines before a start."""
+    stages: tuple[StageConfig, ...] = field(default=(), metadata={"items": StageConfig})
+    """Resolutions that follow on model.image_size, in their order; a run resumes in the middle of any."""
+
+    def stage(self, position: int) -> StageConfig:
+        """The resolution at a position of the stream."""
+        passed = [stage for stage in self.stages if stage.from_image <= position]
+        return passed[-1] if passed else StageConfig(self.model.image_size)
+
+    def largest(self) -> ModelConfig:
+        """The model at the largest image it will see."""
+        size = max([self.model.image_size, *(stage.image_size for stage in self.stages)])
+        return replace(self.model, image_size=size)
 
 
 def accumulation(config: RunConfig, data_ranks: int) -> int:
@@ -372,7 +406,7 @@ def check_config(config: RunConfig) -> None:
     Raises:
         UserError: A value is out of range or contradicts another; the text says which.
     """
-    _check_model(config.model, config.parallel.tensor)
+    check_model(config.model, config.parallel.tensor)
     _check_data(config.data)
     for kind, head in (("object", config.head.object), ("text", config.head.text)):
         _check_head(f"head.{kind}", head)
@@ -391,6 +425,10 @@ def check_config(config: RunConfig) -> None:
     ):
         if value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
+    if not 0 <= config.train.activation_gib < math.inf:
+        raise UserError(
+            f"train.activation_gib must be 0 (no bound) or more, got {config.train.activation_gib}"
+        )
     if config.head.census_every < 0:
         raise UserError(f"head.census_every must be 0 or more, got {config.head.census_every}")
     for key in ("keep_every", "keep_best"):
@@ -416,7 +454,28 @@ def check_config(config: RunConfig) -> None:
         if not 0 <= least < math.inf:
             raise UserError(f"guard.{key} must be a number of at least 0, got {least}")
     _check_machines(config.machines)
+    _check_stages(config)
     _check_optimizer(config)
+
+
+def _check_stages(config: RunConfig) -> None:
+    before = 0
+    for number, stage in enumerate(config.stages):
+        key, batch = f"stages[{number}]", config.train.global_batch
+        if stage.from_image <= before or stage.from_image % batch:
+            raise UserError(
+                f"{key}.from_image must be a multiple of train.global_batch {batch} above {before}, got "
+                f"{stage.from_image}; use {max(before // batch + 1, round(stage.from_image / batch)) * batch}"
+            )
+        before = stage.from_image
+        if not 0 < stage.lr_scale < math.inf:
+            raise UserError(f"{key}.lr_scale must be positive, got {stage.lr_scale}")
+        if stage.image_size < 1 or stage.image_size % config.model.patch_size:
+            near = max(1, round(stage.image_size / config.model.patch_size)) * config.model.patch_size
+            raise UserError(
+                f"{key}.image_size must be a multiple of model.patch_size {config.model.patch_size}, got "
+                f"{stage.image_size}; use {near}"
+            )
 
 
 def _check_machines(machines: MachinesConfig) -> None:
@@ -452,13 +511,20 @@ def config_from_dict(values: dict[str, Any], cls: type = RunConfig) -> Any:
         item = known[key]
         if item.default_factory is not MISSING:
             value = config_from_dict(value, type(item.default_factory()))
+        elif "items" in item.metadata:
+            value = tuple(config_from_dict(one, item.metadata["items"]) for one in value)
         elif isinstance(value, list):
             value = tuple(value)
         built[key] = value
     return cls(**built)
 
 
-def _check_model(model: ModelConfig, tensor: int) -> None:
+def check_model(model: ModelConfig, tensor: int) -> None:
+    """Check the transformer's sizes.
+
+    Raises:
+        UserError: One is out of range or contradicts another.
+    """
     for key in ("image_size", "patch_size", "width", "depth", "heads", "mlp_width"):
         if getattr(model, key) < 1:
             raise UserError(f"model.{key} must be at least 1, got {getattr(model, key)}")

@@ -45,6 +45,19 @@ def test_the_head_benchmark_runs_at_any_size(sample_rate: float) -> None:
     assert all(case.unit == "MB" or (case.ours > 0 and case.peer > 0) for case in cases)
 
 
+def test_the_step_benchmark_runs_at_any_size(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [
+        sys.executable, "-W", "ignore", "tools/benchmark.py", "step", "--width=32", "--depth=1", "--heads=2",
+        "--size=32", "--batch=2", "--rounds=1", f"--json={file}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(file.read_text())["cases"]
+    assert all(case["ours"] > 0 and case["peer"] > 0 for case in cases)
+    assert all(case["goal"] == 0 for case in cases), "goals belong to the standard size"
+
+
 def test_peak_memory_sees_what_was_let_go() -> None:
     memory = PeakMemory(CPU)
     before = memory.now()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from toy import toy_config
 from megaregion.command_line import parse_run, run_parser
 from megaregion.config import (
     RunConfig,
+    StageConfig,
     accumulation,
     check_config,
     config_from_dict,
@@ -40,6 +42,12 @@ from megaregion.errors import UserError
         ({"parallel__zero_stage": 0, "train__precision": "bf16"}, "zero_stage 0 with train.precision bf16"),
         ({"data__crop_scale": (0.5, 0.2)}, "data.crop_scale"),
         ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps must lie in"),
+        (
+            {"stages": (StageConfig(32, 16), StageConfig(40, 20))},
+            r"stages\[1\].from_image must be a multiple of train.global_batch 16 above 16, got 20; use 32",
+        ),
+        ({"stages": (StageConfig(33, 16),)}, r"stages\[0\].image_size .* got 33; use 32"),
+        ({"train__activation_gib": -1.0}, "train.activation_gib"),
         ({"train__steps": 0}, "train.steps must be at least 1, got 0"),
     ],
 )
@@ -92,7 +100,8 @@ def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:
 
 def test_settings_survive_the_way_through_a_checkpoint() -> None:
     config = toy_config(Path("data"), Path("runs"), data__crop_scale=(0.25, 0.75))
-    assert config_from_dict(dataclasses.asdict(config)) == config
+    config = dataclasses.replace(config, stages=(StageConfig(48, 32, 0.1), StageConfig(64, 64)))
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_every_setting_has_a_sentence_in_the_help() -> None:
@@ -132,6 +141,18 @@ def test_files_are_merged_in_order_and_flags_win(tmp_path: Path) -> None:
         run_parser("x"), ["--config", str(one), "--config", str(two), "--optimizer.lr", "0.2"]
     )
     assert (config.model.width, config.model.heads, config.optimizer.lr) == (32, 4, 0.2)
+
+
+def test_stages_are_a_list_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "train: {global_batch: 8, steps: 9}\noptimizer: {warmup_steps: 0}\n"
+        "stages:\n  - {image_size: 336, from_image: 80, lr_scale: 0.1}\n"
+        "  - {image_size: 560, from_image: 160}\n"
+        "model: {patch_size: 14}\n"
+    )
+    config, _ = parse_run(run_parser("x"), ["--config", str(file)])
+    assert [config.stage(p).image_size for p in (0, 79, 80, 159, 160)] == [224, 224, 336, 336, 560]
 
 
 def test_a_users_mistake_ends_with_one_line_and_exit_code_2() -> None:

@@ -13,6 +13,7 @@ from megaregion.export.mlcd import mlcd_config, mlcd_tensors
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.attention import Attention
 from megaregion.models.block import Block
+from megaregion.models.recompute import choose_levels, kept_bytes
 from megaregion.models.rotary import Rotation, rotation, split_and_turn
 
 SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
@@ -221,22 +222,74 @@ def test_every_weight_learns_from_regions_alone(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
-def test_recomputing_blocks_gives_the_same_bits_of_loss_and_gradients(config: ModelConfig) -> None:
-    model = encoder(config)
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConfig, activation: str) -> None:
+    model = encoder(replace(config, activation=activation))
     images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
     calls = []
     model.vit.blocks[3].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     results = []
-    for model.vit.recompute in (False, True):
+    for model.vit.levels in (
+        ("keep",) * 4,
+        ("cheap",) * 4,
+        ("full",) * 4,
+        ("full", "cheap", "cheap", "keep"),
+    ):
         model.zero_grad()
         calls.clear()
         loss = model(images, visible).square().sum()
         loss.backward()
         results.append((len(calls), loss, [parameter.grad for parameter in model.parameters()]))
-    (kept, loss, grads), (recomputed, same_loss, same_grads) = results
-    assert recomputed == 2 * kept
-    assert torch.equal(loss, same_loss)
-    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+    (once, loss, grads), *others = results
+    assert [calls for calls, *_ in others] == [once, 2 * once, once]
+    for _, same_loss, same_grads in others:
+        assert torch.equal(loss, same_loss)
+        assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_images_packed_into_one_sequence_are_the_same_as_alone(config: ModelConfig) -> None:
+    model = encoder(config)
+    grids = ((2, 5), (4, 4), (6, 1), (4, 4))
+    images = [noise(1, 3, 16 * rows, 16 * columns, seed=7 + rows) for rows, columns in grids]
+    visible = [some_patches(1, 5, rows * columns) for rows, columns in grids]
+    alone = torch.cat([model(image, sees) for image, sees in zip(images, visible, strict=True)])
+    alone.square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    patches = torch.cat([_cut_into_patches(image[0], 16) for image in images])
+    packed = model(patches, torch.cat([sees[0] for sees in visible], dim=1), grids)
+    packed.square().sum().backward()
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        worst = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
+        assert worst < 2e-5, f"{name}: {worst:.1e}"
+
+
+def _cut_into_patches(image: Tensor, side: int) -> Tensor:
+    rows, columns = image.shape[1] // side, image.shape[2] // side
+    cut = image.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+    return cut.reshape(rows * columns, 3, side, side)
+
+
+def test_grids_that_do_not_add_up_to_the_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="grids hold 6 patches, got 4"):
+        encoder().vit(noise(4, 3, 16, 16), grids=((2, 3),))
+
+
+def test_levels_keep_as_much_as_the_budget_lets_them() -> None:
+    tokens, item = 1000, 4
+    keep, cheap, full = (kept_bytes(SMALL, tokens, level, item) for level in ("keep", "cheap", "full"))
+    assert full < cheap < keep
+
+    def levels(budget: float) -> tuple[str, ...]:
+        return choose_levels(SMALL, tokens, item, budget)
+
+    assert levels(0) == levels(4 * keep) == ("keep",) * 4
+    assert levels(4 * keep - 1) == ("cheap", "keep", "keep", "keep")
+    assert levels(4 * cheap) == ("cheap",) * 4
+    assert levels(4 * cheap - 1) == ("full", "full", "cheap", "cheap")
+    assert levels(1) == ("full",) * 4
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from launch import launch
 from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
 
-from megaregion.config import RunConfig
+from megaregion.config import RunConfig, StageConfig
 from megaregion.training.checkpoint import CheckpointReader
 
 FULL = {"head__object__sample_rate": 1.0}
@@ -86,7 +86,8 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
 
     dataset = ShardedDataset(config.data.path)
     order = SampleOrder(dataset.info.shard_sizes, config.seed, config.data.window_shards)
-    loader = RegionLoader(dataset, order, Transform(config.data, config.model, config.seed), config.data)
+    transform = Transform(config.data, config.model, config.seed, config.stages)
+    loader = RegionLoader(dataset, order, transform, config.data)
     model = RegionEncoder(config.model, config.head.embedding_dim)
     initialise(model, config.seed)
     centers = {
@@ -110,7 +111,9 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     positions = [list(range(s * batch_size, (s + 1) * batch_size)) for s in range(steps)]
     seen = []
     for step, batch in enumerate(loader.batches(positions)):
-        rows = torch.nn.functional.normalize(model(batch.images, batch.visible).flatten(0, 1), dim=-1)
+        rows = torch.nn.functional.normalize(
+            model(batch.images, batch.visible, batch.grids).flatten(0, 1), dim=-1
+        )
         labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
         total = torch.zeros(())
         for kind, code in (("object", OBJECT), ("text", TEXT)):
@@ -130,7 +133,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         parameters = [*model.parameters(), *centers.values()]
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, step) * config.stage(step * batch_size).lr_scale
         optimizer.step()
         seen.append(float(total))
     loader.close()
@@ -151,6 +154,9 @@ VARIANTS = {
     # Each must equal the dense reference too.
     "separate-tp2": {"parallel__tensor": 2, "model__region_weights": "separate"},
     "recompute-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, "train__recompute": True},
+    "native-tp2": {"parallel__tensor": 2, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
+    "stages": {"stages": (StageConfig(48, 16, 0.5), StageConfig(24, 32, 0.1))},
+    "within-memory": {"train__activation_gib": 1e-4},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
 }
 
@@ -166,10 +172,17 @@ BF16 = {
     "bf16-zero3-tp2": {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__tensor": 2},
 }
 
+NATIVE_STAGES = {
+    "data__packing": "native",
+    "data__crop_ratio": (0.3, 3.0),
+    "stages": (StageConfig(48, 16), StageConfig(24, 48)),
+}
+
 CONTINUED = {
     # First the topology that wrote step 2, then the one that goes on.
     "same-zero1-tp2": ({"parallel__tensor": 2}, {"parallel__tensor": 2}),
     "same-zero3": ({"parallel__zero_stage": 3}, {"parallel__zero_stage": 3}),
+    "same-stages-native": (NATIVE_STAGES, NATIVE_STAGES),
     "same-bf16": (BF16["bf16-zero2"], BF16["bf16-zero2"]),
     "tp2-zero1-to-tp1-zero3": ({"parallel__tensor": 2}, {"parallel__zero_stage": 3}),
     "tp1-zero3-to-tp4-zero2": (

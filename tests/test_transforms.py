@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 import zlib
 
@@ -14,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megaregion.config import DataConfig, ModelConfig
+from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, collate, normalise
 from megaregion.data.image import cut, open_image
 from megaregion.data.mask import decode_mask, encode_mask, mask_area
 from megaregion.data.regions import sample_regions, visibility
 from megaregion.data.sample import BadSample, RegionRecord, SampleRecord
 from megaregion.data.transforms import EvalTransform, Transform
-from megaregion.data.view import View, random_view
+from megaregion.data.view import View, fitting_grid, random_view
 from megaregion.errors import UserError
 
 MODEL = ModelConfig(image_size=64, patch_size=8)
@@ -395,3 +396,42 @@ def test_a_damaged_image_is_a_bad_sample_or_an_image_and_nothing_else(data: st.D
 def test_a_record_of_another_image_is_a_bad_sample() -> None:
     with pytest.raises(BadSample, match="image has 64 x 32 pixels, its record says 64 x 64"):
         Transform(DATA, MODEL, 0)(Image.new("RGB", (64, 32)), objects(64, 64, (0, 0, 9, 9)), 0)
+
+
+@pytest.mark.parametrize("most", [49, 196, 256, 576])
+def test_a_native_grid_keeps_the_shape_and_leaves_few_patches_unused(most: int) -> None:
+    used = []
+    for step in range(-30, 31):
+        shape = 3 ** (step / 30)
+        rows, columns = fitting_grid(View(0, 0, 500 / shape, 500), most)
+        assert rows * columns <= most
+        assert abs(math.log(rows / columns / shape)) < 0.35
+        used.append(rows * columns / most)
+    assert sum(used) / len(used) > 0.9
+
+
+def test_native_samples_of_any_shape_share_one_sequence() -> None:
+    transform = Transform(DataConfig(packing="native", regions_per_image=2, flip=0.0), MODEL, 0)
+    samples = []
+    for position, (width, height) in enumerate([(90, 30), (40, 80), (60, 60)]):
+        box = (0.0, 0.0, width / 2, float(height))
+        record = SampleRecord(width, height, (RegionRecord(kind="object", box=box, label=1),))
+        samples.append(transform(Image.new("RGB", (width, height), (9, 99, 199)), record, position))
+    batch = collate(samples, (0.5,) * 3, (0.5,) * 3)
+    counts = [rows * columns for rows, columns in batch.grids]
+    assert max(counts) <= MODEL.grid**2
+    assert batch.images.shape == (sum(counts), 3, 8, 8)
+    assert batch.visible.shape == (2, sum(counts))
+    assert batch.grids[0][1] > 1.8 * batch.grids[0][0]
+    assert batch.grids[1][0] > 1.3 * batch.grids[1][1]
+    # The first patch of the second image follows the last of the first.
+    first = samples[1].pixels[:8, :8].transpose(2, 0, 1)
+    assert (batch.pixels[counts[0]].numpy() == first).all()
+
+
+def test_the_size_of_a_crop_follows_its_position() -> None:
+    stages = (StageConfig(96, 10), StageConfig(32, 20))
+    transform = Transform(DataConfig(regions_per_image=1), MODEL, 0, stages)
+    record = SampleRecord(99, 99, (RegionRecord(kind="object", box=(0.0, 0.0, 99.0, 99.0), label=1),))
+    sides = {p: transform(Image.new("RGB", (99, 99)), record, p).pixels.shape[0] for p in (0, 9, 10, 19, 20)}
+    assert sides == {0: 64, 9: 64, 10: 96, 19: 96, 20: 32}

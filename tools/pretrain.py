@@ -35,6 +35,12 @@ def main() -> int:
         help="save and leave after this step, for a later --resume auto; schedules still end at train.steps",
     )
     parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
+        "a trace for Chrome or TensorBoard and a memory snapshot of every rank",
+    )
+    parser.add_argument(
         "--preflight",
         nargs="?",
         const="only",
@@ -57,17 +63,21 @@ def main() -> int:
     if flags.fit_nodes is not None:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
-    return train(config, flags.resume == "auto", flags.stop_at, flags.preflight)
+    return train(config, flags.resume == "auto", flags.stop_at, flags.preflight, flags.profile)
 
 
-def train(config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None) -> int:
+def train(
+    config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None, profile: str | None = None
+) -> int:
     from megaregion.parallel import topology
     from megaregion.training.metrics import LOG, open_log
     from megaregion.training.preflight import check_machines
+    from megaregion.training.profiling import parse_window
     from megaregion.training.progress import Progress
     from megaregion.training.trainer import Trainer
     from megaregion.training.watchdog import Watchdog
 
+    window = parse_window(profile) if profile else None
     patience = config.train.watchdog_seconds
     # A collective must not give up before the watchdog has named who is missing from it.
     place = topology.join(config.parallel.tensor, timeout_minutes=30 + int(patience / 15))
@@ -84,7 +94,7 @@ def train(config: RunConfig, resume: bool, stop_at: int | None, preflight: str |
     progress = Progress()
     store = topology.own_store("watchdog") if patience else None
     watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
-    trainer = Trainer(config, place, STOP, progress)
+    trainer = Trainer(config, place, STOP, progress, window)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(

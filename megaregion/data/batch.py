@@ -34,6 +34,8 @@ class TransformedSample:
     """[N]."""
     labels: NDArray[np.int64]
     """[N, T], padded with -1."""
+    patch: int = 0
+    """Side of a patch, in pixels, where samples of any size are to share one sequence; 0 to stack them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +51,9 @@ class Batch:
     keys: list[str]
     """Names of the samples, B of them."""
     pixels: Tensor
-    """RGB, uint8 [B, 3, H, W]."""
+    """RGB, uint8 [B, 3, H, W]; of a packed batch the patches of all images in turn, [S, 3, p, p]."""
     visible: Tensor
-    """True where a region sees a patch, bool [B, N, P]."""
+    """True where a region sees a patch, bool [B, N, P]; of a packed batch [N, S]."""
     kinds: Tensor
     """OBJECT or TEXT, int8 [B, N]."""
     labels: Tensor
@@ -60,6 +62,8 @@ class Batch:
     """Subtracted from R, G, B on the 0..1 scale."""
     std: Color
     """Divides R, G, B on the 0..1 scale."""
+    grids: tuple[tuple[int, int], ...] | None = None
+    """Rows and columns of each image's patches in a packed batch; None where all images have one size."""
     bad_keys: list[str] = field(default_factory=list)
     """Samples that could not be used and were replaced."""
     bad_reasons: list[str] = field(default_factory=list)
@@ -101,24 +105,49 @@ class Batch:
 
 
 def collate(samples: Sequence[TransformedSample], mean: Color, std: Color) -> Batch:
-    """Stack samples of one size.
+    """Stack samples of one size, or pack samples of any size into one sequence of patches.
 
     Args:
         samples: B samples in the order of their positions.
         mean: Mean of R, G, B on the 0..1 scale.
         std: Standard deviation of R, G, B on the 0..1 scale.
     """
-    pixels = np.stack([sample.pixels for sample in samples])
+    grids, layout = None, _stack
+    if samples[0].patch:
+        grids, layout = tuple(_grid(sample) for sample in samples), _pack
+    pixels, visible = layout(samples)
     return Batch(
         positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
         keys=[sample.key for sample in samples],
-        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        visible=torch.from_numpy(np.stack([sample.visible for sample in samples])),
+        pixels=pixels,
+        visible=visible,
         kinds=torch.from_numpy(np.stack([sample.kinds for sample in samples])),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
         mean=mean,
         std=std,
+        grids=grids,
     )
+
+
+def _stack(samples: Sequence[TransformedSample]) -> tuple[Tensor, Tensor]:
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    visible = torch.from_numpy(np.stack([sample.visible for sample in samples]))
+    return pixels.permute(0, 3, 1, 2).contiguous(), visible
+
+
+def _pack(samples: Sequence[TransformedSample]) -> tuple[Tensor, Tensor]:
+    patches = []
+    for sample in samples:
+        (rows, columns), side = _grid(sample), sample.patch
+        cut = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+        patches.append(cut.reshape(rows * columns, 3, side, side))
+    visible = np.concatenate([sample.visible for sample in samples], axis=1)
+    return torch.from_numpy(np.concatenate(patches)), torch.from_numpy(visible)
+
+
+def _grid(sample: TransformedSample) -> tuple[int, int]:
+    height, width = sample.pixels.shape[:2]
+    return height // sample.patch, width // sample.patch
 
 
 def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from megaregion.config import DataConfig, ModelConfig
+from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
 from megaregion.data.draws import Purpose, generator
 from megaregion.data.image import cut
 from megaregion.data.mask import RLE
 from megaregion.data.regions import sample_regions, visibility
 from megaregion.data.sample import BadSample, Box, RegionRecord, SampleRecord
-from megaregion.data.view import View, random_view
+from megaregion.data.view import View, fitting_grid, random_view
 from megaregion.errors import UserError
 
 
@@ -39,11 +39,13 @@ class Transform:
         data: Crop, mirror and region settings.
         model: Size of the crop and of a patch.
         seed: The run's seed.
+        stages: Other sizes of the crop, from some position on.
     """
 
     data: DataConfig
     model: ModelConfig
     seed: int
+    stages: tuple[StageConfig, ...] = ()
 
     def __call__(
         self, image: Image.Image, record: SampleRecord, position: int, key: str = ""
@@ -65,10 +67,15 @@ class Transform:
         check_size(image, record)
         if not record.regions:
             return None
-        data, side, grid = self.data, self.model.image_size, self.model.grid
+        grid = self._grid(position)
+        data, native = self.data, self.data.packing == "native"
         rng = generator(self.seed, Purpose.AUGMENTATION, position)
         mirrored = rng.random() < data.flip and not any(region.kind == "text" for region in record.regions)
-        view = random_view(rng, record.width, record.height, data.crop_scale, data.crop_ratio, mirrored)
+        own = record.width / record.height if native else 1.0
+        ratio = data.crop_ratio[0] * own, data.crop_ratio[1] * own
+        view = random_view(rng, record.width, record.height, data.crop_scale, ratio, mirrored)
+        rows, columns = fitting_grid(view, grid**2) if native else (grid, grid)
+        patch = self.model.patch_size
         share = view.share_inside(np.array([region.box for region in record.regions], dtype=np.float64))
         kept = [
             region
@@ -78,17 +85,22 @@ class Transform:
         if not kept:
             return None
         chosen = [kept[i] for i in sample_regions(len(kept), data.regions_per_image, rng)]
-        pixels = jitter(cut(image, view, side, side, shrink=True), data.color_jitter, rng)
+        pixels = jitter(cut(image, view, columns * patch, rows * patch, shrink=True), data.color_jitter, rng)
         boxes = np.array([region.box for region in chosen], dtype=np.float64)
         masks = [region.mask for region in chosen]
         return TransformedSample(
             key=key,
             position=position,
             pixels=pixels,
-            visible=visibility(boxes, masks, view, grid, grid, data.patch_coverage),
+            visible=visibility(boxes, masks, view, rows, columns, data.patch_coverage),
             kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
             labels=pad_labels(chosen, data.max_text_tokens),
+            patch=patch if native else 0,
         )
+
+    def _grid(self, position: int) -> int:
+        passed = [stage.image_size for stage in self.stages if stage.from_image <= position]
+        return (passed[-1] if passed else self.model.image_size) // self.model.patch_size
 
 
 class EvalTransform:

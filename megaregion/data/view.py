@@ -74,3 +74,27 @@ def random_view(
     h = min(height, max(1, round(width / ratio[0])))
     x0, y0 = (width - w) // 2, (height - h) // 2
     return View(x0, y0, x0 + w, y0 + h, flipped)
+
+
+def fitting_grid(view: View, most: int) -> tuple[int, int]:
+    """Rows and columns of patches for a view: about its aspect ratio, and nearly as many as allowed.
+
+    Args:
+        view: The part of the image.
+        most: Most patches.
+    """
+    shape = (view.y1 - view.y0) / (view.x1 - view.x0)
+    tall = min(float(most), max(1.0, math.sqrt(most * shape)))
+    grids = [
+        (rows, columns)
+        for rows in (math.floor(tall), math.ceil(tall))
+        for columns in (math.floor(most / tall), math.ceil(most / tall), most // rows)
+        if 0 < rows * columns <= most
+    ]
+
+    def cost(grid: tuple[int, int]) -> float:
+        # Rounding stretches the image by some percent; leaving patches unused costs resolution.
+        rows, columns = grid
+        return abs(math.log(rows / columns / shape)) + math.log(most / (rows * columns))
+
+    return min(grids, key=cost)

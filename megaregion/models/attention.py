@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaregion.config import ModelConfig
+from megaregion.models.linear import Linear
+from megaregion.models.packed import packed_attention
 from megaregion.models.rotary import Rotation, split_and_turn, turn
 
 
@@ -23,8 +25,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
 
     def project(self, image: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Project the image's tokens.
@@ -53,7 +55,14 @@ class Attention(nn.Module):
         query = qkv.view(*regions.shape[:2], -1, 3, self.head_dim)[:, :, :, 0].transpose(1, 2)
         return turn(query, angles.class_angle.cos(), angles.class_angle.sin())
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Let queries read the image.
 
         Args:
@@ -61,10 +70,15 @@ class Attention(nn.Module):
             key: Keys of the image's tokens, [B, H, T, d].
             value: Values of the image's tokens, [B, H, T, d].
             mask: Added to the scores, [B, 1, Q, T]; 0 where a query sees a token, -inf where not.
+            lengths: Tokens of each image where images share one sequence; keys are then [1, H, S, d] and
+                masks [1, 1, Q, S], S the tokens of all; queries are too, or [images, H, Q, d] with a mask.
 
         Returns:
             What the queries read, projected, [B, Q, D].
         """
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if lengths is None:
+            read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            read = packed_attention(query, key, value, mask, lengths)
         out: Tensor = self.out(read.transpose(1, 2).flatten(2))
         return out

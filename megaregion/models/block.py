@@ -6,6 +6,8 @@ Shapes: B images, T = 1 + P image tokens (class token first), N region tokens, D
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,19 @@ from torch import Tensor, nn
 
 from megaregion.config import Activation, ModelConfig
 from megaregion.models.attention import Attention
+from megaregion.models.linear import Linear
+from megaregion.models.recompute import remade
 from megaregion.models.rotary import Rotation
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid form of gelu, as in CLIP's first weights."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    # Not a call of the module: in a backward pass ZeRO 3 would take it for the next one's forward pass.
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
@@ -29,21 +38,34 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = Linear(config.width, config.mlp_width)
+        self.fc2 = Linear(config.mlp_width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [..., D] to [..., D]."""
-        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+    def forward(self, x: Tensor, cheap: bool = False) -> Tensor:
+        """Map tokens [..., D] to [..., D].
+
+        Args:
+            x: Tokens.
+            cheap: Compute the non-linearity again in the backward pass instead of keeping its result.
+        """
+        hidden: Tensor = self.fc1(x)
+        active = self.activation(hidden)
+        with remade(active, hidden, self.activation) if cheap else nullcontext():
+            y: Tensor = self.fc2(active)
         return y
 
 
 class Block(nn.Module):
-    """A pre-norm block; ``region`` holds the region tokens' own weights, if they have any."""
+    """A pre-norm block; ``region`` holds the region tokens' own weights, if they have any.
+
+    Attributes:
+        cheap: Make what norms and the non-linearity give to image tokens again in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, separate_regions: bool = False) -> None:
         super().__init__()
+        self.cheap = False
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -73,21 +95,28 @@ class Block(nn.Module):
         Returns:
             Image tokens and region tokens after the block.
         """
-        query, key, value = self.attention.project(self.norm1(image), angles)
+        normed = self.norm1(image)
+        with remade(normed, image, partial(_norm, self.norm1)) if self.cheap else nullcontext():
+            query, key, value = self.attention.project(normed, angles)
         if regions is not None and self.region is None:
             regions = self._read(regions, key, value, angles, mask)
         if not (image_ends_here and self.region is None):
-            image = image + self.attention.mix(query, key, value)
-            image = image + self.mlp(self.norm2(image))
+            image = image + self.attention.mix(query, key, value, lengths=angles.lengths)
+            image = image + self._mlp(image)
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
             regions = self.region._read(regions, key, value, angles, mask)
         return image, regions
 
+    def _mlp(self, image: Tensor) -> Tensor:
+        normed = self.norm2(image)
+        with remade(normed, image, partial(_norm, self.norm2)) if self.cheap else nullcontext():
+            return self.mlp(normed, self.cheap)
+
     def _read(
         self, regions: Tensor, key: Tensor, value: Tensor, angles: Rotation, mask: Tensor | None
     ) -> Tensor:
         query = self.attention.project_regions(self.norm1(regions), angles)
-        regions = regions + self.attention.mix(query, key, value, mask)
+        regions = regions + self.attention.mix(query, key, value, mask, angles.lengths)
         return regions + self.mlp(self.norm2(regions))

@@ -19,17 +19,21 @@ class RegionEncoder(nn.Module):
         self.vit = VisionTransformer(config)
         self.projection = nn.Linear(config.width, embedding_dim, bias=False)
 
-    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, visible: Tensor, grids: tuple[tuple[int, int], ...] | None = None
+    ) -> Tensor:
         """Embed regions.
 
         Args:
             images: Normalised images, [B, 3, H, W].
             visible: True where a region covers a patch, [B, N, P].
+            grids: Rows and columns of each image's patches where images share one sequence; images are
+                then the S patches of all, [S, 3, p, p], and visible is [N, S].
 
         Returns:
             Region embeddings, not normalised, [B, N, E].
         """
-        tokens = self.vit(images, visible, regions_only=True)
+        tokens = self.vit(images, visible, regions_only=True, grids=grids)
         embeddings: Tensor = self.projection(self.vit.pool(tokens.regions))
         return embeddings
 

@@ -9,7 +9,9 @@ Shapes: B images, P patches, T = 1 + P image tokens (class token first), H heads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,21 @@ class Rotation(NamedTuple):
     """Cosine of every image token's angles, [T, d/2] float32; constant to autograd."""
     sin: Tensor
     """Sine of the same angles, [T, d/2] float32; constant to autograd."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each image, where the images of a batch share one sequence of T tokens."""
+
+
+def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
+    """Gather the angles of a sequence that holds several images, each with its class token in front.
+
+    Args:
+        class_angle: Learned angle of the class token, [d/2].
+        grids: Rows and columns of each image's patches.
+        theta: Base of the frequencies.
+    """
+    parts = [rotation(class_angle, rows, columns, theta) for rows, columns in grids]
+    cos, sin = torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts])
+    return Rotation(class_angle.float(), cos, sin, tuple(1 + rows * columns for rows, columns in grids))
 
 
 def rotation(class_angle: Tensor, rows: int, columns: int, theta: float) -> Rotation:
@@ -85,7 +102,8 @@ def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tenso
     Returns:
         Queries, keys and values, [B, H, T, d] each.
     """
-    query, key, value = _SplitAndTurn.apply(qkv, *angles)
+    firsts = (0,) if angles.lengths is None else (0, *accumulate(angles.lengths[:-1]))
+    query, key, value = _SplitAndTurn.apply(qkv, *angles[:3], firsts)
     return query, key, value
 
 
@@ -97,12 +115,15 @@ class _SplitAndTurn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, firsts: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
         fused = qkv.permute(3, 0, 2, 1, 4)
         split = torch.empty_like(fused, memory_format=torch.contiguous_format)
         _turn_into(split[:2], fused[:2], cos, sin)
         split[2].copy_(fused[2])
-        ctx.save_for_backward(split[:2, :, :, 0].clone(), cos, sin)
+        ctx.firsts = list(firsts)
+        ctx.save_for_backward(split[:2, :, :, ctx.firsts], cos, sin)
         return split.unbind(0)
 
     @staticmethod
@@ -116,9 +137,11 @@ class _SplitAndTurn(torch.autograd.Function):
         split[2].copy_(grads[2])
         # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
         first, second = class_token.to(cos.dtype).chunk(2, dim=-1)
-        grad_first, grad_second = torch.stack([g[:, :, 0] for g in grads[:2]]).to(cos.dtype).chunk(2, dim=-1)
-        grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2))
-        return grad, grad_angle, None, None
+        grad_first, grad_second = (
+            torch.stack([g[:, :, ctx.firsts] for g in grads[:2]]).to(cos.dtype).chunk(2, dim=-1)
+        )
+        grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2, 3))
+        return grad, grad_angle, None, None, None
 
 
 def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.models.block import Block
-from megaregion.models.rotary import rotation
+from megaregion.models.recompute import Level, everywhere
+from megaregion.models.rotary import packed_rotation, rotation
 
 CHANNELS = 3
 
@@ -53,16 +54,12 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Image tokens and region tokens of a batch; weights are set by ``initialise`` or loaded.
-
-    Attributes:
-        recompute: Recompute each block in the backward pass instead of keeping its activations.
-    """
+    """Image tokens and region tokens of a batch; weights are set by ``initialise`` or loaded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
+        self._levels = everywhere("keep", config.depth)
         self.first_region_block = config.depth - config.region_layers
         self.patch_embedding = PatchEmbedding(config)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
@@ -75,13 +72,33 @@ class VisionTransformer(nn.Module):
         )
         self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, regions_only: bool = False) -> Tokens:
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What each block's backward pass computes again instead of keeping."""
+        return self._levels
+
+    @levels.setter
+    def levels(self, levels: tuple[Level, ...]) -> None:
+        self._levels = levels
+        for block, level in zip(self.blocks, levels, strict=True):
+            block.cheap = level == "cheap"  # type: ignore[assignment]
+
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        regions_only: bool = False,
+        grids: tuple[tuple[int, int], ...] | None = None,
+    ) -> Tokens:
         """Encode images, and regions of them.
 
         Args:
             images: Normalised images, [B, 3, H, W]; H and W are multiples of the patch size.
             visible: True where a region covers a patch, [B, N, P]; every region sees at least one.
             regions_only: Skip what only the image's tokens need of the last block.
+            grids: Rows and columns of each image's patches where images share one sequence of S tokens, each
+                image's class token in front of its patches. Images are then the patches of all, [P, 3, p, p],
+                visible is [N, P], and image tokens come out as [1, S, D].
 
         Returns:
             Image tokens and region tokens, before the last norm.
@@ -90,24 +107,36 @@ class VisionTransformer(nn.Module):
             UserError: The patch size does not divide the images.
             ValueError: The mask does not fit the images.
         """
-        rows, columns = self._grid(images)
-        image: Tensor = self.patch_embedding(images)
-        image = torch.cat((self.class_embedding.expand(len(image), 1, -1), image), dim=1)
-        image = self.pre_norm(image)
         # A view of the parameter, not the parameter: ZeRO 3 takes a parameter's data away before backward.
-        angles = rotation(self.class_pos_emb[0], rows, columns, self.config.rope_theta)
-        mask = None if visible is None else _mask(visible, image)
+        class_angle, theta = self.class_pos_emb[0], self.config.rope_theta
+        if grids is None:
+            angles = rotation(class_angle, *self._grid(images), theta)
+            image: Tensor = self.patch_embedding(images)
+            image = torch.cat((self.class_embedding.expand(len(image), 1, -1), image), dim=1)
+        else:
+            angles = packed_rotation(class_angle, grids, theta)
+            image = self._one_sequence(self.patch_embedding(images)[:, 0], grids)
+        image = self.pre_norm(image)
+        mask = None if visible is None else _mask(visible, image, grids)
         regions: Tensor | None = None
         for index, block in enumerate(self.blocks):
             if visible is not None and index == self.first_region_block:
-                regions = image[:, :1].expand(-1, visible.shape[1], -1)
+                regions = _class_tokens(image, angles.lengths).expand(-1, visible.shape[-2], -1)
             image_ends = regions_only and visible is not None and index == len(self.blocks) - 1
             inputs = (image, regions, angles, mask, image_ends)
-            if self.recompute and torch.is_grad_enabled():
+            if self._levels[index] == "full" and torch.is_grad_enabled():
                 image, regions = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 image, regions = block(*inputs)
         return Tokens(image[:, :0] if regions_only else image, regions)
+
+    def _one_sequence(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """Put each image's class token in front of its patches, [P, D] to [1, S, D]."""
+        counts = [rows * columns for rows, columns in grids]
+        if len(patches) != sum(counts):
+            raise ValueError(f"grids hold {sum(counts)} patches, got {len(patches)}")
+        own = self.class_embedding[None]
+        return torch.cat([part for image in patches.split(counts) for part in (own, image)])[None]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Norm class tokens or region tokens [..., D] into features [..., D]."""
@@ -125,9 +154,22 @@ class VisionTransformer(nn.Module):
         return height // patch, width // patch
 
 
-def _mask(visible: Tensor, image: Tensor) -> Tensor:
-    """Turn what regions see, [B, N, P], into what is added to their scores, [B, 1, N, 1 + P]."""
+def _class_tokens(image: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+    """Each image's class token, [B, 1, D]."""
+    if lengths is None:
+        return image[:, :1]
+    return torch.cat([own[:, :1] for own in image.split(lengths, dim=1)])
+
+
+def _mask(visible: Tensor, image: Tensor, grids: tuple[tuple[int, int], ...] | None) -> Tensor:
+    """Turn what regions see into what is added to their scores.
+
+    [B, N, P] becomes [B, 1, N, 1 + P]; in one sequence [N, P] becomes [1, 1, N, S].
+    """
     batch, tokens, _ = image.shape
+    if grids is not None:
+        parts = visible.split([rows * columns for rows, columns in grids], dim=1)
+        visible = torch.cat([F.pad(part, (1, 0)) for part in parts], dim=1)[None, :, 1:]
     if visible.dim() != 3 or visible.shape[0] != batch or visible.shape[2] != tokens - 1:
         raise ValueError(
             f"visible must have the shape [{batch}, regions, {tokens - 1}], got {list(visible.shape)}"

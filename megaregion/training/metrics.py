@@ -136,6 +136,7 @@ class Metrics:
             f"step {step:>6}/{self._total}  loss {number('loss', '7.3f')}  "
             f"object {number('loss_object', '7.3f')}  text {number('loss_text', '7.3f')}  "
             f"lr {number('lr', '.1e')}  norm {number('grad_norm', '6.2f')}  "
-            f"img/s {number('images_per_second', '6.0f')}  head {number('head_share', '5.1%')}  "
-            f"data {number('data_share', '5.1%')}  bad {values.get('bad', 0)}"
+            f"img/s {number('images_per_second', '6.0f')}  mfu {number('mfu', '5.1%')}  "
+            f"head {number('head_share', '5.1%')}  data {number('data_share', '5.1%')}  "
+            f"bad {values.get('bad', 0)}"
         )

@@ -217,11 +217,16 @@ class TrainingState:
             "step": self.step,
             "position": self.position,
             "loss": sum(self._losses) / len(self._losses) if self._losses else None,
-            "config": dataclasses.asdict(self._config),
+            "config": dataclasses.asdict(self._present_config()),
             "dataset": self._labels(),
             "guard": self._guard.state(),
             "ranks": {"tensor": self._topology.tensor_size, "data": self._topology.data_size},
         }
+
+    def _present_config(self) -> RunConfig:
+        """The settings, with the image size that the encoder was trained on last."""
+        size = self._config.stage(max(0, self.position - 1)).image_size
+        return replace(self._config, model=replace(self._config.model, image_size=size))
 
     def _labels(self) -> dict[str, Any]:
         return {

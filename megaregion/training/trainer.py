@@ -40,20 +40,29 @@ from megaregion.training.folder import DONE
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
+from megaregion.training.levels import recompute_levels
 from megaregion.training.metrics import LOG, Metrics
+from megaregion.training.phases import Phases, Split, gather_phases
+from megaregion.training.profiling import StepProfiler
 from megaregion.training.progress import Progress
 from megaregion.training.schedule import learning_rate
 from megaregion.training.signals import StopRequest
 from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_ranks
 from megaregion.training.state import TrainingState
 from megaregion.training.step_sums import StepSums
+from megaregion.training.utilisation import Utilisation
 
 
 class Trainer:
     """One rank of a training run."""
 
     def __init__(
-        self, config: RunConfig, topology: Topology, stop: StopRequest, progress: Progress | None = None
+        self,
+        config: RunConfig,
+        topology: Topology,
+        stop: StopRequest,
+        progress: Progress | None = None,
+        profile: tuple[int, int] | None = None,
     ) -> None:
         """Build data, body, heads and engine; nothing is read from a checkpoint yet.
 
@@ -62,6 +71,7 @@ class Trainer:
             topology: This rank's place.
             stop: Whether somebody asked the run to stop.
             progress: Where the rank notes what it does, for a watchdog.
+            profile: First and last step to profile.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
@@ -75,11 +85,13 @@ class Trainer:
         self._micro_steps = accumulation(config, topology.data_size)
         self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
-        transform = Transform(config.data, config.model, config.seed)
+        transform = Transform(config.data, config.model, config.seed, config.stages)
         self._loader = RegionLoader(
             self.dataset, order, transform, config.data, skips_lost=topology.tensor_size == 1
         )
         self.heads = Heads(config, self.dataset, topology)
+        self._phases = Phases(topology.device)
+        self._split: Split | None = None
         self.engine = self._build_engine()
         self._guard = LossGuard(config.guard)
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
@@ -103,11 +115,17 @@ class Trainer:
         waits_inside = config.parallel.tensor > 1 or config.parallel.zero_stage == 3
         self._own_time = OwnTime(topology.device, waits_inside)
         self._since_log = RankTimes()
+        classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
+        self._utilisation = Utilisation(config, classes, topology)
+        self._profiler = StepProfiler(profile, self.run_folder, topology.rank, topology.device)
 
     def _build_engine(self) -> ZeroEngine:
         model = RegionEncoder(self.config.model, self.config.head.embedding_dim)
         initialise(model, self.config.seed)
-        model.vit.recompute = self.config.train.recompute
+        model.vit.levels = recompute_levels(self.config, self.topology)
+        if self.config.train.compile:
+            for block in model.vit.blocks:
+                block.compile()
         placements = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), self.topology)
         return ZeroEngine(
             model.to(self.topology.device),
@@ -116,6 +134,7 @@ class Trainer:
             self.topology,
             decays,
             self.heads.norm_squared,
+            lambda: self._phases("communication"),
         )
 
     def run(self, stop_at: int | None = None) -> int:
@@ -138,7 +157,9 @@ class Trainer:
             self.events.write("ready", step=self.state.step)
             goodput = Meter(self.run_folder) if self.topology.rank == 0 else None
             while self.state.step < end:
+                self._profiler.before(self.state.step + 1)
                 values = self.train_step(batches)
+                self._profiler.after(self.state.step)
                 slow = self._compare_ranks(values) if "loss" in values else {}
                 if self.state.fenced():
                     self._stop.received = "a newer start of this run"
@@ -164,9 +185,12 @@ class Trainer:
             self.events.write("end", step=self.state.step)
             if self.topology.rank == 0 and self.state.step == self.config.train.steps:
                 (self.run_folder / DONE).touch()
+            if self._split is not None:
+                LOG.info("time since the log line before the last:\n%s", self._split.table(self._hosts))
             return 0
         finally:
             self.state.settle()
+            self._profiler.close()
             self._loader.close()
             metrics.close()
 
@@ -179,13 +203,15 @@ class Trainer:
     def _save(self) -> None:
         self._progress.note("save", self.state.step)
         self._faults.save(self.state.step)
-        self.state.save(self.run_folder / "checkpoints")
+        with self._phases("save"):
+            self.state.save(self.run_folder / "checkpoints")
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float | int | None]:
         """Take one optimizer step; returns what is worth logging, nothing if the guard refused the step."""
         began = time.perf_counter()
         self._spent.clear()
-        step, lr = self.state.step + 1, learning_rate(self.config, self.state.step)
+        stage = self.config.stage(self.state.position)
+        step, lr = self.state.step + 1, learning_rate(self.config, self.state.step) * stage.lr_scale
         sums = StepSums(self.config)
         norm = None
         for micro_step in range(self._micro_steps):
@@ -194,11 +220,12 @@ class Trainer:
                 batch = next(batches)
                 self._name_bad(batch)
                 sums.see(batch)
+                self._utilisation.see(batch)
                 batch = batch.to(self.topology.device)
             self._progress.note("forward", step)
-            with self._own_time.forward():
+            with self._phases("forward"), self._own_time.forward():
                 self._faults.forward(step)
-                embeddings = self.engine(self._inputs(batch.images), batch.visible)
+                embeddings = self.engine(self._inputs(batch.images), batch.visible, batch.grids)
             if micro_step == 0 and (spoilt := self._faults.factor("nan", step)) is not None:
                 embeddings = embeddings * spoilt
             self._progress.note("head", step)
@@ -211,9 +238,11 @@ class Trainer:
             if micro_step == 0 and (spoilt := self._faults.factor("nan-gradient", step)) is not None:
                 gradient = gradient * spoilt
             self._progress.note("backward", step)
-            self.engine.backward((embeddings.float() * gradient).sum())
+            with self._phases("backward"):
+                self.engine.backward((embeddings.float() * gradient).sum())
             self._progress.note("update", step)
-            norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
+            with self._phases("optimizer"):
+                norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
         assert norm is not None
         took = self._finish(lr, norm, sums)
         seconds = time.perf_counter() - began
@@ -230,7 +259,10 @@ class Trainer:
     def _accepts(self, sums: StepSums, norm: Tensor) -> bool:
         """Let all ranks agree on whether the step is taken, and on whether it is the last for now."""
         self._progress.note("agree", self.state.step + 1)
-        self._agreement = agree(self._stop.received is not None, sums.loss(), norm, self.topology.world_group)
+        with self._phases("communication"):
+            self._agreement = agree(
+                self._stop.received is not None, sums.loss(), norm, self.topology.world_group
+            )
         self._refusal = self._guard.judge(self._agreement)
         return self._refusal is None
 
@@ -341,6 +373,10 @@ class Trainer:
 
     def _compare_ranks(self, values: dict[str, float | int | None]) -> dict[str, Any]:
         """Count what all ranks replaced and name the slow ones; a collective, at log steps."""
+        split = gather_phases(self._phases.take(), self.topology)
+        values["mfu"] = self._utilisation.take(self._since_log.seconds)
+        values.update({f"time/{name}": seconds for name, seconds in split.mean().items()})
+        self._split = split
         times = gather_times(self._since_log, self.topology)
         self._since_log = RankTimes()
         values["bad"] = sum(rank.bad for rank in times[:: self.topology.tensor_size])
@@ -350,10 +386,14 @@ class Trainer:
                 "rank %d on %s is slow: its own time is %.1f times the median (%.0f%% of it for data)",
                 rank, self._hosts[rank], ratio, 100 * times[rank].data / times[rank].own,
             )  # fmt: skip
-        return {"slow": [{"rank": r, "host": self._hosts[r], "ratio": round(x, 2)} for r, x in slow.items()]}
+        notes = {"time_by_rank": split.rounded(), "slowest": split.slowest()}
+        return {
+            **notes,
+            "slow": [{"rank": r, "host": self._hosts[r], "ratio": round(x, 2)} for r, x in slow.items()],
+        }
 
     def _timed(self, name: str) -> _Timed:
-        return _Timed(self._spent, name, self.topology.device)
+        return _Timed(self._spent, name, self._phases)
 
 
 def _shortened(names: list[str]) -> str:
@@ -363,11 +403,13 @@ def _shortened(names: list[str]) -> str:
 class _Timed:
     """Adds the time of a block to a counter; on a GPU it counts only what the host waits for."""
 
-    def __init__(self, spent: dict[str, float], name: str, device: torch.device) -> None:
-        self._spent, self._name, self._device = spent, name, device
+    def __init__(self, spent: dict[str, float], name: str, phases: Phases) -> None:
+        self._spent, self._name, self._phase = spent, name, phases(name)
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
+        self._phase.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        self._phase.__exit__(None, None, None)
         self._spent[self._name] += time.perf_counter() - self._began

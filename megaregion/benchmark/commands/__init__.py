@@ -7,7 +7,19 @@ part is loaded to show the help.
 
 from __future__ import annotations
 
-from megaregion.benchmark.commands import checkpoint, guards, head
+from megaregion.benchmark.commands import (
+    checkpoint,
+    guards,
+    head,
+    model,
+    step,
+)
 
-PARTS = {"head": head, "checkpoint": checkpoint, "guards": guards}
+PARTS = {
+    "checkpoint": checkpoint,
+    "guards": guards,
+    "head": head,
+    "model": model,
+    "step": step,
+}
 """Part modules by the name that the command line knows."""

@@ -8,6 +8,7 @@ the heads, which live outside the engine, so that both are clipped by one coeffi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from megaregion.config import RunConfig
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology
-from megaregion.parallel.zero.setup import deepspeed_config, start_engine
+from megaregion.parallel.zero.setup import deepspeed_config, effective_stage, start_engine
 from megaregion.parallel.zero.state import ZeroState
 
 
@@ -32,6 +33,7 @@ class ZeroEngine:
         topology: Topology,
         decays: Callable[[str, nn.Parameter], bool],
         heads_norm_squared: Callable[[], Tensor],
+        reducing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Wrap the model.
 
@@ -42,9 +44,10 @@ class ZeroEngine:
             topology: This rank's place.
             decays: Whether a named parameter has weight decay.
             heads_norm_squared: Squared gradient norm of all heads over all ranks; joined into the clip norm.
+            reducing: Opened around what is left of the gradients' reduction behind a backward pass.
         """
         self.placements = dict(placements)
-        self.stage = config.parallel.zero_stage
+        self.stage = effective_stage(config, topology.data_size)
         self._clip_norm = config.optimizer.clip_norm
         self._heads_norm_squared = heads_norm_squared
         self._topology = topology
@@ -55,6 +58,7 @@ class ZeroEngine:
         self._accept: Callable[[Tensor], bool] | None = None
         self._refused: Tensor | None = None
         self._join_norms()
+        self._time_reduction(reducing)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,6 +109,15 @@ class ZeroEngine:
             return torch.ones_like(norm)
         return 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)
 
+    def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:
+        reduce = self._engine.allreduce_gradients
+
+        def timed(*arguments: Any, **named: Any) -> None:
+            with reducing():
+                reduce(*arguments, **named)
+
+        self._engine.allreduce_gradients = timed
+
     def _join_norms(self) -> None:
         """Add the heads' norm to the one by which DeepSpeed clips, and ask there whether to go on.
 
@@ -137,23 +150,26 @@ class ZeroEngine:
         return torch.full_like(norm, torch.inf)
 
     def _clip_plain_gradients(self) -> Tensor:
-        """Stage 0: the same clip on ordinary gradients."""
+        """Stage 0: the same clip on ordinary gradients, which AdamW scales as it reads them."""
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        cut = torch.zeros((), device=self._topology.device)
-        whole = torch.zeros((), device=self._topology.device)
+        whole: list[Tensor] = []
+        cut: list[Tensor] = []
         for name, gradient in gradients.items():
             place = self.placements[name]
-            square = gradient.float().pow(2).sum()
-            if place.shape == place.full_shape:
-                whole += square
-            else:
-                cut += square
-        dist.all_reduce(cut, group=self._topology.tensor_group)
-        norm = (cut + whole + self._heads_norm_squared()).sqrt()
+            (whole if place.shape == place.full_shape else cut).append(gradient)
+        of_cut = self._norm_squared(cut)
+        dist.all_reduce(of_cut, group=self._topology.tensor_group)
+        norm = (of_cut + self._norm_squared(whole) + self._heads_norm_squared()).sqrt()
         self._asked(norm)
-        for parameter in self._parameters.values():
-            if self._refused is not None:
+        if self._refused is not None:
+            for parameter in self._parameters.values():
                 parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.mul_(self.clip_coefficient(norm))
+        # AdamW divides by it; a pass of its own over all gradients would cost a third of the update.
+        self._optimizer.grad_scale = 1.0 / self.clip_coefficient(norm)
+        self._optimizer.found_inf = torch.zeros_like(norm)
         return norm
+
+    def _norm_squared(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            return torch.zeros((), device=self._topology.device)
+        return torch.stack(torch._foreach_norm(gradients)).square().sum()

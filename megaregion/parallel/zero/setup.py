@@ -47,6 +47,16 @@ class _ModelParallelUnit:
         return self._topology.data_group
 
 
+def effective_stage(config: RunConfig, data_ranks: int) -> int:
+    """The ZeRO stage that runs: a single copy of the model has nobody to share its state with.
+
+    ZeRO would then only copy it: parameters into masters and back, gradients into buffers. In bf16 it stays,
+    for it keeps the fp32 masters.
+    """
+    alone = data_ranks == 1 and config.train.precision == "fp32"
+    return 0 if alone else config.parallel.zero_stage
+
+
 def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
     """DeepSpeed's settings, derived from ours; nobody writes them by hand.
 
@@ -63,7 +73,7 @@ def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16} if bf16 else {"enabled": False},
         "zero_optimization": {
-            "stage": config.parallel.zero_stage,
+            "stage": effective_stage(config, data_ranks),
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
             # Small parameters stay whole in stage 3: gathering a layer norm costs more than keeping it.
@@ -102,10 +112,11 @@ def start_engine(
         eps=config.optimizer.eps,
         fused=True,
     )
+    plain = effective_stage(config, topology.data_size) == 0
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config={**settings, "gradient_clipping": 0.0} if config.parallel.zero_stage == 0 else settings,
+        config={**settings, "gradient_clipping": 0.0} if plain else settings,
         mpu=_ModelParallelUnit(topology),
         dist_init_required=False,
     )

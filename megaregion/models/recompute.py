@@ -1,0 +1,95 @@
+"""What the backward pass computes again instead of keeping, block by block, within a memory budget.
+
+    keep    everything that autograd wants: 8 D + 2 M numbers a token and block
+    cheap   outputs of norms and of the MLP's non-linearity are made again from their inputs, at about 1% of
+            the time: 6 D + M numbers
+    full    only the block's input is kept and its forward pass runs again: D numbers, a third more time
+
+Shapes: T image tokens, N regions of an image, D width, M MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megaregion.config import ModelConfig
+
+Level = Literal["keep", "cheap", "full"]
+LEVELS: tuple[Level, ...] = ("keep", "cheap", "full")
+
+
+def remade(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
+    """While it is open, autograd keeps ``source`` in the place of ``made``.
+
+    Args:
+        made: A tensor that operations inside are about to save for the backward pass.
+        source: What it was made from; kept anyway, or smaller.
+        make: Makes it again, to the bit.
+    """
+    # The hooks live as long as the graph: they must not hold what they are to save.
+    place, numbers, kept = made.data_ptr(), made.numel(), source.detach()
+
+    def pack(saved: Tensor) -> Any:
+        return saved.shape if saved.data_ptr() == place and saved.numel() == numbers else saved
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return make(kept).view(packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def kept_bytes(model: ModelConfig, tokens: int, level: Level, item: int, tensor: int = 1) -> int:
+    """Activations that one block keeps for its backward pass, in bytes.
+
+    Args:
+        model: Sizes of the transformer.
+        tokens: Tokens of the micro-batch that pass through the block.
+        level: What is kept.
+        item: Bytes of a number.
+        tensor: Ranks that share the heads and the MLP.
+    """
+    width, mlp = model.width, model.mlp_width
+    numbers = {
+        "keep": 4 * width + (4 * width + 2 * mlp) / tensor,
+        "cheap": 2 * width + (4 * width + mlp) / tensor,
+        "full": width,
+    }[level]
+    return round(tokens * numbers * item)
+
+
+def choose_levels(
+    model: ModelConfig, tokens: int, item: int, budget: float, tensor: int = 1
+) -> tuple[Level, ...]:
+    """The level of each block that fits a budget at the least time; all full where none fits.
+
+    Args:
+        model: Sizes of the transformer.
+        tokens: Image tokens of a micro-batch.
+        item: Bytes of a number.
+        budget: Bytes for what all blocks keep; 0 for no bound.
+        tensor: Ranks that share the heads and the MLP.
+    """
+    if budget <= 0:
+        return everywhere("keep", model.depth)
+    keep, cheap, full = (kept_bytes(model, tokens, level, item, tensor) for level in LEVELS)
+    # The last blocks' activations live the shortest: they are the ones that keep the most.
+    if (spare := budget - model.depth * cheap) >= 0:
+        kept = min(model.depth, int(spare // max(1, keep - cheap)))
+        return everywhere("cheap", model.depth - kept) + everywhere("keep", kept)
+    # A block that runs again has all it keeps in memory for a while, beside the others' inputs.
+    spare = budget - cheap - model.depth * full
+    kept = max(0, int(spare // max(1, cheap - full)))
+    return everywhere("full", model.depth - kept) + everywhere("cheap", kept)
+
+
+def everywhere(level: Level, blocks: int) -> tuple[Level, ...]:
+    """One level for so many blocks."""
+    return tuple(level for _ in range(blocks))

@@ -1,0 +1,92 @@
+"""What a run says of its time: phases by rank, utilisation, and the files of a profile."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import repository
+from toy import toy_dataset
+
+from megaregion.errors import UserError
+from megaregion.training.phases import PHASES, Phases, Split
+from megaregion.training.profiling import parse_window
+
+CPU = torch.device("cpu")
+TOY = [
+    "--model.image_size=32", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",
+    "--model.mlp_width=64", "--model.region_layers=1", "--data.workers=0", "--data.regions_per_image=3",
+    "--head.embedding_dim=16", "--train.global_batch=8", "--train.micro_batch=4", "--train.precision=fp32",
+    "--train.steps=4", "--optimizer.warmup_steps=0", "--data.packing=native",
+]  # fmt: skip
+
+
+def test_a_phase_inside_another_takes_its_time_from_it() -> None:
+    phases = Phases(CPU)
+    with phases("backward"):
+        time.sleep(0.02)
+        with phases("communication"):
+            time.sleep(0.2)
+    time.sleep(0.1)
+    began = time.perf_counter()
+    with phases("data"):
+        time.sleep(0.02)
+    seconds = phases.take()
+    assert seconds["communication"] >= 0.2
+    assert seconds["backward"] >= 0.02
+    assert seconds["data"] <= time.perf_counter() - began
+    assert phases.take() == dict.fromkeys(PHASES, 0.0)
+
+
+def test_the_slowest_rank_of_each_phase_is_named() -> None:
+    nothing = dict.fromkeys(PHASES, 0.0)
+    split = Split(({**nothing, "data": 1.0, "head": 3.0}, {**nothing, "data": 2.0, "head": 1.0}))
+    assert split.slowest() == {"data": 1, "head": 0}
+    assert split.mean()["data"] == 1.5
+    assert "1 on b: 2.000 s" in split.table(["a", "b"])
+
+
+@pytest.mark.parametrize(("text", "window"), [("7", (7, 9)), ("3:", (3, 5)), ("3:20", (3, 20))])
+def test_a_window_of_steps_is_read(text: str, window: tuple[int, int]) -> None:
+    assert parse_window(text) == window
+
+
+@pytest.mark.parametrize("text", ["x", "0", "9:3"])
+def test_a_window_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--profile"):
+        parse_window(text)
+
+
+def test_a_run_splits_its_time_and_writes_a_profile(tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path / "shards", samples=16)
+    command = [
+        sys.executable, "-W", "ignore", "tools/pretrain.py", *TOY, f"--data.path={dataset}",
+        f"--output={tmp_path}", "--name=toy", "--profile=2:3",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "toy"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        assert 0 < record["mfu"] < 1
+        assert len(record["time_by_rank"]) == 1
+        assert record["time/forward"] > 0
+        assert record["time/optimizer"] > 0
+        assert record["slowest"]["backward"] == 0
+    assert "slowest rank" in done.stdout
+    with gzip.open(run / "profile" / "rank-00.trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::mm", "aten::_fused_adamw_"} <= names
+    memory = json.loads((run / "profile" / "rank-00.memory.json").read_text())
+    assert memory["peak_bytes"] > 1e6
+    assert memory["operations"][0]["bytes"] > 0
