@@ -1,35 +1,45 @@
 """Measure a run's encoder on held-out scenes, beside honest baselines, and write the run's report.
 
 python tools/evaluate.py runs/demo --scenes data/scenes
+python tools/evaluate.py runs/demo --scenes data/scenes --images photos --compare openai/clip-vit-base-patch16
+python tools/evaluate.py runs/demo --scenes data/scenes --measures region,ocr --seeds 10
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from megaregion.command_line import run
 from megaregion.curation.embedder import load_embedder
+from megaregion.curation.lite0 import Lite0
+from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import CropEncoder
+from megaregion.evaluation.compare import load_compared
+from megaregion.evaluation.encoders import CropEncoder, Encoder
+from megaregion.evaluation.measures import MEASURES
 from megaregion.evaluation.network import open_run
+from megaregion.evaluation.published import plain, write_board
 from megaregion.evaluation.report import write_report
-from megaregion.evaluation.results import table, write_json
+from megaregion.evaluation.results import table, write_json, write_markdown
 from megaregion.evaluation.study import StudyConfig, conduct
+
+STRIDE = 32
+"""Pixels along each side of a place of the curation encoder's map."""
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     began = time.perf_counter()
     opened = open_run(arguments.run, arguments.checkpoint)
-    others = []
-    if arguments.curation != "none":
-        embedder = load_embedder(arguments.curation)
-        others.append(CropEncoder("curation", embedder.embed, threads=max(1, arguments.workers)))
+    device = _device(arguments.device)
     config = StudyConfig(
         scenes=arguments.scenes,
         dataset=arguments.dataset or Path(opened.config.data.path),
@@ -37,24 +47,72 @@ def main() -> None:
         limit=arguments.limit,
         batch=arguments.batch,
         workers=arguments.workers,
-        device=_device(arguments.device),
+        device=device,
         projected=arguments.projected,
         seed=arguments.seed,
+        measures=_measures(arguments.measures),
+        seeds=_at_least_one("--seeds", arguments.seeds),
+        images=arguments.images,
     )
-    study = conduct(opened, config, others, _show_progress)
+    others = _others(arguments, device, opened.config.model.grid)
+    with tqdm(unit="image", disable=None) as bar:
+        study = conduct(opened, config, others, partial(_show_progress, bar))
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
     numbers, page = opened.folder / f"evaluation{suffix}.json", opened.folder / f"report{suffix}.html"
     write_json(study, numbers)
+    text = opened.folder / f"evaluation{suffix}.md"
+    write_markdown(study, text)
+    write_board(opened.folder / "tensorboard", opened.step, study.tables)
     write_report(study, opened.folder / "metrics.jsonl", page)
     print(table(study))
-    print(f"\n{numbers}\n{page}")
+    if study.tables:
+        print(f"\n{plain(study.tables)}\n\npercent, and the 95% interval over seeds and test groups")
+    print(f"\n{numbers}\n{text}\n{page}")
+
+
+def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Encoder]:
+    """The curation encoder and the models to compare with."""
+    others: list[Encoder] = []
+    if arguments.curation != "none":
+        embedder, network = load_embedder(arguments.curation), Lite0()
+        side = STRIDE * cells
+
+        def see(image: Pixels) -> NDArray[np.float32]:
+            return network.maps(resize(image, side, side)).coarse
+
+        others.append(CropEncoder("curation", embedder.embed, max(1, arguments.workers), see))
+    for path in arguments.compare:
+        model = load_compared(path, device)
+        others += [model, model.crops()]
+    names = [other.name for other in others]
+    for name in names:
+        if names.count(name) > 1 or name in ("trained", "untrained", "pixels"):
+            raise UserError(f"two rows would be called {name}; give the folder of --compare another name")
+    return others
+
+
+def _measures(text: str) -> tuple[str, ...]:
+    chosen = (
+        MEASURES if text == "all" else tuple(name for name in text.split(",") if name not in ("", "none"))
+    )
+    for name in chosen:
+        if name not in MEASURES:
+            raise UserError(f"--measures knows {', '.join(MEASURES)}, all and none, got {name!r}")
+    return chosen
+
+
+def _at_least_one(flag: str, value: int) -> int:
+    if value < 1:
+        raise UserError(f"{flag} must be at least 1, got {value}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure a run's encoder on scenes with known truth, beside the same network untrained, "
-        "raw pixels and the curation encoder. Prints a table; RUN gets evaluation.json and report.html.",
+        "raw pixels and the curation encoder. Prints a table; RUN gets evaluation.json, evaluation.md, "
+        "TensorBoard scalars and report.html.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -73,6 +131,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, metavar="THREADS", help="threads that read and crop-embed images")
     add("--device", default="auto", help="where the network computes: auto, cpu, cuda, cuda:1 ...")
     add("--curation", choices=("lite0", "none"), default="lite0", help="curation encoder to compare with")
+    add(
+        "--measures",
+        default="all",
+        metavar="NAME[,NAME ...]",
+        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; none leaves them out",
+    )
+    add("--seeds", type=int, default=5, metavar="N", help="galleries, splits and pairs drawn behind a mean")
+    add(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and FOLDER/test/CLASS",
+    )
+    add(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a vision transformer in HuggingFace form, folder or hub id, as further rows; repeatable",
+    )
     add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")
     add("--seed", type=int, default=0, help="draws the gallery and the pictures of the report")
     return parser
@@ -88,11 +166,12 @@ def _device(name: str) -> str:
         raise UserError(f"--device {name} cannot be used ({reason}); use cpu or auto") from None
 
 
-def _show_progress(split: str, done: int, images: int) -> None:
-    """One line that is rewritten; nothing where stderr is a file."""
-    if sys.stderr.isatty():
-        end = "\n" if done == images else ""
-        print(f"\rencoding {split} scenes {done:>6} / {images}", end=end, file=sys.stderr, flush=True)
+def _show_progress(bar: tqdm, split: str, done: int, images: int) -> None:
+    """Move the bar; a new split starts it anew."""
+    if done < bar.n or bar.total != images:
+        bar.reset(images)
+    bar.set_description(split, refresh=False)
+    bar.update(done - bar.n)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What every compared encoder is to the evaluation: images and boxes in, one feature a region out.
+"""What every compared encoder is to the evaluation: features of regions, of places and of whole images.
 
-Shapes: n boxes of one image, R regions of several images one after another, C feature width, E embedding
-width, h x w pixels of a crop.
+Shapes: n boxes of one image, R regions of several images one after another, B images, C feature width, E
+embedding width, h x w pixels of a crop or cells of a map.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from PIL import Image
 
 PIXELS = 32
 """Side to which the raw-pixel baseline resizes a crop."""
+
+CELL = 8
+"""Pixels along each side of a place of the pixels' map."""
 
 Pixels = NDArray[np.uint8]
 
@@ -41,8 +44,8 @@ class Features:
     """[R, E], what the heads classify; None for an encoder without heads."""
 
 
-class RegionFeatures(Protocol):
-    """An encoder of regions."""
+class Encoder(Protocol):
+    """An encoder of regions, of whole images, and perhaps of every place of an image."""
 
     @property
     def name(self) -> str:
@@ -53,6 +56,14 @@ class RegionFeatures(Protocol):
         """Encode all regions of a batch of images, image by image."""
         ...
 
+    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Encode whole images, [B, C]."""
+        ...
+
+    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]] | None:
+        """Feature map of each image, stretched to a square, [h, w, C] each; None if it has none."""
+        ...
+
 
 class CropEncoder:
     """Encodes each region from its crop alone: pixels, or any image encoder.
@@ -61,22 +72,41 @@ class CropEncoder:
         name: Name in the table.
         embed: Crops, uint8 RGB [h, w, 3] of any sizes, to features [R, C].
         threads: Threads that embed parts of the crops at once; for an embed that computes on one core.
+        see: From a whole image, uint8 RGB [h, w, 3], to its feature map; None if the encoder has none.
     """
 
     def __init__(
-        self, name: str, embed: Callable[[Sequence[Pixels]], NDArray[np.float32]], threads: int = 1
+        self,
+        name: str,
+        embed: Callable[[Sequence[Pixels]], NDArray[np.float32]],
+        threads: int = 1,
+        see: Callable[[Pixels], NDArray[np.float32]] | None = None,
     ) -> None:
         self.name = name
         self._embed = embed
         self._threads = threads
+        self._see = see
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Cut out every region and embed the crops of all images together."""
-        crops = [np.asarray(crop(item.image, box)) for item in images for box in item.boxes]
+        return Features(self._embedded([np.asarray(crop(i.image, box)) for i in images for box in i.boxes]))
+
+    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Embed whole images as if each were one crop."""
+        return self._embedded([np.asarray(image) for image in images])
+
+    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]] | None:
+        """Feature map of each image, if the encoder has one."""
+        if self._see is None:
+            return None
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(self._see, [np.asarray(image) for image in images]))
+
+    def _embedded(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
         size = max(1, -(-len(crops) // self._threads))
         parts = [crops[start : start + size] for start in range(0, len(crops), size)]
         with ThreadPoolExecutor(self._threads) as pool:
-            return Features(np.concatenate(list(pool.map(self._embed, parts))).astype(np.float32, copy=False))
+            return np.concatenate(list(pool.map(self._embed, parts))).astype(np.float32, copy=False)
 
 
 def crop(image: Image.Image, box: Sequence[float] | NDArray[np.float32]) -> Image.Image:
@@ -100,6 +130,19 @@ def centred_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
     return centred
 
 
-def pixel_encoders() -> list[CropEncoder]:
-    """Both forms of the pixel baseline; the table shows the better of the two."""
-    return [CropEncoder("pixels/raw", raw_pixels), CropEncoder("pixels/centred", centred_pixels)]
+def pixel_map(image: Pixels, cells: int) -> NDArray[np.float32]:
+    """Pixels of each of cells x cells places at 8 x 8, on the 0..1 scale, [cells, cells, 192]."""
+    side = CELL * cells
+    small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR), np.float32)
+    places = small.reshape(cells, CELL, cells, CELL, 3).swapaxes(1, 2) / np.float32(255)
+    return places.reshape(cells, cells, -1)
+
+
+def pixel_encoders(cells: int) -> list[CropEncoder]:
+    """Both forms of the pixel baseline; the table shows the better of the two.
+
+    Args:
+        cells: Places along each side of their maps: the grid of the network that they are compared with.
+    """
+    forms = (("pixels/raw", raw_pixels), ("pixels/centred", centred_pixels))
+    return [CropEncoder(name, embed, see=lambda image: pixel_map(image, cells)) for name, embed in forms]

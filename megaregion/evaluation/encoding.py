@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import BoxedImage, Features, RegionFeatures
+from megaregion.evaluation.encoders import BoxedImage, Encoder, Features
 from megaregion.evaluation.scenes import Scene
 
 
@@ -33,7 +33,7 @@ class SceneFeatures:
 
 def encode_scenes(
     scenes: Sequence[Scene],
-    encoders: Sequence[RegionFeatures],
+    encoders: Sequence[Encoder],
     batch: int,
     workers: int,
     seconds: dict[str, float],

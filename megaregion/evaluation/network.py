@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from megaregion.config import RunConfig, config_from_dict
@@ -66,6 +67,19 @@ class NetworkEncoder:
         embedding = self._model.projection(region)
         return Features(_array(embedding if self._projected else region), _array(embedding))
 
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Feature of each whole image: its class token after the last norm, [B, D]."""
+        pixels = torch.stack([self._transform(image, [])[0] for image in images]).to(self._device)
+        tokens = self._model.vit(pixels).image
+        return _array(self._model.vit.pool(tokens[:, 0]))
+
+    @torch.inference_mode()
+    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]]:
+        """Patch features of each image at the training size, [h, w, D] each; see :func:`patch_map`."""
+        pixels = torch.stack([self._transform(image, [])[0] for image in images]).to(self._device)
+        return list(_array(patch_map(self._model, pixels)))
+
     def _batch(self, items: Sequence[BoxedImage]) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, H, W], what their regions see [B, N, P], and which regions are real [B, N]."""
         counts = torch.tensor([len(item.boxes) for item in items])
@@ -75,6 +89,31 @@ class NetworkEncoder:
         visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
         visible[real] = torch.cat(seen)
         return torch.stack(images).to(self._device), visible.to(self._device), real.to(self._device)
+
+
+def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
+    """Patch features as models that build on an encoder read them: those that enter the last block.
+
+    No loss ever reaches what the last block makes of a patch, for region tokens read keys and values of
+    what enters it; LLaVA-style models leave that block out for the same reason.
+
+    Args:
+        model: The network.
+        pixels: Normalised images, [B, 3, H, W].
+
+    Returns:
+        [B, h, w, D], after the last norm.
+    """
+    entering: list[Tensor] = []
+    last = model.vit.blocks[-1]
+    hook = last.register_forward_pre_hook(lambda block, inputs: entering.append(inputs[0]))
+    try:
+        model.vit(pixels)
+    finally:
+        hook.remove()
+    side = model.vit.config.patch_size
+    rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
+    return model.vit.pool(entering[0][:, 1:]).unflatten(1, (rows, columns))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import Any
 
 from megaregion.evaluation.knn import NEIGHBOURS
 from megaregion.evaluation.measure import majority_share
+from megaregion.evaluation.published import markdown, table_json
 from megaregion.evaluation.study import Study
+from megaregion.training.folder import write_text_atomically
 
 DIGITS = 5
 """Decimals of a share in the JSON: finer than one region in ten thousand."""
@@ -32,14 +34,20 @@ def to_json(study: Study) -> dict[str, Any]:
         "gallery_scenes": len(study.gallery.scenes),
         "classes": len(set(study.gallery.objects.names)),
         "seconds": {name: round(value, 2) for name, value in study.seconds.items()},
+        "seeds": study.config.seeds,
+        "measures": [table_json(each) for each in study.tables],
     }
 
 
 def write_json(study: Study, path: Path) -> None:
     """Write the numbers, so that a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(to_json(study), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text_atomically(path, json.dumps(to_json(study), indent=1) + "\n")
+
+
+def write_markdown(study: Study, path: Path) -> None:
+    """Write the measures as a page of tables."""
+    title = f"{study.run.config.name} after step {study.run.step:,}, {study.config.split} split"
+    write_text_atomically(path, markdown(title, study.tables))
 
 
 def table(study: Study) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaregion.data.mask import RLE
 from megaregion.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -28,6 +29,8 @@ class TrueObject:
     name: str
     instance: str
     box: Box
+    mask: RLE | None = None
+    """What is seen of it, where the truth says so."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _parse_scene(line: Mapping[str, Any], folder: Path) -> Scene:
                 name=str(item["class"]),
                 instance=str(item.get("instance", "")),
                 box=_parse_box(item["box"], width, height),
+                mask=_parse_mask(item.get("mask"), width, height),
             )
             for item in line["objects"]
         ),
@@ -158,6 +162,15 @@ def _parse_scene(line: Mapping[str, Any], folder: Path) -> Scene:
             for item in line["words"]
         ),
     )
+
+
+def _parse_mask(values: Mapping[str, Any] | None, width: int, height: int) -> RLE | None:
+    if values is None:
+        return None
+    rle = RLE((int(values["size"][0]), int(values["size"][1])), tuple(int(run) for run in values["counts"]))
+    if rle.size != (height, width):
+        raise ValueError(f"mask of {rle.size[1]} x {rle.size[0]} pixels in a scene of {width} x {height}")
+    return rle
 
 
 def _parse_box(values: Sequence[float], width: int, height: int) -> Box:

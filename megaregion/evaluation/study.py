@@ -9,11 +9,14 @@ from pathlib import Path
 from megaregion.data.info import DatasetInfo
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import RegionFeatures, pixel_encoders
+from megaregion.evaluation.encoders import Encoder, pixel_encoders
 from megaregion.evaluation.encoding import SceneFeatures, encode_scenes
+from megaregion.evaluation.images import image_table, read_image_folder
 from megaregion.evaluation.measure import Judgement, Truth, judge
+from megaregion.evaluation.measures import MEASURES, Material, tables_of
 from megaregion.evaluation.network import TrainedRun
 from megaregion.evaluation.scenes import Scene, pick_scenes, read_scenes
+from megaregion.evaluation.tables import Table
 from megaregion.evaluation.vocabulary import Vocabulary, open_vocabulary
 
 GALLERY_SPLIT = "train"
@@ -45,6 +48,14 @@ class StudyConfig:
     """Compare regions by the heads' embeddings instead of the exported features."""
     seed: int = 0
     """Draws the gallery and the pictures."""
+    measures: tuple[str, ...] = MEASURES
+    """Tables wanted, see measures.py."""
+    seeds: int = 5
+    """Galleries, splits or pairs drawn behind every mean."""
+    images: Path | None = None
+    """Folder of images with one subfolder a class, for a table on whole images."""
+    baselines: bool = True
+    """Measure the untrained network and raw pixels too."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Study:
     """None for a run without text."""
     seconds: dict[str, float]
     """Time by encoder; "read" is time spent waiting for images."""
+    tables: tuple[Table, ...] = ()
+    """The measures, with means over seeds and intervals."""
 
     def judgement(self, encoder: str) -> Judgement:
         """What was found of one encoder.
@@ -79,7 +92,7 @@ class Study:
 def conduct(
     run: TrainedRun,
     config: StudyConfig,
-    others: Sequence[RegionFeatures] = (),
+    others: Sequence[Encoder] = (),
     progress: Progress = lambda split, done, images: None,
 ) -> Study:
     """Measure the run's network, the same network untrained, raw pixels and other encoders.
@@ -98,30 +111,54 @@ def conduct(
     known = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
     asked = _scenes(config.scenes / config.split)
     gallery, queries = _truth(known, vocabulary), _truth(asked, vocabulary)
-    encoders: list[RegionFeatures] = [
-        run.trained(config.device, config.projected),
-        run.untrained(config.device, config.projected),
-        *pixel_encoders(),
-        *others,
-    ]
+    folder = read_image_folder(config.images) if config.images else None
+    encoders = [*_own_encoders(run, config), *others]
     seconds: dict[str, float] = {}
     parts: list[dict[str, SceneFeatures]] = []
     for name, scenes in ((GALLERY_SPLIT, known), (config.split, asked)):
         report = _counter(progress, name, len(scenes))
         parts.append(encode_scenes(scenes, encoders, config.batch, config.workers, seconds, report))
     centers = {"trained": run.text_centers(), "untrained": run.first_text_centers()} if vocabulary else {}
-    judgements = [
-        judge(
-            encoder.name,
-            gallery,
-            queries,
-            (parts[0][encoder.name], parts[1][encoder.name]),
-            vocabulary.prior if vocabulary else (),
-            centers.get(encoder.name),
-        )
-        for encoder in encoders
-    ]
-    return Study(config, run, gallery, queries, _join_pixels(judgements), shards.info, vocabulary, seconds)
+    prior = vocabulary.prior if vocabulary else ()
+    judgements = _join_pixels(
+        [
+            judge(
+                each.name,
+                gallery,
+                queries,
+                (parts[0][each.name], parts[1][each.name]),
+                prior,
+                centers.get(each.name),
+            )
+            for each in encoders
+        ]
+    )
+    shown = _shown_encoders(encoders, judgements)
+    material = Material(gallery, queries, shown, parts[0], parts[1], centers, prior)
+    tables = tables_of(material, config.measures, config.seeds, config.batch, seconds, progress)
+    if folder is not None:
+        seen = [encoder for encoder in shown.values() if not encoder.name.endswith("/crops")]
+        table = image_table(folder, seen, config.seeds, config.batch, config.workers, progress)
+        names = {encoder.name: name for name, encoder in shown.items()}
+        tables.append(replace(table, rows={names[name]: row for name, row in table.rows.items()}))
+    return Study(config, run, gallery, queries, judgements, shards.info, vocabulary, seconds, tuple(tables))
+
+
+def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
+    trained = run.trained(config.device, config.projected)
+    if not config.baselines:
+        return [trained]
+    untrained = run.untrained(config.device, config.projected)
+    return [trained, untrained, *pixel_encoders(run.config.model.grid)]
+
+
+def _shown_encoders(encoders: Sequence[Encoder], judgements: Sequence[Judgement]) -> dict[str, Encoder]:
+    """Encoders by the names of their rows: of the pixels, the better form."""
+    own = {encoder.name: encoder for encoder in encoders}
+    return {
+        row.encoder: own[row.encoder if row.variant is None else f"{row.encoder}/{row.variant}"]
+        for row in (judgement.row for judgement in judgements)
+    }
 
 
 def _scenes(folder: Path) -> list[Scene]:
@@ -157,6 +194,8 @@ def _counter(progress: Progress, split: str, images: int) -> Callable[[int], Non
 def _join_pixels(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
     """Keep the better form of the pixel baseline, in its place, and say which it was."""
     forms = [judgement for judgement in judgements if judgement.row.encoder.startswith(f"{PIXELS}/")]
+    if not forms:
+        return tuple(judgements)
     best = max(forms, key=lambda judgement: judgement.row.region_knn)
     row = replace(best.row, encoder=PIXELS, variant=best.row.encoder.removeprefix(f"{PIXELS}/"))
     joined = [replace(best, row=row) if judgement is best else judgement for judgement in judgements]

@@ -1,0 +1,96 @@
+"""Which class an object is of: k-NN and a linear probe on region features, over galleries of several seeds.
+
+Each seed draws four fifths of the training scenes as its gallery, so that the spread over seeds says how
+much a result owes to which scenes were composed. Test objects show cut-outs that no gallery holds.
+
+Shapes: S seeds, Q test objects, G gallery objects, C feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.evaluation import knn, probe
+from megaregion.evaluation.estimates import Estimate, share
+from megaregion.evaluation.tables import Column, Table
+
+GALLERY_SHARE = 0.8
+"""Share of the training scenes that one seed draws."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Named features of one split."""
+
+    features: NDArray[np.float32]
+    """[R, C]."""
+    names: Sequence[str]
+    """Class of each, R of them."""
+    instances: Sequence[str]
+    """The thing that each shows (a cut-out, an image): what must not be asked about itself."""
+    scenes: NDArray[np.int64]
+    """[R], what is drawn as a whole."""
+
+
+def recognition_table(known: Mapping[str, Labelled], asked: Mapping[str, Labelled], seeds: int) -> Table:
+    """Measure every encoder.
+
+    Args:
+        known: Gallery features by encoder.
+        asked: Test features by encoder, the same objects for all.
+        seeds: Galleries drawn.
+    """
+    gallery, queries = next(iter(known.values())), next(iter(asked.values()))
+    chance = _majority(gallery.names, queries.names)
+    told = (
+        f"{len(queries.names):,} held-out objects of {len(set(queries.instances)):,} unseen cut-outs and "
+        f"{len(set(queries.names))} classes; mean over {seeds} galleries, each {GALLERY_SHARE:.0%} of the "
+        "training "
+        "scenes."
+    )
+    columns = (
+        Column("knn", f"{knn.NEIGHBOURS}-NN", chance),
+        Column("linear", "linear probe", chance),
+    )
+    rows = {name: recognise(known[name], asked[name], seeds) for name in known}
+    return Table("region", "Naming regions", told, columns, rows, "most frequent class")
+
+
+def recognise(known: Labelled, asked: Labelled, seeds: int) -> tuple[Estimate | None, Estimate | None]:
+    """k-NN and linear probe accuracy of one encoder.
+
+    Args:
+        known: The gallery; each seed draws four fifths of its scenes.
+        asked: What is named.
+        seeds: Galleries drawn.
+    """
+    true = np.asarray(asked.names)
+    by_neighbours, by_probe = [], []
+    decay = probe.choose_decay(known.features, known.names, known.instances, seed=0)
+    for seed in range(seeds):
+        rows = np.flatnonzero(draw_scenes(known.scenes, seed, seeds)).tolist()
+        names = [known.names[row] for row in rows]
+        neighbours = knn.nearest(asked.features, known.features[rows])
+        by_neighbours.append(np.asarray(knn.vote(neighbours, names)) == true)
+        fitted = probe.fit(known.features[rows], names, decay)
+        by_probe.append(np.asarray(fitted.predict(asked.features)) == true)
+    return tuple(share(np.stack(right), asked.instances) for right in (by_neighbours, by_probe))  # type: ignore[return-value]
+
+
+def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.bool_]:
+    """Rows whose scene a seed draws, [R]; all of them where there is but one seed."""
+    distinct = np.unique(scenes)
+    if seeds == 1:
+        return np.ones(len(scenes), np.bool_)
+    kept = max(1, round(GALLERY_SHARE * len(distinct)))
+    drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(distinct)[:kept]
+    return np.isin(scenes, drawn)
+
+
+def _majority(known: Sequence[str], asked: Sequence[str]) -> float:
+    names, counts = np.unique(np.asarray(known), return_counts=True)
+    return float(np.mean(np.asarray(asked) == names[counts.argmax()]))

@@ -1,0 +1,145 @@
+"""Segmentation probe: a linear probe learns classes from mask-pooled features and names every place.
+
+Training rows are the mean features under the true masks of training scenes, and under the background of
+each quarter of a scene. The probe's scores at every cell of a held-out scene's map are brought to the
+truth's cells, and the class with the highest score is compared with the true masks: mean IoU over the
+classes and the background; places under words do not count.
+
+Shapes: K classes with the background first, T x T truth cells, h x w cells of a map, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.evaluation import probe
+from megaregion.evaluation.estimates import Estimate, estimate, mean_iou
+from megaregion.evaluation.maps import TRUTH, SceneMap, SceneTruth, pooled, resized
+from megaregion.evaluation.recognition import draw_scenes
+from megaregion.evaluation.scenes import Scene
+from megaregion.evaluation.tables import Column, Table
+
+BACKGROUND = "(background)"
+"""Sorts before any class."""
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """Mask-pooled features of training scenes."""
+
+    features: NDArray[np.float32]
+    """[R, C]."""
+    names: list[str]
+    """Class of each, or BACKGROUND."""
+    instances: list[str]
+    """Cut-out of each; a background's is its scene."""
+    scenes: NDArray[np.int64]
+    """[R]."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Scenes of one split with their truth and their maps by encoder."""
+
+    scenes: Sequence[Scene]
+    truths: Sequence[SceneTruth]
+    maps: Mapping[str, Sequence[SceneMap]]
+
+
+def segmentation_table(known: Mapped, asked: Mapped, seeds: int) -> Table:
+    """Measure every encoder that has maps.
+
+    Args:
+        known: Training scenes.
+        asked: Held-out scenes.
+        seeds: Draws of four fifths of the training scenes.
+    """
+    told = (
+        f"{len(asked.scenes)} held-out scenes against mask-pooled features of {len(known.scenes)} training "
+        "scenes, "
+        f"mean over {seeds} draws of them: intersection over union at {TRUTH} x {TRUTH} places, mean over "
+        "classes and "
+        "background."
+    )
+    rows = {name: _row(name, known, asked, seeds) for name in known.maps}
+    columns = (
+        Column("miou", "mIoU", _all_background(asked)),
+        Column("object_miou", "mIoU, objects only", 0.0),
+    )
+    return Table("segmentation", "Naming every place", told, columns, rows, "all background")
+
+
+def mask_rows(known: Mapped, encoder: str) -> MaskRows:
+    """Mean features under every true mask, and under the background of each quarter of a scene."""
+    features, names, instances, places = [], [], [], []
+    quarters = [
+        (slice(y, y + TRUTH // 2), slice(x, x + TRUTH // 2)) for y in (0, TRUTH // 2) for x in (0, TRUTH // 2)
+    ]
+    for place, (scene, truth) in enumerate(zip(known.scenes, known.truths, strict=True)):
+        masks = [(item.name, item.instance, truth.owner == n + 1) for n, item in enumerate(scene.objects)]
+        for quarter in quarters:
+            background = np.zeros((TRUTH, TRUTH), np.bool_)
+            background[quarter] = truth.owner[quarter] == 0
+            masks.append((BACKGROUND, scene.key, background))
+        for name, instance, mask in masks:
+            if mask.any():
+                features.append(pooled(known.maps[encoder][place], mask))
+                names.append(name)
+                instances.append(instance)
+                places.append(place)
+    return MaskRows(np.stack(features), names, instances, np.asarray(places, np.int64))
+
+
+def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> NDArray[np.float64]:
+    """How often each true class was given each name, [K * K], truth first; places below 0 do not count."""
+    counted = true >= 0
+    pairs = true[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(pairs, minlength=classes**2).astype(np.float64)
+
+
+def _row(encoder: str, known: Mapped, asked: Mapped, seeds: int) -> tuple[Estimate | None, ...]:
+    rows = mask_rows(known, encoder)
+    decay = probe.choose_decay(rows.features, rows.names, rows.instances, seed=0)
+    classes = sorted(set(rows.names))
+    parts = []
+    for seed in range(seeds):
+        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds))
+        fitted = probe.fit(rows.features[drawn], [rows.names[row] for row in drawn], decay)
+        parts.append([_asked_scene(fitted, own, truth, classes) for own, truth in
+                      zip(asked.maps[encoder], asked.truths, strict=True)])  # fmt: skip
+    joined = np.asarray(parts)
+    return estimate(joined, mean_iou), estimate(joined, object_iou)
+
+
+def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As mean_iou, without the background's own share, [..., K * K] to [...]."""
+    classes = round(sums.shape[-1] ** 0.5)
+    matrix = sums.reshape(*sums.shape[:-1], classes, classes)
+    background = matrix[..., 0, 0] / (
+        matrix[..., 0, :].sum(-1) + matrix[..., :, 0].sum(-1) - matrix[..., 0, 0]
+    )
+    present = (matrix.sum(axis=-1) > 0).sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rest: NDArray[np.float64] = (mean_iou(sums) * present - background) / (present - 1)
+    return rest
+
+
+def _asked_scene(
+    fitted: probe.Probe, own: SceneMap, truth: SceneTruth, classes: Sequence[str]
+) -> NDArray[np.float64]:
+    """Confusion of one held-out scene, over the classes of all seeds."""
+    scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)
+    place = np.asarray([classes.index(name) for name in fitted.classes])
+    return confusion(place[resized(scores).argmax(axis=-1)], truth.labels(classes[1:]), len(classes))
+
+
+def _all_background(asked: Mapped) -> float:
+    """MIoU of calling every place background."""
+    names = sorted({name for truth in asked.truths for name in truth.names})
+    parts = np.asarray([[confusion(np.zeros((TRUTH, TRUTH), np.int64), truth.labels(names), len(names) + 1)
+                         for truth in asked.truths]])  # fmt: skip
+    return float(mean_iou(parts.sum(axis=1))[0])

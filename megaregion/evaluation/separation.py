@@ -1,0 +1,138 @@
+"""Does the picture of principal components tell objects from their background? AUC against true masks.
+
+One basis of three principal components is fitted on the cells of training scenes, without any label: the
+red, green and blue of the pictures. Three readings of it, each fixed on training scenes and then asked of
+held-out ones, as the area under the ROC curve over all places (words do not count):
+
+- one colour: the best of the three, and its sign;
+- three colours: a linear reading of all three;
+- all channels: a linear reading of the whole feature, what the picture leaves out.
+
+Shapes: C channels, h x w cells, T x T truth cells, n cells of all training scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.evaluation import probe
+from megaregion.evaluation.components import fit_basis
+from megaregion.evaluation.estimates import Estimate, area_under_curve, estimate
+from megaregion.evaluation.maps import SceneMap, SceneTruth, coverage, resized
+from megaregion.evaluation.segmentation import Mapped
+from megaregion.evaluation.tables import Column, Table
+
+BINS = 512
+"""Steps of the ROC curve, evenly many places of the held-out scenes in each."""
+MOST_CELLS = 20_000
+"""Training cells that the linear readings are fitted on."""
+INSIDE, OUTSIDE = "inside", "outside"
+
+Reading = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""From features or colours, [n, C], to how much each looks like an object, [n]."""
+
+
+def separation_table(known: Mapped, asked: Mapped) -> Table:
+    """Measure every encoder that has maps.
+
+    Args:
+        known: Training scenes.
+        asked: Held-out scenes.
+    """
+    told = (
+        f"Area under the ROC curve of object against background over all places of {len(asked.scenes)} "
+        "held-out "
+        f"scenes; the map's basis and how it is read are fixed on {len(known.scenes)} training scenes."
+    )
+    columns = (
+        Column("one_colour", "one colour", 0.5),
+        Column("three_colours", "three colours", 0.5),
+        Column("all_channels", "all channels", 0.5),
+    )
+    rows = {name: _row(known, asked, name) for name in known.maps}
+    return Table("separation", "Objects against background", told, columns, rows, "blind")
+
+
+def _row(known: Mapped, asked: Mapped, encoder: str) -> tuple[Estimate | None, ...]:
+    basis = fit_basis(known.maps[encoder])
+    cells, inside = _cells(known.maps[encoder], known.truths)
+    if inside.all() or not inside.any():
+        return None, None, None
+    colours = basis.project(cells)
+    best, sign = best_colour(colours, inside)
+    by_three, by_all = _linear(colours, inside), _linear(cells, inside)
+    readings: tuple[Reading, ...] = (
+        lambda features: sign * basis.project(features)[:, best],
+        lambda features: by_three(basis.project(features)),
+        by_all,
+    )
+    return tuple(_judge(reading, asked.maps[encoder], asked.truths) for reading in readings)
+
+
+def best_colour(colours: NDArray[np.float32], inside: NDArray[np.bool_]) -> tuple[int, float]:
+    """The component that tells inside from outside best, and the sign with which it is high inside.
+
+    Args:
+        colours: Components of training cells, [n, 3].
+        inside: Whether each lies in an object, [n].
+    """
+    areas = [exact_area(colour, inside) for colour in colours.T]
+    best = int(np.argmax([abs(area - 0.5) for area in areas]))
+    return best, 1.0 if areas[best] >= 0.5 else -1.0
+
+
+def exact_area(scores: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve of scores [n], ties counting half."""
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    positive, negative = int(inside.sum()), int((~inside).sum())
+    return float((ranks[inside].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def _cells(
+    maps: Sequence[SceneMap], truths: Sequence[SceneTruth]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Features of cells that lie mostly inside objects or mostly outside, [n, C], and which they do, [n]."""
+    features, verdicts = [], []
+    for own, truth in zip(maps, truths, strict=True):
+        inside = coverage(truth.owner > 0, *own.shape[:2])
+        outside = coverage(truth.owner == 0, *own.shape[:2])
+        clear = np.maximum(inside, outside) > 0.5
+        features.append(own[clear])
+        verdicts.append(inside[clear] > 0.5)
+    joined, verdict = np.concatenate(features), np.concatenate(verdicts)
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(joined))[:MOST_CELLS]
+    return joined[order], verdict[order]
+
+
+def _linear(features: NDArray[np.float32], inside: NDArray[np.bool_]) -> Reading:
+    fitted = probe.fit(features, [INSIDE if verdict else OUTSIDE for verdict in inside], probe.DECAYS[0])
+
+    def read(asked: NDArray[np.float32]) -> NDArray[np.float32]:
+        scores = fitted.scores(asked)
+        difference: NDArray[np.float32] = scores[:, 0] - scores[:, 1]
+        return difference
+
+    return read
+
+
+def _judge(reading: Reading, maps: Sequence[SceneMap], truths: Sequence[SceneTruth]) -> Estimate | None:
+    """AUC over all places of the held-out scenes, with the scenes as groups."""
+    scores = []
+    for own in maps:
+        plane = reading(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], 1)
+        scores.append(resized(plane.astype(np.float32))[..., 0])
+    edges = np.quantile(
+        np.concatenate([plane.ravel() for plane in scores]), np.linspace(0, 1, BINS + 1)[1:-1]
+    )
+    parts = []
+    for plane, truth in zip(scores, truths, strict=True):
+        place = np.searchsorted(edges, plane)
+        parts.append(
+            np.concatenate([np.bincount(place[truth.owner == 0], minlength=BINS),
+                            np.bincount(place[truth.owner > 0], minlength=BINS)])
+        )  # fmt: skip
+    return estimate(np.asarray(parts, np.float64)[None], area_under_curve)
