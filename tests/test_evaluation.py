@@ -26,7 +26,9 @@ from megaregion.evaluation import charts, knn, ocr
 from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, centred_pixels, crop, raw_pixels
 from megaregion.evaluation.encoding import encode_scenes, open_image
+from megaregion.evaluation.look import Pictures, look
 from megaregion.evaluation.measure import majority_share
+from megaregion.evaluation.measures import MEASURES
 from megaregion.evaluation.metrics import Curve, read_metrics
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import write_report
@@ -60,6 +62,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def study(place: Workplace) -> Study:
     config = StudyConfig(place.scenes, place.dataset, batch=5)
     return conduct(open_run(place.run), config, [CropEncoder("curation", centred_pixels)])
+
+
+@pytest.fixture(scope="module")
+def pictures(study: Study) -> Pictures:
+    return look(study)
 
 
 def rows(*values: tuple[float, ...]) -> NDArray[np.float32]:
@@ -427,7 +434,7 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
     for row in to_json(study)["rows"]:
         assert row["region_knn"] > 0
         assert {row[key] for key in row if key.startswith("ocr")} == {None}
-    write_report(study, tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
+    write_report(study, look(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 
 
@@ -472,14 +479,14 @@ def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: P
     ],
 )
 def test_bad_metrics_are_named_in_the_page_and_stop_nothing(
-    study: Study, tmp_path: Path, text: str | None, reason: str
+    study: Study, pictures: Pictures, tmp_path: Path, text: str | None, reason: str
 ) -> None:
     file = tmp_path / "metrics.jsonl"
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=re.escape(reason)):
         read_metrics(file)
-    write_report(study, file, tmp_path / "report.html")
+    write_report(study, pictures, file, tmp_path / "report.html")
     assert reason.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
 
 
@@ -561,6 +568,10 @@ def test_the_tool_writes_numbers_with_all_four_encoders_and_a_page(evaluated: Pa
     assert [row["encoder"] for row in numbers["rows"]] == ["trained", "untrained", "pixels", "curation"]
     assert numbers["gallery_regions"] == 16
     assert numbers["seconds"]["total"] > 0
+    assert [table["key"] for table in numbers["measures"]] == list(MEASURES)
+    assert "## Naming regions" in (evaluated / "evaluation.md").read_text()
+    assert any((evaluated / "tensorboard" / "evaluation" / "trained").iterdir())
+    assert len(list((evaluated / "pictures").glob("*.map.jpg"))) == 4
     assert (evaluated / "report.html").stat().st_size > 10_000
 
 
@@ -570,7 +581,10 @@ def test_the_page_is_whole_and_fetches_nothing(evaluated: Path) -> None:
     assert page.open == []
     assert page.fetched
     assert all(place.startswith("data:") for place in page.fetched)
-    for heading in ("Beside honest baselines", "How it learned", "Nearest neighbours", "What it reads"):
+    for heading in (
+        "Beside honest baselines", "Every measure", "Naming regions", "What it sees", "Where a region looks",
+        "Confusion of clusters", "How it learned", "Nearest neighbours", "What it reads",
+    ):  # fmt: skip
         assert heading in page.text
     assert "$" not in page.text
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig
+from megaregion.data.mask import encode_mask
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardWriter, write_dataset
 from megaregion.data.tokens import load_tokenizer, token_set
@@ -85,6 +86,9 @@ def write_run(folder: Path, dataset: Path, text_classes: int, step: int = 40) ->
     if text_classes:
         shape = (text_classes, config.head.embedding_dim)
         tensors["head.text.weight"] = torch.randn(shape, generator=generator)
+    tensors["head.object.weight"] = torch.randn(
+        (len(CLASSES), config.head.embedding_dim), generator=generator
+    )
     unfinished = folder / "unfinished"
     unfinished.mkdir(parents=True)
     write_pieces(
@@ -113,7 +117,11 @@ def _scene(rng: np.random.Generator, key: str) -> tuple[Image.Image, dict[str, o
         name = list(CLASSES)[rng.integers(len(CLASSES))]
         box = (x0, y0, x0 + int(rng.integers(28, 40)), y0 + int(rng.integers(28, 40)))
         _draw(draw, name, box)
-        objects.append({"class": name, "instance": f"{name}-1", "box": box, "visible": 1.0})
+        shape = Image.new("RGB", image.size)
+        _draw(ImageDraw.Draw(shape), name, box)
+        mask = encode_mask(np.asarray(shape).any(axis=-1))
+        rle = {"size": list(mask.size), "counts": list(mask.counts)}
+        objects.append({"class": name, "instance": f"{name}-1", "box": box, "mask": rle, "visible": 1.0})
     word = WORDS[rng.integers(len(WORDS))]
     font = ImageFont.load_default(22)
     draw.text((10, 62), word, fill=(250, 250, 240), font=font)

@@ -24,6 +24,7 @@ from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder
+from megaregion.evaluation.look import look, save_pictures
 from megaregion.evaluation.measures import MEASURES
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.published import plain, write_board
@@ -56,7 +57,9 @@ def main() -> None:
     )
     others = _others(arguments, device, opened.config.model.grid)
     with tqdm(unit="image", disable=None) as bar:
-        study = conduct(opened, config, others, partial(_show_progress, bar))
+        progress = partial(_show_progress, bar)
+        study = conduct(opened, config, others, progress)
+        pictures = look(study, arguments.frames, arguments.map_side, progress)
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
     numbers, page = opened.folder / f"evaluation{suffix}.json", opened.folder / f"report{suffix}.html"
@@ -64,7 +67,8 @@ def main() -> None:
     text = opened.folder / f"evaluation{suffix}.md"
     write_markdown(study, text)
     write_board(opened.folder / "tensorboard", opened.step, study.tables)
-    write_report(study, opened.folder / "metrics.jsonl", page)
+    save_pictures(pictures, opened.folder / f"pictures{suffix}")
+    write_report(study, pictures, opened.folder / "metrics.jsonl", page)
     print(table(study))
     if study.tables:
         print(f"\n{plain(study.tables)}\n\npercent, and the 95% interval over seeds and test groups")
@@ -150,6 +154,19 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="MODEL",
         help="a vision transformer in HuggingFace form, folder or hub id, as further rows; repeatable",
+    )
+    add(
+        "--frames",
+        type=Path,
+        metavar="PATH",
+        help="image or folder of frames whose features the report paints; by default held-out scenes",
+    )
+    add(
+        "--map-side",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="longest side at which frames are read for maps; 0 takes three times the training size",
     )
     add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")
     add("--seed", type=int, default=0, help="draws the gallery and the pictures of the report")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from megaregion.config import RunConfig, config_from_dict
+from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, Features
@@ -27,6 +28,7 @@ from megaregion.training.folder import step_folder
 
 BODY = "body.weight."
 TEXT_CENTERS = "head.text.weight"
+OBJECT_CENTERS = "head.object.weight"
 
 
 class NetworkEncoder:
@@ -53,6 +55,30 @@ class NetworkEncoder:
         self._transform = transform
         self._device = device
         self._projected = projected
+
+    @property
+    def model(self) -> RegionEncoder:
+        """The network itself."""
+        return self._model
+
+    def prepare(
+        self, image: Image.Image, boxes: Sequence[Box], size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One image as the model reads it, at the training size or at another.
+
+        Args:
+            image: RGB.
+            boxes: Regions, in pixels of the image.
+            size: Height and width; multiples of the patch.
+
+        Returns:
+            Pixels [1, 3, H, W] and which region sees which patch [1, N, P], on the model's device.
+        """
+        transform = self._transform if size is None else EvalTransform(
+            self._transform.data, self._model.vit.config, size
+        )  # fmt: skip
+        pixels, visible = transform(image, boxes)
+        return pixels[None].to(self._device), visible[None].to(self._device)
 
     @torch.inference_mode()
     def encode(self, items: Sequence[BoxedImage]) -> Features:
@@ -157,6 +183,10 @@ class TrainedRun:
         model = self._model()
         initialise(model, self.config.seed)
         return self._encoder("untrained", model, device, projected)
+
+    def object_centers(self) -> NDArray[np.float32] | None:
+        """Weight of the object head, [K, E]; None if the run has none."""
+        return _array(self._read(OBJECT_CENTERS)) if OBJECT_CENTERS in self.reader.names() else None
 
     def text_centers(self) -> NDArray[np.float32] | None:
         """Weight of the text head, [V, E]; None if the run has none.

@@ -10,10 +10,13 @@ from string import Template
 from typing import Any
 
 from megaregion.errors import UserError
-from megaregion.evaluation import charts, numbers, sheets
+from megaregion.evaluation import charts, exhibits, numbers, sheets
+from megaregion.evaluation.cells import measure_cards
 from megaregion.evaluation.curated import curation_card
+from megaregion.evaluation.look import Pictures
 from megaregion.evaluation.metrics import Metrics, read_metrics
 from megaregion.evaluation.study import Study
+from megaregion.training.folder import write_text_atomically
 
 CURVES = (
     ("loss_object", "Loss on objects", "object", True),
@@ -24,22 +27,29 @@ CURVES = (
 """Metric, title, style and whether to smooth it."""
 
 
-def write_report(study: Study, metrics: Path, path: Path) -> None:
+def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) -> None:
     """Write the page.
 
     Args:
         study: What was found.
+        pictures: Maps, attention and clusters, see look.py.
         metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
         path: The page; readers see the old one or the new one.
     """
-    template = Template(files("megaregion.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(read_part("report.html"))
     curves, logged = _curves(metrics)
     page = template.substitute(
         title=escape(study.run.config.name),
+        style=read_part("style.html"),
         split=escape(study.config.split),
         summary=_summary(study, logged),
         tiles=numbers.tiles(study),
         table=numbers.result_table(study),
+        measures=measure_cards(study.tables)
+        or '<div class="card missing">No measure was asked for; see --measures.</div>',
+        maps=exhibits.map_section(pictures),
+        attention=exhibits.attention_section(pictures),
+        clusters=exhibits.cluster_section(pictures),
         curves=curves,
         neighbours=sheets.neighbour_sheet(study, ("trained", "untrained")),
         words=sheets.word_sheet(study) or '<div class="card missing">This run has no text to read.</div>',
@@ -48,9 +58,12 @@ def write_report(study: Study, metrics: Path, path: Path) -> None:
         facts=_facts(study),
         footer=_footer(study),
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text_atomically(path, page)
+
+
+def read_part(name: str) -> str:
+    """A file of the page's that lies beside this one."""
+    return files("megaregion.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
 def _curves(path: Path) -> tuple[str, Metrics | None]:

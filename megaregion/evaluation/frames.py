@@ -1,0 +1,124 @@
+"""PCA maps: patch features of many pictures at high resolution, coloured by one basis for all of them.
+
+Rotary positions let the network read any size, so a picture may have many more patches than in training.
+All pictures of an encoder share one basis: the same feature has the same colour in every one of them, and
+a thing that moves through the frames of a video keeps its colour.
+
+Shapes: h x w patches of a picture, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from megaregion.errors import UserError
+from megaregion.evaluation.components import Basis, fit_basis
+from megaregion.evaluation.network import NetworkEncoder, patch_map
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+MOST_FRAMES = 48
+"""Frames that a page has room for; of a longer folder, evenly spaced ones are taken."""
+SHOWN_SIDE = 384
+"""Longest side of a map in the page, in pixels."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture."""
+
+    name: str
+    image: Image.Image
+    """RGB."""
+
+
+@dataclass(frozen=True)
+class Painted:
+    """The maps of all frames by one encoder."""
+
+    encoder: str
+    maps: list[Image.Image]
+    basis: Basis
+    cells: tuple[int, int]
+    """Rows and columns of patches of the first frame."""
+
+
+def read_frames(path: Path) -> list[Frame]:
+    """Read an image, or a folder of frames in the order of their names.
+
+    Raises:
+        UserError: There is no image, or one cannot be read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        files = (
+            [files[i] for i in sorted({round(i) for i in np.linspace(0, len(files) - 1, MOST_FRAMES)})]
+            if files
+            else []
+        )
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        raise UserError(
+            f"--frames {path} holds no image; name an image or a folder of {', '.join(ENDINGS)} files"
+        )
+    frames = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                frames.append(Frame(file.stem, image.convert("RGB")))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} cannot be read ({error}); remove it from the frames") from None
+    return frames
+
+
+def paint(
+    encoder: NetworkEncoder,
+    frames: Sequence[Frame],
+    side: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Painted:
+    """Colour every frame's patches by the principal components of all frames' patches.
+
+    Args:
+        encoder: The network.
+        frames: Pictures of any sizes.
+        side: Longest side at which the network reads them, in pixels; rounded to whole patches.
+        progress: Called with 1 after each frame.
+    """
+    maps = []
+    for frame in frames:
+        maps.append(high_map(encoder, frame.image, side))
+        progress(1)
+    basis = fit_basis(maps)
+    colours = [Image.fromarray(basis.colours(basis.project(own))) for own in maps]
+    return Painted(encoder.name, [_enlarged(each) for each in colours], basis, maps[0].shape[:2])
+
+
+def high_map(encoder: NetworkEncoder, image: Image.Image, side: int) -> NDArray[np.float32]:
+    """Patch features of one picture at a given longest side, in its own shape, [h, w, D]."""
+    pixels, _ = encoder.prepare(
+        image, [], fitting_size(image.size, side, encoder.model.vit.config.patch_size)
+    )
+    with torch.inference_mode():
+        array: NDArray[np.float32] = patch_map(encoder.model, pixels)[0].float().cpu().numpy()
+    return array
+
+
+def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int]:
+    """Height and width in whole patches, for a picture of this width and height and a longest side."""
+    scale = side / max(size)
+    width, height = (max(1, round(edge * scale / patch)) * patch for edge in size)
+    return height, width
+
+
+def _enlarged(colours: Image.Image) -> Image.Image:
+    scale = SHOWN_SIDE / max(colours.size)
+    size = (round(colours.width * scale), round(colours.height * scale))
+    return colours.resize(size, Image.Resampling.BICUBIC)
