@@ -23,6 +23,7 @@ HeadBackend = Literal["auto", "torch", "triton"]
 CenterInit = Literal["random", "centers"]
 Packing = Literal["square", "native"]
 Hierarchical = Literal["auto", "on", "off"]
+EvaluateSplit = Literal["val", "test"]
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,22 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """The look at held-out scenes while a run trains, by a process of its own beside rank 0."""
+
+    every: int = 0
+    """Steps between looks, a multiple of checkpoint.every, for saved weights are looked at; 0 never looks."""
+    scenes: str = ""
+    """Scene set of tools/make_scenes.py, with train and the split that is asked about."""
+    split: EvaluateSplit = "val"
+    """Split that is asked about: val, or test for numbers that no setting was chosen by."""
+    limit: int = 500
+    """Training objects in the gallery, drawn as whole scenes; 0 takes all."""
+    threads: int = 1
+    """Processor threads that the look takes on rank 0's host, at the lowest priority."""
+
+
+@dataclass(frozen=True)
 class MachinesConfig:
     """What the machines must give before a start, with --preflight."""
 
@@ -318,6 +335,8 @@ class RunConfig:
     """Saving."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """The loss guard."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The look at held-out scenes while the run trains."""
     machines: MachinesConfig = field(default_factory=MachinesConfig)
     """The look at the machines before a start."""
     stages: tuple[StageConfig, ...] = field(default=(), metadata={"items": StageConfig})
@@ -453,6 +472,7 @@ def check_config(config: RunConfig) -> None:
     for key, least in (("spike", config.guard.spike), ("max_rollbacks", config.guard.max_rollbacks)):
         if not 0 <= least < math.inf:
             raise UserError(f"guard.{key} must be a number of at least 0, got {least}")
+    _check_evaluate(config)
     _check_machines(config.machines)
     _check_stages(config)
     _check_optimizer(config)
@@ -586,6 +606,24 @@ def _check_head(key: str, head: HeadConfig) -> None:
         raise UserError(f"{key}.margin must lie in [0, 1), got {head.margin}")
     if head.weight < 0:
         raise UserError(f"{key}.weight must be 0 or more, got {head.weight}")
+
+
+def _check_evaluate(config: RunConfig) -> None:
+    evaluate, saves = config.evaluate, config.checkpoint.every
+    for key, least in (("every", 0), ("limit", 0), ("threads", 1)):
+        if getattr(evaluate, key) < least:
+            raise UserError(f"evaluate.{key} must be at least {least}, got {getattr(evaluate, key)}")
+    if evaluate.every % saves:
+        nearest = max(1, round(evaluate.every / saves)) * saves
+        raise UserError(
+            f"evaluate.every must be a multiple of checkpoint.every {saves}, got {evaluate.every}; "
+            f"use {nearest}"
+        )
+    if evaluate.every and not evaluate.scenes:
+        raise UserError(
+            f"evaluate.every is {evaluate.every}, but evaluate.scenes names no scene set; make one with "
+            "tools/make_scenes.py, or set evaluate.every 0"
+        )
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.config import HeadsConfig, ModelConfig, RunConfig, TrainConfig
+from megaregion.config import EvaluateConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
 from megaregion.data.mask import encode_mask
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardWriter, write_dataset
@@ -73,9 +73,12 @@ def write_shards(folder: Path, scenes: Path, text: bool = True) -> Path:
     return folder
 
 
-def write_run(folder: Path, dataset: Path, text_classes: int, step: int = 40) -> RunConfig:
+def write_run(
+    folder: Path, dataset: Path, text_classes: int, step: int = 40, evaluate: EvaluateConfig | None = None
+) -> RunConfig:
     """A run folder with metrics and one checkpoint, its weights moved a little off their start."""
-    config = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, path=str(dataset)))
+    data = dataclasses.replace(RUN.data, path=str(dataset))
+    config = dataclasses.replace(RUN, data=data, evaluate=evaluate or RUN.evaluate)
     model = RegionEncoder(config.model, config.head.embedding_dim)
     initialise(model, config.seed)
     generator = torch.Generator().manual_seed(1)

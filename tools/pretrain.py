@@ -69,6 +69,7 @@ def main() -> int:
 def train(
     config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None, profile: str | None = None
 ) -> int:
+    from megaregion.evaluation.background import BackgroundEvaluation
     from megaregion.parallel import topology
     from megaregion.training.metrics import LOG, open_log
     from megaregion.training.preflight import check_machines
@@ -78,6 +79,7 @@ def train(
     from megaregion.training.watchdog import Watchdog
 
     window = parse_window(profile) if profile else None
+    evaluation = BackgroundEvaluation(config)
     patience = config.train.watchdog_seconds
     # A collective must not give up before the watchdog has named who is missing from it.
     place = topology.join(config.parallel.tensor, timeout_minutes=30 + int(patience / 15))
@@ -94,7 +96,8 @@ def train(
     progress = Progress()
     store = topology.own_store("watchdog") if patience else None
     watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
-    trainer = Trainer(config, place, STOP, progress, window)
+    after_save = evaluation.after_save if place.rank == 0 else lambda step: None
+    trainer = Trainer(config, place, STOP, progress, window, after_save)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(
@@ -106,14 +109,22 @@ def train(
     progress.note("load", 0)
     if resume and not trainer.state.resume(checkpoints) and place.rank == 0:
         LOG.info("no checkpoint in %s yet: starting", checkpoints)
+    if place.rank == 0:
+        evaluation.begin(trainer.state.step)
     try:
         code = trainer.run(stop_at)
     except BaseException:
         watchdog.keep_verdict()
+        evaluation.stop()
         raise
     STOP.leave()
     watchdog.stop()
     topology.leave()
+    # Only rank 0 has one; the others are gone by then. A preempted run has no time for it.
+    if code == 0:
+        evaluation.finish()
+    else:
+        evaluation.stop()
     return code
 
 

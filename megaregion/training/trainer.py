@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Trainer:
         stop: StopRequest,
         progress: Progress | None = None,
         profile: tuple[int, int] | None = None,
+        after_save: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Build data, body, heads and engine; nothing is read from a checkpoint yet.
 
@@ -72,6 +73,7 @@ class Trainer:
             stop: Whether somebody asked the run to stop.
             progress: Where the rank notes what it does, for a watchdog.
             profile: First and last step to profile.
+            after_save: Called with the step once its save has begun; must return at once.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
@@ -81,6 +83,7 @@ class Trainer:
         self.run_folder = Path(config.output) / config.name
         self._stop = stop
         self._progress = progress or Progress()
+        self._after_save = after_save
         self._faults = Faults.of_rank(topology.rank)
         self._micro_steps = accumulation(config, topology.data_size)
         self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
@@ -205,6 +208,7 @@ class Trainer:
         self._faults.save(self.state.step)
         with self._phases("save"):
             self.state.save(self.run_folder / "checkpoints")
+        self._after_save(self.state.step)
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float | int | None]:
         """Take one optimizer step; returns what is worth logging, nothing if the guard refused the step."""
