@@ -16,20 +16,20 @@ def measure_cards(tables: Sequence[Table]) -> str:
     return "".join(f'<div class="card measure">{measure_table(table)}</div>' for table in tables)
 
 
-def measure_table(table: Table, labels: Mapping[str, str] | None = None) -> str:
+def measure_table(table: Table, styles: Mapping[str, str] | None = None) -> str:
     """One table; a tick on every bar marks chance.
 
     Args:
         table: What was measured.
-        labels: Other names for the rows.
+        styles: CSS class of each row, which colours it; by default the encoder's own.
     """
     head = "".join(f"<th>{escape(column.title)}</th>" for column in table.columns)
     rows = []
     for encoder, cells in table.rows.items():
-        style = encoder if encoder in KNOWN_STYLES else "other"
+        style = (styles or {}).get(encoder) or (encoder if encoder in KNOWN_STYLES else "other")
         note = table.notes.get(encoder, "")
         told = f'<div class="what">{escape(note)}</div>' if note else ""
-        name = escape((labels or {}).get(encoder, encoder))
+        name = escape(encoder)
         drawn = "".join(_cell(cell, column) for cell, column in zip(cells, table.columns, strict=True))
         rows.append(f'<tr class="{style}"><td><div class="who">{name}</div>{told}</td>{drawn}</tr>')
     chance = "".join(

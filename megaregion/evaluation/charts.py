@@ -68,6 +68,50 @@ def line_chart(curve: Curve, style: str, label: str, form: Format = plain, smoot
     return "".join(parts)
 
 
+def lines_chart(
+    curves: Mapping[str, Curve],
+    styles: Mapping[str, str],
+    label: str,
+    form: Format = plain,
+    smooth: bool = True,
+) -> str:
+    """Draw one metric of several runs in one frame.
+
+    Args:
+        curves: The metric by run; at least one point each.
+        styles: CSS class of each run, which colours its line.
+        label: What the chart shows, for readers that see no picture.
+        form: How a value is written.
+        smooth: Draw the running mean instead of the values.
+    """
+    drawn = {
+        name: Curve(own.steps, running_mean(own.values)) if smooth else own for name, own in curves.items()
+    }
+    ranges = [_range(own.values, own.values) for own in drawn.values()]
+    ticks = nice_ticks(min(low for low, _ in ranges), max(high for _, high in ranges))
+    x_low = min(own.steps[0] for own in drawn.values())
+    x_high = max(x_low + 1, *(own.steps[-1] for own in drawn.values()))
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        share = (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return x, HEIGHT - BOTTOM - min(max(share, -0.02), 1.02) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    parts += [_y_tick(place(x_low, tick)[1], form(tick)) for tick in ticks]
+    parts += [
+        _x_tick(place(step, 0)[0], plain(step))
+        for step in nice_ticks(x_low, x_high)
+        if x_low <= step <= x_high
+    ]
+    for name, own in drawn.items():
+        style, (x, y) = styles[name], place(own.steps[-1], own.values[-1])
+        told = f"<title>{escape(name)}: {form(own.values[-1])} at step {own.steps[-1]:,}</title>"
+        parts.append(_path(own.steps, own.values, place, f"line {style}"))
+        parts.append(f'<circle class="end {style}" cx="{x:.1f}" cy="{y:.1f}" r="4">{told}</circle>')
+    return "".join([*parts, "</svg>"])
+
+
 def dot_chart(rows: Sequence[tuple[str, Mapping[str, float]]], label: str) -> str:
     """Draw one line per name with a dot per encoder on the scale 0..100%.
 

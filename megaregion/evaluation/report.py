@@ -26,6 +26,9 @@ CURVES = (
 )
 """Metric, title, style and whether to smooth it."""
 
+LOOKS = (("region/knn", "Region 5-NN while training"), ("ocr/head_recall", "OCR tokens while training"))
+"""Measures of evaluations.jsonl, and their titles."""
+
 
 def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) -> None:
     """Write the page.
@@ -79,7 +82,27 @@ def _curves(path: Path) -> tuple[str, Metrics | None]:
             cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
         else:
             cards.append(f'<div class="card missing"><h3>{title}</h3>Never logged in this run.</div>')
+    cards += _looks(path.with_name("evaluations.jsonl"))
     return f'<div class="curves">{"".join(cards)}</div>', metrics
+
+
+def _looks(path: Path) -> list[str]:
+    """Curves of the evaluations beside training, if there were any."""
+    try:
+        looks = read_metrics(path)
+    except UserError:
+        return []
+    cards = []
+    for name, title in LOOKS:
+        curve = looks.curve(name)
+        if curve:
+            chart = charts.line_chart(curve, "object", f"{title} over the steps", _share, smooth=False)
+            cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
+    return cards
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
 
 
 def _summary(study: Study, metrics: Metrics | None) -> str:

@@ -1,0 +1,168 @@
+"""Runs side by side, and models of other makers as rows of the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from toy_scenes import RUN, write_run, write_scenes, write_shards
+
+from megaregion.data.info import read_info
+from megaregion.errors import UserError
+from megaregion.evaluation.charts import HEIGHT, WIDTH, lines_chart
+from megaregion.evaluation.compare import load_compared
+from megaregion.evaluation.encoders import BoxedImage
+from megaregion.evaluation.estimates import share
+from megaregion.evaluation.metrics import Curve
+from megaregion.evaluation.network import open_run
+from megaregion.evaluation.published import table_json
+from megaregion.evaluation.runs import joined_tables, read_runs
+from megaregion.evaluation.tables import Column, Table
+from megaregion.export.huggingface import export_checkpoint
+
+TOOL = Path(__file__).parents[1] / "tools" / "report.py"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def run_tool(*arguments: object) -> int:
+    saved, sys.argv = sys.argv, [str(TOOL), *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOL), run_name="__main__")
+    finally:
+        sys.argv = saved
+    return int(ended.value.code or 0)
+
+
+def leave_run(folder: Path, accuracy: float, lr: float, told: str = "8 objects") -> Path:
+    """A run's folder as training and evaluation leave it."""
+    (folder / "pictures").mkdir(parents=True)
+    settings = {"name": folder.name, "seed": 0, "optimizer": {"lr": lr, "beta1": 0.9}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [{"step": s, "loss": 5 / s + lr, "images_per_second": 10.0} for s in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    looks = [{"step": s, "region/knn": accuracy * s / 20, "seconds": 1.0} for s in (10, 20)]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in looks))
+    right = np.arange(40) < 40 * accuracy
+    columns = (Column("knn", "5-NN", 0.1),)
+    table = Table("region", "Naming regions", told, columns, {"trained": (share(right, range(40)),)})
+    (folder / "evaluation.json").write_text(json.dumps({"step": 20, "measures": [table_json(table)]}))
+    for kind in ("map", "frame"):
+        Image.new("RGB", (30, 20), (90, 30, 200)).save(folder / "pictures" / f"scene-1.{kind}.jpg")
+    return folder
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    return [leave_run(tmp_path / "first", 0.5, 1e-3), leave_run(tmp_path / "second", 0.75, 2e-3)]
+
+
+def test_a_comparison_has_a_row_for_each_run_with_its_own_numbers(
+    two_runs: list[Path], tmp_path: Path
+) -> None:
+    table = joined_tables(read_runs(two_runs))[0]
+    means = {name: cells[0].mean for name, cells in table.rows.items() if cells[0]}
+    assert means == {"first": 0.5, "second": 0.75}
+    assert table.notes == {}
+    other = leave_run(tmp_path / "third", 0.5, 1e-3, told="9 objects")
+    notes = joined_tables(read_runs([*two_runs, other]))[0].notes
+    assert notes == {"third": "asked otherwise: 9 objects"}
+
+
+def test_a_run_that_was_not_evaluated_or_logged_is_a_gap_and_no_error(
+    two_runs: list[Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.yaml").write_text("name: bare\n")
+    out = tmp_path / "page.html"
+    assert run_tool(*two_runs, bare, "--out", out) == 0
+    assert "Not evaluated: bare" in out.read_text()
+    assert joined_tables(read_runs([*two_runs, bare]))[0].rows["bare"] == (None,)
+
+
+def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.html"
+    assert run_tool(*two_runs, "--out", out) == 0
+    assert "Naming regions" in capsys.readouterr().out
+    page = out.read_text()
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count('<img src="data:image/jpeg') == 3
+    assert "optimizer.lr" in page
+    assert "optimizer.beta1" not in page
+    assert "Region 5-NN while training" in page
+    if CHROMIUM is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("chromium is not installed; CI needs it to open the page")
+        pytest.skip("chromium is not installed")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'browser'}", out.as_uri()]
+    opened = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "What differs" in opened.stdout
+    assert "CONSOLE" not in opened.stderr
+
+
+def test_mistakes_are_one_line_and_exit_code_2(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run_tool(tmp_path / "empty", "--out", tmp_path / "page.html") == 2
+    assert run_tool(two_runs[0], two_runs[0], "--out", tmp_path / "page.html") == 2
+    assert run_tool(two_runs[0], "--out", tmp_path / "absent" / "page.html") == 2
+    (two_runs[1] / "evaluation.json").write_text("{")
+    assert run_tool(*two_runs, "--out", tmp_path / "page.html") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("megaregion: ") for line in lines)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_lines_of_runs_of_unequal_length_stay_inside_one_frame() -> None:
+    curves = {"a": Curve((1, 2, 3), (5.0, 4.0, 1.0)), "b": Curve((2, 400), (-3.0, 9.0))}
+    curves["c"] = Curve((7,), (2.0,))
+    svg = lines_chart(curves, dict.fromkeys(curves, "run0"), "any")
+    drawn = svg.split('points="')[1:]
+    places = [tuple(map(float, pair.split(","))) for part in drawn for pair in part.split('"')[0].split()]
+    assert len(places) == 6
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+
+
+def test_a_runs_own_export_is_compared_as_the_run_itself(tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path / "shards", write_scenes(tmp_path / "scenes"))
+    write_run(tmp_path / "run", dataset, read_info(dataset).text_classes)
+    export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    theirs, ours = load_compared(str(tmp_path / "exported")), open_run(tmp_path / "run").trained()
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 70, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.fromarray(pixels[:, ::-1].copy())]
+    assert theirs.name == "exported"
+    assert np.allclose(theirs.images(images), ours.images(images), atol=1e-4)
+    for a, b in zip(theirs.maps(images), ours.maps(images), strict=True):
+        assert np.allclose(a, b, atol=1e-4)
+    boxes = np.array([[0, 0, 70, 60], [5, 5, 40, 30]], np.float32)
+    regions = theirs.encode([BoxedImage(image, boxes) for image in images]).region
+    assert regions.shape == (4, RUN.model.width)
+    assert np.allclose(regions[0], theirs.maps(images)[0].mean((0, 1)), atol=1e-5)
+    crops = theirs.crops().encode([BoxedImage(images[0], boxes[:1])]).region
+    assert np.allclose(crops, theirs.images(images[:1]), atol=1e-5)
+
+
+def test_a_model_that_cannot_be_compared_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--compare .* cannot be loaded"):
+        load_compared(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"--compare .* cannot be loaded"):
+        load_compared(str(tmp_path))

@@ -1,0 +1,50 @@
+"""Show runs side by side in one page that opens without a network: measures, curves, maps, settings.
+
+python tools/report.py runs/demo runs/other --out comparison.html
+
+Reads what tools/pretrain.py and tools/evaluate.py left in the runs' folders, and computes nothing anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megaregion.command_line import run
+from megaregion.errors import UserError
+from megaregion.evaluation.comparison import write_comparison
+from megaregion.evaluation.published import plain
+from megaregion.evaluation.runs import joined_tables, read_runs
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if not arguments.out.parent.is_dir():
+        raise UserError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    runs = read_runs(arguments.runs)
+    write_comparison(runs, arguments.out)
+    tables = joined_tables(runs)
+    if tables:
+        print(f"{plain(tables)}\n\npercent, and the 95% interval over seeds and test groups")
+    print(f"\n{arguments.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Show runs side by side: a table a measure on the terminal, and one page.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="folder of a run that tools/evaluate.py has measured",
+    )
+    add("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="the page")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
