@@ -319,6 +319,9 @@ class RunConfig:
     """Folder of all runs."""
     seed: int = 0
     """Seed of weights, order, augmentation and negatives."""
+    init: str = ""
+    """Checkpoint, run or HuggingFace folder (MLCD, RICE, CLIP) whose transformer the run begins with; step,
+    moments, projection and heads are new. Empty draws the weights. A resumed run does not look at it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoder."""
     data: DataConfig = field(default_factory=DataConfig)

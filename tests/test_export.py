@@ -1,79 +1,30 @@
+"""to-hf: a checkpoint of any topology as a folder that other libraries load."""
+
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from export_runs import MODEL, convert, noise, pieces, write_run
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
-from megaregion.export import export_checkpoint
+from megaregion.export import ExportOptions, export_checkpoint, open_start
 from megaregion.export.parity import load_transformer
-from megaregion.models import RegionEncoder, initialise, tensor_parallel_plan
-from megaregion.training.checkpoint import Piece
+from megaregion.models import RegionEncoder, VisionTransformer, initialise
 from megaregion.training.writing import publish, write_pieces
-
-TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
-
-MODEL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
-
-
-def pieces(model: RegionEncoder, rank: int, ranks: int) -> Iterator[Piece]:
-    """One rank's part of a tensor-parallel model, cut as the plan says."""
-    plan = tensor_parallel_plan(model)
-    for name, parameter in model.named_parameters():
-        module, _, end = name.rpartition(".")
-        axis = {"column": 0, "row": 1}.get(plan.get(module, ""))
-        if axis is None or (axis == 1 and end == "bias"):
-            if rank == 0:
-                yield Piece(f"body.weight.{name}", tuple(parameter.shape), (0,) * parameter.dim(), parameter)
-            continue
-        part = parameter.chunk(ranks, dim=axis)[rank]
-        offset = [0] * parameter.dim()
-        offset[axis] = rank * part.shape[axis]
-        yield Piece(f"body.weight.{name}", tuple(parameter.shape), tuple(offset), part)
-
-
-def write_run(folder: Path, ranks: int = 1, config: ModelConfig = MODEL, step: int = 12) -> RegionEncoder:
-    """A run folder with one checkpoint of a model whose norms and biases are off their start too."""
-    model = RegionEncoder(config, embedding_dim=32)
-    initialise(model, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    unfinished = folder / "checkpoints" / "step-unfinished.tmp"
-    unfinished.mkdir(parents=True)
-    for rank in range(ranks):
-        write_pieces(unfinished, rank, pieces(model, rank, ranks))
-    run = RunConfig(name="little", model=config)
-    facts = {"step": step, "position": 0, "config": dataclasses.asdict(run), "dataset": {}}
-    publish(unfinished, folder / "checkpoints" / f"step-{step:08d}", facts)
-    return model.eval()
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-
-
-def convert(*arguments: object) -> int:
-    """Run the command line in this process."""
-    saved, sys.argv = sys.argv, [str(TOOL), *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOL), run_name="__main__")
-    finally:
-        sys.argv = saved
-    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -118,24 +69,45 @@ def test_the_processor_resizes_crops_and_normalises_as_in_training(tmp_path: Pat
     assert processor(images=wide, return_tensors="np")["pixel_values"].shape == (1, 3, 64, 64)
 
 
-def test_the_code_of_the_model_card_gives_our_features_and_regions(
+def test_the_code_of_the_model_card_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vit = write_run(tmp_path / "run").vit
     export_checkpoint(tmp_path / "run", tmp_path / "out")
-    load, regions = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    [load] = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
     scope: dict[str, object] = {"image": Image.fromarray(np.full((80, 96, 3), 90, dtype=np.uint8))}
     monkeypatch.chdir(tmp_path / "out")
     exec(load, scope)
-    exec(regions, scope)
-    images = noise(2, 3, 48, 80)
-    visible = torch.rand(2, 5, 15, generator=torch.Generator().manual_seed(3)) < 0.3
-    visible[:, 0] = True
-    visible[..., 0] = True
     with torch.no_grad():
-        theirs = scope["region_features"](scope["model"], images, visible)
-        ours = vit.pool(vit(images, visible).regions)
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+        ours = vit(scope["pixels"]).image
+    torch.testing.assert_close(scope["features"].last_hidden_state, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_tells_the_run_its_numbers_and_its_licence(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", ranks=2)
+    rows = [
+        {"encoder": "trained", "region_knn": 0.5, "variant": "x"},
+        {"encoder": "pixels", "region_knn": None},
+    ]
+    numbers = {"step": 12, "split": "test", "rows": rows}
+    estimate = {"mean": 0.25, "low": 0.2, "high": 0.3, "seeds": [0.25]}
+    table = {"title": "Probe", "columns": [{"key": "miou", "title": "mIoU"}], "rows": {"trained": [estimate]}}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**numbers, "tables": [table]}))
+    export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(license="cc-by-4.0"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for told in (
+        "license: cc-by-4.0", "run `little`, step 12", "1,234 images, 37 object clusters", "cccccccccccc",
+        "12 of 1,000", "1.5 (mean", "2 tensor x 1 data", "Measured at step 12 on the `test` split",
+        "| trained | 50.0% |", "| pixels |  |", "**Probe**", "| trained | 25.0% (20.0% to 30.0%) |",
+    ):  # fmt: skip
+        assert told in card, told
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--evaluation: .*bad.json .*holds no table"):
+        export_checkpoint(tmp_path / "run", tmp_path / "x", ExportOptions(evaluation=tmp_path / "bad.json"))
+    (tmp_path / "run" / "evaluation.json").write_text("[]")
+    export_checkpoint(tmp_path / "run", tmp_path / "y")
+    assert "could not be read" in (tmp_path / "y" / "README.md").read_text()
 
 
 def test_separate_region_weights_stay_behind_and_the_card_says_so(tmp_path: Path) -> None:
@@ -156,10 +128,10 @@ def test_bf16_export_holds_the_rounded_weights(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     write_run(tmp_path / "run")
-    exported = export_checkpoint(tmp_path / "run", tmp_path / "out", torch.bfloat16)
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(torch.bfloat16))
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    rounded = load_transformer(exported.checkpoint, torch.bfloat16)
+    rounded = load_transformer(open_start(exported.checkpoint), torch.bfloat16)
     assert torch.equal(model.post_layernorm.weight.float(), rounded.post_norm.weight)
 
 
@@ -173,17 +145,17 @@ def test_the_command_line_tells_what_it_wrote_and_checks_it(
         out = capsys.readouterr().out
         assert str(checkpoints / "step-00000012") in out
         assert "64 px, patch 16 px" in out
-        assert "features equal the checkpoint's" in out
+        assert "features equal to" in out
 
 
 def test_a_wrong_export_does_not_pass_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import megaregion.export.huggingface as huggingface
+    import megaregion.export.layouts as layouts
 
     write_run(tmp_path / "run")
-    right = huggingface.mlcd_tensors
+    right = layouts.mlcd_tensors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            huggingface,
+            layouts,
             "mlcd_tensors",
             lambda *a: ((key, t.flip(0) if "q_proj" in key else t) for key, t in right(*a)),
         )
@@ -241,7 +213,7 @@ def test_a_full_disk_leaves_no_half_written_folder(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     write_run(tmp_path / "run")
-    monkeypatch.setattr(huggingface, "_write_json", full)
+    monkeypatch.setattr(huggingface, "write_json", full)
     with pytest.raises(UserError, match=r"out cannot be written: .*No space left"):
         export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -255,10 +227,196 @@ def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
     assert names == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
 
 
-def test_export_needs_neither_engine_nor_transformers() -> None:
+def test_conversion_needs_neither_engine_nor_transformers(tmp_path: Path) -> None:
     code = (
-        "import sys, megaregion.export.huggingface;"
-        "print([name for name in ('deepspeed', 'megatron', 'transformers') if name in sys.modules])"
+        "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'megatron', 'transformers')));"
+        "from pathlib import Path; from megaregion.export import export_checkpoint, write_start;"
+        "export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]));"
+        "write_start(Path(sys.argv[2]), Path(sys.argv[3]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    write_run(tmp_path / "run", ranks=2)
+    paths = [str(tmp_path / name) for name in ("run", "out", "back")]
+    subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert (tmp_path / "back" / "model.yaml").exists()
+
+
+def test_several_files_hold_the_same_weights_as_one(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    write_run(tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "one")
+    export_checkpoint(tmp_path / "run", tmp_path / "many", ExportOptions(shard_bytes=50_000))
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    one, many = load_file(tmp_path / "one" / "model.safetensors"), {}
+    for name in files:
+        many.update(load_file(tmp_path / "many" / name))
+    assert set(index["weight_map"]) == set(one) == set(many)
+    assert all(torch.equal(one[key], many[key]) for key in one)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
+    _, report = AutoModel.from_pretrained(tmp_path / "many", output_loading_info=True)
+    assert not any(report.values()), report
+
+
+def llava_patches(weights: dict[str, Tensor], config: dict[str, object], images: Tensor) -> Tensor:
+    """Patch features as LLaVA-OneVision-1.5's tower computes them, written from its description."""
+    heads, patch, eps = int(config["num_heads"]), int(config["patch_size"]), float(config["layer_norm_eps"])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    x = F.conv2d(images, weights["visual.patch_embed.proj.weight"], stride=patch)
+    rows, columns = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat((weights["visual.class_embedding"].expand(len(x), 1, -1), x), dim=1)
+    x = norm(x, "visual.pre_layernorm")
+    width = x.shape[-1] // heads
+    frequencies = 1.0 / 10000 ** (torch.arange(0, width // 2, 2) / (width // 2))
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    angles = (places[:, :, None] * frequencies).flatten(1)
+    angles = torch.cat((weights["visual.class_pos_emb"], angles)).repeat(1, 2)
+
+    def turn(y: Tensor) -> Tensor:
+        first, second = y.chunk(2, dim=-1)
+        return y * angles.cos()[:, None] + torch.cat((-second, first), dim=-1) * angles.sin()[:, None]
+
+    for index in range(int(config["depth"])):
+        name = f"visual.blocks.{index}"
+        qkv = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
+        query, key, value = qkv.reshape(*x.shape[:2], 3, heads, width).permute(2, 0, 1, 3, 4)
+        query, key, value = (y.transpose(1, 2) for y in (turn(query), turn(key), value))
+        weight = (query @ key.transpose(2, 3) / width**0.5).softmax(-1)
+        x = x + linear((weight @ value).transpose(1, 2).flatten(2), f"{name}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+        x = x + linear(hidden, f"{name}.mlp.fc2")
+    return x[:, 1:]
+
+
+def test_the_llava_layout_gives_our_patch_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = write_run(tmp_path / "run", ranks=2).vit
+    assert convert("to-hf", tmp_path / "run", tmp_path / "out", "--format", "llava-onevision-1.5") == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "rice_vit"
+    images = noise(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = vit(images).image[:, 1:]
+    torch.testing.assert_close(llava_patches(weights, config, images), expected, atol=1e-5, rtol=1e-5)
+    assert "patch merger" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    for flag in ("--regions", "--check"):
+        flags = ("--format", "llava-onevision-1.5", flag)
+        assert convert("to-hf", tmp_path / "run", tmp_path / "out2", *flags) == 2
+        assert f"{flag} " in capsys.readouterr().err
+    write_run(tmp_path / "other", config=dataclasses.replace(MODEL, rope_theta=100.0))
+    with pytest.raises(UserError, match=r"model.rope_theta 100 .* cannot be written"):
+        export_checkpoint(tmp_path / "other", tmp_path / "x", ExportOptions(layout="llava-onevision-1.5"))
+
+
+SHAPES = {
+    "S/16": ModelConfig(width=384, depth=12, heads=6, mlp_width=1536),
+    "B/16": ModelConfig(width=768, depth=12, heads=12, mlp_width=3072),
+    "L/14": ModelConfig(patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096),
+}
+
+SIZES = ((224, 224), (336, 336), (448, 336))
+"""Heights and widths of images."""
+
+
+def parity(folder: Path, config: ModelConfig, ranks: int) -> None:
+    """All features of an exported checkpoint in transformers within 1e-5 of ours."""
+    from transformers import AutoModel
+
+    vit: VisionTransformer = write_run(folder / "run", ranks, config).vit
+    export_checkpoint(folder / "run", folder / "out")
+    theirs = AutoModel.from_pretrained(folder / "out").eval()
+    for height, width in SIZES:
+        images = noise(1, 3, height, width)
+        with torch.no_grad():
+            tokens, output = vit(images).image, theirs(pixel_values=images)
+            pooled = vit.pool(tokens[:, 0])
+        found = {
+            "patches": (output.last_hidden_state - tokens)[:, 1:],
+            "class": (output.last_hidden_state - tokens)[:, 0],
+            "pooled": output.pooler_output - pooled,
+        }
+        for name, difference in found.items():
+            assert difference.abs().max() <= 1e-5, f"{name} at {height} x {width}"
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_widths_and_sizes_of_real_encoders_equal_transformers(tmp_path: Path, shape: str) -> None:
+    config = SHAPES[shape]
+    parity(tmp_path, dataclasses.replace(config, depth=1, region_layers=1), ranks=2)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_real_encoders_of_full_depth_equal_transformers(tmp_path: Path, shape: str) -> None:
+    parity(tmp_path, SHAPES[shape], ranks=2)
+
+
+def test_check_compares_any_two_encoders_on_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "other", config=dataclasses.replace(MODEL, norm_eps=1e-2))
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    export_checkpoint(tmp_path / "run", tmp_path / "bf16", ExportOptions(torch.bfloat16))
+    (tmp_path / "photos").mkdir()
+    for name, side in (("a.png", 70), ("b.jpg", 33)):
+        Image.fromarray(np.full((side, 50, 3), side, dtype=np.uint8)).save(tmp_path / "photos" / name)
+    photos = ("--images", tmp_path / "photos")
+    assert convert("check", tmp_path / "run", tmp_path / "out", *photos) == 0
+    out = capsys.readouterr().out
+    assert "on 2 images" in out
+    assert [line.split("  ")[0] for line in out.splitlines() if " x " in line] == [
+        "64 x 64",
+        "80 x 80",
+        "80 x 64",
+    ]
+    assert convert("check", tmp_path / "out", tmp_path / "other") == 2
+    assert "differ from those of" in capsys.readouterr().err
+    assert convert("check", tmp_path / "out", tmp_path / "bf16") == 2
+    assert convert("check", tmp_path / "out", tmp_path / "bf16", "--tolerance", "0.1") == 0
+    capsys.readouterr()
+    assert convert("check", tmp_path / "out", tmp_path / "photos") == 2
+    assert "photos holds no finished checkpoint" in capsys.readouterr().err
+    assert convert("check", tmp_path / "run", tmp_path / "out", "--images", tmp_path / "run") == 2
+    assert "--images: " in capsys.readouterr().err
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes by which a call raised this process's memory at most."""
+    from megaregion.benchmark.measure import PeakMemory
+
+    memory = PeakMemory(torch.device("cpu"))
+    memory.reset()
+    before = memory.now()
+    work()
+    return memory.peak() - before
+
+
+def test_memory_holds_one_parameter_and_not_the_model(tmp_path: Path) -> None:
+    config = ModelConfig(
+        image_size=32, patch_size=16, width=512, depth=6, heads=8, mlp_width=4096, region_layers=1
+    )
+    write_run(tmp_path / "run", config=config, drawn=False)
+    largest = 4 * config.width * config.mlp_width
+    exported = None
+
+    def export() -> None:
+        nonlocal exported
+        exported = export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(torch.bfloat16))
+
+    peak = peak_of(export)
+    assert exported is not None
+    assert 4 * exported.parameters > 10 * largest
+    assert peak < 5 * largest

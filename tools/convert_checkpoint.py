@@ -1,6 +1,9 @@
-"""Turn a checkpoint into a folder that other libraries load.
+"""Turn a checkpoint into a folder that other libraries load, or such a folder into the start of a run.
 
 python tools/convert_checkpoint.py to-hf runs/demo exported/demo --check
+python tools/convert_checkpoint.py to-hf runs/demo exported/demo-regions --regions --dtype bf16
+python tools/convert_checkpoint.py from-hf rice-vit-large-patch14-560 start/rice --image-size 336
+python tools/convert_checkpoint.py check runs/demo exported/demo --images photos
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import torch
 
 from megaregion.command_line import run
 from megaregion.errors import UserError
-from megaregion.export import Exported, export_checkpoint
+from megaregion.export import Exported, ExportOptions, export_checkpoint, write_start
+from megaregion.export.layouts import LAYOUTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,62 +26,166 @@ TOLERANCE = 1e-4
 
 def main() -> None:
     arguments = _parser().parse_args()
-    dtype = DTYPES[arguments.dtype]
-    exported = export_checkpoint(arguments.checkpoint, arguments.out, dtype)
-    _print_table(exported, arguments.dtype)
+    {"to-hf": _to_hf, "from-hf": _from_hf, "check": _check}[arguments.command](arguments)
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    if arguments.check and arguments.format != "mlcd":
+        raise UserError(f"--check cannot load --format {arguments.format}; leave one of them out")
+    if arguments.shard_gb <= 0:
+        raise UserError(f"--shard-gb must be positive, got {arguments.shard_gb}")
+    options = ExportOptions(
+        dtype=DTYPES[arguments.dtype],
+        layout=arguments.format,
+        regions=arguments.regions,
+        license=arguments.license,
+        shard_bytes=int(arguments.shard_gb * 1e9),
+        evaluation=arguments.evaluation,
+    )
+    exported = export_checkpoint(arguments.checkpoint, arguments.out, options)
+    _print_exported(exported, arguments.dtype)
     if arguments.check:
-        _check(exported, dtype)
+        _compare(exported.checkpoint, exported.folder, TOLERANCE, None, options.dtype)
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    start, parameters = write_start(arguments.folder, arguments.out, arguments.image_size)
+    model = start.model
+    for notice in start.notices:
+        print(f"{'notice':<12}{notice}")
+    _print_rows(
+        {
+            "folder": arguments.folder,
+            "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}",
+            "parameters": f"{parameters:,}",
+            "image": f"{model.image_size} px, patch {model.patch_size} px",
+            "written to": arguments.out,
+            "train with": f"tools/pretrain.py --config RUN.yaml --config {arguments.out}/model.yaml "
+            f"--init {arguments.out}",
+        }
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    _compare(arguments.a, arguments.b, arguments.tolerance, arguments.images)
+
+
+def _compare(
+    a: Path, b: Path, tolerance: float, images: Path | None, dtype: torch.dtype = torch.float32
+) -> None:
+    from megaregion.export.parity import compare, open_encoder, picture_files
+
+    pictures = picture_files(images) if images is not None else []
+    found = compare(open_encoder(a, dtype), open_encoder(b), pictures)
+    told = f"{len(pictures)} images" if pictures else "noise"
+    print(f"\n{'largest difference':<20}{'patches':>10}{'class':>10}{'pooled':>10}   on {told}")
+    for each in found:
+        size = f"{each.height} x {each.width}"
+        print(f"{size:<20}{each.patches:>10.1e}{each.class_token:>10.1e}{each.pooled:>10.1e}")
+    worst = max(each.share for each in found)
+    if not worst <= tolerance:
+        raise UserError(
+            f"{b} gives features that differ from those of {a} by {worst:.1e} of the largest, more than "
+            f"{tolerance:.0e}; do not use it for the other, and compare the installed transformers with "
+            "requirements.txt"
+        )
+    print(f"{'checked':<12}features equal to {worst:.1e} of the largest")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Turn a checkpoint into a folder that other libraries load.")
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    to_hf = formats.add_parser(
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to_hf = commands.add_parser(
         "to-hf",
         help="a HuggingFace folder for AutoModel and AutoImageProcessor",
-        description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
+        "processor, whatever topology wrote it.",
+        formatter_class=form,
     )
-    to_hf.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
+    add = to_hf.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help=_OURS)
+    add("out", metavar="OUT", type=Path, help="folder to write; must be absent or empty")
+    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the written weights")
+    add(
+        "--regions",
+        action="store_true",
+        help="add get_region_features: the projection, region tokens' own weights and a class that "
+        "AutoModel loads with trust_remote_code",
+    )
+    add("--license", metavar="ID", default="unknown", help="licence of the weights, as the hub calls it")
+    add(
+        "--evaluation",
+        metavar="FILE",
         type=Path,
-        help="a run's folder, its checkpoints folder or one step-... folder",
+        help="evaluation.json for the card; the run's own if not given",
     )
-    to_hf.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be absent or empty")
-    to_hf.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the written weights")
-    to_hf.add_argument(
-        "--check", action="store_true", help="load OUT with transformers and compare its features with ours"
+    add("--shard-gb", type=float, default=5.0, help="most gigabytes of weights in one file")
+    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
+    from_hf = commands.add_parser(
+        "from-hf",
+        help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
+        description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
+        formatter_class=form,
+    )
+    add = from_hf.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="folder with config.json and safetensors files")
+    add("out", metavar="OUT", type=Path, help="folder to write; must be absent or empty")
+    add(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="side of the images to train on; the folder's own if not given",
+    )
+    check = commands.add_parser(
+        "check",
+        help="the largest difference between two encoders' features",
+        description="Compare the features of two encoders: checkpoints are run by megaregion, HuggingFace "
+        "folders by transformers. Exit code 2 if they differ by more than --tolerance.",
+        formatter_class=form,
+    )
+    add = check.add_argument
+    add("a", metavar="A", type=Path, help=f"{_OURS}, or a HuggingFace folder")
+    add("b", metavar="B", type=Path, help="the same")
+    add(
+        "--images",
+        metavar="FOLDER",
+        type=Path,
+        help="folder of images, of which 8 are taken; noise if not given",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest difference, as a share of the largest feature",
     )
     return parser
 
 
-def _print_table(exported: Exported, dtype: str) -> None:
+_OURS = "a run's folder, its checkpoints folder or one step-... folder"
+
+
+def _print_exported(exported: Exported, dtype: str) -> None:
     model = exported.model
-    rows = {
-        "checkpoint": exported.checkpoint,
-        "step": f"{exported.step:,}",
-        "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}",
-        "parameters": f"{exported.parameters:,}",
-        "image": f"{model.image_size} px, patch {model.patch_size} px",
-        "weights": f"{exported.size / 2**20:.1f} MiB, {dtype}",
-        "written to": exported.folder,
-    }
+    _print_rows(
+        {
+            "checkpoint": exported.checkpoint,
+            "step": f"{exported.step:,}",
+            "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}",
+            "parameters": f"{exported.parameters:,}",
+            "image": f"{model.image_size} px, patch {model.patch_size} px",
+            "weights": f"{exported.size / 2**20:.1f} MiB, {dtype}",
+            "written to": exported.folder,
+        }
+    )
+
+
+def _print_rows(rows: dict[str, object]) -> None:
     for name, value in rows.items():
         print(f"{name:<12}{value}")
-
-
-def _check(exported: Exported, dtype: torch.dtype) -> None:
-    from megaregion.export.parity import feature_difference
-
-    difference = feature_difference(exported.checkpoint, exported.folder, dtype)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"{exported.folder} gives features that differ from the checkpoint's by {difference:.1e} of the "
-            f"largest, more than {TOLERANCE:.0e}; do not use it, and compare the installed transformers with "
-            "requirements.txt"
-        )
-    print(f"{'checked':<12}features equal the checkpoint's to {difference:.1e} of the largest")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ python tools/pretrain.py report runs/NAME         what the wall time of all star
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megaregion.command_line import parse_run, run, run_parser
 from megaregion.config import RunConfig, fitting_nodes
@@ -17,6 +19,9 @@ from megaregion.training.signals import StopRequest
 
 # Before torch is imported: a signal that comes during the slow imports must not kill the rank.
 STOP = StopRequest().install()
+
+Begin = Callable[[Any], None]
+"""Puts weights into a transformer."""
 
 
 def main() -> int:
@@ -97,7 +102,8 @@ def train(
     store = topology.own_store("watchdog") if patience else None
     watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
     after_save = evaluation.after_save if place.rank == 0 else lambda step: None
-    trainer = Trainer(config, place, STOP, progress, window, after_save)
+    begin = first_weights(config, checkpoints, resume, quiet=place.rank > 0)
+    trainer = Trainer(config, place, STOP, progress, window, after_save, begin)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(
@@ -107,8 +113,13 @@ def train(
             trainer.dataset.info.text_classes,
         )  # fmt: skip
     progress.note("load", 0)
-    if resume and not trainer.state.resume(checkpoints) and place.rank == 0:
-        LOG.info("no checkpoint in %s yet: starting", checkpoints)
+    if resume and not trainer.state.resume(checkpoints):
+        if config.init and begin is None:
+            raise UserError(
+                f"{checkpoints} holds no whole checkpoint; start with --init under another --name"
+            )
+        if place.rank == 0:
+            LOG.info("no checkpoint in %s yet: starting", checkpoints)
     if place.rank == 0:
         evaluation.begin(trainer.state.step)
     try:
@@ -126,6 +137,22 @@ def train(
     else:
         evaluation.stop()
     return code
+
+
+def first_weights(config: RunConfig, checkpoints: Path, resume: bool, quiet: bool) -> Begin | None:
+    """What puts the weights of --init into the transformer; None without it, or where the run goes on."""
+    from functools import partial
+
+    from megaregion.export.start import begin, open_start
+    from megaregion.training.checkpoint import usable_folders
+    from megaregion.training.metrics import LOG
+
+    if not config.init or (resume and usable_folders(checkpoints)):
+        return None
+    start = open_start(Path(config.init), quiet)
+    for notice in start.advice(config):
+        LOG.warning("init %s: %s", config.init, notice)
+    return partial(begin, start=start)
 
 
 def report(arguments: list[str]) -> int:

@@ -2,34 +2,53 @@
 
     OUT/model.safetensors  config.json  preprocessor_config.json  README.md
 
-Needs neither the ranks that wrote the checkpoint nor their libraries: torch and safetensors suffice.
+Needs neither the ranks that wrote the checkpoint nor their libraries: torch and safetensors suffice. One
+parameter is in memory at a time. layouts.py says how the formats differ.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from megaregion.config import ModelConfig, RunConfig, config_from_dict
 from megaregion.errors import UserError
-from megaregion.export.card import model_card
-from megaregion.export.mlcd import mlcd_config, mlcd_tensors, processor_config
-from megaregion.models import VisionTransformer
+from megaregion.export.card import CardFacts, model_card
+from megaregion.export.evaluation_table import run_tables
+from megaregion.export.folder import new_folder, refuse_taken, write_json
+from megaregion.export.layouts import LAYOUTS, Layout
+from megaregion.export.weight_files import WeightFiles
+from megaregion.models import RegionEncoder
 from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint
+
+ENCODER = "body.weight."
+"""Start of the names that the trained network's weights have in a checkpoint."""
 
 BODY = "body.weight.vit."
 """Start of the names that the transformer's weights have in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a folder is written."""
+
+    dtype: torch.dtype = torch.float32
+    """Type of the weights."""
+    layout: str = "mlcd"
+    """Whose names and settings: a key of ``LAYOUTS``."""
+    regions: bool = False
+    """Add the projection, region tokens' own weights and the class with ``get_region_features``."""
+    license: str = "unknown"
+    """The hub's identifier of the weights' licence, for the card."""
+    shard_bytes: int = 5 * 10**9
+    """Most bytes of weights in one file."""
+    evaluation: Path | None = None
+    """evaluation.json for the card; the run's own if None."""
 
 
 @dataclass(frozen=True)
@@ -47,102 +66,124 @@ class Exported:
     parameters: int
     """Parameters of the exported model."""
     size: int
-    """Size of model.safetensors, in bytes."""
+    """Size of all weights, in bytes."""
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> Exported:
-    """Write the encoder of a checkpoint as transformers' MLCDVisionModel.
+def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None = None) -> Exported:
+    """Write the encoder of a checkpoint in other people's format.
 
-    The heads, the projection and region tokens' own weights stay behind: that class has no place for them.
+    The heads stay behind, and so do the projection and region tokens' own weights unless ``regions`` asks
+    for them.
 
     Args:
         checkpoint: A run's folder, its checkpoints folder or one step folder.
         out: Folder to write, absent or empty; it appears complete or not at all.
-        dtype: Type of the exported weights.
+        options: How.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: There is no whole checkpoint, or out is taken or cannot be written.
+        UserError: There is no whole checkpoint, the format cannot hold it, or out is taken or cannot be
+            written.
     """
-    _refuse_taken(out)
-    folder = find_checkpoint(checkpoint)
+    options = options or ExportOptions()
+    layout = LAYOUTS[options.layout]
+    if options.regions and not layout.regions:
+        raise UserError(f"--regions is not for --format {options.layout}; leave one of them out")
+    refuse_taken(out)
+    reader = open_checkpoint(checkpoint)
+    config = run_config(reader)
+    names = _names(reader, config, options.regions)
+    shapes = [(name, torch.empty(reader.shape(ENCODER + name), device="meta")) for name in names]
+    planned = [pair for name, shape in shapes for pair in _tensors(layout, name, shape, config.model)]
+    parameters = sum(tensor.numel() for _, tensor in planned)
+    projected = "projection.weight" in names
+    settings = layout.config(config, options.dtype, options.regions, projected)
+    facts = CardFacts(config, reader.manifest, parameters, options.license, out.name, options.regions)
+    card = model_card(facts, layout, run_tables(reader.folder, options.evaluation))
+    try:
+        with new_folder(out) as partial:
+            write_json(partial / "config.json", settings)
+            write_json(partial / "preprocessor_config.json", layout.processor(config.model, config.data))
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            for name, content in layout.code(options.regions).items():
+                (partial / name).write_text(content, encoding="utf-8")
+            keys = [(key, tensor.shape) for key, tensor in planned]
+            with WeightFiles(partial, keys, options.dtype, options.shard_bytes) as files:
+                for name in tqdm(names, desc="write", unit="tensor", disable=None):
+                    for key, tensor in _tensors(layout, name, reader.read(ENCODER + name), config.model):
+                        files.write(key, tensor)
+    except DamagedCheckpoint as error:
+        raise _copy_again(error) from error
+    return Exported(reader.folder, out, reader.step, config.model, parameters, files.size)
+
+
+def open_checkpoint(path: Path, quiet: bool = False) -> CheckpointReader:
+    """Open a whole checkpoint of a run and compare it with its checksums.
+
+    Args:
+        path: A run's folder, its checkpoints folder or one step folder.
+        quiet: Show no progress.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    folder = find_checkpoint(path)
     try:
         reader = CheckpointReader(folder)
-        reader.verify()
-        config = run_config(reader)
-        tensors = _read_model(reader, config.model, dtype)
+        for name in tqdm(reader.files(), desc="verify", unit="file", disable=quiet or None):
+            reader.verify([name])
     except (DamagedCheckpoint, OSError) as error:
-        raise UserError(
-            f"{error}; give another step folder beside it, or copy the checkpoint again"
-        ) from error
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    try:
-        with _new_folder(out) as partial:
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-            _write_json(partial / "config.json", mlcd_config(config.model, dtype))
-            _write_json(partial / "preprocessor_config.json", processor_config(config.model, config.data))
-            (partial / "README.md").write_text(model_card(config, reader.step, parameters))
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own.
-        raise UserError(f"{out} cannot be written: {error}") from error
-    size = (out / "model.safetensors").stat().st_size
-    return Exported(folder, out, reader.step, config.model, parameters, size)
+        raise _copy_again(error) from error
+    return reader
 
 
 def run_config(reader: CheckpointReader) -> RunConfig:
     """The settings of the run that wrote a checkpoint.
 
     Raises:
-        DamagedCheckpoint: The manifest holds no settings that this version knows.
+        UserError: The manifest holds no settings that this version knows.
     """
     try:
         config: RunConfig = config_from_dict(reader.manifest["config"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedCheckpoint(
-            f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error})"
+        raise UserError(
+            f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error}); use the "
+            "version that wrote it"
         ) from error
     return config
 
 
-def _read_model(reader: CheckpointReader, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read the transformer's weights, one parameter after another, under their names in MLCDVisionModel."""
+def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[str]:
+    """Names in RegionEncoder of what is exported, each of the shape that the settings say."""
     with torch.device("meta"):
-        model = VisionTransformer(config)
-    tensors: dict[str, Tensor] = {}
+        model = RegionEncoder(config.model, config.head.embedding_dim)
+    names = []
     for name, parameter in model.named_parameters():
-        if ".region." in name:
+        of_regions = ".region." in name or name.startswith("projection.")
+        # A starting checkpoint has no projection of its own; its regions are given without.
+        if (of_regions and not regions) or (of_regions and ENCODER + name not in reader.names()):
             continue
-        if reader.shape(BODY + name) != tuple(parameter.shape):
-            raise DamagedCheckpoint(
-                f"{reader.folder}: {name} has the shape {list(reader.shape(BODY + name))}, its settings say "
-                f"{list(parameter.shape)}"
+        try:
+            found = reader.shape(ENCODER + name)
+        except DamagedCheckpoint as error:
+            raise _copy_again(error) from error
+        if found != tuple(parameter.shape):
+            raise UserError(
+                f"{reader.folder}: {name} has the shape {list(found)}, its settings say "
+                f"{list(parameter.shape)}; checkpoint and settings belong to different runs"
             )
-        for key, tensor in mlcd_tensors(name, reader.read(BODY + name).to(dtype), config):
-            tensors[key] = tensor.contiguous()
-    return tensors
+        names.append(name)
+    return names
 
 
-def _refuse_taken(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; name another folder or empty this one")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder")
+def _tensors(layout: Layout, name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    if name.startswith("projection."):
+        yield name, tensor
+        return
+    yield from layout.tensors(name.removeprefix("vit."), tensor, config)
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside its destination, renamed into place if all went well, deleted if not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+def _copy_again(error: Exception) -> UserError:
+    return UserError(f"{error}; give another step folder beside it, or copy the checkpoint again")

@@ -1,66 +1,171 @@
-"""How far an exported folder's features are from the checkpoint's own; the one file that loads transformers.
+"""How far the features of two encoders are apart; the one file that loads transformers.
 
 Shapes: B images, T = 1 + P image tokens, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaregion.export.huggingface import BODY, run_config
+from megaregion.config import DataConfig
+from megaregion.data.batch import normalise
+from megaregion.data.image import cut, open_image
+from megaregion.data.sample import BadSample
+from megaregion.data.view import View
+from megaregion.errors import UserError
+from megaregion.export.encoder_folder import EncoderFolder, is_encoder_folder
+from megaregion.export.start import Start, open_start
 from megaregion.models import VisionTransformer
-from megaregion.training.checkpoint import CheckpointReader
+
+Features = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def load_transformer(checkpoint: Path, dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    """Build the transformer of a checkpoint, in float32.
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder whose features can be compared."""
+
+    features: Features
+    """From images [B, 3, H, W] to tokens [B, T, D] and the normed class token [B, D]."""
+    side: int
+    """Side of its training images, in pixels."""
+    patch: int
+    """Side of a patch, in pixels."""
+    data: DataConfig
+    """Mean and deviation of its images."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two encoders differ on one size of images."""
+
+    height: int
+    width: int
+    patches: float
+    """Largest difference of a patch token's value."""
+    class_token: float
+    """Largest difference of a class token's value."""
+    pooled: float
+    """Largest difference of a normed class token's value."""
+    share: float
+    """The largest of the three, each as a share of the largest feature of its kind."""
+
+
+def load_transformer(start: Start, dtype: torch.dtype = torch.float32) -> VisionTransformer:
+    """Build the transformer of some weights, in float32.
 
     Args:
-        checkpoint: A step folder.
+        start: The weights.
         dtype: Type that the weights are rounded to on the way.
     """
-    reader = CheckpointReader(checkpoint)
-    vit = VisionTransformer(run_config(reader).model)
+    vit = VisionTransformer(start.model)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
-            parameter.copy_(reader.read(BODY + name).to(dtype))
+            parameter.copy_(start.read(name).to(dtype))
     return vit.eval()
 
 
-@torch.no_grad()
-def feature_difference(checkpoint: Path, exported: Path, dtype: torch.dtype = torch.float32) -> float:
-    """Compare all features of noise at the training size, at a larger one and at a non-square one.
+def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
+    """Open a checkpoint with our code, or a HuggingFace folder with transformers.
 
     Args:
-        checkpoint: A step folder.
-        exported: The folder made of it.
-        dtype: Type of the exported weights.
+        path: The checkpoint or folder.
+        dtype: Type that a checkpoint's weights are rounded to.
 
-    Returns:
-        The largest difference of patch features, class features and pooled outputs, as a share of the
-        largest feature.
+    Raises:
+        UserError: It is neither, or another architecture.
     """
+    if is_encoder_folder(path):
+        folder = EncoderFolder(path)
+        if folder.architecture != "MLCD":
+            raise UserError(
+                f"{path} is a {folder.architecture} tower, whose features are not those of its weights here; "
+                "convert it with from-hf and check what was written"
+            )
+        return Encoder(_theirs(path), folder.model.image_size, folder.model.patch_size, folder.data)
+    start = open_start(path)
+    vit = load_transformer(start, dtype)
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = vit(images).image
+        return tokens, vit.pool(tokens[:, 0])
+
+    return Encoder(features, start.model.image_size, start.model.patch_size, start.data)
+
+
+def _theirs(path: Path) -> Features:
     from transformers import AutoModel
+    from transformers import logging as transformers_logging
 
-    ours = load_transformer(checkpoint, dtype)
-    theirs = AutoModel.from_pretrained(exported, dtype=torch.float32).eval()
-    side, patch = ours.config.image_size, ours.config.patch_size
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
+    transformers_logging.disable_progress_bar()
+    model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(pixel_values=images)
+        return output.last_hidden_state, output.pooler_output
+
+    return features
+
+
+@torch.no_grad()
+def compare(a: Encoder, b: Encoder, pictures: Sequence[Path] = ()) -> list[Difference]:
+    """Compare all features at a's training size, at a larger one and at a non-square one.
+
+    Args:
+        a: One encoder.
+        b: The other; its patch must be of the same size.
+        pictures: Image files, each stretched to these sizes; noise if there is none.
+
+    Raises:
+        UserError: The encoders' features have different shapes, or a picture cannot be read.
+    """
+    if a.patch != b.patch:
+        raise UserError(f"check: patches of {a.patch} and {b.patch} px cannot be compared")
+    side, patch = a.side, a.patch
+    found = []
     for height, width in ((side, side), (side + patch, side + patch), (side + patch, side)):
-        images = torch.randn(1, 3, height, width, generator=generator)
-        tokens = ours(images).image
-        output = theirs(pixel_values=images)
-        worst = max(
-            worst,
-            _share(tokens, output.last_hidden_state),
-            _share(ours.pool(tokens[:, 0]), output.pooler_output),
-        )
-    return worst
+        images = _pixels(pictures, height, width, a.data)
+        (ours, our_pool), (theirs, their_pool) = a.features(images), b.features(images)
+        if ours.shape != theirs.shape:
+            raise UserError(
+                f"check: features of {ours.shape[-1]} and {theirs.shape[-1]} values cannot be compared"
+            )
+        pairs = ((ours[:, 1:], theirs[:, 1:]), (ours[:, 0], theirs[:, 0]), (our_pool, their_pool))
+        patches, class_token, pooled = (float((x - y).abs().max()) for x, y in pairs)
+        tops = zip((patches, class_token, pooled), pairs, strict=True)
+        share = max(top / float(x.abs().max()) for top, (x, _) in tops)
+        found.append(Difference(height, width, patches, class_token, pooled, share))
+    return found
 
 
-def _share(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / ours.abs().max())
+def picture_files(folder: Path, count: int = 8) -> list[Path]:
+    """The first images of a folder, by name.
+
+    Raises:
+        UserError: There is none.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)[:count]
+    if not files:
+        raise UserError(f"--images: {folder} holds no image ({', '.join(PICTURES)})")
+    return files
+
+
+def _pixels(pictures: Sequence[Path], height: int, width: int, data: DataConfig) -> Tensor:
+    if not pictures:
+        return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = []
+    for picture in pictures:
+        try:
+            image = open_image(picture.read_bytes())
+            pixels = cut(image, View(0, 0, image.width, image.height), width, height)
+        except (BadSample, OSError) as error:
+            raise UserError(f"--images: {picture}: {error}; take it out of the folder") from error
+        images.append(normalise(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), data.mean, data.std))
+    return torch.stack(images)

@@ -239,6 +239,11 @@ class TrainingState:
 
     def _check_fits(self, reader: CheckpointReader) -> None:
         theirs, ours = reader.manifest["dataset"], self._labels()
+        if not theirs:
+            raise UserError(
+                f"{reader.folder} holds an encoder to begin with and no run to go on with; give it as --init "
+                "to a run with another --name"
+            )
         for key in ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256"):
             if theirs[key] != ours[key]:
                 raise UserError(

@@ -29,6 +29,7 @@ from megaregion.errors import REQUEUE_EXIT, UserError
 from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.initialisation import initialise
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
+from megaregion.models.vit import VisionTransformer
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology, host_name
@@ -64,6 +65,7 @@ class Trainer:
         progress: Progress | None = None,
         profile: tuple[int, int] | None = None,
         after_save: Callable[[int], None] = lambda step: None,
+        begin: Callable[[VisionTransformer], None] | None = None,
     ) -> None:
         """Build data, body, heads and engine; nothing is read from a checkpoint yet.
 
@@ -74,6 +76,8 @@ class Trainer:
             progress: Where the rank notes what it does, for a watchdog.
             profile: First and last step to profile.
             after_save: Called with the step once its save has begun; must return at once.
+            begin: Puts weights into the whole transformer before it is cut over the ranks; None leaves
+                those that the seed gives.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
@@ -95,7 +99,7 @@ class Trainer:
         self.heads = Heads(config, self.dataset, topology)
         self._phases = Phases(topology.device)
         self._split: Split | None = None
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(begin)
         self._guard = LossGuard(config.guard)
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
         self._refusal: str | None = None
@@ -122,9 +126,11 @@ class Trainer:
         self._utilisation = Utilisation(config, classes, topology)
         self._profiler = StepProfiler(profile, self.run_folder, topology.rank, topology.device)
 
-    def _build_engine(self) -> ZeroEngine:
+    def _build_engine(self, begin: Callable[[VisionTransformer], None] | None) -> ZeroEngine:
         model = RegionEncoder(self.config.model, self.config.head.embedding_dim)
         initialise(model, self.config.seed)
+        if begin is not None:
+            begin(model.vit)
         model.vit.levels = recompute_levels(self.config, self.topology)
         if self.config.train.compile:
             for block in model.vit.blocks:

@@ -1,0 +1,1 @@
+"""Code that is copied beside exported weights and runs without megaregion."""
