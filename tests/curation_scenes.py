@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from megaregion.curation.pipeline import curate
+from megaregion.curation.settings import settings_from
+from megaregion.curation.summary import Summary
 
 WORDS = ("EXIT", "Hotel", "SALE", "Books")
 
@@ -33,6 +40,32 @@ def scene(number: int, side: int = 192) -> Image.Image:
     if number % 2 == 0:
         draw.text((20, 14), WORDS[number // 2 % 4], font=ImageFont.load_default(30), fill=(255, 255, 255))
     return image
+
+
+@contextmanager
+def silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
+    """A progress bar that shows nothing."""
+    yield lambda: None
+
+
+def run(images: Path, out: Path, stage: str = "all", **settings: Any) -> Summary:
+    """Curate in this process."""
+    return curate(images, out, settings_from(settings), silent, stage, workers=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def workers_of(process: int) -> list[int]:
+    """Worker processes of a run."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    except OSError:
+        # One of them has just ended.
+        return []
 
 
 def save_tiny_sam(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from curation_scenes import save_tiny_clip, save_tiny_sam, scene
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.boxes import diverse, iou
+from megaregion.curation.distinct import DistinctTexts
 from megaregion.curation.embedder import load_embedder
 from megaregion.curation.filters import choose, rank
 from megaregion.curation.kmeans import find_centers, nearest_centers
@@ -101,6 +102,23 @@ def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
         assert all(edge.any() for edge in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
     assert SamProposer(sam, grid=2, min_iou=2.0).propose(pixels) == []
+
+
+def test_prompts_in_batches_of_any_size_give_the_same_masks(
+    sam: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megaregion.curation import sam as room
+
+    pixels = np.asarray(scene(4, 96))
+    proposer = room.SamProposer(sam, grid=4, min_iou=-np.inf, min_stability=0.5)
+    found = proposer.propose(pixels)
+    assert found
+    for points in (1, 5):
+        monkeypatch.setattr(room, "POINTS", points)
+        again = proposer.propose(pixels)
+        assert [region.box for region in again] == [region.box for region in found]
+        assert [region.mask for region in again] == [region.mask for region in found]
+        assert np.allclose([r.score for r in again], [r.score for r in found], atol=1e-5)
 
 
 # Embeddings and clusters
@@ -207,6 +225,20 @@ def test_the_tokenizer_is_exact_in_size_and_a_function_of_its_text(tmp_path: Pat
     assert set(token_set(processor, "a station")) >= set(token_set(processor, "station"))
     assert len(token_set(processor, "鬱")) == 3
     assert token_set(processor, "  ") == ()
+
+
+def test_distinct_texts_beyond_the_limit_are_an_even_sample_in_any_order() -> None:
+    texts = [f"word {number}" for number in range(5000)]
+    few, forward, backward = DistinctTexts(10_000), DistinctTexts(500), DistinctTexts(500)
+    few.add(texts * 2)
+    forward.add(texts)
+    backward.add(reversed(texts * 3))
+    assert few.texts() == sorted(texts)
+    assert few.count() == 5000
+    assert len(forward.texts()) == 500
+    assert forward.texts() == backward.texts()
+    assert 4300 < forward.count() < 5700
+    assert sum(int(text.split()[1]) < 2500 for text in forward.texts()) == pytest.approx(250, abs=45)
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused() -> None:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import errno
+import logging
 import multiprocessing
 import os
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
+from megaregion.curation.claim import claimed
 from megaregion.curation.stage import Job, Stage
 from megaregion.curation.stages import make_stages
-from megaregion.curation.store import Piece
+from megaregion.curation.store import Piece, enough_space
 from megaregion.errors import UserError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Read by the numeric libraries when they are loaded."""
 
 
+LOG = logging.getLogger("megaregion.curation")
+
+MAX_DEATHS = 3
+"""Workers that one piece may cost before the run ends."""
+
+
 class Task(NamedTuple):
-    """A piece to do, and the hash of what it will be made from."""
+    """A piece to do, and what its manifest will say of its origin."""
 
     piece: Piece
     key: str
+    """Hash of what it will be made from."""
+    recipes: dict[str, str]
+    """Hash of the settings of its stage and of those before it."""
 
 
 class Message(NamedTuple):
@@ -40,6 +51,10 @@ class Message(NamedTuple):
 class _Worker(NamedTuple):
     process: BaseProcess
     pipe: Connection
+
+
+class _Died(Exception):
+    """A worker ended in the middle of a piece."""
 
 
 class Crew:
@@ -55,28 +70,35 @@ class Crew:
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        """Do tasks, in any order.
+        """Do tasks, in any order; a worker that dies is replaced, and its piece done again.
 
         Args:
             tasks: What to do.
             tick: Called in this process for every image that is done.
 
         Raises:
-            UserError: A mistake that a user can mend ended a piece, or a worker died.
+            UserError: A mistake that a user can mend ended a piece, or a piece killed several workers.
         """
         if self._count == 0:
             stages = make_stages(self._job)
             for task in tasks:
                 _do(task, self._job, stages, tick)
             return
-        waiting, busy = list(reversed(tasks)), dict[Connection, Task]()
+        waiting, busy, deaths = list(reversed(tasks)), dict[Connection, Task](), Counter[Piece]()
         while len(self._workers) < min(self._count, len(tasks)):
             self._workers.append(_start(self._job))
         for worker in self._workers:
             _hand_out(worker.pipe, waiting, busy)
         while busy:
             for pipe in _ready(busy):
-                message = self._receive(pipe, busy[pipe])
+                try:
+                    message = _receive(pipe)
+                except _Died:
+                    task = busy.pop(pipe)
+                    deaths[task.piece] += 1
+                    waiting.append(task)
+                    _hand_out(self._replace(pipe, task.piece, deaths[task.piece]).pipe, waiting, busy)
+                    continue
                 if message.kind == "image":
                     tick()
                 elif message.kind == "mistake":
@@ -96,18 +118,29 @@ class Crew:
             worker.pipe.close()
         self._workers.clear()
 
-    def _receive(self, pipe: Connection, task: Task) -> Message:
+    def _replace(self, pipe: Connection, piece: Piece, deaths: int) -> _Worker:
+        """Start a worker in a dead one's place, unless its piece has killed too many."""
         worker = next(worker for worker in self._workers if worker.pipe is pipe)
-        try:
-            message: Message = worker.pipe.recv()
-        except (EOFError, OSError):
-            worker.process.join()
-            raise UserError(
-                f"the worker for piece {task.piece.number} of stage {task.piece.stage} died (exit code "
-                f"{worker.process.exitcode}; -9 is often lack of memory); run again to continue, "
-                "perhaps with fewer --workers"
-            ) from None
-        return message
+        worker.process.join()
+        self._workers.remove(worker)
+        pipe.close()
+        died = (
+            f"the worker for piece {piece.number} of stage {piece.stage} died (exit code "
+            f"{worker.process.exitcode}; -9 is often lack of memory)"
+        )
+        if deaths >= MAX_DEATHS:
+            raise UserError(f"{died} {deaths} times; run again to continue, perhaps with fewer --workers")
+        LOG.warning("%s; the piece is done again", died)
+        self._workers.append(_start(self._job))
+        return self._workers[-1]
+
+
+def _receive(pipe: Connection) -> Message:
+    try:
+        message: Message = pipe.recv()
+    except (EOFError, OSError):
+        raise _Died from None
+    return message
 
 
 def _ready(busy: dict[Connection, Task]) -> list[Connection]:
@@ -143,7 +176,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def _hand_out(pipe: Connection, waiting: list[Task], busy: dict[Connection, Task]) -> None:
     if waiting and pipe not in busy:
         busy[pipe] = waiting.pop()
-        pipe.send(busy[pipe])
+        # A worker that is dead already will be seen to be when it is listened to.
+        with suppress(OSError):
+            pipe.send(busy[pipe])
 
 
 def _serve(pipe: Connection, job: Job, parent: int) -> None:
@@ -175,13 +210,8 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
 
 def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
     began = time.monotonic()
-    try:
-        output = job.store.begin(task.piece, tick)
-        stages[task.piece.stage].work(task.piece.number, output)
-        job.store.finish(task.piece, task.key, output, began)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left in {job.store.root}; free some and run again, what is done is kept"
-        ) from None
+    piece = task.piece
+    with enough_space(job.store.root), claimed(job.store.folder(piece).parent, piece.number, tick) as count:
+        output = job.store.begin(piece, count)
+        stages[piece.stage].work(piece.number, output)
+        job.store.finish(piece, task.key, output, began, task.recipes)

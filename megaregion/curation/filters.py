@@ -43,18 +43,24 @@ class Candidates:
 
 
 def rank(
-    proposals: Sequence[Proposal], pixels: Pixels, objectness: Objectness, settings: ProposeSettings
+    proposals: Sequence[Proposal], pixels: Pixels, objectness: Objectness | None, settings: ProposeSettings
 ) -> Candidates:
     """Drop proposals of the wrong shape and near-equal ones; order the rest, the most object-like first.
 
-    The proposer's own score only breaks ties: selective search has none.
+    Args:
+        proposals: Of one image.
+        pixels: The image.
+        objectness: The judge; the proposer's own score then only breaks ties, for selective search has none.
+            None leaves the judgement to that score.
+        settings: The limits.
     """
     boxes = as_array([proposal.box for proposal in proposals])
     reasons = _misshapen(boxes, pixels.shape[0], pixels.shape[1], settings)
     dropped = Counter(reason for reason in reasons if reason)
     kept = [proposal for proposal, reason in zip(proposals, reasons, strict=True) if not reason]
-    scores = objectness.score(pixels, as_array([proposal.box for proposal in kept]))
-    kept = [replace(proposal, score=float(score)) for proposal, score in zip(kept, scores, strict=True)]
+    if objectness is not None:
+        scores = objectness.score(pixels, as_array([proposal.box for proposal in kept]))
+        kept = [replace(proposal, score=float(score)) for proposal, score in zip(kept, scores, strict=True)]
     best = sorted(kept, key=lambda proposal: -proposal.score)[:MAX_CANDIDATES]
     odds = np.array([_odds(proposal.score) for proposal in best])
     order = diverse(as_array([proposal.box for proposal in best]), odds, settings.nms_iou, CROWDING)

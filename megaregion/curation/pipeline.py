@@ -1,23 +1,53 @@
-"""Runs stages: finds out which pieces are missing or stale, has them done, and says what there is."""
+"""Runs stages: finds out which pieces are missing or stale, has them done, and says what there is.
+
+A run does everything in one call; a share does its part of one stage's pieces beside other processes, on this
+or other machines, and looks at no more than it needs for that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megaregion.curation.crew import Crew, Task
+from megaregion.curation.inputs import find_images
 from megaregion.curation.lock import locked
+from megaregion.curation.run_record import record_run
 from megaregion.curation.settings import CurationSettings
-from megaregion.curation.source import find_images
-from megaregion.curation.stage import Job, Stage
+from megaregion.curation.source import Source
+from megaregion.curation.stage import Job, Stage, recipes_of
 from megaregion.curation.stages import NAMES, make_stages
-from megaregion.curation.store import Manifest, Piece, Store
+from megaregion.curation.store import Manifest, Piece, Store, enough_space
 from megaregion.curation.summary import Summary, summarise
 from megaregion.errors import UserError
 
+LIST = "list"
+"""The step before all stages: finding the images."""
+
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Opens a progress bar for a stage and a number of images; what it gives is called for each."""
+
+
+class Share(NamedTuple):
+    """Part i of n of a stage's pieces: neighbours, so that a tar is read by few."""
+
+    number: int
+    of: int
+
+    def pieces(self, count: int) -> range:
+        """Which of so many pieces; every piece is in one share."""
+        return range(count * self.number // self.of, count * (self.number + 1) // self.of)
+
+
+class Outcome(NamedTuple):
+    """What became of a share."""
+
+    pieces: range
+    done: int
+    """Pieces that were done now; the others had been done before."""
 
 
 def curate(
@@ -26,11 +56,11 @@ def curate(
     """Turn a folder of images into a dataset, or do one stage of it; what is done already stays.
 
     Args:
-        images: Folder of images, searched recursively.
+        images: Folder of images or WebDataset tars, searched recursively.
         out: Folder of the run; the dataset will be OUT/shards.
         settings: Settings of all stages.
         bar: Shows progress.
-        stage: One stage, or all.
+        stage: One stage, or all; list only finds the images.
         workers: Processes; the outcome does not depend on their number.
 
     Returns:
@@ -39,16 +69,51 @@ def curate(
     Raises:
         UserError: Something that the user can mend; what is done stays done.
     """
-    with locked(out):
-        store = Store(out)
-        source = find_images(images, out / "stages" / "images.jsonl", out)
-        pipeline = Pipeline(Job(settings, source, store), bar, workers)
+    with locked(out), enough_space(out):
+        pipeline = Pipeline(_list_images(images, out, settings, workers), bar, workers)
         try:
             for name in _names(stage):
                 pipeline.run(name)
         finally:
             pipeline.close()
         return summarise(pipeline.job, pipeline.finished())
+
+
+def curate_share(
+    images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str, share: Share, workers: int = 2
+) -> Outcome:
+    """Do a share of one stage; other shares may run at the same time, anywhere.
+
+    Args:
+        images: As the list of images was made from.
+        out: Folder of the run.
+        settings: Settings of all stages.
+        bar: Shows progress.
+        stage: Which stage.
+        share: Which part of its pieces.
+        workers: Processes.
+
+    Raises:
+        UserError: The images are not listed, an earlier stage is not done, a run holds the folder, or
+            something else that the user can mend.
+    """
+    if stage not in NAMES:
+        raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
+    with locked(out, shared=True), enough_space(out):
+        pipeline = Pipeline(open_job(images, out, settings), bar, workers, share)
+        try:
+            return pipeline.run(stage)
+        finally:
+            pipeline.close()
+
+
+def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
+    """A run whose images are listed.
+
+    Raises:
+        UserError: They are not.
+    """
+    return Job(settings, Source(images, out / "stages", settings.image.piece_images), Store(out))
 
 
 class Pipeline:
@@ -58,86 +123,113 @@ class Pipeline:
         job: The run.
         bar: Shows progress.
         workers: Processes.
+        share: Part of the pieces to do; all if None.
     """
 
-    def __init__(self, job: Job, bar: Bar, workers: int) -> None:
+    def __init__(self, job: Job, bar: Bar, workers: int, share: Share | None = None) -> None:
         self.job = job
-        self._bar = bar
+        self._bar, self._share = bar, share
         self._stages = make_stages(job)
         self._crew = Crew(job, workers)
-        self._done: dict[Piece, Manifest] = {}
+        # Digests only: a manifest is a kilobyte, and there may be a hundred thousand of them.
+        self._done: dict[Piece, str] = {}
 
-    def run(self, name: str) -> None:
+    def run(self, name: str) -> Outcome:
         """Do the pieces of a stage that are missing or stale.
 
         Raises:
             UserError: An earlier stage is not done, or a piece failed.
         """
         stage = self._stages[name]
-        tasks = self._missing(stage)
-        self.job.store.prune(name, stage.pieces())
-        if not tasks:
-            return
-        stage.prepare()
-        for task in tasks:
-            self._done.pop(task.piece, None)
-        images = sum(max(1, len(stage.images(task.piece.number))) for task in tasks)
-        with self._bar(name, images) as tick:
-            self._crew.run(tasks, tick)
+        share = self._share or Share(0, 1)
+        pieces = share.pieces(stage.pieces())
+        tasks = self._missing(stage, pieces)
+        if self._share is None:
+            self.job.store.prune(name, stage.pieces())
+        if tasks:
+            stage.prepare()
+            for task in tasks:
+                self._done.pop(task.piece, None)
+            images = sum(stage.count(task.piece.number) for task in tasks)
+            with self._bar(name, images) as tick:
+                self._crew.run(tasks, tick)
+        return Outcome(pieces, len(tasks))
 
-    def finished(self) -> dict[str, list[Manifest]]:
-        """Manifests of every stage that is completely done, by its name."""
-        found = {}
+    def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
+        """Every stage that is completely done, and the manifests of its pieces."""
         for name, stage in self._stages.items():
-            pieces = [self._manifest(Piece(name, number)) for number in range(stage.pieces())]
-            manifests = [manifest for manifest in pieces if manifest is not None]
-            if len(manifests) == len(pieces):
-                found[name] = manifests
-        return found
+            pieces = [Piece(name, number) for number in range(stage.pieces())]
+            if all(self._digest(piece) is not None for piece in pieces):
+                manifests = (self.job.store.read(piece, thorough=False) for piece in pieces)
+                yield name, (manifest for manifest in manifests if manifest is not None)
 
     def close(self) -> None:
         """End the worker processes."""
         self._crew.close()
 
-    def _missing(self, stage: Stage) -> list[Task]:
+    def _missing(self, stage: Stage, pieces: Sequence[int]) -> list[Task]:
         tasks = []
-        for number in range(stage.pieces()):
+        for number in pieces:
             piece = Piece(stage.name, number)
             key = self._key(stage, number)
             if key is None:
-                first = next(need for need in stage.needs(number) if self._manifest(need) is None)
+                first = next(need for need in stage.needs(number) if self._digest(need, stage) is None)
                 raise UserError(
                     f"--stage {stage.name} needs piece {first.number} of stage {first.stage}, which is not "
                     f"done for these images and settings; run --stage {first.stage} or --stage all first"
                 )
-            if self._manifest(piece) is None:
-                tasks.append(Task(piece, key))
+            if self._digest(piece) is None:
+                tasks.append(Task(piece, key, recipes_of(stage.name, self._stages)))
         return tasks
 
-    def _manifest(self, piece: Piece) -> Manifest | None:
-        """The manifest of a piece that is done and made from what there is now."""
+    def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
+        """Digest of a piece that is done and made from what there is now.
+
+        Args:
+            piece: Which one.
+            reader: Stage that wants to know because it needs the piece.
+        """
         if piece not in self._done:
-            key = self._key(self._stages[piece.stage], piece.number)
-            manifest = None if key is None else self.job.store.read(piece)
-            if manifest is None or manifest.key != key:
+            stage = self._stages[piece.stage]
+            # A share must not look at everything before it: what one piece made for all is known by its
+            # recipes, and a reader of all pieces trusts their sizes.
+            brief = self._share is not None and reader is not None
+            wide = not stage.sliced or (reader is not None and not reader.sliced)
+            manifest = self.job.store.read(piece, thorough=not (brief and wide))
+            if manifest is None:
                 return None
-            self._done[piece] = manifest
+            recipes = recipes_of(stage.name, self._stages)
+            if brief and not stage.sliced:
+                if manifest.recipes != recipes:
+                    return None
+            elif manifest.key != self._key(stage, piece.number):
+                return None
+            elif manifest.recipes != recipes:
+                # Other settings before it, or other images elsewhere, led to the same input.
+                self.job.store.write(piece, replace(manifest, recipes=recipes))
+            self._done[piece] = manifest.digest
         return self._done[piece]
 
     def _key(self, stage: Stage, number: int) -> str | None:
-        needed: list[Manifest] = []
-        for need in stage.needs(number):
-            manifest = self._manifest(need)
-            if manifest is None:
-                return None
-            needed.append(manifest)
-        return stage.key(number, needed)
+        digests = [self._digest(need, stage) for need in stage.needs(number)]
+        if any(digest is None for digest in digests):
+            return None
+        return stage.key(number, [digest for digest in digests if digest is not None])
+
+
+def _list_images(images: Path, out: Path, settings: CurationSettings, workers: int) -> Job:
+    size = settings.image.piece_images
+    source = find_images(images, out / "stages", out, size, workers)
+    record_run(out, images, settings)
+    return Job(settings, source, Store(out))
 
 
 def _names(stage: str) -> Sequence[str]:
     """What to run: packing without publishing would leave shards that are no dataset."""
     if stage == "all":
         return NAMES
+    if stage == LIST:
+        return ()
     if stage not in NAMES:
-        raise UserError(f"--stage must be all or one of {', '.join(NAMES)}, got {stage!r}")
+        raise UserError(f"--stage must be all, {LIST} or one of {', '.join(NAMES)}, got {stage!r}")
     return ("pack", "publish") if stage == "pack" else (stage,)

@@ -97,6 +97,9 @@ class TokenizerSettings:
 
     min_confidence: float = _setting(0.7, "P", "words must be recognised with more than this (paper: 0.7)")
     vocab: int = _setting(512, "V", f"text classes; at least {MIN_VOCABULARY}, as 256 are single bytes")
+    tokenizer_texts: int = _setting(
+        1_000_000, "N", "different words that the tokenizer learns from; of more, an even sample"
+    )
     corpus: str = _setting(
         "", "FILE", "text file, UTF-8, that joins the recognised words; Python's help if empty"
     )
@@ -108,6 +111,9 @@ class PackSettings:
 
     samples_per_shard: int = _setting(
         512, "N", "images that go into one shard, before those without a region"
+    )
+    cluster_cap: int = _setting(
+        0, "N", "most regions of one cluster that are packed, evenly over the images; 0 packs all"
     )
 
 
@@ -161,7 +167,7 @@ def check_settings(settings: CurationSettings) -> None:
     }
     for key in (
         "min_image_side", "max_image_pixels", "piece_images", "sam_grid", "max_regions", "clusters",
-        "cluster_iterations", "ocr_side", "samples_per_shard",
+        "cluster_iterations", "ocr_side", "samples_per_shard", "tokenizer_texts",
     ):  # fmt: skip
         if values[key] < 1:
             raise UserError(f"{_flag(key)} must be at least 1, got {values[key]}")
@@ -170,8 +176,9 @@ def check_settings(settings: CurationSettings) -> None:
             raise UserError(f"{_flag(key)} must lie in [0, 1], got {values[key]}")
     if not values["proposal_sides"] or min(values["proposal_sides"]) < 32:
         raise UserError(f"--proposal-sides must be 32 pixels or more, got {values['proposal_sides']}")
-    if values["min_edge"] < 0:
-        raise UserError(f"--min-edge must be 0 or more, got {values['min_edge']}")
+    for key in ("min_edge", "cluster_cap"):
+        if values[key] < 0:
+            raise UserError(f"{_flag(key)} must be 0 or more, got {values[key]}")
     if values["max_aspect"] < 1:
         raise UserError(f"--max-aspect must be 1 or more, got {values['max_aspect']}; 1 keeps squares only")
     if values["crop_side"] < 32 or values["crop_side"] % 32:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.curation.settings import CurationSettings
 from megaregion.curation.source import ImageFile, Source
-from megaregion.curation.store import Manifest, Output, Piece, Store
+from megaregion.curation.store import Output, Piece, Store
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ class Stage(ABC):
             output: Takes files, counts and the images that could not be used.
         """
 
-    def slice_size(self) -> int:
-        """Images of one slice."""
-        return self.job.settings.image.piece_images
-
     def slices(self) -> int:
         """Number of slices that the images are cut into."""
-        return -(-len(self.job.source.images) // self.slice_size())
+        return self.job.source.slices
+
+    @property
+    def sliced(self) -> bool:
+        """Whether piece i covers slice i of the images, or at least images of its own."""
+        return not self.whole
 
     def pieces(self) -> int:
         """Number of pieces."""
@@ -89,8 +90,11 @@ class Stage(ABC):
 
     def images(self, number: int) -> Sequence[ImageFile]:
         """The slice of images that a piece covers."""
-        size = self.slice_size()
-        return () if self.whole else self.job.source.images[number * size : (number + 1) * size]
+        return () if self.whole else self.job.source.images(number)
+
+    def count(self, number: int) -> int:
+        """How often a piece ticks: the images that it covers, 1 without any."""
+        return self.job.source.count(number) if self.sliced else 1
 
     def needs(self, number: int) -> list[Piece]:
         """Earlier pieces that a piece reads."""
@@ -100,35 +104,65 @@ class Stage(ABC):
         """Called once before pieces run, in the process that hands them out."""
         return
 
-    def key(self, number: int, needed: Sequence[Manifest]) -> str:
+    def key(self, number: int, needed: Sequence[str]) -> str:
         """Hash of all that a piece's outcome depends on.
 
         Args:
             number: Which piece.
-            needed: Manifests of what :meth:`needs` names, in its order.
+            needed: Digests of what :meth:`needs` names, in its order.
         """
-        content = [self.name, self.version, self._settings_text, [m.digest for m in needed]]
-        images = [(image.key, image.sha256) for image in self.images(number)]
-        return hashlib.sha256(json.dumps([*content, images]).encode()).hexdigest()
+        content = [self.name, self.version, self._settings_text, list(needed)]
+        return _hash([*content, self.identity(number)])
+
+    def identity(self, number: int) -> list[Any]:
+        """What a piece's outcome depends on among the images; JSON."""
+        return self.job.source.identity(number) if self.sliced else []
+
+    @cached_property
+    def recipe(self) -> str:
+        """Hash of what all pieces depend on alike: the stage itself and its settings."""
+        return _hash([self.name, self.version, self._settings_text])
 
     def path(self, piece: Piece, name: str) -> Path:
         """Where a file of a finished piece lies."""
         return self.job.store.folder(piece) / name
 
     def for_each(self, number: int, output: Output, use: Callable[[ImageFile, Picture | None], None]) -> None:
-        """Decode every image of a piece; a bad one is counted, named, and handed on as None."""
+        """Decode every image of a piece; a bad one is counted, named, and handed on as None.
+
+        BadImage raised by ``use`` counts likewise, and ``use`` is called again with None.
+        """
         for image in self.images(number):
             try:
-                picture: Picture | None = self.job.read(image)
+                use(image, self.job.read(image))
             except BadImage as bad:
-                picture = None
                 output.bad[image.path] = str(bad)
-            use(image, picture)
+                use(image, None)
             output.tick()
 
     @cached_property
     def _settings_text(self) -> str:
         return json.dumps(self.settings(), sort_keys=True)
+
+
+def _hash(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def recipes_of(name: str, stages: Mapping[str, Stage]) -> dict[str, str]:
+    """Hash of the settings of a stage and of each before it, by name, and of the list of images."""
+    recipes = {"images": stages[name].job.source.digest}
+    waiting = [name]
+    while waiting:
+        stage = stages[waiting.pop()]
+        recipes[stage.name] = stage.recipe
+        waiting += stages_before(stage) - recipes.keys()
+    return dict(sorted(recipes.items()))
+
+
+def stages_before(stage: Stage) -> set[str]:
+    """Stages that a stage reads from."""
+    return {need.stage for need in stage.needs(0)} if stage.pieces() else set()
 
 
 def plain(*groups: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ files differ from it, is half-written and will be done again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megaregion.data.info import file_sha256, replace_file
+from megaregion.errors import UserError
 
 VERSION = 1
 """Version of the manifest's layout."""
@@ -46,6 +48,8 @@ class Manifest:
     """Images that could not be used, by path, and why."""
     seconds: float = 0.0
     """Time that the piece took."""
+    recipes: dict[str, str] = field(default_factory=dict)
+    """Hash of the settings of this stage and of each before it, by name, and of the list of images."""
     version: int = VERSION
 
     @property
@@ -84,6 +88,21 @@ class Output:
         self.files.append(path)
 
 
+@contextmanager
+def enough_space(root: Path) -> Iterator[None]:
+    """Turn a full disk into a clear message.
+
+    Raises:
+        UserError: It is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"no space left in {root}; free some and run again, what is done is kept") from None
+
+
 class Store:
     """The pieces below one run's folder."""
 
@@ -94,8 +113,13 @@ class Store:
         """Where a piece's files lie."""
         return self.root / "stages" / piece.stage / f"{piece.number:05d}"
 
-    def read(self, piece: Piece) -> Manifest | None:
-        """The manifest of a finished piece, or None if it is missing or its files are not whole."""
+    def read(self, piece: Piece, thorough: bool = True) -> Manifest | None:
+        """The manifest of a finished piece, or None if it is missing or its files are not whole.
+
+        Args:
+            piece: The piece.
+            thorough: Whether to compare the files' hashes, or only their sizes.
+        """
         try:
             content = json.loads((self.folder(piece) / "manifest.json").read_bytes())
             manifest = Manifest(**{**content, "files": {k: tuple(v) for k, v in content["files"].items()}})
@@ -103,7 +127,10 @@ class Store:
             return None
         if manifest.version != VERSION:
             return None
-        whole = all(self._is_whole(path, size, sha) for path, (size, sha) in manifest.files.items())
+        whole = all(
+            self._is_whole(path, size, sha if thorough else None)
+            for path, (size, sha) in manifest.files.items()
+        )
         return manifest if whole else None
 
     def begin(self, piece: Piece, tick: Callable[[], None]) -> Output:
@@ -115,7 +142,7 @@ class Store:
         folder.mkdir(parents=True)
         return Output(self.root, folder, tick)
 
-    def finish(self, piece: Piece, key: str, output: Output, began: float) -> None:
+    def finish(self, piece: Piece, key: str, output: Output, began: float, recipes: dict[str, str]) -> None:
         """Write the manifest, and so declare the piece finished.
 
         Args:
@@ -123,13 +150,18 @@ class Store:
             key: What it was made from.
             output: What it left.
             began: Its start, by time.monotonic().
+            recipes: Hash of the settings of its stage and of those before it.
         """
         files = {
             path.relative_to(self.root).as_posix(): (path.stat().st_size, file_sha256(path))
             for path in output.files
         }
         seconds = round(time.monotonic() - began, 3)
-        manifest = Manifest(key, files, dict(sorted((+output.counts).items())), output.bad, seconds)
+        counts = dict(sorted((+output.counts).items()))
+        self.write(piece, Manifest(key, files, counts, output.bad, seconds, recipes))
+
+    def write(self, piece: Piece, manifest: Manifest) -> None:
+        """Write a piece's manifest."""
         replace_file(self.folder(piece) / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
 
     def prune(self, stage: str, pieces: int) -> None:
@@ -138,6 +170,7 @@ class Store:
             if not folder.name.isdigit() or int(folder.name) >= pieces:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _is_whole(self, name: str, size: int, sha256: str) -> bool:
+    def _is_whole(self, name: str, size: int, sha256: str | None) -> bool:
         path = self.root / name
-        return path.is_file() and path.stat().st_size == size and file_sha256(path) == sha256
+        same = path.is_file() and path.stat().st_size == size
+        return same and (sha256 is None or file_sha256(path) == sha256)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -16,12 +17,12 @@ from megaregion.data.info import replace_file
 
 SUMMARY = "summary.json"
 
-NAMED = 10
-"""Unusable images that the table names; summary.json names all."""
+NAMED, WRITTEN = 10, 1000
+"""Unusable images that the table names, and that summary.json names; both count all."""
 
 REASONS = (
     "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
-    "not embedded",
+    "not embedded", "over the cap", "bad annotation", "outside the image",
 )  # fmt: skip
 
 
@@ -47,7 +48,9 @@ class Summary:
     others: int
     """Files that are no images by their ending."""
     bad: dict[str, str]
-    """Images that cannot be used, by path, and why."""
+    """Images that cannot be used and damaged tars, by path, and why; the first thousand of them."""
+    unusable: dict[str, int]
+    """Images that cannot be used, all of them, by reason."""
     counts: dict[str, int]
     """Everything that stages counted, by name."""
     clusters: ClusterSizes | None
@@ -57,9 +60,10 @@ class Summary:
     def table(self) -> str:
         """The numbers as aligned lines."""
         rows = [
-            ("images", self.files - len(self.bad) - self.duplicates, "usable"),
-            *((f"  {why}", number, "") for why, number in sorted(Counter(self.bad.values()).items())),
+            ("images", self.files - sum(self.unusable.values()) - self.duplicates, "usable"),
+            *((f"  {why}", number, "") for why, number in sorted(self.unusable.items())),
             ("  duplicate files", self.duplicates, ""),
+            *self._annotated_rows(),
             ("  other files", self.others, "not images by their ending"),
             ("  without a region", self.counts.get("images without region", 0), "not packed"),
             ("  packed", self.counts.get("images packed", 0), f"in {self.counts.get('shards', 0)} shards"),
@@ -79,12 +83,16 @@ class Summary:
         names = {path: path.encode(errors="replace").decode() for path in self.bad}
         named = [f"unusable: {names[path]} ({why})" for path, why in sorted(self.bad.items())]
         if len(named) > NAMED:
-            named[NAMED:] = [f"unusable: {len(named) - NAMED} more, all named in {SUMMARY}"]
+            named[NAMED:] = [f"unusable: {len(named) - NAMED} more, named in {SUMMARY}"]
         return "\n".join([*lines, *named])
 
     def _per_image(self, count: str) -> str:
         images = self.counts.get("images used", 0)
         return f"{self.counts.get(count, 0) / images:.1f} an image" if images else ""
+
+    def _annotated_rows(self) -> list[tuple[str, int, str]]:
+        images = self.counts.get("images with annotations", 0)
+        return [("  with annotations", images, "kept, nothing proposed")] if images else []
 
     def _cluster_rows(self) -> list[tuple[str, int, str]]:
         if self.clusters is None:
@@ -94,31 +102,39 @@ class Summary:
         return [("clusters", sizes.clusters, note), ("  empty", sizes.empty, "")]
 
 
-def summarise(job: Job, finished: Mapping[str, Sequence[Manifest]]) -> Summary:
+def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> Summary:
     """Add up what the finished stages counted, and leave it as summary.json in the run's folder."""
-    manifests = [manifest for stage in finished.values() for manifest in stage]
     counts: Counter[str] = Counter()
-    for manifest in manifests:
-        counts.update(manifest.counts)
+    unusable: Counter[str] = Counter()
+    bad, seconds = job.source.bad, {}
+    for name, manifests in finished:
+        seconds[name] = 0.0
+        # Stages that look at images say the same of each; the first one that is done is believed.
+        first = not unusable
+        for manifest in manifests:
+            counts.update(manifest.counts)
+            seconds[name] += manifest.seconds
+            if first:
+                unusable.update(manifest.bad.values())
+                bad.update(islice(manifest.bad.items(), max(0, WRITTEN - len(bad))))
     summary = Summary(
-        files=len(job.source.images) + job.source.duplicates,
+        files=job.source.files,
         duplicates=job.source.duplicates,
         others=job.source.others,
-        bad=dict(sorted((path, why) for m in manifests for path, why in m.bad.items())),
+        bad=dict(sorted(bad.items())),
+        unusable=dict(sorted(unusable.items())),
         counts=dict(sorted(counts.items())),
-        clusters=_cluster_sizes(job, len(finished.get("assign", ()))),
-        seconds={name: round(sum(m.seconds for m in stage), 1) for name, stage in finished.items()},
+        clusters=_cluster_sizes(job) if "assign" in seconds else None,
+        seconds={name: round(total, 1) for name, total in seconds.items()},
     )
     replace_file(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     return summary
 
 
-def _cluster_sizes(job: Job, pieces: int) -> ClusterSizes | None:
-    if not pieces:
-        return None
+def _cluster_sizes(job: Job) -> ClusterSizes:
     clusters = job.settings.cluster.clusters
     sizes = np.zeros(clusters, dtype=np.int64)
-    for number in range(pieces):
+    for number in range(job.source.slices):
         labels = np.load(job.store.folder(Piece("assign", number)) / LABELS, allow_pickle=False)
         sizes += np.bincount(labels[labels >= 0], minlength=clusters)
     return ClusterSizes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megaregion.curation.stage import Job, Stage
 from megaregion.curation.stages.assign import Assign
+from megaregion.curation.stages.balance import Balance
 from megaregion.curation.stages.cluster import Cluster
 from megaregion.curation.stages.embed import Embed
 from megaregion.curation.stages.ocr import Ocr
@@ -12,7 +13,7 @@ from megaregion.curation.stages.propose import Propose
 from megaregion.curation.stages.publish import Publish
 from megaregion.curation.stages.tokenizer import Tokenizer
 
-STAGES: tuple[type[Stage], ...] = (Propose, Ocr, Embed, Cluster, Assign, Tokenizer, Pack, Publish)
+STAGES: tuple[type[Stage], ...] = (Propose, Ocr, Embed, Cluster, Assign, Balance, Tokenizer, Pack, Publish)
 """Each needs only earlier ones."""
 
 NAMES = tuple(stage.name for stage in STAGES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from megaregion.curation.picture import Picture
@@ -18,6 +19,7 @@ from megaregion.curation.records import ImageRegions, ImageWords, read_regions, 
 from megaregion.curation.source import ImageFile
 from megaregion.curation.stage import Stage, plain
 from megaregion.curation.stages.assign import LABELS
+from megaregion.curation.stages.balance import KEPT, STARTS
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.ocr import WORDS
 from megaregion.curation.stages.tokenizer import MODEL
@@ -28,6 +30,9 @@ from megaregion.data.shards import ShardWriter
 from megaregion.data.tokens import load_tokenizer, token_set
 
 ENTRY = "entry.json"
+
+CAPPED = -2
+"""In place of a label: the region's cluster is full."""
 
 
 class Pack(Stage):
@@ -46,14 +51,29 @@ class Pack(Stage):
         return plain(settings.pack, settings.image) | confidence
 
     @override
-    def slice_size(self) -> int:
-        return self.job.settings.pack.samples_per_shard
+    def pieces(self) -> int:
+        return -(-len(self.job.source) // self.job.settings.pack.samples_per_shard)
+
+    @override
+    def images(self, number: int) -> Sequence[ImageFile]:
+        return list(self.job.source.between(*self._span(number)))
+
+    @override
+    def count(self, number: int) -> int:
+        first, last = self._span(number)
+        return last - first
+
+    @override
+    def identity(self, number: int) -> list[Any]:
+        source = self.job.source
+        return [self._span(number), [source.identity(piece) for piece in self._overlapping(number)]]
 
     @override
     def needs(self, number: int) -> list[Piece]:
         names = ("embed", "assign", "ocr")
         overlapping = [Piece(name, piece) for name in names for piece in self._overlapping(number)]
-        return [*overlapping, Piece("tokenizer", 0)]
+        balance = [Piece("balance", 0)] if self.job.settings.pack.cluster_cap else []
+        return [*overlapping, *balance, Piece("tokenizer", 0)]
 
     @override
     def prepare(self) -> None:
@@ -78,11 +98,14 @@ class Pack(Stage):
         with output.file(ENTRY) as file:
             file.write(json.dumps(entry).encode())
 
+    def _span(self, number: int) -> tuple[int, int]:
+        """Positions of a piece's first image, and of the one after its last."""
+        size = self.job.settings.pack.samples_per_shard
+        return number * size, min((number + 1) * size, len(self.job.source))
+
     def _overlapping(self, number: int) -> range:
         """Pieces of the other stages that this one's images lie in."""
-        size, pack = self.job.settings.image.piece_images, self.slice_size()
-        last = min((number + 1) * pack, len(self.job.source.images)) - 1
-        return range(number * pack // size, last // size + 1)
+        return self.job.source.overlapping(*self._span(number))
 
     def _samples(self, number: int, output: Output) -> Iterator[tuple[str, bytes, SampleRecord]]:
         """The samples of a piece: every readable image with at least one region."""
@@ -98,6 +121,7 @@ class Pack(Stage):
             texts = [(word, token_set(tokenizer, word.text)) for word in words]
             output.counts["words without token"] += sum(not tokens for _, tokens in texts)
             output.counts["tokens"] += sum(len(tokens) for _, tokens in texts)
+            output.counts["dropped: over the cap"] += labels.count(CAPPED)
             objects = [
                 _object(r, label) for r, label in zip(found.regions, labels, strict=True) if label >= 0
             ]
@@ -116,22 +140,24 @@ class Pack(Stage):
         pieces = self._overlapping(number)
         regions = read_regions(self.path(Piece("embed", piece), REGIONS) for piece in pieces)
         words = read_words(self.path(Piece("ocr", piece), WORDS) for piece in pieces)
-        labels = iter(
-            np.concatenate(
-                [np.load(self.path(Piece("assign", p), LABELS), allow_pickle=False) for p in pieces]
-            ).tolist()
-        )
-        start = pieces.start * self.job.settings.image.piece_images
-        images = iter(self.images(number))
+        labels = (label for piece in pieces for label in self._labels(piece).tolist())
+        start, (first, last) = int(self.job.source.starts[pieces.start]), self._span(number)
+        images = self.job.source.between(first, last)
         for position, (found, read) in enumerate(zip(regions, words, strict=True), start):
             own = list(islice(labels, len(found.regions)))
             # The first piece begins before this slice of images, the last one ends after it.
-            if position < number * self.slice_size():
-                continue
-            image = next(images, None)
-            if image is None:
-                return
-            yield image, found, own, read
+            if first <= position < last:
+                yield next(images), found, own, read
+
+    def _labels(self, piece: int) -> NDArray[np.int64]:
+        """Labels of a slice's regions; those over the cap have none."""
+        labels: NDArray[np.int64] = np.load(self.path(Piece("assign", piece), LABELS), allow_pickle=False)
+        if self.job.settings.pack.cluster_cap:
+            balance = Piece("balance", 0)
+            first, last = np.load(self.path(balance, STARTS), allow_pickle=False)[piece : piece + 2]
+            kept = np.load(self.path(balance, KEPT), mmap_mode="r", allow_pickle=False)[first:last]
+            labels[~kept & (labels >= 0)] = CAPPED
+        return labels
 
 
 def _object(region: Proposal, label: int) -> RegionRecord:

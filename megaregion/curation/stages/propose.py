@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from typing_extensions import override
 
 from megaregion.curation import lite0
+from megaregion.curation.annotations import read_annotations
 from megaregion.curation.filters import rank
 from megaregion.curation.objectness import Objectness
 from megaregion.curation.picture import Picture
-from megaregion.curation.proposer import Proposer, load_proposer
+from megaregion.curation.proposer import Proposal, Proposer, load_proposer
 from megaregion.curation.records import ImageRegions, write_regions
 from megaregion.curation.source import ImageFile
 from megaregion.curation.stage import Stage, plain
@@ -22,7 +24,10 @@ CANDIDATES = "candidates.jsonl"
 
 
 class Propose(Stage):
-    """Writes candidates.jsonl; also finds out which images can be used at all."""
+    """Writes candidates.jsonl; also finds out which images can be used at all.
+
+    Regions that came with an image, as SA-1B's do, are kept: nothing is proposed there.
+    """
 
     name = "propose"
     version = 2
@@ -50,8 +55,16 @@ class Propose(Stage):
                 if picture is None:
                     write_regions(file, ImageRegions(image.key))
                     return
-                found = self._proposer.propose(picture.pixels)
-                ranked = rank(found, picture.pixels, self._objectness, self.job.settings.propose)
+                kept = self._annotated(image, picture)
+                if kept is None:
+                    found = self._proposer.propose(picture.pixels)
+                    ranked = rank(found, picture.pixels, self._objectness, self.job.settings.propose)
+                else:
+                    found, dropped = kept
+                    ranked = rank(found, picture.pixels, None, self.job.settings.propose)
+                    output.counts["images with annotations"] += 1
+                    output.counts["proposed"] += dropped.total()
+                    output.counts.update({f"dropped: {why}": n for why, n in dropped.items()})
                 record = ImageRegions(image.key, picture.width, picture.height, ranked.proposals)
                 write_regions(file, record)
                 output.counts["images used"] += 1
@@ -59,6 +72,10 @@ class Propose(Stage):
                 output.counts.update({f"dropped: {why}": n for why, n in ranked.dropped.items()})
 
             self.for_each(number, output, propose)
+
+    def _annotated(self, image: ImageFile, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
+        content = self.job.source.annotation(image)
+        return None if content is None else read_annotations(content, picture.width, picture.height)
 
     @cached_property
     def _proposer(self) -> Proposer:

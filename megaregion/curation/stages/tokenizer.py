@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from megaregion.curation.distinct import DistinctTexts
 from megaregion.curation.records import read_words
 from megaregion.curation.stage import Stage, plain
 from megaregion.curation.stages.ocr import WORDS
@@ -37,8 +38,10 @@ class Tokenizer(Stage):
     def work(self, number: int, output: Output) -> None:
         settings = self.job.settings.tokenizer
         images = read_words([self.path(piece, WORDS) for piece in self.needs(number)])
-        texts = {word.text for image in images for word in image.above(settings.min_confidence)}
+        texts = DistinctTexts(settings.tokenizer_texts)
+        for image in images:
+            texts.add(word.text for word in image.above(settings.min_confidence))
         with output.file(MODEL) as file:
-            file.write(train_tokenizer(texts, read_corpus(settings.corpus), settings.vocab))
-        output.counts["different words"] = len(texts)
+            file.write(train_tokenizer(texts.texts(), read_corpus(settings.corpus), settings.vocab))
+        output.counts["different words"] = texts.count()
         output.tick()

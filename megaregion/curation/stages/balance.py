@@ -1,0 +1,95 @@
+"""Stage balance: which regions of large clusters are packed, when clusters are capped.
+
+Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
+Labels are read twice, piece by piece; memory grows with the number of clusters only.
+
+Shapes: n regions of the whole run, r of a piece, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from megaregion.curation.stage import Stage
+from megaregion.curation.stages.assign import LABELS
+from megaregion.curation.store import Output, Piece
+
+KEPT, STARTS = "kept.npy", "starts.npy"
+
+
+class Balance(Stage):
+    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
+
+    Without a cap there is nothing to do.
+    """
+
+    name = "balance"
+    whole = True
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"cluster_cap": self.job.settings.pack.cluster_cap}
+
+    @override
+    def pieces(self) -> int:
+        return int(self.job.settings.pack.cluster_cap > 0)
+
+    @override
+    def needs(self, number: int) -> list[Piece]:
+        return [Piece("assign", piece) for piece in range(self.slices())]
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        sizes = np.zeros(self.job.settings.cluster.clusters, dtype=np.int64)
+        starts = [0]
+        for labels in self._labels():
+            sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
+            starts.append(starts[-1] + len(labels))
+        with output.file(STARTS) as file:
+            np.save(file, np.array(starts, dtype=np.int64), allow_pickle=False)
+        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
+        seen = np.zeros_like(sizes)
+        with output.file(KEPT) as file:
+            header = {"descr": "|b1", "fortran_order": False, "shape": (starts[-1],)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for labels in self._labels():
+                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
+        output.counts["clusters capped"] = int((sizes > caps).sum())
+        output.counts["regions over the cap"] = int((sizes - caps).sum())
+        output.tick()
+
+    def _labels(self) -> Iterator[NDArray[np.int64]]:
+        for piece in self.needs(0):
+            yield np.load(self.path(piece, LABELS), allow_pickle=False)
+
+
+def keep_evenly(
+    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
+
+    Args:
+        labels: Clusters, -1 for none, int64 [r].
+        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
+        sizes: Regions of each cluster in the whole run, int64 [K].
+        caps: How many of them stay, int64 [K].
+
+    Returns:
+        bool [r]; over all pieces exactly caps[k] of cluster k are True.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    clusters = labels[order]
+    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
+    lengths = np.diff(firsts, append=len(clusters))
+    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
+    kept = np.zeros(len(labels), dtype=bool)
+    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
+    kept[order] = (place + 1) * share // whole > place * share // whole
+    seen[clusters[firsts]] += lengths
+    return kept

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Curation on a cluster: every stage a job array, each waiting for the stages that it reads.
+#
+#   . slurm/site.env && slurm/curate.sh --images FOLDER --out FOLDER [--setting value ...]
+#
+# Prints the jobs' ids. `tools/curate.py status --out FOLDER` shows how far they are. Stopped, failed, more images?
+# The same command again: what is finished is recognised and skipped. The settings are those of tools/curate.py.
+#
+#   MEGAREGION_SHARES=64                     tasks of an array; the outcome is the same for any number
+#   MEGAREGION_CURATE="--cpus-per-task=8"    options of every sbatch; a task uses as many workers as it has CPUs
+#   MEGAREGION_CURATE_embed="--gpus=1"       options of one stage's sbatch, after the others
+set -euo pipefail
+
+cd "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
+if [[ -f slurm/site.env ]]; then
+  # shellcheck source=slurm/site.env.example
+  source slurm/site.env
+fi
+python=${MEGAREGION_PYTHON:-.venv/bin/python}
+shares=${MEGAREGION_SHARES:-64}
+
+# The job itself: --job STAGE SHARES, then the settings.
+if [[ ${1:-} == --job ]]; then
+  stage=$2
+  of=$3
+  shift 3
+  if [[ -n ${MEGAREGION_MODULES:-} ]]; then
+    # shellcheck disable=SC2086
+    module load $MEGAREGION_MODULES
+  fi
+  share=()
+  if [[ $stage != list ]]; then share=(--piece "${SLURM_ARRAY_TASK_ID:-0}" --of "$of"); fi
+  # shellcheck disable=SC2206
+  options=(--ntasks=1 --kill-on-bad-exit=1 ${MEGAREGION_SRUN:-})
+  exec srun "${options[@]}" "$python" tools/curate.py --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" \
+    --stage "$stage" "${share[@]}"
+fi
+
+# A mistake in the settings ends here, before anything is submitted.
+jobs=$("$python" tools/curate.py "$@" --jobs)
+
+declare -A ids=()
+undo() {
+  echo "curate.sh: not all jobs could be submitted; those that were are cancelled" >&2
+  if ((${#ids[@]})); then scancel "${ids[@]}"; fi
+}
+trap undo ERR
+
+# submit STAGE one|many EARLIER,EARLIER
+submit() {
+  local stage=$1 kind=$2 after='' earlier of=1 log=%x-%j
+  local extra=MEGAREGION_CURATE_$stage options=()
+  # shellcheck disable=SC2206
+  options=(${MEGAREGION_CURATE:-} ${!extra:-})
+  if [[ $kind == many ]]; then
+    of=$shares
+    log=%x-%A-%a
+    options+=(--array="0-$((shares - 1))")
+  fi
+  for earlier in ${3//,/ }; do after+=":${ids[$earlier]}"; done
+  if [[ -n $after ]]; then options+=(--dependency="afterok$after" --kill-on-invalid-dep=yes); fi
+  ids[$stage]=$(sbatch --parsable --job-name="curate-$stage" --requeue --open-mode=append \
+    --output="${MEGAREGION_LOGS:-.}/slurm-$log.log" "${options[@]}" slurm/curate.sh \
+    --job "$stage" "$of" "${settings[@]}")
+  ids[$stage]=${ids[$stage]%%;*}
+  echo "$stage ${ids[$stage]}"
+}
+
+settings=("$@")
+submit list one ""
+while read -r stage kind earlier; do
+  submit "$stage" "$kind" "$earlier"
+done <<<"$jobs"

@@ -1,0 +1,224 @@
+"""What curation takes: folders, WebDataset tars as img2dataset writes them, SA-1B's masks; broken ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from curation_scenes import contents, run, scene
+
+from megaregion.curation.annotations import read_annotations
+from megaregion.curation.inputs import find_images
+from megaregion.curation.picture import BadImage
+from megaregion.curation.tars import scan_tar
+from megaregion.data.mask import decode_mask, encode_mask
+from megaregion.data.sample import parse_sample
+from megaregion.data.shards import ShardedDataset
+from megaregion.errors import UserError
+
+FEW = {"clusters": 4, "vocab": 384, "piece_images": 2, "samples_per_shard": 3, "crop_side": 96}
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    scene(number).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], fmt: int = tarfile.PAX_FORMAT) -> Path:
+    """As webdataset's TarWriter does: Python's tarfile, with times that are no whole seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=fmt) as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime = len(content), 1700000000.25  # type: ignore[assignment]
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def pack(mask: np.ndarray) -> str:
+    """COCO's packed run lengths, written from its definition."""
+    counts = list(encode_mask(mask).counts)
+    text = ""
+    for place, count in enumerate(counts):
+        value = count - counts[place - 2] if place > 2 else count
+        while True:
+            bits, value = value & 31, value >> 5
+            last = value == -1 if bits & 16 else value == 0
+            text += chr(48 + bits + (0 if last else 32))
+            if last:
+                break
+    return text
+
+
+def annotated(side: int = 192) -> tuple[bytes, np.ndarray]:
+    """SA-1B's record of two masks, one of them given twice, and of regions that cannot be used."""
+    rows, columns = np.mgrid[:side, :side]
+    round_mask = (rows - 100) ** 2 + (columns - 60) ** 2 < 40**2
+    square = (rows >= 20) & (rows < 90) & (columns >= 110) & (columns < 192)
+
+    def record(mask: np.ndarray, score: float = 0.95) -> dict[str, Any]:
+        return {
+            "segmentation": {"size": list(mask.shape), "counts": pack(mask)}, "predicted_iou": score,
+            "bbox": [0, 0, 1, 1], "stability_score": 0.97, "id": 1,
+        }  # fmt: skip
+
+    bad = [
+        {"segmentation": {"size": [5, 5], "counts": "0"}, "predicted_iou": 0.9},
+        {"segmentation": {"size": [side, side], "counts": "\u20ac"}, "predicted_iou": 0.9},
+        {"bbox": [10, 10, "wide", 3]},
+        {**record(square), "predicted_iou": float("nan")},
+    ]
+    outside = [record(np.zeros_like(square)), {"bbox": [500, 10, 20, 20]}, {"bbox": [10, 10, 0, 30]}]
+    regions = [record(round_mask), record(square, 0.9), record(square, 0.85), *bad, *outside]
+    return json.dumps({"image": {"image_id": 1}, "annotations": regions}).encode(), round_mask
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tars of img2dataset, one without captions, one that broke off, one that is none; a Parquet file."""
+    folder = tmp_path_factory.mktemp("tars")
+    first: list[tuple[str, bytes]] = []
+    for number in range(3):
+        key = f"00000{number:04d}"
+        meta = json.dumps({"caption": "a scene", "url": "https://x/y.jpg", "width": 192}).encode()
+        first += [
+            (f"{key}.jpg", jpeg(number)),
+            (f"{key}.json", meta),
+            (f"{key}.txt", b"a sc\xe8ne, not UTF-8"),
+        ]
+    first += [("000000001.jpg", jpeg(9)), ("000000077.jpg", jpeg(3)[:3000]), ("000000078.txt", b"no image")]
+    write_tar(folder / "00000.tar", first)
+    write_tar(folder / "more" / "00001.tar", [(f"deep/{'n' * 120}/{n}.JPG", jpeg(n)) for n in (4, 5)])
+    whole = write_tar(folder / "00002.tar", [(f"{n}.jpg", jpeg(n)) for n in (6, 7, 8)], tarfile.GNU_FORMAT)
+    whole.write_bytes(whole.read_bytes()[: scan_tar(whole).members[2].image.offset + 100])
+    (folder / "00003.tar").write_bytes(b"<html>not found</html>")
+    (folder / "00000.parquet").write_bytes(b"PAR1")
+    (folder / "00000_stats.json").write_text("{}")
+    return folder
+
+
+def test_tars_are_read_in_place_and_broken_ones_up_to_the_damage(tars: Path, tmp_path: Path) -> None:
+    before = contents(tars)
+    summary = run(tars, tmp_path / "out", **FEW)
+    assert contents(tars) == before
+    assert summary.bad.pop("00003.tar") == "not a tar file; images before it: 0"
+    damage = summary.bad.pop("00002.tar")
+    assert damage.startswith("truncated")
+    assert damage.endswith("images before it: 2")
+    assert summary.bad == {"00000.tar/000000077": "truncated or damaged"}
+    assert (summary.files, summary.duplicates, summary.others) == (9, 1, 2)
+    dataset = ShardedDataset(tmp_path / "out" / "shards")
+    dataset.verify()
+    found = {dataset.read(index).key: dataset.read(index).image for index in range(len(dataset))}
+    assert found["00000_000000001"] == jpeg(1)
+    assert found["00002_7"] == jpeg(7)
+    assert sorted(found.values()) == sorted(jpeg(number) for number in (0, 1, 2, 4, 5, 6, 7))
+    assert all(len(key.encode()) <= 95 for key in found)
+    assert not list((tmp_path / "out").rglob("*.jpg"))
+
+
+def test_a_tar_is_looked_into_once_and_again_when_it_changed(tars: Path, tmp_path: Path) -> None:
+    more = Path(shutil.copytree(tars, tmp_path / "tars", copy_function=shutil.copy2))
+    first = find_images(more, tmp_path / "stages", tmp_path, 2)
+    before = len(first)
+    assert find_images(more, tmp_path / "stages", tmp_path, 2, workers=2).digest == first.digest
+    write_tar(more / "00003.tar", [("a.jpg", jpeg(1)), ("b.b.jpg", jpeg(2)), (".c.jpg", jpeg(3))])
+    again = find_images(more, tmp_path / "stages", tmp_path, 2)
+    assert len(again) == before + 1
+    assert again.digest != first.digest
+    write_tar(more / "00003.tar", [("a.jpg", jpeg(1))])
+    with pytest.raises(UserError, match="changed while curation ran; run again"):
+        list(again.between(0, len(again)))
+
+
+def test_a_damaged_header_ends_a_tar_and_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)], tarfile.USTAR_FORMAT)
+    offset = scan_tar(path).members[1].image.offset - tarfile.BLOCKSIZE
+    content = bytearray(path.read_bytes())
+    content[offset + 3] ^= 255
+    path.write_bytes(content)
+    scan = scan_tar(path)
+    assert [member.name for member in scan.members] == ["0"]
+    assert scan.damage == "damaged header"
+    (tmp_path / "empty.tar").write_bytes(b"")
+    assert scan_tar(tmp_path / "empty.tar").damage == "not a tar file"
+
+
+def test_masks_that_came_with_images_are_kept_without_proposing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, mask = annotated()
+    loose, packed = tmp_path / "loose", tmp_path / "packed"
+    loose.mkdir()
+    names = [f"sa_{number}" for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        (loose / f"{name}.jpg").write_bytes(jpeg(2 * number + 1))
+        (loose / f"{name}.json").write_bytes(record)
+    (loose / "sa_4.jpg").write_bytes(jpeg(8))
+    (loose / "sa_4.json").write_bytes(b'{"annotations": [\xff')
+    # SA-1B's own tars name members with ./ and need not put an image beside its masks.
+    files = sorted(loose.iterdir(), key=lambda path: (path.suffix, path.name))
+    write_tar(packed / "sa_000000.tar", [(f"./{path.name}", path.read_bytes()) for path in files])
+    monkeypatch.setattr("megaregion.curation.stages.propose.load_proposer", None)
+    found = {}
+    for folder in (loose, packed):
+        out = tmp_path / f"out-{folder.name}"
+        summary = run(folder, out, clusters=4, vocab=384, piece_images=2)
+        assert list(summary.bad.values()) == ["its JSON file cannot be read"]
+        counts = summary.counts
+        assert (counts["images with annotations"], counts["proposed"]) == (3, 30)
+        dropped = [counts[f"dropped: {why}"] for why in ("bad annotation", "outside the image", "duplicate")]
+        assert dropped == [12, 9, 3]
+        dataset = ShardedDataset(out / "shards")
+        samples = [dataset.read(index) for index in range(len(dataset))]
+        found[folder.name] = [sample.record for sample in samples]
+        assert [sample.key for sample in samples] == [
+            name if folder == loose else f"sa_000000_{name}" for name in names
+        ]
+    assert found["loose"] == found["packed"]
+    regions = [region for region in parse_sample(found["loose"][0]).regions if region.kind == "object"]
+    assert [(region.box, region.score) for region in regions] == [
+        ((21.0, 61.0, 100.0, 140.0), 0.95), ((110.0, 20.0, 192.0, 90.0), 0.9),
+    ]  # fmt: skip
+    assert regions[0].mask is not None
+    assert np.array_equal(decode_mask(regions[0].mask), mask)
+
+
+def test_only_annotations_count_and_only_json_is_read() -> None:
+    assert read_annotations(b'{"caption": "a dog", "annotations": "none"}', 10, 10) is None
+    assert read_annotations(b"[1, 2]", 10, 10) is None
+    clipped = read_annotations(b'{"annotations": [{"bbox": [-3, 2, 9, 90]}]}', 10, 10)
+    assert clipped is not None
+    assert clipped[0][0].box == (0.0, 2.0, 6.0, 10.0)
+    for content in (b"", b"\xff\xfe", b"[" * 100_000):
+        with pytest.raises(BadImage, match="cannot be read"):
+            read_annotations(content, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["part-0.parquet"], "holds Parquet files of URLs; download them first: img2dataset --url_list"),
+        (["broken.tar"], r"holds no image in its tars; broken\.tar: not a tar file"),
+        (["a.gif"], r"holds no \.jpg, .* or \.tar file among its 1 files"),
+    ],
+)
+def test_what_cannot_be_curated_is_refused_with_the_way_out(
+    files: list[str], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_bytes(b"something")
+    with pytest.raises(UserError, match=message):
+        run(folder, tmp_path / "out", **FEW)
+    with pytest.raises(UserError, match="is a Parquet file of URLs; download them first: img2dataset"):
+        run(tmp_path / "urls.parquet", tmp_path / "out", **FEW)
+    assert not (tmp_path / "out" / "shards").exists()

@@ -1,0 +1,184 @@
+"""Curation in shares: stages as jobs beside each other, on a real SLURM, and what tells how far they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from curation_scenes import contents, run, scene, silent
+from drill import Drill
+from launch import repository
+
+from megaregion.curation.claim import claimed
+from megaregion.curation.jobs import job_lines
+from megaregion.curation.lock import locked
+from megaregion.curation.pipeline import Share, curate_share, open_job
+from megaregion.curation.run_record import recorded_run
+from megaregion.curation.settings import CurationSettings, settings_from
+from megaregion.curation.stages import NAMES
+from megaregion.curation.status import read_progress, table
+from megaregion.errors import UserError
+
+FEW = {"clusters": 4, "vocab": 384, "piece_images": 2, "samples_per_shard": 3, "crop_side": 96}
+FLAGS = [part for key, value in FEW.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(1, 8):
+        scene(number).save(folder / f"scene-{number}.jpg", quality=92)
+    (folder / "scene-8.jpg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def at_once(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("at-once")
+    run(images, out, **FEW)
+    return out
+
+
+def share(images: Path, out: Path, stage: str, number: int, of: int, **changes: object) -> tuple[int, int]:
+    settings = settings_from({**FEW, **changes})
+    done = curate_share(images, out, settings, silent, stage, Share(number, of), workers=0)
+    return len(done.pieces), done.done
+
+
+def test_shares_in_any_order_give_the_dataset_of_one_run(images: Path, at_once: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"has no list of the images in .* run tools/curate\.py --stage list"):
+        share(images, out, "propose", 0, 3)
+    run(images, out, stage="list", **FEW)
+    with pytest.raises(UserError, match="--stage embed needs piece 0 of stage propose"):
+        share(images, out, "embed", 0, 3)
+    for stage in NAMES:
+        sizes = [share(images, out, stage, number, 3) for number in (2, 0, 1)]
+        assert {done for pieces, done in sizes} <= {pieces for pieces, done in sizes}
+        assert share(images, out, stage, 1, 2)[1] == 0, "a finished piece was done again"
+    assert contents(out / "shards") == contents(at_once / "shards")
+    # Other settings before a stage make what it reads stale, also where its own settings are the same.
+    with pytest.raises(UserError, match="needs piece 0 of stage propose"):
+        share(images, out, "embed", 0, 3, max_area=0.5)
+    with pytest.raises(UserError, match="needs piece 0 of stage"):
+        share(images, out, "assign", 0, 3, clusters=3)
+
+
+def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
+    images: Path, at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--piece needs --stage"):
+        share(images, at_once, "all", 0, 2)
+    with locked(at_once, shared=True):
+        assert share(images, at_once, "ocr", 0, 2)[1] == 0
+        with pytest.raises(UserError, match=r"in use by a share of a run, process .* choose"):
+            run(images, at_once, **FEW)
+    with locked(at_once), pytest.raises(UserError, match="in use by process"):
+        share(images, at_once, "ocr", 0, 2)
+    monkeypatch.setattr("megaregion.curation.claim.PATIENCE", 0.3)
+    stage = tmp_path / "stages" / "ocr"
+    holder = (
+        "import sys, time; from pathlib import Path; from megaregion.curation.claim import claimed\n"
+        f"with claimed(Path({str(stage)!r}), 3, lambda: None): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=repository())
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with (
+            pytest.raises(UserError, match=f"piece 3 of stage ocr is in use by process {process.pid} on "),
+            claimed(stage, 3, lambda: None),
+        ):
+            pass
+        with claimed(stage, 4, lambda: None):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with claimed(stage, 3, lambda: None):
+        pass
+
+
+def test_the_status_tells_done_running_failed_and_what_is_left(
+    images: Path, at_once: Path, tmp_path: Path
+) -> None:
+    job = open_job(*_of(at_once))
+    finished = table(read_progress(job, time.time()))
+    assert [line.split()[-1] for line in finished.splitlines()[1:]] == ["done"] * finished.count("\n")
+    out = tmp_path / "out"
+    run(images, out, stage="list", **FEW)
+    share(images, out, "propose", 0, 4)
+    folder = out / "stages" / "propose"
+    with pytest.raises(OSError, match="lost"), claimed(folder, 2, lambda: None):
+        raise OSError("lost")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with claimed(folder, 3, lambda: None) as tick:
+        tick()
+        while not (folder / ".running" / "00003").exists():
+            time.sleep(0.01)
+        mine = (folder / ".running" / "00003").read_text()
+        (folder / ".running" / "00001").write_text(
+            mine.replace(f'"process": {_process(mine)}', f'"process": {dead.pid}')
+        )
+        [propose] = [p for p in read_progress(open_job(*_of(out)), time.time()) if p.stage == "propose"]
+    assert (propose.pieces, propose.done, propose.running) == (4, 1, 1)
+    assert "was killed after" in propose.failed[1]
+    assert "OSError: lost (process" in propose.failed[2]
+    assert propose.left is not None
+    assert propose.left > 0
+    text = table([propose])
+    assert "failed: propose 2: OSError: lost" in text
+    with pytest.raises(UserError, match="holds no run"):
+        recorded_run(tmp_path)
+
+
+def test_every_stage_waits_for_what_it_reads() -> None:
+    lines = [line.split() for line in job_lines(settings_from(FEW))]
+    order = ["list", *(name for name, _, _ in lines)]
+    for name, kind, earlier in lines:
+        assert kind in ("one", "many")
+        assert all(order.index(other) < order.index(name) for other in earlier.split(","))
+    assert ["propose", "many", "list"] in lines
+
+
+def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
+    drill: Drill, images: Path, at_once: Path, tmp_path: Path
+) -> None:
+    command = [repository() / "slurm" / "curate.sh", "--images", images, "--out", tmp_path / "out", *FLAGS]
+    environment = {
+        **drill.cluster.environment, "MEGAREGION_HOME": str(repository()), "MEGAREGION_SHARES": "2",
+        "MEGAREGION_PYTHON": sys.executable, "MEGAREGION_LOGS": str(tmp_path),
+        "PYTHONPATH": str(repository()),
+    }  # fmt: skip
+
+    def submit(*changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*map(str, command), *changes], env=environment, capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+
+    refused = submit("--clusters", "0")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--clusters must be at least 1" in refused.stderr
+    submitted = submit()
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = dict(line.split() for line in submitted.stdout.splitlines())
+    assert list(jobs) == ["list", *(line.split()[0] for line in job_lines(settings_from(FEW)))]
+    last = drill.cluster.finish(list(jobs.values())[-1], 300)
+    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+    assert last == "COMPLETED", logs
+    assert contents(tmp_path / "out" / "shards") == contents(at_once / "shards"), logs
+
+
+def _of(out: Path) -> tuple[Path, Path, CurationSettings]:
+    images, settings = recorded_run(out)
+    return images, out, settings
+
+
+def _process(claim: str) -> str:
+    return str(json.loads(claim)["process"])

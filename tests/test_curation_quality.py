@@ -1,0 +1,138 @@
+"""The quality report, the cap on large clusters, and the measures that both rest on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from curation_scenes import WORDS, run, scene
+from launch import repository
+
+from megaregion.curation.quality.agreement import nmi
+from megaregion.curation.stages.balance import keep_evenly
+from megaregion.data.sample import parse_sample
+from megaregion.data.shards import ShardedDataset
+
+FEW = {"clusters": 4, "vocab": 384, "piece_images": 3, "samples_per_shard": 4, "crop_side": 96}
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten images, and the truth of eight of them."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "images").mkdir()
+    lines = []
+    for number in range(10):
+        scene(number).save(folder / "images" / f"s-{number}.jpg", quality=92)
+        objects = [
+            {"class": kind, "box": box}
+            for kind, box in (("a", [17, 75, 72, 130]), ("b", [115, 95, 170, 150]))
+        ]
+        words = [{"text": WORDS[number // 2 % 4], "box": [20, 14, 95, 44]}] if number % 2 == 0 else []
+        small = [{"text": "tiny", "box": [0, 0, 20, 8]}]
+        record = {
+            "key": f"s-{number}",
+            "width": 192,
+            "height": 192,
+            "objects": objects,
+            "words": words + small,
+        }
+        lines.append(json.dumps(record))
+    (folder / "truth.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    run(folder / "images", folder / "out", **FEW)
+    return folder
+
+
+def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/curate.py", "report", "--out", str(folder / "out"), *flags],
+        cwd=repository(), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_report_has_every_number_of_the_labels(curated: Path) -> None:
+    done = report(curated, "--truth", str(curated))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((curated / "out" / "report.json").read_text())
+    summary, clusters, text, truth = (found[name] for name in ("summary", "clusters", "text", "truth"))
+    assert clusters["regions"] == summary["counts"]["kept"]
+    assert clusters["sizes"]["p0"] <= clusters["sizes"]["p50"] <= clusters["sizes"]["p100"]
+    assert clusters["exact"] == 1.0
+    assert 0 < clusters["distance"] < 2
+    assert 1 <= clusters["effective"] <= 4
+    assert 0 <= clusters["gini"] < 1
+    assert 0 < clusters["stability"] <= 1
+    assert 0 <= clusters["near_duplicates"] <= 1
+    assert sum(text["confidence"].values()) == text["words"] == summary["counts"]["words found"]
+    assert {name for name, _ in text["texts"]} == set(WORDS)
+    assert sum(count for _, count in text["texts"]) == text["kept"] == 5
+    assert (truth["images"], truth["objects"], truth["words"]) == (8, 16, 4)
+    assert truth["recall"] >= 0.8
+    assert truth["exact_words"] == 1.0
+    for line in ("recall at IoU 0.5", "stability over two seeds", "most frequent texts", "background"):
+        assert line in done.stdout
+
+
+def test_a_report_needs_a_run_and_its_truth(curated: Path, tmp_path: Path) -> None:
+    (tmp_path / "truth.jsonl").write_text(
+        json.dumps({"key": "else", "width": 9, "height": 9, "objects": [], "words": []}) + "\n"
+    )
+    foreign = report(curated, "--truth", str(tmp_path))
+    assert (foreign.returncode, foreign.stdout) == (2, "")
+    assert "--truth holds none of the run's images" in foreign.stderr
+    nothing = report(tmp_path)
+    assert nothing.returncode == 2
+    assert "holds no run of tools/curate.py" in nothing.stderr
+
+
+def test_a_cap_keeps_exactly_so_many_regions_of_a_cluster_all_over_the_run(
+    curated: Path, tmp_path: Path
+) -> None:
+    before = _labels(curated / "out" / "shards")
+    sizes = np.bincount([label for image in before.values() for label in image], minlength=4)
+    cap = int(sizes.max()) // 2
+    summary = run(curated / "images", tmp_path / "out", **FEW, cluster_cap=cap)
+    after = _labels(tmp_path / "out" / "shards")
+    kept = np.bincount([label for image in after.values() for label in image], minlength=4)
+    assert kept.tolist() == np.minimum(sizes, cap).tolist()
+    assert summary.counts["dropped: over the cap"] == (sizes - kept).sum() > 0
+    largest = int(sizes.argmax())
+    touched = [
+        key for key, image in before.items() if after.get(key, []).count(largest) < image.count(largest)
+    ]
+    assert touched != []
+    assert {key for key in touched if key < "s-5"} not in (set(), set(touched)), "one end of the run lost all"
+
+
+def test_keeping_evenly_does_not_depend_on_how_the_run_is_cut() -> None:
+    rng = np.random.Generator(np.random.Philox(key=5))
+    labels = rng.integers(-1, 6, 1000)
+    sizes = np.bincount(labels[labels >= 0], minlength=7)
+    caps = np.minimum(sizes, 100)
+    whole = keep_evenly(labels, np.zeros_like(sizes), sizes, caps)
+    assert np.bincount(labels[whole], minlength=7).tolist() == caps.tolist()
+    seen = np.zeros_like(sizes)
+    parts = [keep_evenly(part, seen, sizes, caps) for part in np.split(labels, [1, 1, 300, 999])]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_mutual_information_is_one_for_renamed_labels_and_zero_for_independent_ones() -> None:
+    labels = np.repeat(np.arange(4), 50)
+    assert nmi(labels, 7 - labels) == pytest.approx(1)
+    assert nmi(labels, np.tile(np.arange(50), 4)) == pytest.approx(0, abs=1e-9)
+    assert nmi(labels, labels // 2) == pytest.approx(2 / 3)
+    assert nmi(labels, np.zeros_like(labels)) == pytest.approx(0)
+
+
+def _labels(shards: Path) -> dict[str, list[int]]:
+    dataset = ShardedDataset(shards)
+    found = {}
+    for index in range(len(dataset)):
+        sample = dataset.read(index)
+        regions = parse_sample(sample.record).regions
+        found[sample.key] = [region.label for region in regions if region.label is not None]
+    return found
