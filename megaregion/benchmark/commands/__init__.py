@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from megaregion.benchmark.commands import (
     checkpoint,
+    curation,
+    embed,
     guards,
     head,
     model,
+    ocr,
     step,
 )
 
 PARTS = {
     "checkpoint": checkpoint,
+    "curation": curation,
+    "embed": embed,
     "guards": guards,
     "head": head,
     "model": model,
+    "ocr": ocr,
     "step": step,
 }
 """Part modules by the name that the command line knows."""

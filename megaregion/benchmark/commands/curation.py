@@ -1,0 +1,99 @@
+"""``benchmark.py curation``: peak memory of every stage of curation, also for ten times the input."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaregion.benchmark.measure import PeakMemory, describe_host
+from megaregion.benchmark.report import Case, Report
+from megaregion.errors import UserError
+
+HELP = "peak memory of every stage of curation when the input grows"
+DESCRIPTION = "Ratios are peak for the small input / peak for the large one; flat within 10 percent is 0.91."
+FLAT = 1 / 1.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    parser.add_argument("--images", type=int, default=40, help="images of the small input")
+    parser.add_argument("--factor", type=int, default=10, help="how many times larger the large one is")
+    parser.add_argument("--clusters", type=int, default=32, help="object classes of both")
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Run every stage in a process of its own, on both inputs.
+
+    Raises:
+        UserError: A flag is out of range, or an input has too few regions for the clusters.
+    """
+    from megaregion.benchmark.scenes import copy_some, scene_folder
+
+    if options.images < 8 or options.factor < 2:
+        raise UserError("--images must be at least 8 and --factor at least 2")
+    report = Report(describe_host(device))
+    sizes = (options.images, options.images * options.factor)
+    with scene_folder(sizes[1], 256) as scenes, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        peaks = []
+        for count in sizes:
+            images = Path(folder) / f"images-{count}"
+            copy_some(scenes / "images", images, count)
+            peaks.append(_peaks(images, Path(folder) / f"out-{count}", options.clusters))
+    for stage, small in peaks[0].items():
+        large = peaks[1][stage]
+        case = f"{stage}, {sizes[1]} images / {sizes[0]}"
+        report.cases.append(Case(case, large / 2**20, small / 2**20, FLAT, "MiB"))
+    return report
+
+
+def _peaks(images: Path, out: Path, clusters: int) -> dict[str, int]:
+    """Peak resident memory of each stage, in bytes, by name."""
+    from megaregion.curation.pipeline import LIST
+    from megaregion.curation.stages import NAMES
+
+    values = {"clusters": clusters, "vocab": 384, "piece_images": 8, "samples_per_shard": 32}
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for stage in (LIST, *NAMES):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(theirs, images, out, values, stage))
+        process.start()
+        theirs.close()
+        try:
+            answer = ours.recv()
+        except EOFError:
+            answer = f"the process of stage {stage} died"
+        process.join()
+        if isinstance(answer, str):
+            raise UserError(answer)
+        peaks[stage] = answer
+    return peaks
+
+
+def _run(pipe: Connection, images: Path, out: Path, values: dict[str, Any], stage: str) -> None:
+    """One stage, as a job of a cluster does it; sends the peak, or what went wrong."""
+    from megaregion.curation.pipeline import LIST, Share, curate, curate_share
+    from megaregion.curation.settings import settings_from
+
+    settings = settings_from(values)
+    try:
+        if stage == LIST:
+            curate(images, out, settings, _silent, stage, workers=0)
+        else:
+            curate_share(images, out, settings, _silent, stage, Share(0, 1), workers=0)
+        pipe.send(PeakMemory(torch.device("cpu")).peak())
+    except UserError as error:
+        pipe.send(str(error))
+
+
+@contextmanager
+def _silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None

@@ -1,0 +1,80 @@
+"""``benchmark.py embed``: the embedder through ONNX Runtime in batches, beside torch and single crops."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megaregion.benchmark.measure import Stopwatch, describe_host
+from megaregion.benchmark.report import Case, Report
+from megaregion.errors import UserError
+
+HELP = "EfficientNet-Lite0's crops through ONNX Runtime, against the same network in torch"
+DESCRIPTION = "Milliseconds a crop; ratios are peer / ours. Crops are true objects of composed scenes."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    parser.add_argument("--scenes", type=int, default=60, help="scenes to cut crops from, about 3 each")
+    parser.add_argument("--crop-side", type=int, default=128, help="pixels to which a crop is resized")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes; the fastest counts")
+    parser.add_argument(
+        "--clock", choices=["wall", "processor"], default="wall", help="processor: this process's time only"
+    )
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Time every way on the same crops, on one thread each, as a worker of curation runs.
+
+    Raises:
+        UserError: A flag is out of range.
+    """
+    from megaregion.benchmark.scenes import compose_scenes
+    from megaregion.curation.embedder import Lite0Embedder
+    from megaregion.curation.picture import cut
+
+    if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
+        raise UserError("--scenes and --repeats must be at least 1 and --crop-side a multiple of 32")
+    torch.set_num_threads(1)
+    crops = [
+        cut(scene.pixels, tuple(item["box"]))
+        for scene in compose_scenes(options.scenes, 256)
+        for item in scene.truth["objects"]
+    ]
+    embedder = Lite0Embedder(options.crop_side)
+    watch = Stopwatch(torch.device("cpu"), processor=options.clock == "processor")
+    ways: dict[str, Callable[[], Any]] = {
+        "torch": lambda: _in_torch(crops, options.crop_side),
+        "crop by crop": lambda: [embedder.embed([crop]) for crop in crops],
+    }
+
+    def fastest(work: Callable[[], Any]) -> float:
+        work()
+        return 1000 * min(watch.seconds(work) for _ in range(options.repeats)) / len(crops)
+
+    ours = fastest(lambda: embedder.embed(crops))
+    report = Report({**describe_host(device), "clock": options.clock, "crops": len(crops)})
+    case = f"Lite0, {len(crops)} crops at {options.crop_side} px, batches"
+    report.cases += [Case(f"{case} / {name}", ours, fastest(work), 0, "ms") for name, work in ways.items()]
+    return report
+
+
+def _in_torch(crops: list[Any], side: int) -> torch.Tensor:
+    """The same features from the package's own network."""
+    import numpy as np
+
+    from megaregion.curation.embedder import BATCH
+    from megaregion.curation.lite0 import load_network
+    from megaregion.curation.picture import resize
+
+    network = load_network()
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(crops), BATCH):
+            batch = np.stack([resize(crop, side, side) for crop in crops[start : start + BATCH]])
+            pixels = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 127) / 128
+            found.append(network.extract_features(pixels).mean((2, 3)))
+    return torch.cat(found)
