@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from curation_scenes import save_tiny_clip, save_tiny_sam, scene
+from launch import repository
+from paddle_models import save_paddle_models
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.boxes import diverse, iou
@@ -210,6 +214,31 @@ def test_paddleocr_reads_through_the_same_interface(tmp_path: Path, monkeypatch:
     assert asked["text_detection_model_name"] == "tiny_det"
     assert asked["text_recognition_model_dir"] == str(tmp_path / "rec")
     assert asked["engine"] == "onnxruntime"
+
+
+@pytest.mark.drill
+def test_the_real_paddleocr_reads_from_local_folders(tmp_path: Path) -> None:
+    python = os.environ.get("MEGAREGION_PADDLE_PYTHON")
+    if python is None:
+        pytest.skip("MEGAREGION_PADDLE_PYTHON names no Python with paddleocr, which needs another OpenCV")
+    save_paddle_models(tmp_path)
+    for number in (0, 1, 2):
+        scene(number).save(tmp_path / f"{number}.png")
+    script = (
+        "import sys, numpy; from pathlib import Path; from PIL import Image\n"
+        "from megaregion.curation.paddle import PaddleReader\n"
+        "reader = PaddleReader(Path(sys.argv[1]))\n"
+        "for path in sys.argv[2:]: print('READ', [w.text for w in reader.read(numpy.asarray(Image.open(path)))])"
+    )
+    images = [str(tmp_path / f"{number}.png") for number in (0, 1, 2)]
+    done = subprocess.run(
+        [python, "-c", script, str(tmp_path), *images],
+        cwd=repository(), capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(repository())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = [line for line in done.stdout.splitlines() if line.startswith("READ")]
+    assert read == ["READ ['EXIT']", "READ []", "READ ['Hotel']"]
 
 
 def test_the_tokenizer_is_exact_in_size_and_a_function_of_its_text(tmp_path: Path) -> None:
