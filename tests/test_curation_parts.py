@@ -228,7 +228,8 @@ def test_the_real_paddleocr_reads_from_local_folders(tmp_path: Path) -> None:
         "import sys, numpy; from pathlib import Path; from PIL import Image\n"
         "from megaregion.curation.paddle import PaddleReader\n"
         "reader = PaddleReader(Path(sys.argv[1]))\n"
-        "for path in sys.argv[2:]: print('READ', [w.text for w in reader.read(numpy.asarray(Image.open(path)))])"
+        "for path in sys.argv[2:]:\n"
+        "    print('READ', [word.text for word in reader.read(numpy.asarray(Image.open(path)))])"
     )
     images = [str(tmp_path / f"{number}.png") for number in (0, 1, 2)]
     done = subprocess.run(
