@@ -48,7 +48,7 @@ def load_proposer(settings: ProposeSettings) -> Proposer:
         from megaregion.curation.sam import SamProposer
 
         return SamProposer(Path(settings.sam), settings.sam_grid)
-    return SelectiveSearch(settings.proposal_sides)
+    return SelectiveSearch(settings.proposal_sides, settings.proposal_scales)
 
 
 class SelectiveSearch:
@@ -59,31 +59,32 @@ class SelectiveSearch:
 
     Args:
         sides: Longest side, in pixels, of the image at each size; smaller images stay as they are.
-        scale: Size of the segments that the grouping starts from.
+        scales: Sizes of the segments that the grouping starts from; another one costs as much as the first.
         blur: Deviation, in pixels, of the blur before segmenting.
     """
 
-    def __init__(self, sides: Sequence[int], scale: int = 150, blur: float = 0.8) -> None:
-        self._sides = tuple(sides)
-        self._scale, self._blur = scale, blur
+    def __init__(self, sides: Sequence[int], scales: Sequence[int] = (150,), blur: float = 0.8) -> None:
+        self._sides, self._scales = tuple(sides), tuple(scales)
+        self._blur = blur
 
     def propose(self, image: Pixels) -> list[Proposal]:
         """Propose boxes; each occurs once."""
         longest = max(image.shape[:2])
         sides = dict.fromkeys(min(side, longest) for side in self._sides)
-        boxes = np.concatenate([self._boxes(image, side / longest) for side in sides])
+        starts = [(side, scale) for side in sides for scale in self._scales]
+        boxes = np.concatenate([self._boxes(image, side / longest, scale) for side, scale in starts])
         return [Proposal((x0, y0, x1, y1), 1.0) for x0, y0, x1, y1 in np.unique(boxes, axis=0).tolist()]
 
-    def _boxes(self, image: Pixels, shrink: float) -> NDArray[np.float64]:
-        """Boxes found at one size, in pixels of the image, [R, 4]."""
+    def _boxes(self, image: Pixels, shrink: float, scale: int) -> NDArray[np.float64]:
+        """Boxes found at one size and scale, in pixels of the image, [R, 4]."""
         height, width = image.shape[:2]
         columns, rows = max(1, round(width * shrink)), max(1, round(height * shrink))
-        found = self._search(cv2.cvtColor(resize(image, columns, rows), cv2.COLOR_RGB2BGR))
+        found = self._search(cv2.cvtColor(resize(image, columns, rows), cv2.COLOR_RGB2BGR), scale)
         corners = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], axis=1)
         limits = np.array([width, height, width, height], dtype=np.float64)
         return np.minimum(np.rint(corners * (limits / np.array([columns, rows, columns, rows]))), limits)
 
-    def _search(self, image: Pixels) -> NDArray[np.float64]:
+    def _search(self, image: Pixels, scale: int) -> NDArray[np.float64]:
         """Left, top, width and height of every group of segments of a BGR image, [R, 4]."""
         # Workers are the unit of parallelism.
         cv2.setNumThreads(1)
@@ -95,6 +96,6 @@ class SelectiveSearch:
         search = kit.createSelectiveSearchSegmentation()
         search.setBaseImage(image)
         search.addImage(cv2.cvtColor(image, cv2.COLOR_BGR2HSV))
-        search.addGraphSegmentation(kit.createGraphSegmentation(self._blur, float(self._scale), 100))
+        search.addGraphSegmentation(kit.createGraphSegmentation(self._blur, float(scale), 100))
         search.addStrategy(strategy)
         return np.asarray(search.process(), dtype=np.float64).reshape(-1, 4)

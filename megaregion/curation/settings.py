@@ -43,6 +43,9 @@ class ProposeSettings:
         "PX",
         "selective search: longest side, in pixels, of each size at which an image is segmented",
     )
+    proposal_scales: tuple[int, ...] = _setting(
+        (150,), "SCALE", "selective search: sizes of the segments to start from; 150 300 finds more"
+    )
     min_edge: float = _setting(
         0.1,
         "PX_OR_SHARE",
@@ -176,6 +179,8 @@ def check_settings(settings: CurationSettings) -> None:
             raise UserError(f"{_flag(key)} must lie in [0, 1], got {values[key]}")
     if not values["proposal_sides"] or min(values["proposal_sides"]) < 32:
         raise UserError(f"--proposal-sides must be 32 pixels or more, got {values['proposal_sides']}")
+    if not values["proposal_scales"] or min(values["proposal_scales"]) < 1:
+        raise UserError(f"--proposal-scales must be 1 or more, got {values['proposal_scales']}")
     for key in ("min_edge", "cluster_cap"):
         if values[key] < 0:
             raise UserError(f"{_flag(key)} must be 0 or more, got {values[key]}")
