@@ -49,7 +49,7 @@ trap undo ERR
 # submit STAGE one|many EARLIER,EARLIER
 submit() {
   local stage=$1 kind=$2 after='' earlier of=1 log=%x-%j
-  local extra=MEGAREGION_CURATE_$stage options=()
+  local extra=MEGAREGION_CURATE_${stage//-/_} options=()
   # shellcheck disable=SC2206
   options=(${MEGAREGION_CURATE:-} ${!extra:-})
   if [[ $kind == many ]]; then
