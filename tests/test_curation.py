@@ -400,6 +400,28 @@ def test_killed_workers_and_runs_cost_one_piece_and_any_number_gives_the_same_by
     assert manifests.items() <= times(out).items()
 
 
+def test_a_piece_that_kills_three_workers_ends_the_run_with_a_clear_line(
+    images: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy2(images / "scene-01.jpg", few)
+    process = subprocess.Popen(
+        command(few, tmp_path / "out"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    killed: set[int] = set()
+    while process.poll() is None:
+        for worker in set(workers_of(process.pid)) - killed:
+            os.kill(worker, signal.SIGKILL)
+            killed.add(worker)
+        time.sleep(0.01)
+    assert process.returncode == 2
+    assert len(killed) == 3
+    last = process.communicate()[1].splitlines()[-1]
+    assert last.startswith("megaregion: the worker for piece 0 of stage propose died (exit code -9; ")
+    assert "3 times; run again to continue, perhaps with fewer --workers" in last
+
+
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
         command(tmp_path / "nowhere", tmp_path / "out"), cwd=ROOT, capture_output=True, text=True, check=False
