@@ -101,6 +101,7 @@ def _truth_rows(found: TruthQuality) -> Rows:
         (f"recall at IoU {TIGHT}", f"{found.tight_recall:.3f}"),
         ("recall of all candidates", f"{found.proposed_recall:.3f} at IoU {MATCH}"),
         ("NMI of clusters, classes", f"{found.matched_nmi:.3f} on {found.matched} matched regions"),
+        (f"NMI at IoU {TIGHT}", f"{found.tight_nmi:.3f}"),
         (f"words of {READABLE:g} px read", f"{found.exact_words:.1%} of {found.words} exactly"),
     ]
 

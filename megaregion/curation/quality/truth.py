@@ -69,6 +69,8 @@ class TruthQuality:
     matched_nmi: float
     """NMI of clusters and classes over the kept regions that show an object."""
     matched: int
+    tight_nmi: float
+    """Likewise over those that fit at TIGHT: what the boxes cost."""
     words: int
     """Words of at least READABLE pixels height."""
     exact_words: float
@@ -84,6 +86,7 @@ class _Tally:
     kept: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    overlaps: list[float] = field(default_factory=list)
     words: int = 0
     exact: int = 0
 
@@ -119,7 +122,9 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
             _count_words(tally, true, [word.text for word in above], as_array([w.box for w in above]))
     if not images:
         raise UserError("--truth holds none of the run's images; give the split that was curated")
-    _, classes = np.unique(tally.classes, return_inverse=True)
+    _, classes = np.unique(np.array(tally.classes, dtype=str), return_inverse=True)
+    clusters = np.array(tally.labels, dtype=np.int64)
+    fits = np.array(tally.overlaps, dtype=np.float64) >= TIGHT
     return TruthQuality(
         images=images,
         objects=tally.objects,
@@ -128,8 +133,9 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
         proposed_recall=tally.proposed / max(1, tally.objects),
         regions_per_image=float(np.mean(tally.kept)),
         most_regions=max(tally.kept),
-        matched_nmi=nmi(np.array(tally.labels, dtype=np.int64), classes.astype(np.int64)),
-        matched=len(tally.labels),
+        matched_nmi=nmi(clusters, classes.astype(np.int64)),
+        matched=len(clusters),
+        tight_nmi=nmi(clusters[fits], classes[fits].astype(np.int64)),
         words=tally.words,
         exact_words=tally.exact / max(1, tally.words),
     )
@@ -154,6 +160,7 @@ def _count_objects(
     for region in np.flatnonzero((overlaps.max(axis=0) >= MATCH) & (labels >= 0)).tolist():
         tally.labels.append(int(labels[region]))
         tally.classes.append(true.classes[best[region]])
+        tally.overlaps.append(float(overlaps[best[region], region]))
 
 
 def _count_words(tally: _Tally, true: TrueImage, texts: Sequence[str], boxes: Boxes) -> None:
