@@ -128,6 +128,28 @@ def test_mutual_information_is_one_for_renamed_labels_and_zero_for_independent_o
     assert nmi(labels, np.zeros_like(labels)) == pytest.approx(0)
 
 
+@pytest.mark.parametrize(
+    ("part", "flags", "goals"),
+    [
+        ("embed", ["--scenes=2", "--repeats=1", "--crop-side=64"], [0, 0]),
+        ("ocr", ["--scenes=2"], [0, 0, 1.0]),
+        pytest.param("curation", ["--images=8", "--factor=2", "--clusters=4"], None, marks=pytest.mark.drill),
+    ],
+)
+def test_the_benchmarks_of_curation_run_at_any_size(
+    part: str, flags: list[str], goals: list[float] | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "tools/benchmark.py", part, *flags, f"--json={file}"],
+        cwd=repository(), capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(file.read_text())["cases"]
+    assert all(case["ours"] > 0 and case["peer"] > 0 for case in cases)
+    assert goals is None or [case["goal"] for case in cases] == goals
+
+
 def _labels(shards: Path) -> dict[str, list[int]]:
     dataset = ShardedDataset(shards)
     found = {}

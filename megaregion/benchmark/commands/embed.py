@@ -34,6 +34,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """
     from megaregion.benchmark.scenes import compose_scenes
     from megaregion.curation.embedder import Lite0Embedder
+    from megaregion.curation.lite0 import load_network
     from megaregion.curation.picture import cut
 
     if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
@@ -46,8 +47,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     ]
     embedder = Lite0Embedder(options.crop_side)
     watch = Stopwatch(torch.device("cpu"), processor=options.clock == "processor")
+    network = load_network()
     ways: dict[str, Callable[[], Any]] = {
-        "torch": lambda: _in_torch(crops, options.crop_side),
+        "torch": lambda: _in_torch(network, crops, options.crop_side),
         "crop by crop": lambda: [embedder.embed([crop]) for crop in crops],
     }
 
@@ -62,15 +64,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     return report
 
 
-def _in_torch(crops: list[Any], side: int) -> torch.Tensor:
+def _in_torch(network: Any, crops: list[Any], side: int) -> torch.Tensor:
     """The same features from the package's own network."""
     import numpy as np
 
     from megaregion.curation.embedder import BATCH
-    from megaregion.curation.lite0 import load_network
     from megaregion.curation.picture import resize
 
-    network = load_network()
     found = []
     with torch.inference_mode():
         for start in range(0, len(crops), BATCH):
