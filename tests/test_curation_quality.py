@@ -132,7 +132,7 @@ def test_mutual_information_is_one_for_renamed_labels_and_zero_for_independent_o
     ("part", "flags", "goals"),
     [
         ("embed", ["--scenes=2", "--repeats=1", "--crop-side=64"], [0, 0]),
-        ("ocr", ["--scenes=2"], [0, 0, 1.0]),
+        ("ocr", ["--scenes=1"], [0, 0, 1.0]),
         pytest.param("curation", ["--images=8", "--factor=2", "--clusters=4"], None, marks=pytest.mark.drill),
     ],
 )
