@@ -8,6 +8,7 @@ part is loaded to show the help.
 from __future__ import annotations
 
 from megaregion.benchmark.commands import (
+    atlas,
     checkpoint,
     curation,
     embed,
@@ -19,6 +20,7 @@ from megaregion.benchmark.commands import (
 )
 
 PARTS = {
+    "atlas": atlas,
     "checkpoint": checkpoint,
     "curation": curation,
     "embed": embed,

@@ -1,0 +1,182 @@
+"""A finished curation as the atlas's source: the shards, and the cosines that its stages left.
+
+What tools/curate.py writes serves, and so does a dataset's folder alone; without the stages nobody knows how
+near a region lies to its center, and pages show random members only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megaregion.atlas.source import Batch, Floats, Sample, make_rows
+from megaregion.curation.records import ImageRegions, read_regions
+from megaregion.curation.stages.assign import COSINES
+from megaregion.curation.stages.embed import REGIONS
+from megaregion.data.image import open_image
+from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME
+from megaregion.data.sample import BadSample, parse_sample
+from megaregion.data.shards import ShardedDataset
+from megaregion.data.tokens import load_tokenizer
+from megaregion.errors import UserError
+
+BATCH = 4096
+"""Samples of a batch."""
+
+
+class _Piece(NamedTuple):
+    """What one piece of the stages left."""
+
+    regions: Path
+    cosines: Path
+
+
+class CuratedSource:
+    """Reads what tools/curate.py wrote.
+
+    Args:
+        folder: The run's folder, or a dataset's.
+
+    Raises:
+        UserError: There is no finished dataset, it has no centers, or a file is not the one packed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        shards = folder / "shards" if (folder / "shards").is_dir() else folder
+        if not (shards / INFO_NAME).is_file():
+            raise UserError(
+                f"{folder} holds no finished curation ({shards / INFO_NAME} does not exist); name the --out "
+                "folder of tools/curate.py"
+            )
+        self._dataset = ShardedDataset(shards)
+        if self._dataset.info.centers_sha256 is None:
+            raise UserError(f"{shards} was packed without {CENTERS_NAME}; curate it with tools/curate.py")
+        self._pieces = _find_pieces(folder) if shards != folder else []
+        self.title = folder.resolve().name
+        self._centers_path = shards / CENTERS_NAME
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self._dataset)
+
+    @property
+    def knows_closeness(self) -> bool:
+        """Whether the stages' cosines are there."""
+        return bool(self._pieces)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of dataset.json, which names the hash of every shard, and of the stages' cosines."""
+        content = hashlib.sha256((self._dataset.folder / INFO_NAME).read_bytes())
+        for piece in self._pieces:
+            content.update(piece.cosines.read_bytes())
+        return content.hexdigest()
+
+    def centers(self) -> Floats:
+        """The centers, mapped from their file.
+
+        Raises:
+            UserError: They cannot be read, or are not finite.
+        """
+        try:
+            centers: Floats = np.load(self._centers_path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{self._centers_path} cannot be read ({error}); curate again") from None
+        expected = self._dataset.info.object_classes
+        if centers.ndim != 2 or len(centers) != expected:
+            raise UserError(
+                f"{self._centers_path} must hold {expected} centers, got an array of shape {centers.shape}; "
+                "curate again"
+            )
+        return centers
+
+    def pieces(self) -> list[str]:
+        """The text of each token."""
+        if not self._dataset.info.text_classes:
+            return []
+        tokenizer = load_tokenizer(self._dataset.folder / TOKENIZER_NAME)
+        return [tokenizer.id_to_piece(token) for token in range(self._dataset.info.text_classes)]
+
+    def batches(self) -> Iterator[Batch]:
+        """All regions; damaged records have none."""
+        known = self._known_cosines()
+        for start in range(0, self.samples, BATCH):
+            stop = min(start + BATCH, self.samples)
+            objects: list[tuple[int, int, int, float]] = []
+            texts: list[tuple[int, int, int, float]] = []
+            for number in range(start, stop):
+                raw = self._dataset.read(number)
+                cosines = known.find(raw.key) if known else {}
+                try:
+                    regions = parse_sample(raw.record).regions
+                except BadSample:
+                    continue
+                for place, region in enumerate(regions):
+                    rows = objects if region.kind == "object" else texts
+                    closeness = cosines.get(region.box, math.nan)
+                    rows += [(label, number, place, closeness) for label in region.labels]
+            yield Batch(stop - start, make_rows(objects), make_rows(texts))
+
+    def read(self, number: int) -> Sample:
+        """Read a sample.
+
+        Raises:
+            BadSample: It is damaged.
+        """
+        raw = self._dataset.read(number)
+        return Sample(raw.key, open_image(raw.image), parse_sample(raw.record))
+
+    def _known_cosines(self) -> _Cosines | None:
+        return _Cosines(self._pieces) if self._pieces else None
+
+
+class _Cosines:
+    """Finds images among the stages' pieces; both list them in one order, so one pass serves all."""
+
+    def __init__(self, pieces: list[_Piece]) -> None:
+        self._images = _read_cosines(pieces)
+
+    def find(self, key: str) -> dict[tuple[float, float, float, float], float]:
+        """The cosine of each of an image's boxes; images that were not packed are passed over.
+
+        Raises:
+            UserError: No later image has this key.
+        """
+        for image, cosines in self._images:
+            if image.key == key:
+                return {
+                    region.box: float(cosine) for region, cosine in zip(image.regions, cosines, strict=True)
+                }
+        raise UserError(
+            f"sample {key!r} of the shards is not where the curation's stages have it; the stages are of "
+            "another run: curate again, or name the folder of the shards to do without them"
+        )
+
+
+def _read_cosines(pieces: list[_Piece]) -> Iterator[tuple[ImageRegions, Floats]]:
+    for piece in pieces:
+        try:
+            cosines: Floats = np.load(piece.cosines, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{piece.cosines} cannot be read ({error}); curate again") from None
+        start = 0
+        for image in read_regions([piece.regions]):
+            stop = start + len(image.regions)
+            if stop > len(cosines):
+                raise UserError(f"{piece.cosines} has fewer rows than {piece.regions}; curate again")
+            yield image, cosines[start:stop]
+            start = stop
+
+
+def _find_pieces(folder: Path) -> list[_Piece]:
+    """The stages' pieces, in order; none unless embed and assign are both complete."""
+    assigned = sorted((folder / "stages" / "assign").glob(f"[0-9]*/{COSINES}"))
+    pieces = [_Piece(folder / "stages" / "embed" / path.parent.name / REGIONS, path) for path in assigned]
+    return pieces if all(piece.regions.is_file() for piece in pieces) else []
