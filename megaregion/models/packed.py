@@ -45,6 +45,7 @@ def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int
 
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     # The kernel wants [S, H, d].
-    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-    read: Tensor = varlen_attn(*rows, ends, ends, max(lengths), max(lengths))  # type: ignore[assignment]
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    read = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
+    assert isinstance(read, Tensor)
     return read.transpose(0, 1)[None]
