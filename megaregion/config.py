@@ -72,7 +72,13 @@ class DataConfig:
     """Where the shards are, and how an image becomes a training sample."""
 
     path: str = "data/shards"
-    """Folder with dataset.json and its shards, as tools/curate.py writes it."""
+    """Folder with dataset.json and its shards, as tools/curate.py writes it; or its URL (s3://, hf:// ...),
+    or pipe:COMMAND with {} for the name of a file."""
+    cache: str = ""
+    """Folder for the shards of a remote dataset, on the host's own disk; empty for one in the user's home."""
+    cache_bytes: int = 256 * 10**9
+    """Most bytes in the cache; with room for two windows of data.window_shards shards, the next one comes
+    while the last is read."""
     regions_per_image: int = 10
     """Regions N that every image gives; fewer are resampled, more are subsampled."""
     max_text_tokens: int = 16
@@ -576,7 +582,7 @@ def check_model(model: ModelConfig, tensor: int) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    for key in ("regions_per_image", "max_text_tokens", "prefetch", "window_shards"):
+    for key in ("regions_per_image", "max_text_tokens", "prefetch", "window_shards", "cache_bytes"):
         if getattr(data, key) < 1:
             raise UserError(f"data.{key} must be at least 1, got {getattr(data, key)}")
     if data.read_retries < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import struct
@@ -17,7 +18,7 @@ from PIL import Image
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, collate, normalise
-from megaregion.data.image import cut, open_image
+from megaregion.data.image import cut, eighths_needed, open_image
 from megaregion.data.mask import decode_mask, encode_mask, mask_area
 from megaregion.data.regions import sample_regions, visibility
 from megaregion.data.sample import BadSample, RegionRecord, SampleRecord
@@ -271,16 +272,62 @@ def pairs(edges: np.ndarray) -> list[tuple[float, float]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
-def test_decoding_a_large_photo_small_gives_the_same_picture() -> None:
-    picture = noise(60, 45).resize((1211, 907), Image.Resampling.BICUBIC)
-    content = encode(picture)
-    view = View(103, 77, 1101, 880)
-    small = open_image(content)
-    fast = cut(small, view, 64, 64, shrink=True).astype(float)
-    assert small.size == (152, 114), "the decoder did not shrink the image"
-    exact = cut(open_image(content), view, 64, 64).astype(float)
-    assert np.abs(fast - exact).mean() < 3
-    assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.998
+@functools.cache
+def photo(width: int, height: int) -> Image.Image:
+    """Noise with the spectrum of a photo: twice the frequency has less than half the amplitude."""
+    rng = np.random.default_rng(0)
+    rates = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitudes = np.maximum(rates, 1 / width) ** -1.3
+    planes = [
+        np.fft.irfft2(amplitudes * np.exp(2j * np.pi * rng.random(amplitudes.shape)), (height, width))
+        for _ in range(3)
+    ]
+    pixels = np.stack([128 + 50 * plane / plane.std() for plane in planes], axis=-1)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "eighths"), [(240, 8), (330, 8), (360, 5), (448, 4), (900, 2), (1500, 2)])
+def test_decoding_a_photo_near_the_wanted_size_gives_the_same_picture(width: int, eighths: int) -> None:
+    content = encode(photo(1603, 1011))
+    view = View(56, 24, 56 + width, 24 + min(width, 960)).on_blocks(1603, 1011)
+    assert eighths_needed(view, 224, 224) == eighths
+    fast = cut(open_image(content), view, 224, 224, shrink=True).astype(float)
+    exact = cut(open_image(content), view, 224, 224).astype(float)
+    assert np.abs(fast - exact).mean() < 3, "mean difference on the scale of 0..255"
+    assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.995
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_an_edge_stays_where_it_is_however_small_the_photo_is_decoded(data: st.DataObject) -> None:
+    width, height = data.draw(st.integers(260, 1100)), data.draw(st.integers(260, 1100))
+    edge = data.draw(st.integers(width // 3, width // 2))
+    image = Image.new("RGB", (width, height), (250, 250, 250))
+    image.paste((5, 5, 5), (0, 0, edge, height))
+    crop = random_view(
+        np.random.default_rng(data.draw(st.integers(0, 99))), width, height, (0.7, 1), (0.7, 1.4)
+    )
+    view = crop.on_blocks(width, height) if data.draw(st.booleans()) else crop
+    view = dataclasses.replace(view, flipped=data.draw(st.booleans()))
+    pixels = cut(open_image(encode(image)), view, 64, 64, shrink=True)[..., 0].astype(float)
+    expected = (edge - view.x0) / (view.x1 - view.x0) * 64
+    found = ((250 - pixels) / 245).sum(axis=1)
+    assert np.abs(found - expected).max() < 0.25, "a quarter of a pixel of the result"
+    assert (pixels[:, 0] > pixels[:, -1]).all() == view.flipped
+
+
+def test_the_borders_of_a_view_move_to_blocks_inside_the_image() -> None:
+    view = View(3, 5, 431, 300, True).on_blocks(431, 303)
+    assert view == View(0, 8, 424, 296, True)
+
+
+def test_a_jpeg_that_the_strict_decoder_refuses_but_pillow_reads_is_read() -> None:
+    content = encode(noise(64, 64))
+    stray = content[:-2] + b"\x00\x13\x77" + content[-2:]
+    assert np.array_equal(
+        cut(open_image(stray), View(0, 0, 64, 64), 64, 64, shrink=True),
+        cut(open_image(content), View(0, 0, 64, 64), 64, 64),
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16"])

@@ -21,8 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megaregion.config import DataConfig
+from megaregion.data.ahead import ReadAhead
 from megaregion.data.batch import Batch, TransformedSample, collate
-from megaregion.data.image import open_image
+from megaregion.data.image import open_image, stay_on_one_core
 from megaregion.data.order import SampleOrder
 from megaregion.data.patience import LostShard, PatientReader
 from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_sample
@@ -76,9 +77,13 @@ class _Positions(Dataset[Batch]):
         self.dataset, self.order, self.transform, self.config = dataset, order, transform, config
         self.skips_lost = skips_lost
         self.reader = PatientReader(dataset, config.read_retries, config.read_pause)
+        self.ahead = ReadAhead(dataset.mirror, order) if dataset.mirror is not None else None
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | Failure:
         finds = _Finds()
+        if self.ahead is not None:
+            self.ahead.reached(positions[0])
+        self.dataset.read_ahead([self.order.sample(position) for position in positions])
         try:
             samples = [self._sample(position, finds) for position in positions]
         except (UserError, LostShard) as error:
@@ -142,6 +147,8 @@ class RegionLoader:
         self._config = config
         self._seen = self._bad = 0
         self._streams: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+        # Before any worker is forked, which would inherit a pool without its threads.
+        stay_on_one_core()
         # Must run before multiprocessing's own exit hook, which waits for workers that nobody told to stop.
         atexit.register(_close, weakref.ref(self))
 
@@ -173,7 +180,9 @@ class RegionLoader:
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=self._config.prefetch if workers else None,
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_start_worker,
+            # A thread copies each batch to page-locked memory; the copy to the GPU then runs beside the step.
+            pin_memory=torch.cuda.is_available(),
             # Without its own generator the loader would draw from torch's global one.
             generator=torch.Generator(),
         )
@@ -241,7 +250,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    stay_on_one_core()
     for number in RUN_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

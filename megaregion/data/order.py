@@ -67,6 +67,18 @@ class SampleOrder:
         other = int(rng.integers(self.samples - 1))
         return other + (other >= original)
 
+    def windows(self, position: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shards of the window that holds a position, and of the next, which may be the next epoch's."""
+        epoch, place = divmod(position, self.samples)
+        _, starts = self._epoch(epoch)
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        following = (epoch, window + 1) if window + 1 < len(starts) else (epoch + 1, 0)
+        return self._shards_of(epoch, window), self._shards_of(*following)
+
+    def _shards_of(self, epoch: int, window: int) -> tuple[int, ...]:
+        first = window * self._window_shards
+        return tuple(self._epoch(epoch)[0][first : first + self._window_shards].tolist())
+
     def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
         """Shards of an epoch in order, [shards], and the place where each window begins, [windows]."""
         shards = generator(self._seed, Purpose.SHARDS, epoch).permutation(self._sizes.size)
@@ -75,10 +87,9 @@ class SampleOrder:
 
     def _shuffle_window(self, epoch: int, window: int) -> Indices:
         """Dataset indices of a window's samples in order, [samples of the window]."""
-        first = window * self._window_shards
-        shards = self._epoch(epoch)[0][first : first + self._window_shards]
         indices = [
-            np.arange(self._starts[shard], self._starts[shard] + self._sizes[shard]) for shard in shards
+            np.arange(self._starts[shard], self._starts[shard] + self._sizes[shard])
+            for shard in self._shards_of(epoch, window)
         ]
         return generator(self._seed, Purpose.WINDOW, epoch, window).permutation(np.concatenate(indices))
 

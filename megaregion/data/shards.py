@@ -7,15 +7,18 @@ tar, so that one read brings the header with the key, the image and the record.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megaregion.config import DataConfig
 from megaregion.data.info import (
     CENTERS_NAME,
     TOKENIZER_NAME,
@@ -25,6 +28,8 @@ from megaregion.data.info import (
     read_info,
     write_dataset,
 )
+from megaregion.data.mirror import Mirror
+from megaregion.data.remote import is_remote
 from megaregion.data.writer import ShardWriter
 from megaregion.errors import UserError
 
@@ -56,20 +61,27 @@ class ShardedDataset:
     """Reads any sample of a finished dataset with one read; safe to fork and to pickle.
 
     Args:
-        folder: The dataset's folder.
+        folder: The dataset's folder, or the URL or command by which it is reached.
         check_labels: Whether to compare the hashes of centers and tokenizer with dataset.json.
+        settings: The cache of a remote dataset.
 
     Raises:
         UserError: A shard is missing, empty or half-written, or a file is not the one packed.
     """
 
-    def __init__(self, folder: Path | str, check_labels: bool = True) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: Path | str, check_labels: bool = True, settings: DataConfig | None = None
+    ) -> None:
+        remote = isinstance(folder, str) and is_remote(folder)
+        self.mirror = Mirror(str(folder), settings or DataConfig()) if remote else None
+        self.folder = self.mirror.folder if self.mirror else Path(folder)
         self.info = read_info(self.folder)
         self._starts = np.cumsum([0, *self.info.shard_sizes])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        for shard in self.info.shards:
-            self._check_sizes(shard)
+        if self.mirror is None:
+            # Those of a remote dataset are checked as they arrive.
+            for shard in self.info.shards:
+                self._check_sizes(shard)
         if check_labels:
             self._check_hash(CENTERS_NAME, self.info.centers_sha256)
             self._check_hash(TOKENIZER_NAME, self.info.tokenizer_sha256)
@@ -108,6 +120,21 @@ class ShardedDataset:
             content[BLOCK : BLOCK + image_size],
             content[record - start :],
         )
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Ask the system to bring these samples from the disk while others are decoded; never fails."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for index in indices:
+            # What is wrong with a shard is told when it is read.
+            with contextlib.suppress(OSError, UserError):
+                number = self.shard_of(index)
+                if self.mirror is not None and number not in self._open:
+                    continue  # It may be far away, and what is asked for must not wait.
+                shard = self._shard(number)
+                image, _, record, size = shard.rows[index - int(self._starts[number])].tolist()
+                start = image - BLOCK
+                os.posix_fadvise(shard.file, start, record + size - start, os.POSIX_FADV_WILLNEED)
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds sample `index`.
@@ -149,6 +176,9 @@ class ShardedDataset:
             return self._open[number]
         path = self._path(number, ".index.npy")
         shard = self.info.shards[number]
+        if self.mirror is not None:
+            self.mirror.shard(shard)
+            self._let_go()
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -163,6 +193,12 @@ class ShardedDataset:
         opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), index)
         self._open[number] = opened
         return opened
+
+    def _let_go(self) -> None:
+        """Close shards that made room in the cache, for an open file keeps its bytes on the disk."""
+        gone = [number for number, shard in self._open.items() if not os.fstat(shard.file).st_nlink]
+        for number in gone:
+            os.close(self._open.pop(number).file)
 
     def _check_sizes(self, shard: ShardEntry) -> None:
         tar, index = self.folder / f"{shard.name}.tar", self.folder / f"{shard.name}.index.npy"

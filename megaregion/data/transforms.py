@@ -23,7 +23,7 @@ from torch import Tensor
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
 from megaregion.data.draws import Purpose, generator
-from megaregion.data.image import cut
+from megaregion.data.image import Jpeg, cut, eighths_needed
 from megaregion.data.mask import RLE
 from megaregion.data.regions import sample_regions, visibility
 from megaregion.data.sample import BadSample, Box, RegionRecord, SampleRecord
@@ -48,12 +48,12 @@ class Transform:
     stages: tuple[StageConfig, ...] = ()
 
     def __call__(
-        self, image: Image.Image, record: SampleRecord, position: int, key: str = ""
+        self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
     ) -> TransformedSample | None:
         """Transform one sample; the same (seed, position) gives the same bits anywhere.
 
         Args:
-            image: The image, decoded or not; it cannot be reused afterwards.
+            image: The image, decoded or not; it stays as it is.
             record: Its size and regions.
             position: The sample's place in the stream, which seeds every draw.
             key: Name of the sample.
@@ -70,10 +70,7 @@ class Transform:
         grid = self._grid(position)
         data, native = self.data, self.data.packing == "native"
         rng = generator(self.seed, Purpose.AUGMENTATION, position)
-        mirrored = rng.random() < data.flip and not any(region.kind == "text" for region in record.regions)
-        own = record.width / record.height if native else 1.0
-        ratio = data.crop_ratio[0] * own, data.crop_ratio[1] * own
-        view = random_view(rng, record.width, record.height, data.crop_scale, ratio, mirrored)
+        view = self.view(record, rng, grid)
         rows, columns = fitting_grid(view, grid**2) if native else (grid, grid)
         patch = self.model.patch_size
         share = view.share_inside(np.array([region.box for region in record.regions], dtype=np.float64))
@@ -97,6 +94,24 @@ class Transform:
             labels=pad_labels(chosen, data.max_text_tokens),
             patch=patch if native else 0,
         )
+
+    def view(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> View:
+        """Draw the part of an image that is seen, and whether it is mirrored.
+
+        Args:
+            record: The image's size and regions.
+            rng: Generator of this sample, from which nothing has been drawn.
+            grid: Patches along one side of the square crop.
+        """
+        data, side = self.data, grid * self.model.patch_size
+        mirrored = rng.random() < data.flip and not any(region.kind == "text" for region in record.regions)
+        # In packed mode an image keeps its own shape.
+        own = record.width / record.height if data.packing == "native" else 1.0
+        ratio = data.crop_ratio[0] * own, data.crop_ratio[1] * own
+        view = random_view(rng, record.width, record.height, data.crop_scale, ratio, mirrored)
+        if data.packing != "native" and eighths_needed(view, side, side) < 8:
+            view = view.on_blocks(record.width, record.height)
+        return view
 
     def _grid(self, position: int) -> int:
         passed = [stage.image_size for stage in self.stages if stage.from_image <= position]
@@ -125,7 +140,7 @@ class EvalTransform:
             )
 
     def __call__(
-        self, image: Image.Image, boxes: Sequence[Box], masks: Sequence[RLE | None] = ()
+        self, image: Image.Image | Jpeg, boxes: Sequence[Box], masks: Sequence[RLE | None] = ()
     ) -> tuple[Tensor, Tensor]:
         """Transform one image and its boxes.
 
@@ -149,7 +164,7 @@ class EvalTransform:
         return normalise(pixels, self.data.mean, self.data.std), torch.from_numpy(visible.copy())
 
 
-def check_size(image: Image.Image, record: SampleRecord) -> None:
+def check_size(image: Image.Image | Jpeg, record: SampleRecord) -> None:
     """Refuse a record that was written for another image.
 
     Raises:

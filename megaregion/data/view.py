@@ -6,13 +6,15 @@ Shapes: R regions. Boxes are x0, y0, x1, y1 in pixels of the stored image, [R, 4
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 CROP_TRIES = 10
 """Draws of a crop's size and shape before the largest allowed crop in the middle is taken."""
+BLOCK = 8
+"""Side of a JPEG's blocks, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,27 @@ class View:
             Borders of the columns, [columns + 1], and of the rows, [rows + 1].
         """
         return np.linspace(self.x0, self.x1, columns + 1), np.linspace(self.y0, self.y1, rows + 1)
+
+    def on_blocks(self, width: int, height: int) -> View:
+        """Move each border to the nearest one of a JPEG's blocks, by at most 4 pixels, 7 at an image's end.
+
+        Decoded at any number of eighths of its size, the image then still has the view on whole pixels.
+
+        Args:
+            width: Width of the image, in pixels.
+            height: Height of the image, in pixels.
+        """
+
+        def near(edge: float, length: int) -> float:
+            return min(round(edge / BLOCK), length // BLOCK) * BLOCK
+
+        return replace(
+            self,
+            x0=near(self.x0, width),
+            y0=near(self.y0, height),
+            x1=near(self.x1, width),
+            y1=near(self.y1, height),
+        )
 
     def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of each box's area that lies inside the view, [R]; 0 for a box without area."""

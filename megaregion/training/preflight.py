@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megaregion.config import MachinesConfig, RunConfig
+from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.encoder import RegionEncoder
@@ -105,7 +105,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
     inside = host_group(hosts, topology)
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
     seconds, exact = _multiply(topology.device)
-    dataset, complaint = _read_dataset(config.data.path, topology)
+    dataset, complaint = _read_dataset(config.data, topology)
     dist.barrier(topology.world_group)
     findings = Findings(
         rank=topology.rank,
@@ -157,7 +157,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     with torch.device("meta"):
         body = sum(p.numel() for p in RegionEncoder(config.model, config.head.embedding_dim).parameters())
     try:
-        info = ShardedDataset(config.data.path, check_labels=False).info
+        info = ShardedDataset(config.data.path, False, config.data).info
         rows = info.object_classes + info.text_classes
     except UserError:
         rows = 0  # The dataset is complained of by itself.
@@ -240,13 +240,13 @@ def _bus_bandwidth(group: Group, floats: int, device: torch.device) -> float:
     return 2 * (ranks - 1) / ranks * payload.numel() * 4 / best / 1e9
 
 
-def _read_dataset(path: str, topology: Topology) -> tuple[str, str]:
+def _read_dataset(data: DataConfig, topology: Topology) -> tuple[str, str]:
     """Hash of what names the dataset's bytes, and a complaint; reads one sample of this rank's own."""
     try:
-        dataset = ShardedDataset(path, check_labels=False)
+        dataset = ShardedDataset(data.path, False, data)
         dataset.read(topology.rank * len(dataset) // topology.world_size)
         dataset.close()
-        content = (Path(path) / "dataset.json").read_bytes()
+        content = (dataset.folder / "dataset.json").read_bytes()
     except (UserError, OSError) as error:
         return "", str(error)
     return hashlib.sha256(content).hexdigest(), ""

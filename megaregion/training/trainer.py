@@ -90,7 +90,7 @@ class Trainer:
         self._after_save = after_save
         self._faults = Faults.of_rank(topology.rank)
         self._micro_steps = accumulation(config, topology.data_size)
-        self.dataset = ShardedDataset(config.data.path, check_labels=topology.rank == 0)
+        self.dataset = ShardedDataset(config.data.path, topology.rank == 0, config.data)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed, config.stages)
         self._loader = RegionLoader(
