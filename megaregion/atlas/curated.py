@@ -19,7 +19,7 @@ from megaregion.atlas.source import Batch, Floats, Sample, make_rows
 from megaregion.curation.records import ImageRegions, read_regions
 from megaregion.curation.stages.assign import COSINES
 from megaregion.curation.stages.embed import REGIONS
-from megaregion.data.image import open_image
+from megaregion.data.image import decode_image
 from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME
 from megaregion.data.sample import BadSample, parse_sample
 from megaregion.data.shards import ShardedDataset
@@ -131,7 +131,7 @@ class CuratedSource:
             BadSample: It is damaged.
         """
         raw = self._dataset.read(number)
-        return Sample(raw.key, open_image(raw.image), parse_sample(raw.record))
+        return Sample(raw.key, decode_image(raw.image), parse_sample(raw.record))
 
     def _known_cosines(self) -> _Cosines | None:
         return _Cosines(self._pieces) if self._pieces else None

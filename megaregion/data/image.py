@@ -67,6 +67,16 @@ def open_image(content: bytes) -> Image.Image | Jpeg:
         raise BadSample(f"image cannot be opened ({type(error).__name__}: {error})") from None
 
 
+def decode_image(content: bytes) -> Image.Image:
+    """Decode a whole image as it is stored, RGB.
+
+    Raises:
+        BadSample: As :func:`open_image`, or it is truncated or damaged.
+    """
+    pixels, _ = _decode(open_image(content), eighths=8)
+    return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
 def cut(image: Image.Image | Jpeg, view: View, width: int, height: int, shrink: bool = False) -> Pixels:
     """Decode a view of an image at a given size; decoding, crop and scaling are one step.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from megaregion.data.image import open_image
+from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, Box, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.encoders import BoxedImage, Encoder
@@ -105,14 +105,14 @@ def confuse(
 
 def sample_image(shards: ShardedDataset, sample: int) -> Image.Image:
     """The stored image of a sample, RGB."""
-    return open_image(shards.read(sample).image).convert("RGB")
+    return decode_image(shards.read(sample).image)
 
 
 def _read(shards: ShardedDataset, sample: int) -> tuple[Image.Image | None, list[LabelledRegion]]:
     raw = shards.read(sample)
     try:
         record = parse_sample(raw.record)
-        image = open_image(raw.image).convert("RGB")
+        image = decode_image(raw.image)
     except (BadSample, OSError):
         return None, []  # Training skips it too.
     return image, [LabelledRegion(sample, r.box, r.label) for r in record.regions if r.label is not None]
