@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -23,13 +24,15 @@ from typing import BinaryIO
 
 from megaregion.errors import UserError
 
+LOG = logging.getLogger("megaregion.curation")
+
 RUNNING, FAILED = ".running", ".failed"
 
 BEAT = 5.0
 """Seconds between signs of life."""
 
-PATIENCE = 10.0
-"""Seconds that a piece in use is waited for."""
+PATIENCE = 120.0
+"""Seconds that a piece in use is waited for: a network file system holds a dead node's locks for a while."""
 
 SILENCE = 60.0
 """Seconds without one after which a piece's worker counts as dead."""
@@ -72,12 +75,7 @@ def claimed(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Cal
         (folder / name).mkdir(parents=True, exist_ok=True)
     running, failed = (folder / name / f"{number:05d}" for name in (RUNNING, FAILED))
     with (folder / ".locks").open("ab") as locks:
-        if not _lock(locks, number):
-            holder = read_claim(folder, number)
-            name = holder.name if isinstance(holder, Claim) else "another process"
-            raise UserError(
-                f"piece {number} of stage {folder.name} is in use by {name}; wait until it has ended"
-            )
+        _lock(locks, folder, number)
         failed.unlink(missing_ok=True)
 
         def count() -> None:
@@ -119,17 +117,24 @@ def last_failure(folder: Path, number: int) -> str:
         return ""
 
 
-def _lock(locks: BinaryIO, number: int) -> bool:
+def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
     """Lock a piece; the worker of a run that was killed lets go of it within an image."""
-    end = time.monotonic() + PATIENCE
+    began = time.monotonic()
+    told = False
     while True:
         try:
-            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-            return True
+            return fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
+            waited = time.monotonic() - began
+        holder = read_claim(folder, number)
+        name = holder.name if isinstance(holder, Claim) else "another process"
+        state = f"piece {number} of stage {folder.name} is in use by {name}"
+        if waited > PATIENCE:
+            raise UserError(f"{state}; wait until it has ended")
+        if waited > 2 and not told:
+            LOG.warning("%s; waiting for it", state)
+            told = True
+        time.sleep(0.1)
 
 
 @contextmanager
