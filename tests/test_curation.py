@@ -266,13 +266,18 @@ def test_more_clusters_than_regions_are_refused(copy: Path, images: Path) -> Non
         run(images, copy, clusters=5000)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("920320 requested and 36800 written")],
+    ids=["system", "numpy"],
+)
 def test_a_full_disk_is_one_clear_line_and_costs_only_the_open_piece(
-    copy: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    error: OSError, copy: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = times(copy)
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "file", full)
