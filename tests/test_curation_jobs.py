@@ -61,6 +61,7 @@ def test_shares_in_any_order_give_the_dataset_of_one_run(images: Path, at_once: 
         assert {done for pieces, done in sizes} <= {pieces for pieces, done in sizes}
         assert share(images, out, stage, 1, 2)[1] == 0, "a finished piece was done again"
     assert contents(out / "shards") == contents(at_once / "shards")
+    assert json.loads((out / "summary.json").read_text())["counts"]["samples"] == 7
     # Other settings before a stage make what it reads stale, also where its own settings are the same.
     with pytest.raises(UserError, match="needs piece 0 of stage propose"):
         share(images, out, "embed", 0, 3, max_area=0.5)
@@ -173,6 +174,9 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert last == "COMPLETED", logs
     assert contents(tmp_path / "out" / "shards") == contents(at_once / "shards"), logs
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (tmp_path / "out", at_once)]
+    assert summaries[0]["counts"] == summaries[1]["counts"]
+    assert summaries[0]["bad"] == {"scene-8.jpg": "not an image"}
 
 
 def _of(out: Path) -> tuple[Path, Path, CurationSettings]:

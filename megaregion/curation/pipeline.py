@@ -71,6 +71,8 @@ def curate(
     """
     with locked(out), enough_space(out):
         pipeline = Pipeline(_list_images(images, out, settings, workers), bar, workers)
+        # Not by shares: they run beside each other.
+        pipeline.prune()
         try:
             for name in _names(stage):
                 pipeline.run(name)
@@ -102,9 +104,13 @@ def curate_share(
     with locked(out, shared=True), enough_space(out):
         pipeline = Pipeline(open_job(images, out, settings), bar, workers, share)
         try:
-            return pipeline.run(stage)
+            outcome = pipeline.run(stage)
         finally:
             pipeline.close()
+        if stage == NAMES[-1] and outcome.pieces:
+            # The last share of all leaves the summary that a run in one call leaves.
+            summarise(pipeline.job, pipeline.finished())
+        return outcome
 
 
 def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
@@ -144,8 +150,6 @@ class Pipeline:
         share = self._share or Share(0, 1)
         pieces = share.pieces(stage.pieces())
         tasks = self._missing(stage, pieces)
-        if self._share is None:
-            self.job.store.prune(name, stage.pieces())
         if tasks:
             stage.prepare()
             for task in tasks:
@@ -156,16 +160,24 @@ class Pipeline:
         return Outcome(pieces, len(tasks))
 
     def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
-        """Every stage that is completely done, and the manifests of its pieces."""
+        """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""
         for name, stage in self._stages.items():
-            pieces = [Piece(name, number) for number in range(stage.pieces())]
-            if all(self._digest(piece) is not None for piece in pieces):
-                manifests = (self.job.store.read(piece, thorough=False) for piece in pieces)
-                yield name, (manifest for manifest in manifests if manifest is not None)
+            recipes = recipes_of(name, self._stages)
+            if all(manifest is not None and manifest.recipes == recipes for manifest in self._read(stage)):
+                yield name, (manifest for manifest in self._read(stage) if manifest is not None)
+
+    def prune(self) -> None:
+        """Remove what a run with more pieces left, of every stage."""
+        for name, stage in self._stages.items():
+            self.job.store.prune(name, stage.pieces())
 
     def close(self) -> None:
         """End the worker processes."""
         self._crew.close()
+
+    def _read(self, stage: Stage) -> Iterator[Manifest | None]:
+        for number in range(stage.pieces()):
+            yield self.job.store.read(Piece(stage.name, number), thorough=False)
 
     def _missing(self, stage: Stage, pieces: Sequence[int]) -> list[Task]:
         tasks = []
