@@ -30,9 +30,11 @@ if [[ ${1:-} == --job ]]; then
   fi
   share=()
   if [[ $stage != list ]]; then share=(--piece "${SLURM_ARRAY_TASK_ID:-0}" --of "$of"); fi
+  # A task is one process tree on one node; srun is needed only for what it alone can do, such as containers.
+  step=()
   # shellcheck disable=SC2206
-  options=(--ntasks=1 --kill-on-bad-exit=1 ${MEGAREGION_SRUN:-})
-  exec srun "${options[@]}" "$python" tools/curate.py --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" \
+  if [[ -n ${MEGAREGION_SRUN:-} ]]; then step=(srun --ntasks=1 --kill-on-bad-exit=1 $MEGAREGION_SRUN); fi
+  exec "${step[@]}" "$python" tools/curate.py --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" \
     --stage "$stage" "${share[@]}"
 fi
 

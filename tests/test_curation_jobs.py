@@ -166,11 +166,15 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
     refused = submit("--clusters", "0")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--clusters must be at least 1" in refused.stderr
-    submitted = submit()
-    assert submitted.returncode == 0, submitted.stderr
-    jobs = dict(line.split() for line in submitted.stdout.splitlines())
-    assert list(jobs) == ["list", *(line.split()[0] for line in job_lines(settings_from(FEW)))]
-    last = drill.cluster.finish(list(jobs.values())[-1], 300)
+    # A loaded machine's node may refuse a job; whoever submits again goes on where the first jobs stopped.
+    for _ in range(2):
+        submitted = submit()
+        assert submitted.returncode == 0, submitted.stderr
+        jobs = dict(line.split() for line in submitted.stdout.splitlines())
+        assert list(jobs) == ["list", *(line.split()[0] for line in job_lines(settings_from(FEW)))]
+        last = drill.cluster.finish(list(jobs.values())[-1], 300)
+        if last == "COMPLETED":
+            break
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert last == "COMPLETED", logs
     assert contents(tmp_path / "out" / "shards") == contents(at_once / "shards"), logs
