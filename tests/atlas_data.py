@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from megaregion.atlas.source import Sample
+from megaregion.atlas.synthetic import SyntheticSource
 from megaregion.curation.tokenizer import read_corpus, train_tokenizer
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardWriter, write_dataset
@@ -18,6 +21,13 @@ CLUSTERS, SAMPLES, PIECE = 70, 40, 16
 WORDS = ("Hotel", "EXIT", "<img src=nothing>", "café")
 DAMAGED = 9
 """Sample whose image cannot be decoded."""
+
+
+class DeadlySource(SyntheticSource):
+    """Ends the process that reads its samples."""
+
+    def read(self, number: int) -> Sample:
+        os._exit(9)
 
 
 def curated_folder(folder: Path) -> Path:

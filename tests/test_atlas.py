@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from atlas_data import CLUSTERS, SAMPLES, curated_folder
+from atlas_data import CLUSTERS, SAMPLES, DeadlySource, curated_folder
 from launch import repository
 from PIL import Image
 
@@ -218,6 +218,12 @@ def test_a_build_that_fails_leaves_what_was_there(curation: Path, tmp_path: Path
         build(Failing(curation), tmp_path / "atlas", AtlasSettings(seed=5))
     assert contents(tmp_path / "atlas") == before
     assert [path.name for path in tmp_path.iterdir()] == ["atlas"]
+
+
+def test_a_worker_that_dies_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a worker died"):
+        build(DeadlySource(40), tmp_path / "atlas", workers=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_line_and_exit_code_2(curation: Path, tmp_path: Path) -> None:
