@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -420,3 +421,64 @@ def test_memory_holds_one_parameter_and_not_the_model(tmp_path: Path) -> None:
     assert exported is not None
     assert 4 * exported.parameters > 10 * largest
     assert peak < 5 * largest
+
+
+def test_the_conversion_benchmark_runs_at_any_size(tmp_path: Path) -> None:
+    from megaregion.benchmark.convert import measure_conversion
+
+    cases = measure_conversion(tmp_path, "little", MODEL, ranks=2, threads=1)
+    assert [case.unit for case in cases] == ["s", "MB"] * 3
+    assert all(case.ours > 0 and case.goal == 0 for case in cases)
+
+
+OLD_TRANSFORMERS = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+"""The last release of the 4 series, with what it pins; the rest it shares with this environment."""
+
+LOAD = """
+import sys, torch, transformers
+from transformers import AutoImageProcessor, AutoModel
+images = torch.load(sys.argv[2], weights_only=True)
+model, report = AutoModel.from_pretrained(
+    sys.argv[1], output_loading_info=True, trust_remote_code=len(sys.argv) > 4
+)
+assert not any(report.values()), report
+AutoImageProcessor.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    out = model.eval()(pixel_values=images)
+found = {"version": transformers.__version__, "tokens": out.last_hidden_state, "pooled": out.pooler_output}
+if len(sys.argv) > 4:
+    boxes = [[[0, 0, 30, 40]], [[9, 9, 60, 60]]]
+    found["regions"] = torch.cat(model.get_region_features(images, boxes=boxes))
+torch.save(found, sys.argv[3])
+"""
+
+
+@pytest.mark.drill
+def test_transformers_4_and_5_load_what_was_exported(tmp_path: Path) -> None:
+    """Two environments: this one, and a folder with the older release in front of it."""
+    older = tmp_path / "older"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(older)]
+    subprocess.run([*install, *OLD_TRANSFORMERS], check=True, timeout=600)
+    vit = write_run(tmp_path / "run", ranks=2).vit
+    export_checkpoint(tmp_path / "run", tmp_path / "plain")
+    export_checkpoint(tmp_path / "run", tmp_path / "regions", ExportOptions(regions=True, shard_bytes=99_999))
+    images = noise(2, 3, 64, 96)
+    torch.save(images, tmp_path / "images.pt")
+    with torch.no_grad():
+        tokens = vit(images).image
+        pooled = vit.pool(tokens[:, 0])
+    regions = []
+    for path in (str(older), ""):
+        paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
+        for folder, flags in (("plain", []), ("regions", ["trust"])):
+            command = [sys.executable, "-c", LOAD, str(tmp_path / folder), str(tmp_path / "images.pt")]
+            out = tmp_path / "out.pt"
+            subprocess.run(
+                [*command, str(out), *flags], check=True, timeout=600, env={**os.environ, "PYTHONPATH": paths}
+            )
+            found = torch.load(out, weights_only=True)
+            assert found["version"].startswith("4.57." if path else "5.")
+            torch.testing.assert_close(found["tokens"], tokens, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found["pooled"], pooled, atol=1e-5, rtol=0)
+        regions.append(found["regions"])
+    torch.testing.assert_close(regions[0], regions[1], atol=1e-5, rtol=0)

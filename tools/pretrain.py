@@ -102,7 +102,7 @@ def train(
     store = topology.own_store("watchdog") if patience else None
     watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
     after_save = evaluation.after_save if place.rank == 0 else lambda step: None
-    begin = first_weights(config, checkpoints, resume, quiet=place.rank > 0)
+    begin = first_weights(config, checkpoints, resume, place.rank == 0)
     trainer = Trainer(config, place, STOP, progress, window, after_save, begin)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
@@ -139,7 +139,7 @@ def train(
     return code
 
 
-def first_weights(config: RunConfig, checkpoints: Path, resume: bool, quiet: bool) -> Begin | None:
+def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bool) -> Begin | None:
     """What puts the weights of --init into the transformer; None without it, or where the run goes on."""
     from functools import partial
 
@@ -149,8 +149,8 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, quiet: boo
 
     if not config.init or (resume and usable_folders(checkpoints)):
         return None
-    start = open_start(Path(config.init), quiet)
-    for notice in start.advice(config):
+    start = open_start(Path(config.init), verify)
+    for notice in start.advice(config) if verify else ():
         LOG.warning("init %s: %s", config.init, notice)
     return partial(begin, start=start)
 

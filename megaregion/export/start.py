@@ -69,19 +69,19 @@ class Start:
         return found
 
 
-def open_start(path: Path, quiet: bool = False) -> Start:
+def open_start(path: Path, verify: bool = True) -> Start:
     """Open a HuggingFace folder, a run's folder, its checkpoints folder or one checkpoint.
 
     Args:
         path: The folder.
-        quiet: Show no progress.
+        verify: Compare a checkpoint with its checksums; of many ranks one is enough.
 
     Raises:
         UserError: It is none of them, or damaged.
     """
     if is_encoder_folder(path):
         return _of_folder(EncoderFolder(path))
-    reader = open_checkpoint(path, quiet)
+    reader = open_checkpoint(path, verify)
     config = run_config(reader)
     return Start(reader, config.model, config.data, ())
 

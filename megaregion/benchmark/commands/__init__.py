@@ -10,6 +10,7 @@ from __future__ import annotations
 from megaregion.benchmark.commands import (
     atlas,
     checkpoint,
+    convert,
     curation,
     embed,
     guards,
@@ -23,6 +24,7 @@ from megaregion.benchmark.commands import (
 PARTS = {
     "atlas": atlas,
     "checkpoint": checkpoint,
+    "convert": convert,
     "curation": curation,
     "embed": embed,
     "guards": guards,
