@@ -79,7 +79,7 @@ def encoder_flops(
     )
 
 
-def head_flops(rows: int, classes: float, dim: int, kept: float = 1.0) -> float:
+def head_flops(rows: float, classes: float, dim: int, kept: float = 1.0) -> float:
     """Forward and backward of rows against the classes they are scored against.
 
     Three products: the scores, and the gradients of rows and of centers.
