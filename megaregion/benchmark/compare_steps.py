@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megaregion.benchmark.contestant import Contestant, take_turns
+from megaregion.benchmark.measure import Stopwatch
 from megaregion.benchmark.report import Case
 from megaregion.benchmark.step import (
     PRODUCT_SIDE,
@@ -30,14 +31,14 @@ REGIONS = 10
 
 
 def compare_steps(
-    sizes: StepSizes, goals: dict[str, float], device: torch.device, rounds: int, compiled: bool
+    sizes: StepSizes, goals: dict[str, float], watch: Stopwatch, rounds: int, compiled: bool
 ) -> list[Case]:
     """Measure whole training steps, heads excluded.
 
     Args:
         sizes: The size.
         goals: Least ratio by name of the comparison: peer, rate, memory, regions, packed, padding.
-        device: Where it runs.
+        watch: The clock, on the device to run on.
         rounds: Timed steps of each; the fastest counts.
         compiled: Whether to run the peer, and ours, under torch.compile too.
     """
@@ -52,7 +53,7 @@ def compare_steps(
     }
     if compiled:
         builds |= {"peer compiled": (peer_step, (True,)), "compiled": (our_step, (0, False, True, "keep"))}
-    with contestants(builds, sizes, device) as group:
+    with contestants(builds, sizes, watch) as group:
         seconds = take_turns(group, rounds)
         memory = {name: group[name].memory() / 1e6 for name in ("ours", "peer")}
     ideal = _ideal(sizes, seconds["matrix"])
@@ -81,7 +82,7 @@ def compare_steps(
     return _cases(sizes, goals, found)
 
 
-def compare_models(sizes: StepSizes, device: torch.device, rounds: int, compiled: bool) -> list[Case]:
+def compare_models(sizes: StepSizes, watch: Stopwatch, rounds: int, compiled: bool) -> list[Case]:
     """Measure the transformer alone, without engine and optimizer; the same arguments."""
     found = []
     for backward, text in ((False, "forward"), (True, "forward + backward")):
@@ -92,7 +93,7 @@ def compare_models(sizes: StepSizes, device: torch.device, rounds: int, compiled
         }
         if compiled:
             builds["peer compiled"] = (peer_model, (backward, True))
-        with contestants(builds, sizes, device) as group:
+        with contestants(builds, sizes, watch) as group:
             seconds = take_turns(group, rounds)
         ideal = _ideal(sizes, seconds["matrix"]) / (1 if backward else 3)
         found += [
@@ -107,12 +108,13 @@ def compare_models(sizes: StepSizes, device: torch.device, rounds: int, compiled
 
 
 @contextmanager
-def contestants(builds: Builds, sizes: StepSizes, device: torch.device) -> Iterator[dict[str, Contestant]]:
+def contestants(builds: Builds, sizes: StepSizes, watch: Stopwatch) -> Iterator[dict[str, Contestant]]:
     """Start a process for each, and end all of them."""
     started: dict[str, Contestant] = {}
     try:
         for name, (build, arguments) in builds.items():
-            started[name] = Contestant(build, (sizes, str(device), *arguments), device)
+            taken = (sizes, str(watch.device), *arguments)
+            started[name] = Contestant(build, taken, watch.device, processor=watch.processor)
         yield started
     finally:
         for contestant in started.values():

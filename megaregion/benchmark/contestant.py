@@ -28,16 +28,22 @@ class Contestant:
         arguments: What build takes.
         device: Where the work runs.
         threads: Threads of the processor; 0 leaves torch's choice.
+        processor: Count the process's processor time; see Stopwatch.
     """
 
     def __init__(
-        self, build: Callable[..., Work], arguments: tuple[Any, ...], device: torch.device, threads: int = 0
+        self,
+        build: Callable[..., Work],
+        arguments: tuple[Any, ...],
+        device: torch.device,
+        threads: int = 0,
+        processor: bool = False,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         threads = threads or torch.get_num_threads()
         self._process = context.Process(
-            target=_serve, args=(other, build, arguments, str(device), threads), daemon=True
+            target=_serve, args=(other, build, arguments, str(device), threads, processor), daemon=True
         )
         self._process.start()
         other.close()
@@ -89,10 +95,15 @@ def take_turns(contestants: Mapping[str, Contestant], rounds: int, warm_up: int 
 
 
 def _serve(
-    pipe: Connection, build: Callable[..., Work], arguments: tuple[Any, ...], device: str, threads: int
+    pipe: Connection,
+    build: Callable[..., Work],
+    arguments: tuple[Any, ...],
+    device: str,
+    threads: int,
+    processor: bool,
 ) -> None:
     torch.set_num_threads(threads)
-    watch, memory = Stopwatch(torch.device(device)), PeakMemory(torch.device(device))
+    watch, memory = Stopwatch(torch.device(device), processor), PeakMemory(torch.device(device))
     try:
         before = memory.now()
         work = build(*arguments)

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from megaregion.benchmark.commands.step import add_arguments, step_sizes
-from megaregion.benchmark.measure import describe_host
+from megaregion.benchmark.measure import Stopwatch, describe_host
 from megaregion.benchmark.report import Report
 
 HELP = "our transformer alone against MLCDVisionModel and the matrix rate"
@@ -20,5 +20,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Measure one size, forward alone and with backward."""
     from megaregion.benchmark.compare_steps import compare_models
 
-    cases = compare_models(step_sizes(options), device, options.rounds, options.compile)
-    return Report(describe_host(device), cases)
+    watch = Stopwatch(device, processor=options.clock == "processor")
+    cases = compare_models(step_sizes(options), watch, options.rounds, options.compile)
+    return Report({**describe_host(device), "clock": options.clock}, cases)
