@@ -91,3 +91,17 @@ def test_the_guards_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     (case,) = json.loads(file.read_text())["cases"]
     assert case["goal"] == 100.0
     assert 0 < case["ours"] < case["peer"]
+
+
+def test_the_loader_benchmark_runs_and_reads_nothing_in_vain(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = [
+        sys.executable, "tools/benchmark.py", "loader", "--images=32", "--batch=8", "--repeats=1",
+        "--clock=processor", f"--folder={tmp_path}", f"--json={file}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(file.read_text())["cases"]
+    assert [case["goal"] for case in cases] == [2.0, 0.85, 1.0, 1.0]
+    assert cases[-1]["ours"] == cases[-1]["peer"] == 8, "samples read for a batch of eight"
+    assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"

@@ -11,6 +11,7 @@ steps are whole-number arithmetic, the same on every machine. All else goes thro
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -30,6 +31,21 @@ LINEAR_UP_TO = 1.5
 false patterns, and Pillow's antialiased bicubic filter takes over."""
 
 Pixels = NDArray[np.uint8]
+
+
+class _Scratch(threading.local):
+    """Memory for one decoded image; a new piece each time would cost a page fault for every 4 KB."""
+
+    memory = np.empty(0, dtype=np.uint8)
+
+    def of(self, size: int) -> Pixels:
+        """At least `size` bytes, which the next call gives out again."""
+        if self.memory.size < size:
+            self.memory = np.empty(size, dtype=np.uint8)
+        return self.memory
+
+
+_SCRATCH = _Scratch()
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,13 @@ def _decode(image: Image.Image | Jpeg, eighths: int) -> tuple[Pixels | Image.Ima
     if isinstance(image, Jpeg):
         width, height = (-(-edge * eighths // 8) for edge in image.size)
         try:
-            pixels = simplejpeg.decode_jpeg(image.content, "RGB", min_width=width, min_height=height)
+            pixels = simplejpeg.decode_jpeg(
+                image.content,
+                "RGB",
+                min_width=width,
+                min_height=height,
+                buffer=_SCRATCH.of(3 * width * height),
+            )
         except ValueError:
             # It is strict, and much of what it refuses (stray bytes between markers) is a good picture.
             return _decode_by_pillow(image.content), 8

@@ -83,15 +83,15 @@ class _Positions(Dataset[Batch]):
         finds = _Finds()
         if self.ahead is not None:
             self.ahead.reached(positions[0])
-        self.dataset.read_ahead([self.order.sample(position) for position in positions])
+        indices = [self.order.sample(position) for position in positions]
+        self.dataset.read_ahead(indices)
         try:
-            samples = [self._sample(position, finds) for position in positions]
+            samples = [self._sample(*place, finds) for place in zip(positions, indices, strict=True)]
         except (UserError, LostShard) as error:
             return Failure(str(error), storage=isinstance(error, LostShard))
         return replace(collate(samples, self.config.mean, self.config.std), **vars(finds))
 
-    def _sample(self, position: int, finds: _Finds) -> TransformedSample:
-        index = self.order.sample(position)
+    def _sample(self, position: int, index: int, finds: _Finds) -> TransformedSample:
         for attempt in range(1, MAX_TRIES + 1):
             try:
                 raw = self.reader.read(index)

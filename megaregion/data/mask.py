@@ -91,6 +91,6 @@ def overlap(
     Returns:
         Shared lengths, [g, k].
     """
-    low = np.maximum(edges[:-1, None], np.asarray(starts, dtype=np.float64)[None, :])
-    high = np.minimum(edges[1:, None], np.asarray(ends, dtype=np.float64)[None, :])
-    return np.maximum(high - low, 0.0)
+    length = np.minimum(edges[1:, None], np.asarray(ends, dtype=np.float64)[None, :])
+    length -= np.maximum(edges[:-1, None], np.asarray(starts, dtype=np.float64)[None, :])
+    return np.maximum(length, 0.0, out=length)

@@ -60,8 +60,9 @@ def visibility(
     x_edges, y_edges = view.edges(rows, columns)
     x_share = overlap(x_edges, boxes[:, 0], boxes[:, 2]) / (x_edges[1] - x_edges[0])
     y_share = overlap(y_edges, boxes[:, 1], boxes[:, 3]) / (y_edges[1] - y_edges[0])
-    share = np.einsum("rn,cn->nrc", y_share, x_share)
-    middle = (np.clip(boxes, *_limits(view)).reshape(-1, 2, 2)).mean(axis=1)
+    share = y_share.T[:, :, None] * x_share.T[:, None, :]
+    inside = np.minimum(np.maximum(boxes, (view.x0, view.y0) * 2), (view.x1, view.y1) * 2)
+    middle = (inside[:, :2] + inside[:, 2:]) / 2
     patch_area = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
     for n, mask in enumerate(masks):
         if mask is None:
@@ -72,14 +73,10 @@ def visibility(
             middle[n, 1] = share[n].sum(axis=1) @ (y_edges[:-1] + y_edges[1:]) / 2 / total
     visible = (share >= coverage - TOLERANCE) & (share > 0)
     blind = np.flatnonzero(~visible.any(axis=(1, 2)))
-    column = np.searchsorted(x_edges, middle[blind, 0], side="right") - 1
-    row = np.searchsorted(y_edges, middle[blind, 1], side="right") - 1
-    visible[blind, np.clip(row, 0, rows - 1), np.clip(column, 0, columns - 1)] = True
+    if blind.size:
+        column = np.searchsorted(x_edges, middle[blind, 0], side="right") - 1
+        row = np.searchsorted(y_edges, middle[blind, 1], side="right") - 1
+        visible[blind, np.clip(row, 0, rows - 1), np.clip(column, 0, columns - 1)] = True
     if view.flipped:
         visible = visible[:, :, ::-1]
     return visible.reshape(len(boxes), rows * columns)
-
-
-def _limits(view: View) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Least and greatest values of x0, y0, x1, y1 inside a view."""
-    return (view.x0, view.y0) * 2, (view.x1, view.y1) * 2

@@ -34,7 +34,11 @@ class View:
         Returns:
             Borders of the columns, [columns + 1], and of the rows, [rows + 1].
         """
-        return np.linspace(self.x0, self.x1, columns + 1), np.linspace(self.y0, self.y1, rows + 1)
+        # As linspace does, which takes ten times as long for the few numbers of a patch grid.
+        x_edges = self.x0 + np.arange(columns + 1, dtype=np.float64) * ((self.x1 - self.x0) / columns)
+        y_edges = self.y0 + np.arange(rows + 1, dtype=np.float64) * ((self.y1 - self.y0) / rows)
+        x_edges[-1], y_edges[-1] = self.x1, self.y1
+        return x_edges, y_edges
 
     def on_blocks(self, width: int, height: int) -> View:
         """Move each border to the nearest one of a JPEG's blocks, by at most 4 pixels, 7 at an image's end.
