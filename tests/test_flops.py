@@ -1,0 +1,70 @@
+"""Counted operations: the formulas against torch's own counter on the real modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaregion.benchmark.head import group_of_one
+from megaregion.config import HeadConfig, ModelConfig
+from megaregion.heads import ClassShardedHead
+from megaregion.models import RegionEncoder, initialise
+from megaregion.models.flops import encoder_flops, head_flops
+
+SMALL = {"image_size": 64, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "mlp_width": 192}
+
+
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("region_layers", [1, 3])
+def test_the_encoders_operations_are_those_that_torch_counts(weights: str, region_layers: int) -> None:
+    model = ModelConfig(**SMALL, region_layers=region_layers, region_weights=weights)  # type: ignore[arg-type]
+    encoder = RegionEncoder(model, 32)
+    initialise(encoder, 0)
+    images, visible = torch.randn(2, 3, 64, 64), torch.ones(2, 5, 64, dtype=torch.bool)
+    counted = encoder_flops(model, 5, 32)
+    # The fused attention of a processor is unknown to torch's counter; the plain one is made of products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        embeddings = encoder(images, visible)
+    assert forward.get_total_flops() == 2 * counted.forward
+    with FlopCounterMode(display=False) as backward:
+        embeddings.sum().backward()
+    assert backward.get_total_flops() == 2 * (counted.training - counted.forward)
+
+
+def test_an_image_without_regions_goes_through_every_block() -> None:
+    model = ModelConfig(**SMALL)  # type: ignore[arg-type]
+    encoder = RegionEncoder(model, 32)
+    initialise(encoder, 0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        encoder.vit(torch.randn(2, 3, 48, 96))
+    assert forward.get_total_flops() == 2 * encoder_flops(model, 0, 32, grid=(6, 12)).forward
+
+
+@pytest.mark.parametrize(("size", "gflop"), [(224, 486), (336, 1145), (560, 3661)])
+def test_a_vit_l_costs_what_the_notes_say(size: int, gflop: int) -> None:
+    model = ModelConfig(image_size=size, patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096)
+    assert encoder_flops(model, 0, 1024).training / 1e9 == pytest.approx(gflop, abs=1)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "kept"), [(64 * 2**20, 1.0), (2**18, 0.0)])
+def test_a_heads_operations_are_those_that_torch_counts(chunk_bytes: int, kept: float) -> None:
+    rows, classes, dim = 512, 6144, 32
+    with group_of_one(torch.device("cpu")) as group:
+        head = ClassShardedHead(
+            HeadConfig(sample_rate=1.0), classes, dim,
+            world_group=group, data_group=group, seed=0, name="object", chunk_bytes=chunk_bytes,
+        )  # fmt: skip
+        features = torch.randn(rows, dim, requires_grad=True)
+        labels = torch.randint(classes, (rows, 1))
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.addmm_: _product_added}
+        ) as counter:
+            head.loss(features, labels, torch.ones(rows, dtype=torch.bool), step=0).sum.backward()
+    assert counter.get_total_flops() == head_flops(rows, classes, dim, kept)
+
+
+def _product_added(out: list[int], left: list[int], right: list[int], **_: object) -> int:
+    """Torch's counter leaves out ``addmm_``."""
+    return 2 * left[0] * left[1] * right[1]
