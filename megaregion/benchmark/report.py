@@ -19,6 +19,8 @@ class Case:
     """Least ratio that was promised; 0 where none was."""
     unit: str
     """Unit of ours and peer."""
+    two_sided: bool = False
+    """Whether ours is a forecast of peer, so that the ratio may miss the goal either way."""
 
     @property
     def ratio(self) -> float:
@@ -28,7 +30,8 @@ class Case:
     @property
     def holds(self) -> bool:
         """Whether the goal is reached."""
-        return self.ratio >= self.goal
+        ratio = min(self.ratio, 1 / self.ratio) if self.two_sided else self.ratio
+        return ratio >= self.goal
 
 
 @dataclass

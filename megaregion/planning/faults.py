@@ -13,6 +13,7 @@ Llama 3's (The Llama 3 Herd of Models, section 3.3.4: 419 interruptions in 54 da
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,3 +81,36 @@ def best_interval(cluster: Cluster, seed: int = 0, faults: int = 100_000) -> flo
     center = max(young(cluster), 1e-3)
     grid = [max(cluster.write, 1e-3, center * 1.02**power) for power in range(-120, 121)]
     return max(grid, key=lambda interval: (simulate(cluster, interval, seed, faults), -interval))
+
+
+def goodput(
+    cluster: Cluster, interval: float | None, seed: int = 0, faults: int = 100_000
+) -> dict[str, float]:
+    """Goodput at an interval (the best one if None) and at the best one, by name for :func:`table`."""
+    best = best_interval(cluster, seed, faults)
+    chosen = interval or best
+    return {
+        "gpus": cluster.gpus,
+        "hours_between_faults": cluster.between_faults / 3600,
+        "interval": chosen,
+        "goodput": simulate(cluster, chosen, seed, faults),
+        "closed_form": expected(cluster, chosen),
+        "best_interval": best,
+        "best_goodput": simulate(cluster, best, seed, faults),
+        "young": young(cluster),
+    }
+
+
+def table(rows: Sequence[dict[str, float]]) -> str:
+    """What :func:`goodput` found, below each other."""
+    lines = [
+        f"{'GPUs':>7}{'h between faults':>18}{'interval s':>12}{'goodput':>10}{'closed form':>13}"
+        f"{'best interval s':>17}{'goodput':>10}{'Young s':>9}"
+    ]
+    lines += [
+        f"{row['gpus']:>7}{row['hours_between_faults']:>18.1f}{row['interval']:>12.0f}"
+        f"{row['goodput']:>10.2%}{row['closed_form']:>13.2%}{row['best_interval']:>17.0f}"
+        f"{row['best_goodput']:>10.2%}{row['young']:>9.0f}"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -18,6 +18,7 @@ from megaregion.benchmark.commands import (
     loader,
     model,
     ocr,
+    plan,
     step,
 )
 
@@ -32,6 +33,7 @@ PARTS = {
     "loader": loader,
     "model": model,
     "ocr": ocr,
+    "plan": plan,
     "step": step,
 }
 """Part modules by the name that the command line knows."""

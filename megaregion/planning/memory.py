@@ -1,0 +1,225 @@
+"""Memory of one rank, by kind, at the three moments of a step when it can be greatest.
+
+    forward of the last micro-step ends | heads | backward ............ | update
+    activations at their greatest       + rows,   activations fall,       fp32 gradients of
+                                          scores   gradients grow          this rank's part
+
+Activations are what autograd keeps of the modules as they are written; tests hold the formulas against the
+real modules. DeepSpeed 0.19.8 is reckoned as it is.
+
+Shapes: T image tokens, N regions, D width, M MLP width, H heads, E embedding width, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaregion.planning.hardware import Hardware
+from megaregion.planning.layout import HeadLayout, Layout
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Parameters that ZeRO 3 keeps gathered for their next use (stage3_max_live_parameters)."""
+
+RESIDENT = ("weights", "masters", "moments", "head", "buffers")
+"""Kinds that stay from step to step."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    kinds: dict[str, float]
+    """By kind, at the moment when the sum is greatest."""
+    moments: dict[str, float]
+    """The sum at each moment: heads, backward, update."""
+    at_rest: dict[str, float]
+    """weights, masters, moments and head between two steps, nothing gathered and no room to work in."""
+    activations: float
+    """Kept for the backward pass by one micro-step, at their greatest."""
+
+    @property
+    def peak(self) -> float:
+        """The greatest sum."""
+        return max(self.moments.values())
+
+    @property
+    def when(self) -> str:
+        """The moment of the greatest sum."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def resident(self) -> dict[str, float]:
+        """What stays from step to step, by kind."""
+        return {kind: self.kinds[kind] for kind in RESIDENT}
+
+
+def rank_memory(layout: Layout, hardware: Hardware) -> Memory:
+    """Plan the memory of the fullest rank."""
+    resident = _resident(layout, hardware)
+    stored, growing = _gradients(layout)
+    kept = activation_bytes(layout, hardware) * layout.micro_batch
+    passing = _passing(layout, hardware) * layout.micro_batch
+    bucket, flattened = _bucket(layout, hardware)
+    owned = layout.parameters / layout.data if layout.zero_stage else 0.0
+    # Before the update this rank's gradients are laid out flat, in fp32, beside themselves.
+    updating = owned * layout.itemsize if layout.zero_stage else growing
+    centers = 0.0 if hardware.device == "processor" else _head_scratch(layout)
+    moments = {
+        "heads": {"activations": kept, "gradients": stored, "rows and scores": centers + _head_work(layout)},
+        "backward": _greater(
+            {
+                "activations": kept + passing,
+                "gradients": stored,
+                # A processor gives no memory to a buffer before something is written there.
+                "buffers": 0.0 if hardware.device == "processor" else bucket,
+                "rows and scores": centers,
+            },
+            {"gradients": growing, "buffers": flattened + bucket, "rows and scores": centers},
+        ),
+        "update": {"gradients": updating + 4 * owned, "rows and scores": centers},
+    }
+    sums = {name: sum(resident.values()) + sum(kinds.values()) for name, kinds in moments.items()}
+    when = max(sums, key=lambda name: sums[name])
+    kinds = {**resident, "gradients": 0.0, "activations": 0.0, "rows and scores": 0.0}
+    for kind, size in moments[when].items():
+        kinds[kind] += size
+    return Memory(kinds, sums, _at_rest(layout), kept)
+
+
+def _at_rest(layout: Layout) -> dict[str, float]:
+    stage, size, parameters = layout.zero_stage, layout.itemsize, layout.parameters
+    owned = parameters / layout.data if stage else float(parameters)
+    # Stage 3 keeps this rank's part, and the small ones whole beside it.
+    weights = size * (owned + layout.body.small) if stage == 3 else float(size * parameters)
+    center = 4 + (4 if layout.config.optimizer.head_moments == "bf16" else 8)
+    dim = layout.config.head.embedding_dim
+    return {
+        "weights": weights,
+        "masters": 4 * owned if stage else 0.0,
+        "moments": 8 * owned,
+        # The steps that a center has seen and its last positive are 4 bytes each.
+        "head": float(sum(head.local_classes * (dim * center + 8) for head in layout.heads.values())),
+    }
+
+
+def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
+    kinds = {**_at_rest(layout), "buffers": 0.0}
+    if layout.zero_stage == 3:
+        # Gathered for their next use in the step, and the buffer that stage 3 never gives back.
+        kinds["weights"] += layout.itemsize * min(layout.parameters, LIVE_PARAMETERS)
+        kinds["buffers"] = float(layout.itemsize * layout.bucket)
+        if hardware.device == "processor":
+            kinds["buffers"] = float(layout.itemsize * min(layout.bucket, layout.parameters))
+    if hardware.device == "processor":
+        # What the heads work in stays from step to step (heads/scratch.py).
+        kinds["head"] += _head_scratch(layout)
+    return kinds
+
+
+def gradients_of_one_pass(layout: Layout) -> float:
+    """Bytes of gradients that the first of several micro-steps leaves to the next, or to the update."""
+    whole = float(layout.parameters * layout.itemsize)
+    if layout.zero_stage <= 1:
+        return whole
+    owned = whole / layout.data
+    # Stage 2 keeps whole tensors of which a part is this rank's: in the mean about one more than its part.
+    model = layout.config.model
+    largest = model.width * max(3 * model.width, model.mlp_width) / layout.tensor * layout.itemsize
+    return owned if layout.zero_stage == 3 or layout.data == 1 else min(whole, owned + largest)
+
+
+def _gradients(layout: Layout) -> tuple[float, float]:
+    """Bytes that wait from micro-step to micro-step, and bytes when a backward pass ends."""
+    once, again = gradients_of_one_pass(layout), layout.micro_steps > 1
+    if layout.zero_stage <= 1:
+        return (once if again else 0.0), once
+    if layout.zero_stage == 2:
+        return (once if again else 0.0), once * (2 if again else 1)
+    return once, 2 * once
+
+
+def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
+    """Bytes of the buffer in which gradients are reduced, and of their flat copy while they travel.
+
+    On a processor gradients move into the buffer, and it holds no more than they do; stage 1 then has them
+    nowhere else.
+    """
+    if layout.zero_stage not in (1, 2):
+        return 0.0, 0.0
+    size = layout.itemsize
+    flattened = float(min(layout.bucket, layout.parameters) * size) if layout.data > 1 else 0.0
+    if hardware.device == "gpu":
+        return float(2 * layout.bucket * size), flattened
+    touched = float(min(layout.bucket, layout.parameters) * size)
+    return touched, flattened if layout.zero_stage == 2 else 0.0
+
+
+def activation_bytes(layout: Layout, hardware: Hardware) -> float:
+    """Bytes that autograd keeps of one image and its regions from forward to backward."""
+    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
+    regions, tokens = layout.config.data.regions_per_image, 1 + model.grid**2
+    width, own = model.width * size, model.region_weights == "separate"
+    # Pixels, the pre-norm's input, the mask, the last norm of the regions.
+    outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
+    if layout.config.train.recompute:
+        return outside + width * (model.depth * tokens + (model.region_layers - 1) * regions)
+    each = _kept_of_a_token(layout, hardware)
+    # A region token's projection is kept whole, and its turned query beside it.
+    rides = model.region_layers * regions * (each + width / tensor)
+    if own:
+        rides += tokens * width * (1 + model.region_layers * (1 + 3 / tensor))
+        return outside + model.depth * tokens * each + rides
+    # The image tokens of the last block end at keys and values.
+    last = tokens * (2 + 3 / tensor) * width
+    return outside + (model.depth - 1) * tokens * each + last + rides
+
+
+def _kept_of_a_token(layout: Layout, hardware: Hardware) -> float:
+    """Bytes of one token in one block: both norms' inputs and outputs, q, k, v, what was read, the MLP."""
+    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
+    # A processor's attention gives what was read head by head; it is copied for the next product.
+    read = 2 if hardware.device == "processor" else 1
+    cut = ((3 + read) * model.width + 2 * model.mlp_width) / tensor
+    return size * (4 * model.width + cut) + 4 * (model.heads / tensor + 4)
+
+
+def _passing(layout: Layout, hardware: Hardware) -> float:
+    """Bytes of one image's gradients in the first whole block that goes back, beyond what the last one freed.
+
+    With recompute it is also what is computed again.
+    """
+    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
+    tokens = 1 + model.grid**2
+    gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
+    if layout.config.train.recompute:
+        return gradients + tokens * _kept_of_a_token(layout, hardware)
+    freed = 0.0 if model.region_weights == "separate" else tokens * size * (2 + 3 / tensor) * model.width
+    return max(0.0, gradients - freed)
+
+
+def _head_work(layout: Layout) -> float:
+    """Rows of all data ranks and their gradients."""
+    dim, rows = layout.config.head.embedding_dim, layout.micro_rows
+    gathered = rows * dim * (layout.itemsize + (4 if layout.itemsize == 2 else 0))
+    return gathered + len(layout.heads) * rows * dim * 4
+
+
+def _head_scratch(layout: Layout) -> float:
+    """Scores of a draw, its centers, and the gradients of those that took part in the step so far."""
+    return sum(_scratch(head, layout) for head in layout.heads.values())
+
+
+def _scratch(head: HeadLayout, layout: Layout) -> float:
+    row = layout.config.head.embedding_dim * 4
+    tiles = min(head.tiles.kept + 1, -(-head.tiles.total_classes // head.tiles.classes))
+    buffers = min(2 if layout.ranks > 1 else 1, -(-head.tiles.total_rows // head.tiles.rows))
+    scores = 4 * buffers * tiles * head.tiles.rows * head.tiles.classes
+    if not head.sampled:
+        return scores + head.local_classes * row
+    several = head.draws * layout.micro_steps > 1
+    # Centers and gradients of a draw; with several draws the first one's stay, and all meet in one matrix.
+    return scores + row * (2 * head.drawn + (head.drawn + head.local_classes if several else 0.0))
+
+
+def _greater(*choices: dict[str, float]) -> dict[str, float]:
+    return max(choices, key=lambda kinds: sum(kinds.values()))

@@ -1,0 +1,196 @@
+"""The planner: its sizes against the real modules, its choices against what they must mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import repository
+
+from megaregion.command_line import parse_run, run_parser
+from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megaregion.errors import UserError
+from megaregion.models.encoder import RegionEncoder
+from megaregion.planning.dry_run import build_rank
+from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
+from megaregion.planning.layout import Labels, body_parameters, lay_out
+from megaregion.planning.memory import activation_bytes
+from megaregion.planning.plan import Plan, make_plan
+from megaregion.planning.report import efficiency
+from megaregion.planning.scaling import weak_scaling
+from megaregion.planning.search import all_plans, best_plans
+
+MODEL = ModelConfig(image_size=64, patch_size=8, width=256, depth=6, heads=8, mlp_width=1024, region_layers=2)
+LABELS = Labels(50_000, 5_000)
+CONFIGS = [("vit_b16_8gpu", "h100x8"), ("vit_l14_64gpu", "h100x64"), ("vit_bigg14_64gpu", "h100x64")]
+
+
+def small(tensor: int = 1, stage: int = 1, precision: str = "bf16", recompute: bool = False) -> RunConfig:
+    train = TrainConfig(global_batch=256, micro_batch=2, precision=precision, recompute=recompute)  # type: ignore[arg-type]
+    parallel = ParallelConfig(tensor=tensor, zero_stage=stage)
+    return RunConfig(model=MODEL, parallel=parallel, train=train, head=HeadsConfig(embedding_dim=128))
+
+
+def config_plan(name: str, cluster: str, *flags: str) -> Plan:
+    config, _ = parse_run(run_parser("test"), ["--config", f"{repository()}/configs/{name}.yaml", *flags])
+    return make_plan(config, load_hardware(cluster), Labels())
+
+
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+def test_the_parameters_are_those_of_the_model(weights: str) -> None:
+    model = dataclasses.replace(MODEL, region_weights=weights)
+    with torch.device("meta"):
+        encoder = RegionEncoder(model, 96)
+    assert body_parameters(model, 96).on_rank(1) == sum(p.numel() for p in encoder.parameters())
+    small_ones = sum(p.numel() for p in encoder.parameters() if p.numel() <= 10_000)
+    assert body_parameters(model, 96).small == small_ones
+
+
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_activations_are_those_that_autograd_keeps(weights: str, recompute: bool, precision: str) -> None:
+    config = small(precision=precision, recompute=recompute)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, region_weights=weights))
+    encoder = RegionEncoder(config.model, 128)
+    encoder.vit.recompute = recompute
+    encoder = encoder.bfloat16() if precision == "bf16" else encoder
+    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    visible = torch.ones(2, 10, 64, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = encoder(torch.randn(2, 3, 64, 64), visible)
+    counted = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    planned = 2 * activation_bytes(lay_out(config, 1, LABELS), Hardware(device="processor"))
+    assert out.requires_grad
+    assert planned == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stage", "precision", "rank"),
+    [(1, 1, "bf16", 5), (1, 2, "bf16", 63), (8, 1, "bf16", 9), (2, 3, "fp32", 3), (1, 0, "fp32", 0)],
+)
+def test_a_rank_of_64_that_is_really_built_holds_what_was_planned(
+    tensor: int, stage: int, precision: str, rank: int
+) -> None:
+    plan = make_plan(small(tensor, stage, precision), load_hardware("h100x64"), LABELS)
+    built = build_rank(plan, rank)
+    built.check()
+    assert built.parameters == built.planned_parameters
+    for kind in ("masters", "moments", "head", "activations"):
+        assert abs(built.off(kind)) < 0.05, built.text()
+
+
+def test_a_dry_run_refuses_a_rank_that_is_not_there_and_a_plan_that_is_off() -> None:
+    plan = make_plan(small(), load_hardware("h100x64"), LABELS)
+    with pytest.raises(UserError, match=r"--dry-run must name a rank in \[0, 63\], got 64"):
+        build_rank(plan, 64)
+    wrong = dataclasses.replace(plan.memory, at_rest={**plan.memory.at_rest, "moments": 2.0**30})
+    built = build_rank(dataclasses.replace(plan, memory=wrong), 0)
+    with pytest.raises(UserError, match=r"most by moments: planned 1\.00 GiB"):
+        built.check()
+
+
+@pytest.mark.parametrize(("name", "cluster"), CONFIGS)
+def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(name: str, cluster: str) -> None:
+    plan = config_plan(name, cluster)
+    page = (repository() / "configs" / f"{name}.yaml").read_text()
+    assert plan.fits
+    assert f"{plan.days * 24:.0f} hours" in page
+    assert f"tools/plan.py run --config configs/{name}.yaml --cluster {cluster}" in page
+
+
+def test_presets_are_complete_and_a_wrong_one_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    names = [file.stem for file in PRESETS.glob("*.yaml")]
+    assert len(names) >= 4
+    assert all(load_hardware(name).name == name for name in names)
+    assert load_hardware("h100x64", {"gpus": 128, "memory_gib": None}).nodes == 16
+    with pytest.raises(UserError, match=r"--cluster h1000 is neither a preset .*h100x64"):
+        load_hardware("h1000")
+    file = tmp_path / "mine.yaml"
+    for text, message in (
+        ("memory_gb: 80", "field memory_gb of cluster .* is unknown; did you mean memory_gib"),
+        ("matrix_tflops: fast", "matrix_tflops of cluster .* must be a positive number, got fast"),
+        ("gpus: 12", "--gpus must be a multiple of the 8 GPUs of a node, got 12"),
+        ("[1, 2]", "must hold fields and values"),
+        ("a: [", "is no YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_hardware(str(file))
+
+
+def test_what_memory_and_time_must_do_when_a_choice_changes() -> None:
+    hardware = load_hardware("h100x64")
+    plain = make_plan(small(), hardware, LABELS)
+    recomputed = make_plan(small(recompute=True), hardware, LABELS)
+    assert recomputed.memory.activations < plain.memory.activations / 4
+    assert recomputed.time.phases["backward"] > plain.time.phases["backward"]
+    scattered = make_plan(small(stage=3), hardware, LABELS)
+    assert scattered.memory.at_rest["weights"] < plain.memory.at_rest["weights"]
+    cut = make_plan(small(tensor=8), hardware, LABELS)
+    assert cut.time.links["activations"] > 0
+    assert cut.memory.at_rest["weights"] < plain.memory.at_rest["weights"] / 4
+    slow = make_plan(small(), dataclasses.replace(hardware, across_gbytes=1.0), LABELS)
+    assert slow.time.phases["communication"] > plain.time.phases["communication"]
+
+
+def test_the_best_choice_is_no_slower_than_any_legal_one_that_fits() -> None:
+    plan = config_plan("vit_l14_64gpu", "h100x64")
+    plans = all_plans(plan.layout.config, plan.hardware, Labels())
+    best = best_plans(plans, 5)
+    assert all(one.fits for one in best)
+    assert best[0].time.total <= plan.time.total * 1.0001
+    assert best[0].time.total == min(one.time.total for one in plans if one.fits)
+    assert {one.layout.tensor for one in plans} == {1, 2, 4, 8}
+    assert {one.layout.zero_stage for one in plans} == {1, 2, 3}
+
+
+def test_where_nothing_fits_it_says_by_how_much_and_what_would() -> None:
+    plan = config_plan("vit_bigg14_64gpu", "h100x64")
+    tiny = dataclasses.replace(plan.hardware, memory_gib=5.0)
+    with pytest.raises(
+        UserError, match=r"needs [\d.]+ GiB a rank, [\d.]+ GiB over the 1.0 .* it would fit GPUs of"
+    ):
+        best_plans(all_plans(plan.layout.config, tiny, Labels()), 1)
+
+
+def test_weak_scaling_keeps_a_ranks_images_and_loses_little_by_little() -> None:
+    plans = weak_scaling(config_plan("vit_l14_64gpu", "h100x64"))
+    assert [plan.hardware.gpus for plan in plans] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert {plan.layout.images for plan in plans} == {525}
+    shares = [efficiency(plan, plans[0]) for plan in plans]
+    assert shares[0] == 1
+    assert shares[-1] < shares[3] < 1.02
+    assert plans[-1].images_per_second > plans[0].images_per_second * 32
+
+
+def test_the_command_prints_tables_or_json_and_ends_with_one_line_on_a_mistake(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/plan.py", "run", "--config", "configs/vit_l14_64gpu.yaml"]
+
+    def plan(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *flags], cwd=repository(), capture_output=True, text=True, timeout=600, check=False
+        )
+
+    told = json.loads(plan("--json", "--samples=1e9", "--scaling", "8", "64").stdout)
+    assert told["plan"]["samples"] == 10**9
+    assert sum(told["plan"]["memory"]["kinds"].values()) == pytest.approx(told["plan"]["memory"]["peak"])
+    assert sum(told["plan"]["time"]["phases"].values()) == pytest.approx(told["plan"]["time"]["step"])
+    assert [one["cluster"]["gpus"] for one in told["scaling"]] == [8, 64]
+    too_small = plan("--memory-gib=14", "--choices=1", "--scaling")
+    assert too_small.returncode == 2
+    assert "best of the legal choices" in too_small.stdout
+    assert max(map(len, too_small.stdout.splitlines())) <= 120
+    assert too_small.stderr.startswith("megaregion: vit_l14_64gpu needs")
+    assert len(too_small.stderr.splitlines()) == 1
