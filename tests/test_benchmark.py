@@ -26,6 +26,11 @@ def test_a_ratio_is_better_when_greater_and_a_missed_goal_shows() -> None:
     assert [line.split()[-1] for line in lines[1:]] == ["holds", "MISSED", "1.00"]
 
 
+def test_a_forecast_may_miss_either_way() -> None:
+    low, near, high = (Case("a", ours, 1.0, 0.9, "s", two_sided=True) for ours in (0.8, 1.05, 1.2))
+    assert [case.holds for case in (low, near, high)] == [False, True, False]
+
+
 def test_the_json_has_the_form_of_every_benchmark(tmp_path: Path) -> None:
     Report({"cores": 2}, [Case("a", 1.0, 4.0, 3.0, "s")]).write_json(tmp_path / "new" / "out.json")
     found = json.loads((tmp_path / "new" / "out.json").read_text())

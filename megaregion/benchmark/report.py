@@ -57,6 +57,8 @@ class Report:
     def write_json(self, path: Path) -> None:
         """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
         cases = [{**asdict(case), "ratio": case.ratio, "holds": case.holds} for case in self.cases]
+        for case in cases:
+            del case["two_sided"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"host": self.host, "cases": cases}, indent=2) + "\n")
 

@@ -139,8 +139,8 @@ def _time(plan: Plan) -> str:
     starts, head = plan.time.notes["head_kernels"], plan.time.phases["head"]
     if starts >= head > 0.05 * total:
         text += (
-            "\n  note: the head waits for the host to start its kernels, a set for each draw (head.draw_images)"
-            "\n  and for each tile of a million scores (heads/tiles.py)"
+            "\n  note: the head waits for the host to start its kernels: one set for each draw"
+            "\n  (head.draw_images) and for each tile of a million scores (heads/tiles.py)"
         )
     return text
 
