@@ -12,6 +12,12 @@ from megaregion.errors import UserError
 MIN_VOCABULARY = 384
 """Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
 
+FLAT_CENTERS = 512
+"""Most centers for which plain k-means is as fast as any other."""
+
+MAX_PASSES = 12
+"""Most refinement passes; each is a stage of its own."""
+
 
 def _setting(default: Any, unit: str, text: str, choices: tuple[str, ...] = ()) -> Any:
     """A field that becomes a flag; the unit stands for the value in the help, the text says the effect."""
@@ -81,6 +87,34 @@ class ClusterSettings:
     clusters: int = _setting(256, "K", "number of centers, the object classes (paper: 1000000)")
     cluster_iterations: int = _setting(20, "N", "passes of k-means over the embeddings")
     cluster_seed: int = _setting(0, "SEED", "seed of k-means")
+    cluster_method: str = _setting(
+        "auto",
+        "",
+        f"flat k-means, or in first-level cells with refinement; auto: flat up to {FLAT_CENTERS} centers",
+        choices=("auto", "flat", "cells"),
+    )
+    first_level: int = _setting(0, "G", "first-level cells, each a piece of work; 0 takes the root of K")
+    refine_passes: int = _setting(
+        10, "N", f"passes over all embeddings after the cells are done, 0 to {MAX_PASSES}"
+    )
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether centers are found in first-level cells."""
+        by_size = self.cluster_method == "auto" and self.clusters > FLAT_CENTERS
+        return by_size or self.cluster_method == "cells"
+
+
+@dataclass(frozen=True)
+class AssignSettings:
+    """The labels; more than 4096 centers are not all looked at, see assign-probes."""
+
+    assign_probes: int = _setting(
+        16, "N", "cells of centers that are looked through for each region; 0 looks at every center"
+    )
+    chunk_memory: int = _setting(
+        512, "MIB", "memory for embeddings that are worked on at once, in cluster stages and in assign"
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,7 @@ class CurationSettings:
     propose: ProposeSettings = field(default_factory=ProposeSettings)
     embed: EmbedSettings = field(default_factory=EmbedSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    assign: AssignSettings = field(default_factory=AssignSettings)
     reader: OcrSettings = field(default_factory=OcrSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     pack: PackSettings = field(default_factory=PackSettings)
@@ -170,10 +205,19 @@ def check_settings(settings: CurationSettings) -> None:
     }
     for key in (
         "min_image_side", "max_image_pixels", "piece_images", "sam_grid", "max_regions", "clusters",
-        "cluster_iterations", "ocr_side", "samples_per_shard", "tokenizer_texts",
+        "cluster_iterations", "ocr_side", "samples_per_shard", "tokenizer_texts", "chunk_memory",
     ):  # fmt: skip
         if values[key] < 1:
             raise UserError(f"{_flag(key)} must be at least 1, got {values[key]}")
+    for key in ("cluster_seed", "first_level", "assign_probes"):
+        if values[key] < 0:
+            raise UserError(f"{_flag(key)} must be 0 or more, got {values[key]}")
+    if not 0 <= values["refine_passes"] <= MAX_PASSES:
+        raise UserError(f"--refine-passes must lie in 0..{MAX_PASSES}, got {values['refine_passes']}")
+    if values["first_level"] > values["clusters"]:
+        raise UserError(
+            f"--first-level must be at most --clusters {values['clusters']}, got {values['first_level']}"
+        )
     for key in ("max_area", "nms_iou", "min_objectness", "text_overlap", "min_confidence"):
         if not 0 <= values[key] <= 1:
             raise UserError(f"{_flag(key)} must lie in [0, 1], got {values[key]}")

@@ -1,53 +1,72 @@
 """Stage cluster: the centers of all embeddings, one object class each.
 
-Shapes: n regions of the whole run, K centers, C channels.
+Shapes: n regions of the whole run, K centers, L cells of centers, M neighbours of a center, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.embedder import unit
-from megaregion.curation.kmeans import find_centers
-from megaregion.curation.stage import Stage, plain
+from megaregion.curation.features import count_broken, open_rows, to_unit
+from megaregion.curation.kmeans import Vectors, find_centers
+from megaregion.curation.probing import ALL, build_probing
+from megaregion.curation.stages.coarse import ClusterStage
 from megaregion.curation.stages.embed import FEATURES
+from megaregion.curation.stages.refine import before, gathered
 from megaregion.curation.store import Output, Piece
 
-CENTERS = "centers.npy"
+CENTERS, CELLS, FIRST, NEIGHBOURS = "centers.npy", "cells.npy", "first.npy", "neighbours.npy"
 
 
-class Cluster(Stage):
-    """Writes centers.npy, float32 [K, C], unit vectors."""
+class Cluster(ClusterStage):
+    """Writes centers.npy, float32 [K, C], unit vectors.
+
+    Where there are so many that regions cannot be compared with each, also what finds the nearest:
+    cells.npy, float32 [L, C], first.npy, int64 [L + 1], and neighbours.npy, int32 [K, M].
+    """
 
     name = "cluster"
     whole = True
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return plain(self.job.settings.cluster)
+    version = 2
 
     @override
     def needs(self, number: int) -> list[Piece]:
-        return [Piece("embed", piece) for piece in range(self.slices())]
+        if not self.active:
+            return [Piece("embed", piece) for piece in range(self.slices())]
+        return before(self.plan.passes + 1, self.plan.cells)
 
     @override
     def work(self, number: int, output: Output) -> None:
-        settings = self.job.settings.cluster
-        vectors = load_features([self.path(piece, FEATURES) for piece in self.needs(number)])
-        vectors = vectors[vectors.any(axis=1)]
-        found = find_centers(vectors, settings.clusters, settings.cluster_iterations, settings.cluster_seed)
+        centers = self._in_cells(output) if self.active else self._flat(output)
+        if len(centers) > ALL:
+            probing = build_probing(centers, self.plan.seed)
+            centers = probing.centers
+            for name, values in (
+                (CELLS, probing.cells), (FIRST, probing.first), (NEIGHBOURS, probing.neighbours),
+            ):  # fmt: skip
+                with output.file(name) as file:
+                    np.save(file, values, allow_pickle=False)
         with output.file(CENTERS) as file:
-            np.save(file, found.centers, allow_pickle=False)
+            np.save(file, centers, allow_pickle=False)
         output.tick()
 
+    def _in_cells(self, output: Output) -> Vectors:
+        outcome = gathered(self.plan.passes + 1, self.plan.cells, self.path)
+        output.counts[f"clusters split in pass {self.plan.passes}"] += outcome.split
+        return outcome.centers
 
-def load_features(paths: Sequence[Path]) -> NDArray[np.float32]:
-    """Embeddings of several pieces as unit vectors, [n, C]; half precision had bent their length."""
-    arrays = [np.load(path, allow_pickle=False) for path in paths]
-    return unit(np.concatenate(arrays).astype(np.float32))
+    def _flat(self, output: Output) -> Vectors:
+        paths = [self.path(piece, FEATURES) for piece in self.needs(0)]
+        output.counts["embeddings not finite"] += sum(count_broken(open_rows(path)) for path in paths)
+        vectors = load_features(paths)
+        plan = self.plan
+        return find_centers(vectors[vectors.any(axis=1)], plan.clusters, plan.iterations, plan.seed).centers
+
+
+def load_features(paths: Sequence[Path]) -> Vectors:
+    """Embeddings of several pieces as unit vectors, [n, C]; zero where there is none."""
+    return to_unit(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
