@@ -8,6 +8,7 @@ part is loaded to show the help.
 from __future__ import annotations
 
 from megaregion.benchmark.commands import (
+    assign,
     atlas,
     checkpoint,
     convert,
@@ -15,6 +16,7 @@ from megaregion.benchmark.commands import (
     embed,
     guards,
     head,
+    kmeans,
     loader,
     model,
     ocr,
@@ -23,6 +25,7 @@ from megaregion.benchmark.commands import (
 )
 
 PARTS = {
+    "assign": assign,
     "atlas": atlas,
     "checkpoint": checkpoint,
     "convert": convert,
@@ -30,6 +33,7 @@ PARTS = {
     "embed": embed,
     "guards": guards,
     "head": head,
+    "kmeans": kmeans,
     "loader": loader,
     "model": model,
     "ocr": ocr,
