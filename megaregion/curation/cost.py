@@ -37,7 +37,7 @@ class Work:
     disk: float
     """Bytes read and written."""
     lone_products: float = 0.0
-    """Floating-point operations that one node does while the others wait."""
+    """Floating-point operations that one GPU does while the others wait."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class Fleet:
     """The machines of a projection; every number is an assumption that is printed with the outcome."""
 
     gpus: int = 64
-    gpus_per_node: int = 8
     gpu_rate: float = 30e12
     """Bare single-precision matrix products of one GPU through faiss, per second; an H100 can do 50e12."""
     cores_per_gpu: int = 12
@@ -120,7 +119,7 @@ def project(work: Sequence[Work], fitted: Fit, bare_rate: float, fleet: Fleet) -
     handling = fitted.handling * fitted.threads / (fleet.gpus * fleet.cores_per_gpu)
     return {
         each.step: each.products / (rate * fleet.gpus)
-        + each.lone_products / (rate * fleet.gpus_per_node)
+        + each.lone_products / rate
         + each.elements * handling
         + each.disk / fleet.disk
         for each in work
@@ -137,7 +136,7 @@ def explain(seconds: dict[str, float], work: Sequence[Work], fitted: Fit, bare: 
             f"{fitted.handling * 1e9:.2f} ns a channel on {fitted.threads} threads; fit within "
             f"{100 * fitted.error:.0f}%",
             f"assumed: {fleet.gpus} GPUs of {fleet.gpu_rate / 1e12:.0f} TFLOP/s bare, the same share of it "
-            f"inside the algorithm, {fleet.gpus_per_node} a node, {fleet.cores_per_gpu} cores each, "
+            f"inside the algorithm, {fleet.cores_per_gpu} cores each; centers' neighbours are found by one; "
             f"a disk of {fleet.disk / 1e9:.0f} GB/s for all; {disk / 1e12:.0f} TB of it, not overlapped",
             f"modelled: {steps}; {sum(seconds.values()) / 3600:.2f} h in all",
         ]

@@ -44,7 +44,11 @@ class ClusterStage(Stage):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return plain(self.job.settings.cluster)
+        values = plain(self.job.settings.cluster)
+        if self.active:
+            # How many vectors a cell learns from, and in which order they add up.
+            values["chunk_memory"] = self.job.settings.assign.chunk_memory
+        return values
 
     def chunk_rows(self, channels: int) -> int:
         """Embeddings that may be worked on at once."""
