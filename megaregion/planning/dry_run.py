@@ -31,6 +31,7 @@ from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
+from megaregion.training.levels import recompute_levels
 
 TOLERANCE = 0.05
 """Share by which the plan's memory may be off."""
@@ -189,7 +190,7 @@ class _Body:
 
         with _Unset():
             model = RegionEncoder(config.model, config.head.embedding_dim)
-        model.vit.recompute = config.train.recompute
+        model.vit.levels = recompute_levels(config, topology)
         places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), topology)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._config, self._device = config, topology.device

@@ -24,6 +24,11 @@ CENTERS, LABELS = "centers.npy", "labels.npy"
 class CellStage(ClusterStage):
     """A stage with one piece for each first-level cell."""
 
+    @property
+    @override
+    def sliced(self) -> bool:
+        return False
+
     @override
     def pieces(self) -> int:
         return self.plan.cells if self.active else 0
