@@ -103,6 +103,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(f"`{word}`" for word in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         parts = typing.get_args(annotation)
+        if dataclasses.is_dataclass(parts[0]):
+            return f"list of {{{', '.join(item.name for item in dataclasses.fields(parts[0]))}}}"
         return f"{len(parts)} {_kind(parts[0])}s"
     return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(
         annotation, str(annotation)

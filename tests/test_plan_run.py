@@ -16,6 +16,7 @@ from megaregion.command_line import parse_run, run_parser
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.errors import UserError
 from megaregion.models.encoder import RegionEncoder
+from megaregion.models.recompute import everywhere
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
@@ -58,7 +59,8 @@ def test_the_activations_are_those_that_autograd_keeps(weights: str, recompute: 
     config = small(precision=precision, recompute=recompute)
     config = dataclasses.replace(config, model=dataclasses.replace(MODEL, region_weights=weights))
     encoder = RegionEncoder(config.model, 128)
-    encoder.vit.recompute = recompute
+    if recompute:
+        encoder.vit.levels = everywhere("full", config.model.depth)
     encoder = encoder.bfloat16() if precision == "bf16" else encoder
     own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     kept: dict[int, torch.Tensor] = {}
