@@ -60,11 +60,7 @@ def fit(features: NDArray[np.float32], names: Sequence[str], decay: float) -> Pr
         names: Class of each row, R of them.
         decay: Weight decay.
     """
-    classes, label = np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)
-    mean, turn = _whiten(torch.from_numpy(features))
-    inputs = (torch.from_numpy(features) - mean) @ turn
-    weight = _descend(inputs, torch.from_numpy(label), len(classes), decay)
-    return Probe(tuple(classes.tolist()), mean, turn, weight)
+    return _fit_each(features, names, (decay,))[0]
 
 
 def choose_decay(
@@ -86,10 +82,8 @@ def choose_decay(
         return DECAYS[1]
     known = [name for name, out in zip(names, held, strict=True) if not out]
     asked = np.asarray([name for name, out in zip(names, held, strict=True) if out])
-    right = [
-        float(np.mean(np.asarray(fit(features[~held], known, decay).predict(features[held])) == asked))
-        for decay in DECAYS
-    ]
+    probes = _fit_each(features[~held], known, DECAYS)
+    right = [float(np.mean(np.asarray(each.predict(features[held])) == asked)) for each in probes]
     return DECAYS[int(np.argmax(right))]
 
 
@@ -107,6 +101,17 @@ def hold_out(names: Sequence[str], groups: Sequence[str], seed: int) -> NDArray[
             count = max(1, int(HELD_OUT * len(own)))
             drawn.update((name, own[place]) for place in rng.permutation(len(own))[:count])
     return np.asarray([pair in drawn for pair in zip(names, groups, strict=True)], np.bool_)
+
+
+def _fit_each(features: NDArray[np.float32], names: Sequence[str], decays: Sequence[float]) -> list[Probe]:
+    """A probe for each weight decay; the turn, which costs the most of wide features, is found once."""
+    classes, label = np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)
+    mean, turn = _whiten(torch.from_numpy(features))
+    inputs, labels = (torch.from_numpy(features) - mean) @ turn, torch.from_numpy(label)
+    return [
+        Probe(tuple(classes.tolist()), mean, turn, _descend(inputs, labels, len(classes), decay))
+        for decay in decays
+    ]
 
 
 def _whiten(features: Tensor) -> tuple[Tensor, Tensor]:
