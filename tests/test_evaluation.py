@@ -531,7 +531,9 @@ def run_tool(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def evaluated(place: Workplace) -> Path:
-    assert run_tool(place.run, "--scenes", place.scenes, "--limit", 16, "--batch", 4) == 0
+    assert (
+        run_tool(place.run, "--scenes", place.scenes, "--limit", 16, "--batch", 4, "--measures", "all") == 0
+    )
     return place.run
 
 

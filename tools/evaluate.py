@@ -2,7 +2,7 @@
 
 python tools/evaluate.py runs/demo --scenes data/scenes
 python tools/evaluate.py runs/demo --scenes data/scenes --images photos --compare openai/clip-vit-base-patch16
-python tools/evaluate.py runs/demo --scenes data/scenes --measures region,ocr --seeds 10
+python tools/evaluate.py runs/demo --scenes data/scenes --measures all --seeds 10
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megaregion.errors import UserError
 from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder
 from megaregion.evaluation.look import look, save_pictures
-from megaregion.evaluation.measures import MEASURES
+from megaregion.evaluation.measures import MEASURES, QUICK
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.published import plain, write_board
 from megaregion.evaluation.report import write_report
@@ -137,9 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--curation", choices=("lite0", "none"), default="lite0", help="curation encoder to compare with")
     add(
         "--measures",
-        default="all",
+        default=",".join(QUICK),
         metavar="NAME[,NAME ...]",
-        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; none leaves them out",
+        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; or all, or none",
     )
     add("--seeds", type=int, default=5, metavar="N", help="galleries, splits and pairs drawn behind a mean")
     add(

@@ -24,8 +24,10 @@ from megaregion.evaluation.tables import Table
 
 MEASURES = ("region", "retrieval", "ocr", "correspondence", "segmentation", "separation")
 """All tables, in the order in which they are shown."""
+QUICK = ("region", "retrieval", "ocr", "separation")
+"""Tables that cost little beside encoding the regions."""
 NEED_MAPS = ("correspondence", "segmentation", "separation")
-MAPPED_SCENES = 200
+MAPPED_SCENES = 100
 """Most scenes of each split whose maps are kept: they hold every place, not one feature a region."""
 
 Progress = Callable[[str, int, int], None]
