@@ -62,7 +62,8 @@ def test_a_run_leaves_its_settings_metrics_logs_and_checkpoints(dataset: Path, t
     config = config_from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     assert isinstance(config, RunConfig)
     assert config.train.steps == 3
-    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
+    # One fp32 copy of the model has nobody to share its state with.
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 0
     assert sorted(f.name for f in (run / "checkpoints").iterdir()) == [
         "fence", "latest", "step-00000002", "step-00000003",
     ]  # fmt: skip

@@ -108,7 +108,7 @@ def train(
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(
             "%d ranks: tensor %d x data %d, ZeRO %d, %s, %d samples, %d object and %d text classes",
-            place.world_size, place.tensor_size, place.data_size, config.parallel.zero_stage,
+            place.world_size, place.tensor_size, place.data_size, trainer.engine.stage,
             config.train.precision, trainer.dataset.info.samples, trainer.dataset.info.object_classes,
             trainer.dataset.info.text_classes,
         )  # fmt: skip
