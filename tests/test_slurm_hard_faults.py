@@ -35,7 +35,8 @@ def test_a_node_lost_during_a_save_with_a_spare_one(drill: Drill, undisturbed: s
 
 def test_a_node_lost_during_a_save_without_a_spare_one(drill: Drill, undisturbed: str) -> None:
     drill.cluster.kill_node("n9")
-    drill.cluster.until(lambda: drill.cluster.nodes_in("idle") == 8, 90, "the ninth node's end")
+    free = drill.cluster.nodes_in
+    drill.cluster.until(lambda: free("down") == 1 and free("idle") == 8, 120, "the ninth node's end")
     try:
         job = drill.submit("no-spare", nodes="4-8")
         with _lost_during_a_save(drill, "no-spare", job, rank=3):
