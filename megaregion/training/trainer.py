@@ -164,6 +164,7 @@ class Trainer:
         try:
             end = min(stop_at or self.config.train.steps, self.config.train.steps)
             self.events.write("ready", step=self.state.step)
+            self._stop.begin()
             goodput = Meter(self.run_folder) if self.topology.rank == 0 else None
             while self.state.step < end:
                 self._profiler.before(self.state.step + 1)
