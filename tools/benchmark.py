@@ -19,6 +19,9 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and none is visible; use --device cpu")
+    folder = getattr(options, "folder", None)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--folder {folder} is no folder; make it first, on the disk to measure")
     report = PARTS[options.part].measure(options, device)
     print(report.table())
     if options.json:
