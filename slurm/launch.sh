@@ -109,7 +109,9 @@ if [[ -n ${MEGAREGION_MODULES:-} ]]; then
   module load $MEGAREGION_MODULES
 fi
 
-per_node=${SLURM_NTASKS_PER_NODE:?set --ntasks-per-node to the GPUs of a node}
+gpus=${SLURM_GPUS_PER_NODE:-} # 8, or h100:8
+per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
+[[ -n $per_node ]] || give_up 2 "set --gpus-per-node (or --ntasks-per-node): one task a GPU"
 # Fewer nodes than asked for may be left (--nodes=4-8); the global batch stays, so not every number of them fits.
 nodes=$("${train[@]}" --fit-nodes "$SLURM_JOB_NUM_NODES" --per-node "$per_node") || give_up $? "refused, see above"
 tasks=(--nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node")

@@ -6,9 +6,11 @@
 # Partition, account, container and paths: slurm/site.env.example. To chain jobs beyond a site's time limit:
 #   sbatch --dependency=singleton slurm/pretrain_64gpu.sh        as often as wanted; they leave once the run is DONE
 #
+# No --ntasks-per-node: SLURM would keep the tasks of the first start, and a requeued job wait for all of its nodes.
+# launch.sh starts one task a GPU.
+#
 #SBATCH --job-name=megaregion-vit-l14
 #SBATCH --nodes=4-8
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --exclusive

@@ -8,7 +8,6 @@
 #
 #SBATCH --job-name=megaregion-vit-b16
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --exclusive

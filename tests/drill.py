@@ -44,8 +44,7 @@ class Drill:
     ) -> str:
         """Submit the script that users submit; returns the job's number."""
         return self.cluster.submit(
-            f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}",
-            "--cpus-per-task=1",
+            f"--nodes={nodes}", f"--gpus-per-node={per_node}", "--cpus-per-task=1",
             f"--output={self.folder}/{name}.log",
             repository() / "slurm" / "pretrain_8gpu.sh",
             *TOY, f"--data.path={self.dataset}", *settings,

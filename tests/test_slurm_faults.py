@@ -59,8 +59,7 @@ def test_a_rank_that_dies_is_started_again_with_all_others(drill: Drill, undistu
 
 
 def test_a_run_goes_on_with_fewer_nodes_and_with_all_again(drill: Drill, undisturbed: str) -> None:
-    # With one task a node SLURM takes the fewest of the nodes it may; with two it takes the most.
-    job = drill.submit("elastic", nodes="4-8", per_node=2)
+    job = drill.submit("elastic", nodes="4-8")
     drill.wait_for_step("elastic", job, 4)
     # Three of nine nodes go away: eight can no longer be had, six can.
     for node in ("n7", "n8", "n9"):

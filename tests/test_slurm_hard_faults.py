@@ -38,8 +38,7 @@ def test_a_node_lost_during_a_save_without_a_spare_one(drill: Drill, undisturbed
     free = drill.cluster.nodes_in
     drill.cluster.until(lambda: free("down") == 1 and free("idle") == 8, 120, "the ninth node's end")
     try:
-        # With one task a node SLURM takes the fewest of the nodes it may; with two it takes the most.
-        job = drill.submit("no-spare", nodes="4-8", per_node=2)
+        job = drill.submit("no-spare", nodes="4-8")
         with _lost_during_a_save(drill, "no-spare", job, rank=3):
             assert drill.finish("no-spare", job) == "COMPLETED", drill.log("no-spare")
     finally:
