@@ -332,7 +332,11 @@ SIZES = ((224, 224), (336, 336), (448, 336))
 
 
 def parity(folder: Path, config: ModelConfig, ranks: int) -> None:
-    """All features of an exported checkpoint in transformers within 1e-5 of ours."""
+    """All features of an exported checkpoint in transformers within 1e-5 of ours, relative to the largest.
+
+    Features that no norm follows grow with depth (to about 5 here), and the roundings of two orders of the
+    same sums with them.
+    """
     from transformers import AutoModel
 
     vit: VisionTransformer = write_run(folder / "run", ranks, config).vit
@@ -348,8 +352,9 @@ def parity(folder: Path, config: ModelConfig, ranks: int) -> None:
             "class": (output.last_hidden_state - tokens)[:, 0],
             "pooled": output.pooler_output - pooled,
         }
+        largest = max(1.0, float(tokens.abs().max()))
         for name, difference in found.items():
-            assert difference.abs().max() <= 1e-5, f"{name} at {height} x {width}"
+            assert difference.abs().max() <= 1e-5 * largest, f"{name} at {height} x {width}"
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
