@@ -5,7 +5,7 @@
 #
 # What becomes of a start is read from the exit code of srun:
 #   0   trained to the end (or to --stop-at); at the end the run has a DONE marker, jobs that follow leave at once
-#   85  stopped on a signal (time limit, preemption, a person), saved if steps had begun: requeued
+#   85  saved on a signal (time limit, preemption, a person): requeued
 #   2   a mistake in the settings or the data: the job fails, a new start would fail as well
 #   86  a newer start owns the run: the job ends and touches nothing
 #   any other, such as a dead rank, a watchdog's 87 or an unfit machine's 88: requeued, until starts in a row
@@ -151,7 +151,7 @@ case $code in
     if [[ -f $run/DONE ]]; then say "$run is trained to the end"; else say "stopped where it was told to"; fi
     ;;
   85)
-    requeue "stopped on a signal"
+    requeue "saved on a signal"
     ;;
   2)
     give_up 2 "not requeued, see the last lines of $logs/rank-*.out"

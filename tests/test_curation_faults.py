@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,8 +43,10 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
                 kills += 1
         _, errors = process.communicate(timeout=600)
         if process.returncode == 0:
-            break
+            assert contents(out / "shards") == contents(tmp_path / "undisturbed" / "shards")
+            if kills == KILLS:
+                break
+            shutil.rmtree(out)  # A fast machine was done before the last kill: once more from the start.
+            continue
         assert process.returncode == -signal.SIGKILL or "died (exit code -9" in errors, errors
-        assert starts < KILLS + 2
-    assert kills == KILLS, "the run ended before the last kill; let it have more to do"
-    assert contents(out / "shards") == contents(tmp_path / "undisturbed" / "shards")
+        assert starts < 3 * KILLS

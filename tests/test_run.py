@@ -20,6 +20,7 @@ from toy import toy_config, toy_dataset
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.errors import REQUEUE_EXIT, USER_ERROR_EXIT
 from megaregion.training.checkpoint import find_checkpoint
+from megaregion.training.signals import EARLY_EXIT
 
 SMALL = [
     "--model.image_size=32", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",
@@ -256,6 +257,6 @@ def test_a_stop_request_before_the_first_step_ends_the_start(dataset: Path, tmp_
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGUSR1)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == REQUEUE_EXIT, output
+    assert process.returncode == EARLY_EXIT, output
     assert "nothing to save" in output
     assert not list(tmp_path.glob("run/checkpoints/step-*"))

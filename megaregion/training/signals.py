@@ -12,9 +12,11 @@ import signal
 import threading
 from types import FrameType
 
-from megaregion.errors import REQUEUE_EXIT
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+EARLY_EXIT = 1
+"""Exit code of a rank that left before the first step. srun tells the highest code of all ranks, and when one
+fails it asks the others to stop: theirs must not hide its own."""
 
 
 class StopRequest:
@@ -54,7 +56,7 @@ class StopRequest:
         while numbers := os.read(reader, 64):
             if self._starting and any(number in STOP_SIGNALS for number in numbers):
                 os.write(2, b"megaregion: asked to stop before the first step; there is nothing to save\n")
-                os._exit(REQUEUE_EXIT)
+                os._exit(EARLY_EXIT)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
