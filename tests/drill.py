@@ -86,6 +86,11 @@ class Drill:
         """Last loss that was logged for each step."""
         return {int(record["step"]): record["loss"] for record in self.records(name)}
 
+    def nodes_used(self, name: str) -> list[int]:
+        """Nodes of each start of the run, as the batch script says."""
+        lines = (self.folder / f"{name}.log").read_text().splitlines()
+        return [int(line.split(" nodes x ")[0].split()[-3]) for line in lines if " nodes x " in line]
+
     def wait_for_step(self, name: str, job: str, step: int, seconds: float = 240) -> None:
         """Wait until the run has logged a step, requeued in between or not."""
 

@@ -44,11 +44,10 @@ def test_a_node_lost_during_a_save_without_a_spare_one(drill: Drill, undisturbed
     finally:
         drill.cluster.start_node("n9")
         drill.cluster.until(lambda: drill.cluster.nodes_in("idle") == 9, 90, "nine idle nodes")
-    log = (drill.folder / "no-spare.log").read_text()
-    used = [int(line.split(" nodes x ")[0].split()[-3]) for line in log.splitlines() if " nodes x " in line]
-    assert used[0] == 8, log
+    used = drill.nodes_used("no-spare")
+    assert used[0] == 8, drill.log("no-spare")
     # As many of the seven that are left as were free at that moment, and 48 images do not spread over seven.
-    assert used[-1] in (4, 6), log
+    assert used[-1] in (4, 6), drill.log("no-spare")
     _assert_close(drill.losses("no-spare"), drill.losses(undisturbed))
 
 
