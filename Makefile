@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test drills lint types layers clean help
 
 help:
-	@echo "make demo   images in, a HuggingFace encoder out (about 15 minutes on 2 cores); see runs/demo/report.html"
+	@echo "make demo   images in, a HuggingFace encoder out; see runs/demo/report.html"
 	@echo "make test   every check: style, types, layers, tests"
 	@echo "make drills faults of a cluster, played through on a pretend SLURM (needs root and Debian's slurm packages)"
 	@echo "make clean  remove what the demo wrote (data/demo, runs/demo)"
