@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megaregion.config import RunConfig, check_config, setting_names
+from megaregion.checks import check_config
+from megaregion.config import RunConfig, setting_names
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
 
 INTERRUPTED_EXIT = 130

@@ -13,7 +13,8 @@ import pytest
 from launch import free_port, repository
 from toy_scenes import write_run, write_scenes, write_shards
 
-from megaregion.config import EvaluateConfig, RunConfig, check_config
+from megaregion.checks import check_config
+from megaregion.config import EvaluateConfig, RunConfig
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
 from megaregion.evaluation.background import BackgroundEvaluation, look, recorded_steps

@@ -12,17 +12,10 @@ import pytest
 from launch import repository
 from toy import toy_config
 
+from megaregion.batching import batching, fitting_nodes
+from megaregion.checks import check_config
 from megaregion.command_line import parse_run, run_parser
-from megaregion.config import (
-    RunConfig,
-    StageConfig,
-    accumulation,
-    check_config,
-    config_from_dict,
-    draw_images,
-    fitting_nodes,
-    setting_names,
-)
+from megaregion.config import RunConfig, StageConfig, config_from_dict, setting_names
 from megaregion.errors import UserError
 
 
@@ -46,7 +39,9 @@ from megaregion.errors import UserError
             {"stages": (StageConfig(32, 16), StageConfig(40, 20))},
             r"stages\[1\].from_image must be a multiple of train.global_batch 16 above 16, got 20; use 32",
         ),
+        ({"stages": (StageConfig(32, 16, micro_batch=-1),)}, r"stages\[0\].micro_batch must be 0"),
         ({"stages": (StageConfig(33, 16),)}, r"stages\[0\].image_size .* got 33; use 32"),
+        ({"train__fp8": True}, "train.fp8 needs train.precision bf16 and parallel.tensor 1, got fp32 and 1"),
         ({"train__activation_gib": -1.0}, "train.activation_gib"),
         ({"train__steps": 0}, "train.steps must be at least 1, got 0"),
     ],
@@ -63,14 +58,16 @@ def test_the_defaults_are_a_legal_run() -> None:
 def test_a_global_batch_that_does_not_fit_the_ranks_names_those_that_work() -> None:
     config = toy_config(Path("data"), Path("runs"))
     with pytest.raises(UserError, match="sizes that work: 1, 2, 4, 8, 16"):
-        accumulation(config, 3)
-    assert [accumulation(config, ranks) for ranks in (1, 2, 4, 8, 16)] == [8, 4, 2, 1, 1]
+        batching(config, 3)
+    assert [batching(config, ranks).micro_steps for ranks in (1, 2, 4, 8, 16)] == [8, 4, 2, 1, 1]
 
 
 def test_the_micro_batch_adapts_where_it_does_not_divide_a_ranks_share() -> None:
     config = toy_config(Path("data"), Path("runs"), train__global_batch=60, train__micro_batch=8)
-    assert [accumulation(config, ranks) for ranks in (5, 6, 10, 15)] == [2, 2, 1, 1]
-    assert [accumulation(config, ranks) for ranks in (1, 2, 4)] == [10, 5, 3]
+    assert [batching(config, ranks).micro_steps for ranks in (5, 6, 10, 15)] == [2, 2, 1, 1]
+    assert [batching(config, ranks).micro_steps for ranks in (1, 2, 4)] == [10, 5, 3]
+    larger = StageConfig(64, 60, micro_batch=4)
+    assert [batching(config, ranks, larger).micro_batch for ranks in (1, 2, 4)] == [4, 3, 3]
 
 
 def test_the_most_nodes_that_keep_the_global_batch_are_found() -> None:
@@ -86,16 +83,15 @@ def test_the_64_gpu_run_fits_every_number_of_nodes_that_its_script_accepts() -> 
         for nodes in range(least, most + 1):
             assert fitting_nodes(config, nodes, 8) == nodes
             data_ranks = nodes * 8 // config.parallel.tensor
-            share = config.train.global_batch // data_ranks
-            assert share // accumulation(config, data_ranks) >= config.train.micro_batch / 2, (
-                "tiny micro-batches"
-            )
+            for stage in (None, *config.stages):
+                most = stage.micro_batch if stage and stage.micro_batch else config.train.micro_batch
+                assert batching(config, data_ranks, stage).micro_batch >= most / 2, "tiny micro-batches"
 
 
 def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:
     config = toy_config(Path("data"), Path("runs"), head__draw_images=5)
     with pytest.raises(UserError, match=r"head.draw_images must divide .* use 4"):
-        draw_images(config, 2)
+        batching(config, 2)
 
 
 def test_settings_survive_the_way_through_a_checkpoint() -> None:

@@ -13,10 +13,10 @@ import torch
 from launch import repository
 
 from megaregion.command_line import parse_run, run_parser
-from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megaregion.errors import UserError
 from megaregion.models.encoder import RegionEncoder
-from megaregion.models.recompute import everywhere
+from megaregion.models.recompute import watch_kept
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
@@ -25,6 +25,7 @@ from megaregion.planning.plan import Plan, make_plan
 from megaregion.planning.report import efficiency
 from megaregion.planning.scaling import weak_scaling
 from megaregion.planning.search import all_plans, best_plans
+from megaregion.planning.stages import fullest, stage_plans
 
 MODEL = ModelConfig(image_size=64, patch_size=8, width=256, depth=6, heads=8, mlp_width=1024, region_layers=2)
 LABELS = Labels(50_000, 5_000)
@@ -53,27 +54,32 @@ def test_the_parameters_are_those_of_the_model(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["shared", "separate"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kept_mib", [0, 0.01, 4, 8, 11])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_activations_are_those_that_autograd_keeps(weights: str, recompute: bool, precision: str) -> None:
-    config = small(precision=precision, recompute=recompute)
-    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, region_weights=weights))
+def test_the_activations_are_those_that_autograd_keeps(weights: str, kept_mib: float, precision: str) -> None:
+    config = small(precision=precision)
+    size = 0.5 if precision == "bf16" else 1
+    train = dataclasses.replace(config.train, activation_gib=size * kept_mib / 1024)
+    model = dataclasses.replace(MODEL, region_weights=weights)
+    config = dataclasses.replace(config, model=model, train=train)
     encoder = RegionEncoder(config.model, 128)
-    if recompute:
-        encoder.vit.levels = everywhere("full", config.model.depth)
+    layout = lay_out(config, 128, LABELS)
+    assert layout.micro_batch == 2
+    encoder.vit.levels = layout.levels
+    kinds = {0: {"keep"}, 0.01: {"full"}, 4: {"full", "cheap"}, 8: {"cheap"}, 11: {"cheap", "keep"}}
+    assert set(layout.levels) == kinds[kept_mib], layout.levels
     encoder = encoder.bfloat16() if precision == "bf16" else encoder
     own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:
         kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
     visible = torch.ones(2, 10, 64, dtype=torch.bool)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with watch_kept(note):
         out = encoder(torch.randn(2, 3, 64, 64), visible)
     counted = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    planned = 2 * activation_bytes(lay_out(config, 1, LABELS), Hardware(device="processor"))
+    planned = 2 * activation_bytes(layout, Hardware(device="processor"))
     assert out.requires_grad
     assert planned == pytest.approx(counted, rel=0.02)
 
@@ -105,11 +111,27 @@ def test_a_dry_run_refuses_a_rank_that_is_not_there_and_a_plan_that_is_off() -> 
 
 @pytest.mark.parametrize(("name", "cluster"), CONFIGS)
 def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(name: str, cluster: str) -> None:
-    plan = config_plan(name, cluster)
+    config, _ = parse_run(run_parser("test"), ["--config", f"{repository()}/configs/{name}.yaml"])
+    plans = stage_plans(config, load_hardware(cluster), Labels())
     page = (repository() / "configs" / f"{name}.yaml").read_text()
-    assert plan.fits
-    assert f"{plan.days * 24:.0f} hours" in page
+    assert all(plan.fits for plan in plans)
+    assert f"{sum(plan.days for plan in plans) * 24:.0f} hours" in page
     assert f"tools/plan.py run --config configs/{name}.yaml --cluster {cluster}" in page
+
+
+def test_a_run_of_several_resolutions_is_planned_one_by_one() -> None:
+    stages = (StageConfig(128, 2560), StageConfig(192, 5120, micro_batch=1), StageConfig(256, 10240))
+    config = dataclasses.replace(small(), stages=stages)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=30))
+    plans = stage_plans(config, load_hardware("h100x64"), LABELS)
+    assert [plan.layout.config.model.image_size for plan in plans] == [64, 128, 192], (
+        "the last is never reached"
+    )
+    assert [plan.samples for plan in plans] == [2560, 2560, 2560]
+    assert [plan.layout.micro_batch for plan in plans] == [2, 2, 1]
+    alone = dataclasses.replace(config, model=dataclasses.replace(MODEL, image_size=128), stages=())
+    assert plans[1].time == make_plan(alone, load_hardware("h100x64"), LABELS).time
+    assert fullest(plans) is max(plans, key=lambda plan: plan.memory.peak)
 
 
 def test_presets_are_complete_and_a_wrong_one_is_refused_with_the_way_out(tmp_path: Path) -> None:

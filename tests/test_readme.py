@@ -1,64 +1,56 @@
-"""Every command in the README exists, with every flag that it is given."""
+"""Every command of the README runs, in its order and as it is printed; only sizes are added."""
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-import shlex
 import subprocess
-import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from launch import repository
+from readme import Smaller, commands, elsewhere, furnish, python_blocks, recipe
 
-SHELL = re.compile(r"```\n(.*?)```", re.DOTALL)
-TOOL = re.compile(r"(?:^|\s)(tools/\w+\.py)\b(.*)$")
-STANDARD = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-"""Flags of torchrun, which stand before the tool."""
-
-
-def commands() -> Iterator[tuple[str, str]]:
-    """Tool and arguments of each command line in a code block or between backquotes."""
-    text = (repository() / "README.md").read_text()
-    blocks = SHELL.findall(text)
-    inline = re.findall(r"`((?:\$python |python )?tools/[^`]+)`", text)
-    for block in [*blocks, *inline]:
-        for line in block.replace("\\\n", " ").splitlines():
-            found = TOOL.search(line.split(" #")[0])
-            # `kmeans | assign` names several parts in prose.
-            if found and " | " not in found[2]:
-                yield found[1], found[2]
+FOUND = commands()
+HERE = [(command, how) for command in FOUND if (how := recipe(command)) is not None]
 
 
-@functools.cache
-def help_of(tool: str, part: str) -> str:
-    command = [sys.executable, "-W", "ignore", tool, *([part] if part else []), "--help"]
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("reader")
+    return folder, furnish(folder)
+
+
+def run(command: str, place: tuple[Path, dict[str, str]]) -> str:
+    folder, environment = place
+    line = f"$python {command}" if command.startswith("tools/") else command
     done = subprocess.run(
-        command, cwd=repository(), capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "COLUMNS": "400"},
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        check=False,
     )  # fmt: skip
-    assert done.returncode == 0, f"{tool} {part}: {done.stderr[-500:]}"
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
-FOUND = sorted(set(commands()))
+def test_the_readme_shows_every_tool() -> None:
+    assert len(FOUND) > 35
+    tools = {f"tools/{path.name}" for path in (repository() / "tools").glob("*.py")}
+    assert tools - {tool for tool in tools if any(tool in command for command in FOUND)} == {"tools/demo.py"}
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(FOUND) > 25
-    assert {tool for tool, _ in FOUND} >= {
-        f"tools/{path.name}" for path in (repository() / "tools").glob("*.py")
-    } - {"tools/demo.py", "tools/make_scenes.py"}
+def test_a_command_that_is_run_elsewhere_has_its_test() -> None:
+    tests = "\n".join(path.read_text() for path in (repository() / "tests").glob("test_*.py"))
+    for command in FOUND:
+        if recipe(command) is None:
+            assert re.search(rf"^def {elsewhere(command)}\(", tests, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(("tool", "arguments"), FOUND, ids=lambda text: str(text).strip()[:60])
-def test_a_command_of_the_readme_is_understood(tool: str, arguments: str) -> None:
-    assert (repository() / tool).is_file()
-    words = shlex.split(arguments)
-    part = words[0] if words and re.fullmatch(r"[a-z][a-z-]*", words[0]) else ""
-    known = help_of(tool, part)
-    flags = {word.split("=")[0] for word in words if word.startswith("--") and len(word) > 2}
-    unknown = {flag for flag in flags if not re.search(rf"{re.escape(flag)}(?![\w-])", known)}
-    assert not unknown, f"{tool} {part} does not know {sorted(unknown)}"
+@pytest.mark.parametrize(("command", "how"), HERE, ids=[command[:70] for command, _ in HERE])
+def test_a_command_of_the_readme_runs(command: str, how: Smaller, place: tuple[Path, dict[str, str]]) -> None:
+    run(how.of(command), place)
+
+
+def test_the_code_for_regions_gives_a_row_for_each_box(place: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = place
+    (code,) = python_blocks()
+    (folder / "regions.py").write_text(code + "\nprint(tuple(regions.shape))")
+    assert run("$python regions.py", place).endswith("(2, 16)\n")

@@ -215,6 +215,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_counted(tmp_path: Path) ->
 def _poisoned(dataset: str, output: str) -> None:
     import torch
 
+    from megaregion.batching import batching
     from megaregion.errors import UserError
     from megaregion.parallel import topology
     from megaregion.training.metrics import open_log
@@ -230,7 +231,7 @@ def _poisoned(dataset: str, output: str) -> None:
     embeddings = torch.randn(16, 3, 16)
     embeddings[5, 2] = float("nan")
     with pytest.raises(UserError, match="are not finite"):
-        trainer.heads.loss(embeddings, batch, step=0, micro_step=0)
+        trainer.heads.loss(embeddings, batch, step=0, micro_step=0, cut=batching(config, 1))
     log = (Path(output) / "poisoned" / "logs" / "rank-00.log").read_text()
     assert f"features of sample {batch.keys[5]} are not finite" in log
     for kind, head in trainer.heads.by_kind.items():

@@ -150,12 +150,17 @@ def initial_centers(config: RunConfig, kind: str, classes: int) -> torch.Tensor:
 
 TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2}
 
+# Each step has its own size of image and number of micro-steps.
+STAGES = (StageConfig(48, 16, 0.5, micro_batch=1), StageConfig(24, 32, 0.1, micro_batch=4))
+
 VARIANTS = {
     # Each must equal the dense reference too.
     "separate-tp2": {"parallel__tensor": 2, "model__region_weights": "separate"},
     "recompute-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, "train__recompute": True},
     "native-tp2": {"parallel__tensor": 2, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
-    "stages": {"stages": (StageConfig(48, 16, 0.5), StageConfig(24, 32, 0.1))},
+    "stages": {"stages": STAGES},
+    "stages-zero2": {"stages": STAGES, "parallel__zero_stage": 2},
+    "stages-tp2-zero3": {"stages": STAGES, "parallel__zero_stage": 3, "parallel__tensor": 2},
     "within-memory": {"train__activation_gib": 1e-4},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
 }
@@ -169,13 +174,14 @@ SAMPLED = {
 BF16 = {
     "bf16-zero1": {"parallel__zero_stage": 1, "train__precision": "bf16"},
     "bf16-zero2": {"parallel__zero_stage": 2, "train__precision": "bf16"},
+    "bf16-fp8": {"parallel__zero_stage": 1, "train__precision": "bf16", "train__fp8": True},
     "bf16-zero3-tp2": {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__tensor": 2},
 }
 
 NATIVE_STAGES = {
     "data__packing": "native",
     "data__crop_ratio": (0.3, 3.0),
-    "stages": (StageConfig(48, 16), StageConfig(24, 48)),
+    "stages": (StageConfig(48, 16, micro_batch=1), StageConfig(24, 48)),
 }
 
 CONTINUED = {
@@ -245,6 +251,13 @@ def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, f
 def test_bf16_stays_close_to_fp32(name: str, dataset: Path, four_ranks: Path) -> None:
     exact = losses(toy_config(dataset, four_ranks, "sampled-tp1"))
     assert losses(toy_config(dataset, four_ranks, name)) == pytest.approx(exact, rel=0.02)
+
+
+def test_8_bit_products_change_the_run_but_little(dataset: Path, four_ranks: Path) -> None:
+    exact = losses(toy_config(dataset, four_ranks, "bf16-zero1"))
+    rounded = losses(toy_config(dataset, four_ranks, "bf16-fp8"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in CONTINUED if n.startswith("same")])

@@ -16,7 +16,7 @@ from typing import Any
 from megaregion.command_line import parse_run, run, run_parser
 from megaregion.errors import UserError
 from megaregion.planning import faults
-from megaregion.planning.hardware import Hardware, load_hardware
+from megaregion.planning.hardware import GIB, Hardware, load_hardware
 
 PARTS = {
     "run": "memory, time, traffic, cost, best choices and scaling of a config on a cluster",
@@ -61,16 +61,18 @@ def plan_run(arguments: list[str]) -> int:
 
 def show_plan(config: Any, hardware: Hardware, flags: Any) -> int:
     from megaregion.planning.layout import known_labels
-    from megaregion.planning.plan import make_plan
-    from megaregion.planning.report import choices_text, plan_text, plan_values, scaling_text
+    from megaregion.planning.report import choices_text, plan_text, plan_values, scaling_text, stages_text
     from megaregion.planning.scaling import SIZES, weak_scaling
     from megaregion.planning.search import all_plans, best_plans
+    from megaregion.planning.stages import fullest, stage_plans
 
     labels = known_labels(config, flags.classes, flags.vocabulary)
-    plan = make_plan(config, hardware, labels, flags.samples)
-    best = []
+    stages = stage_plans(config, hardware, labels, flags.samples)
+    # What follows is about the first resolution, which most samples have.
+    plan, worst = stages[0], fullest(stages)
+    config, best = plan.layout.config, []
     if flags.choices or not plan.fits:
-        best = best_plans(all_plans(config, hardware, labels, flags.samples), max(1, flags.choices))
+        best = best_plans(all_plans(config, hardware, labels, plan.samples), max(1, flags.choices))
     sizes = SIZES if flags.scaling is None else flags.scaling
     scaled = weak_scaling(plan, sizes) if sizes else []
     built = None
@@ -81,6 +83,7 @@ def show_plan(config: Any, hardware: Hardware, flags: Any) -> int:
     if flags.json:
         values = {
             "plan": plan_values(plan),
+            "stages": [plan_values(one) for one in stages],
             "choices": [plan_values(one) for one in best],
             "scaling": [plan_values(one) for one in scaled],
             "dry_run": built and built.values(),
@@ -88,16 +91,24 @@ def show_plan(config: Any, hardware: Hardware, flags: Any) -> int:
         print(json.dumps(values, indent=2))
     else:
         texts = [plan_text(plan)]
+        texts += [stages_text(stages)] if len(stages) > 1 else []
         texts += [choices_text(best, plan)] if best else []
         texts += [scaling_text(scaled)] if scaled else []
         texts += [built.text()] if built else []
         print("\n\n".join(texts))
     if built is not None:
         built.check()
-    if not plan.fits:
+    if not worst.fits:
+        size = worst.layout.config.model.image_size
         raise UserError(
-            f"{config.name} needs {plan.over:.1f} GiB more than a rank of {hardware.name} may use; take one "
-            "of the choices above"
+            f"{config.name} needs {worst.over:.1f} GiB more than a rank of {hardware.name} may use "
+            f"at {size} px; "
+            + (
+                "take one of the choices above"
+                if worst is plan
+                else "lower its stage's micro_batch, or set "
+                f"train.activation_gib {max(1, int(worst.memory.activations / GIB - worst.over))}"
+            )
         )
     return 0
 

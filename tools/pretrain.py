@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megaregion.batching import fitting_nodes
 from megaregion.command_line import parse_run, run, run_parser
-from megaregion.config import RunConfig, fitting_nodes
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.training.signals import StopRequest
 

@@ -238,8 +238,9 @@ def check_labels(key: str, record: SampleRecord, info: DatasetInfo) -> None:
         UserError: A label lies outside its label space; the heads would learn nonsense from it.
     """
     for number, region in enumerate(record.regions):
-        classes = info.object_classes if region.kind == "object" else info.text_classes
-        if (greatest := max(region.labels)) >= classes:
+        greatest = max(region.tokens) if region.label is None else region.label
+        classes = info.text_classes if region.label is None else info.object_classes
+        if greatest >= classes:
             raise UserError(
                 f"sample {key!r}, region {number}: {region.kind} label {greatest} is outside the label space "
                 f"of {classes} classes that dataset.json names; label and pack the dataset again"

@@ -91,6 +91,6 @@ def overlap(
     Returns:
         Shared lengths, [g, k].
     """
-    length = np.minimum(edges[1:, None], np.asarray(ends, dtype=np.float64)[None, :])
-    length -= np.maximum(edges[:-1, None], np.asarray(starts, dtype=np.float64)[None, :])
+    length = np.minimum.outer(edges[1:], ends)
+    length -= np.maximum.outer(edges[:-1], starts)
     return np.maximum(length, 0.0, out=length)

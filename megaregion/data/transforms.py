@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
-from megaregion.data.draws import Purpose, generator
+from megaregion.data.draws import Purpose, Stream
 from megaregion.data.image import Jpeg, cut, eighths_needed
 from megaregion.data.mask import RLE
 from megaregion.data.regions import sample_regions, visibility
@@ -47,6 +48,10 @@ class Transform:
     seed: int
     stages: tuple[StageConfig, ...] = ()
 
+    @cached_property
+    def _draws(self) -> Stream:
+        return Stream(self.seed, Purpose.AUGMENTATION)
+
     def __call__(
         self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
     ) -> TransformedSample | None:
@@ -69,27 +74,24 @@ class Transform:
             return None
         grid = self._grid(position)
         data, native = self.data, self.data.packing == "native"
-        rng = generator(self.seed, Purpose.AUGMENTATION, position)
+        rng = self._draws.at(position)
         view = self.view(record, rng, grid)
         rows, columns = fitting_grid(view, grid**2) if native else (grid, grid)
         patch = self.model.patch_size
-        share = view.share_inside(np.array([region.box for region in record.regions], dtype=np.float64))
-        kept = [
-            region
-            for region, inside in zip(record.regions, share.tolist(), strict=True)
-            if inside > 0 and inside >= data.min_visible
-        ]
-        if not kept:
+        boxes = np.array([region.box for region in record.regions], dtype=np.float64)
+        share = view.share_inside(boxes)
+        kept = np.flatnonzero((share > 0) & (share >= data.min_visible))
+        if not kept.size:
             return None
-        chosen = [kept[i] for i in sample_regions(len(kept), data.regions_per_image, rng)]
+        places = kept[sample_regions(kept.size, data.regions_per_image, rng)]
+        chosen = [record.regions[place] for place in places.tolist()]
         pixels = jitter(cut(image, view, columns * patch, rows * patch, shrink=True), data.color_jitter, rng)
-        boxes = np.array([region.box for region in chosen], dtype=np.float64)
         masks = [region.mask for region in chosen]
         return TransformedSample(
             key=key,
             position=position,
             pixels=pixels,
-            visible=visibility(boxes, masks, view, rows, columns, data.patch_coverage),
+            visible=visibility(boxes[places], masks, view, rows, columns, data.patch_coverage),
             kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
             labels=pad_labels(chosen, data.max_text_tokens),
             patch=patch if native else 0,
@@ -188,9 +190,11 @@ def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]
         Labels, int64 [N, T].
     """
     labels = np.full((len(regions), slots), -1, dtype=np.int64)
-    for row, region in zip(labels, regions, strict=True):
-        positives = region.labels[:slots]
-        row[: len(positives)] = positives
+    labels[:, 0] = [-1 if region.label is None else region.label for region in regions]
+    for row, region in enumerate(regions):
+        if region.label is None:
+            positives = region.labels[:slots]
+            labels[row, : len(positives)] = positives
     return labels
 
 

@@ -63,11 +63,11 @@ class View:
 
     def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of each box's area that lies inside the view, [R]; 0 for a box without area."""
-        size = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
-        low = np.maximum(boxes[:, :2], (self.x0, self.y0))
-        high = np.minimum(boxes[:, 2:], (self.x1, self.y1))
-        inside = np.maximum(high - low, 0.0).prod(axis=1)
-        area = size.prod(axis=1)
+        x0, y0, x1, y1 = boxes.T
+        wide = np.minimum(x1, self.x1) - np.maximum(x0, self.x0)
+        high = np.minimum(y1, self.y1) - np.maximum(y0, self.y0)
+        inside = np.maximum(wide, 0.0) * np.maximum(high, 0.0)
+        area = np.maximum(x1 - x0, 0.0) * np.maximum(y1 - y0, 0.0)
         return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, check_config
+from megaregion.checks import check_config
+from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export.mlcd import PREFIX, REGION, join_mlcd
 from megaregion.export.weight_files import INDEX

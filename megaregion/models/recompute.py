@@ -10,8 +10,8 @@ Shapes: T image tokens, N regions of an image, D width, M MLP width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,11 @@ def remade(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Ab
     place, numbers, kept = made.data_ptr(), made.numel(), source.detach()
 
     def pack(saved: Tensor) -> Any:
-        return saved.shape if saved.data_ptr() == place and saved.numel() == numbers else saved
+        if saved.data_ptr() == place and saved.numel() == numbers:
+            return saved.shape
+        for see in _WATCHERS:
+            see(saved)
+        return saved
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
@@ -44,6 +48,25 @@ def remade(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Ab
             return make(kept).view(packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+_WATCHERS: list[Callable[[Tensor], None]] = []
+
+
+@contextmanager
+def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
+    """While it is open, show every tensor that autograd keeps; hooks alone see none inside of :func:`remade`."""
+
+    def pack(saved: Tensor) -> Tensor:
+        see(saved)
+        return saved
+
+    _WATCHERS.append(see)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            yield
+    finally:
+        _WATCHERS.remove(see)
 
 
 def kept_bytes(model: ModelConfig, tokens: int, level: Level, item: int, tensor: int = 1) -> int:

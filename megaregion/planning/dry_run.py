@@ -21,17 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
+from megaregion.models.recompute import watch_kept
 from megaregion.parallel.topology import Topology
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
-from megaregion.training.levels import recompute_levels
 
 TOLERANCE = 0.05
 """Share by which the plan's memory may be off."""
@@ -116,7 +115,7 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
         raise UserError(f"--dry-run must name a rank in [0, {layout.ranks - 1}], got {rank}")
     with _fake_group(rank, plan.hardware, layout.tensor) as topology, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        body = _Body(layout.config, topology)
+        body = _Body(layout, topology)
         counted = body.at_rest()
         heads = [_head(kind, layout, topology) for kind in layout.heads]
         counted["head"] = sum(_bytes(p.tensor for p in head.state().values()) for head in heads)
@@ -184,16 +183,18 @@ class _Unset(TorchFunctionMode):
 class _Body:
     """The encoder of one rank under its engine, as the trainer builds it."""
 
-    def __init__(self, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, layout: Layout, topology: Topology) -> None:
         from megaregion.parallel.tensor_parallel import parallelize
         from megaregion.parallel.zero import ZeroEngine
 
+        config = layout.config
         with _Unset():
             model = RegionEncoder(config.model, config.head.embedding_dim)
-        model.vit.levels = recompute_levels(config, topology)
+        model.vit.levels = layout.levels
         places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), topology)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._config, self._device = config, topology.device
+        self._several = layout.micro_steps > 1
         if config.train.precision == "bf16":
             model = model.to(torch.bfloat16)
         self.kept = self._kept_of_one_image(model)
@@ -220,7 +221,7 @@ class _Body:
 
     def pass_one_image(self) -> None:
         """Send one image forward and back."""
-        self._engine.backward(self._engine(*self._image()).float().sum())
+        self._engine.backward(self._engine(*self._image()).float().sum(), last=not self._several)
 
     def gradients(self) -> int:
         """Bytes of gradients that wait for the next micro-step, or for the update."""
@@ -235,11 +236,10 @@ class _Body:
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, Tensor] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def note(tensor: Tensor) -> None:
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with watch_kept(note):
             embeddings = model(*self._image())
         size = _bytes(tensor for place, tensor in kept.items() if place not in own)
         del embeddings

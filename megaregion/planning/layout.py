@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaregion.config import HeadConfig, ModelConfig, RunConfig, accumulation, draw_images
+from megaregion.batching import batching
+from megaregion.config import HeadConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
+from megaregion.models.recompute import Level
+from megaregion.training.levels import recompute_levels
 
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size where the settings name none, in elements."""
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""
 
@@ -157,6 +158,11 @@ class Layout:
         return 2 if self.config.train.precision == "bf16" else 4
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """What each block recomputes."""
+        return recompute_levels(self.config, self.micro_batch, self.config.model.image_size)
+
+    @property
     def images(self) -> int:
         """Images of one data rank in a step."""
         return self.micro_batch * self.micro_steps
@@ -177,10 +183,9 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels) -> Layout:
     if ranks % tensor:
         raise UserError(f"parallel.tensor must divide the number of ranks {ranks}, got {tensor}")
     data = ranks // tensor
-    micro_steps = accumulation(config, data)
-    micro_batch = config.train.global_batch // data // micro_steps
+    cut = batching(config, data)
     regions = config.data.regions_per_image
-    rows, draw_rows = micro_batch * data * regions, draw_images(config, data) * regions
+    rows, draw_rows = cut.micro_batch * data * regions, cut.draw_images * regions
     kinds = {
         "object": (config.head.object, labels.object_classes, 1 - labels.text_share),
         "text": (config.head.text, labels.text_classes, labels.text_share),
@@ -193,8 +198,8 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels) -> Layout:
     body = body_parameters(config.model, config.head.embedding_dim, tensor)
     zero = _zero_settings(config, data)
     return Layout(
-        config, labels, ranks, data, micro_batch, micro_steps, body, heads,
-        zero_stage=zero["stage"], bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        config, labels, ranks, data, cut.micro_batch, cut.micro_steps, body, heads,
+        zero_stage=zero["stage"], bucket=zero["reduce_bucket_size"],
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaregion.models.recompute import LEVELS, Level
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 
@@ -161,26 +162,35 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     width, own = model.width * size, model.region_weights == "separate"
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
-    if layout.config.train.recompute:
-        return outside + width * (model.depth * tokens + (model.region_layers - 1) * regions)
-    each = _kept_of_a_token(layout, hardware)
-    # A region token's projection is kept whole, and its turned query beside it.
-    rides = model.region_layers * regions * (each + width / tensor)
-    if own:
-        rides += tokens * width * (1 + model.region_layers * (1 + 3 / tensor))
-        return outside + model.depth * tokens * each + rides
-    # The image tokens of the last block end at keys and values.
-    last = tokens * (2 + 3 / tensor) * width
-    return outside + (model.depth - 1) * tokens * each + last + rides
+    each = {level: _kept_of_a_token(layout, hardware, level) for level in LEVELS}
+    # A region token's projection is kept whole, and its turned query beside it; nothing of it is made again.
+    rides = {"keep": each["keep"] + width / tensor, "cheap": each["keep"] + width / tensor, "full": width}
+    kept, first = float(outside), model.depth - model.region_layers
+    for number, level in enumerate(layout.levels):
+        ends = number == model.depth - 1 and level != "full" and not own
+        # The image tokens of the last block end at keys and values.
+        kept += tokens * (width * ((1 if level == "cheap" else 2) + 3 / tensor) if ends else each[level])
+        # The first block's region tokens are the class token's, which is kept anyway.
+        kept += regions * rides[level] if number > first or (number == first and level != "full") else 0.0
+        if own and number >= first and level != "full":
+            kept += tokens * width * (1 + 3 / tensor)
+    # Own weights read what the last block has written.
+    return kept + (tokens * width if own and layout.levels[-1] != "full" else 0.0)
 
 
-def _kept_of_a_token(layout: Layout, hardware: Hardware) -> float:
-    """Bytes of one token in one block: both norms' inputs and outputs, q, k, v, what was read, the MLP."""
+def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Level = "keep") -> float:
+    """Bytes of one image token in one block.
+
+    Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
+    """
     model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
     # A processor's attention gives what was read head by head; it is copied for the next product.
     read = 2 if hardware.device == "processor" else 1
-    cut = ((3 + read) * model.width + 2 * model.mlp_width) / tensor
-    return size * (4 * model.width + cut) + 4 * (model.heads / tensor + 4)
+    if level == "full":
+        return float(size * model.width)
+    norms, mlp = (2, 1) if level == "cheap" else (4, 2)
+    cut = ((3 + read) * model.width + mlp * model.mlp_width) / tensor
+    return size * (norms * model.width + cut) + 4 * (model.heads / tensor + 4)
 
 
 def _passing(layout: Layout, hardware: Hardware) -> float:
@@ -191,7 +201,7 @@ def _passing(layout: Layout, hardware: Hardware) -> float:
     model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
     tokens = 1 + model.grid**2
     gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
-    if layout.config.train.recompute:
+    if layout.levels[-1] == "full":
         return gradients + tokens * _kept_of_a_token(layout, hardware)
     freed = 0.0 if model.region_weights == "separate" else tokens * size * (2 + 3 / tensor) * model.width
     return max(0.0, gradients - freed)

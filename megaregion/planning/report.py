@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from megaregion.models.recompute import LEVELS
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
 
@@ -21,6 +22,33 @@ def choices_text(plans: Sequence[Plan], own: Plan) -> str:
     head = ("choice", "tensor", "data", "ZeRO", "micro-batch", "recompute", "GiB", "s/step", "img/s", "MFU")
     rows = [_choice(str(number), plan) for number, plan in enumerate(plans, 1)]
     return "best of the legal choices\n" + _table([head, *rows, _choice("config", own)])
+
+
+def stages_text(plans: Sequence[Plan]) -> str:
+    """The run's resolutions below each other, and their sum."""
+    head = ("pixels", "micro-batch", "recomputed", "GiB", "s/step", "img/s", "MFU", "samples", "hours")
+    rows = [
+        (
+            str(plan.layout.config.model.image_size),
+            f"{plan.layout.micro_steps} x {plan.layout.micro_batch}",
+            _recomputed(plan),
+            f"{plan.memory.peak / GIB:.1f}{'' if plan.fits else '!'}",
+            f"{plan.time.total:.3f}",
+            f"{plan.images_per_second:,.0f}",
+            f"{plan.mfu:.1%}",
+            f"{plan.samples:,}",
+            f"{plan.days * 24:,.1f}",
+        )
+        for plan in plans
+    ]
+    samples, days = sum(plan.samples for plan in plans), sum(plan.days for plan in plans)
+    total = ("all", "", "", "", "", "", "", f"{samples:,}", f"{days * 24:,.1f}")
+    hours = sum(plan.gpu_hours for plan in plans)
+    return (
+        "resolutions\n"
+        + _table([head, *rows, total])
+        + f"\n  {days:.2f} days, {hours:,.0f} GPU-hours, faults included"
+    )
 
 
 def scaling_text(plans: Sequence[Plan]) -> str:
@@ -62,7 +90,9 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "tensor": layout.tensor,
         "data": layout.data,
         "zero_stage": layout.zero_stage,
+        "image_size": layout.config.model.image_size,
         "recompute": layout.config.train.recompute,
+        "levels": {level: layout.levels.count(level) for level in LEVELS},
         "micro_batch": layout.micro_batch,
         "micro_steps": layout.micro_steps,
         "global_batch": layout.config.train.global_batch,
@@ -95,9 +125,15 @@ def _head(plan: Plan) -> str:
         f"  ViT {layout.body.on_rank(1) / 1e6:,.0f}M, {model.image_size} px, patch {model.patch_size}, "
         f"{config.data.regions_per_image} regions, {config.train.precision}\n"
         f"  tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero_stage}, "
-        f"recompute {'on' if config.train.recompute else 'off'}, batch {config.train.global_batch:,} = "
+        f"recompute {_recomputed(plan)}, batch {config.train.global_batch:,} = "
         f"{layout.data} x {layout.micro_steps} x {layout.micro_batch}"
     )
+
+
+def _recomputed(plan: Plan) -> str:
+    counts = {level: plan.layout.levels.count(level) for level in ("cheap", "full")}
+    told = [f"{count} {level}" for level, count in counts.items() if count]
+    return ", ".join(told) or "nothing"
 
 
 def _assumptions(plan: Plan) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from megaregion.config import RunConfig, check_config
+from megaregion.checks import check_config
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Labels

@@ -21,6 +21,8 @@ KERNELS = {"forward": 24, "backward": 44, "draw": 90, "tile": 24, "block of cent
 """Kernels of one block's forward and backward pass, of a draw, of a tile, and of updating some centers."""
 CENTERS_AT_A_TIME = 1 << 17
 """Elements of the centers that the heads update together (heads/row_adamw.py)."""
+CHEAP_SHARE = 0.03
+"""What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
 """Bytes of a parameter in a checkpoint: fp32 value and two moments."""
 
@@ -108,12 +110,14 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     out, back = _moved(layout)
     memory = hardware.memory_gbytes * 1e9
     forward = images * (products + attention + patches + out / memory)
-    again = forward if config.train.recompute else 0.0
+    # Blocks that run again, and norms and activations that are made again.
+    full, cheap = (layout.levels.count(level) / config.model.depth for level in ("full", "cheap"))
+    again = forward * (full + CHEAP_SHARE * cheap)
     backward = images * (2 * (products + attention) + patches + back / memory) + again
     kernels = (
         layout.micro_steps * hardware.launch_us * 1e-6 * (config.model.depth + config.model.region_layers)
     )
-    twice = KERNELS["forward"] if config.train.recompute else 0
+    twice = KERNELS["forward"] * full
     return (
         max(forward, kernels * KERNELS["forward"]),
         max(backward, kernels * (KERNELS["backward"] + twice)),

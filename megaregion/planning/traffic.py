@@ -100,8 +100,8 @@ def _tensor(layout: Layout) -> list[Transfer]:
     model, tensor = layout.config.model, layout.tensor
     if tensor == 1:
         return []
-    # Two sums a block on the way out, two on the way back, and the first two again if it is computed twice.
-    passes = 6 if layout.config.train.recompute else 4
+    # Two sums a block on the way out, two on the way back, and the first two again where a block runs twice.
+    passes = 4 + 2 * layout.levels.count("full") / model.depth
     tokens = (model.depth - 1) * (1 + model.grid**2)
     rides = model.region_layers * layout.config.data.regions_per_image
     size = (tokens + rides) * model.width * layout.itemsize * layout.images

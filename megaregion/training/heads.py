@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaregion.config import RunConfig, accumulation, draw_images
+from megaregion.batching import Batching
+from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
@@ -51,9 +52,6 @@ class Heads:
         self._config = config
         self._topology = topology
         self._nodes = _node_groups(config, topology)
-        self._draw_rows = draw_images(config, topology.data_size) * config.data.regions_per_image
-        micro_steps = accumulation(config, topology.data_size)
-        self._micro_rows = config.train.global_batch // micro_steps * config.data.regions_per_image
         classes = {"object": dataset.info.object_classes, "text": dataset.info.text_classes}
         settings = {"object": config.head.object, "text": config.head.text}
         self.by_kind = {
@@ -80,7 +78,13 @@ class Heads:
             self.by_kind["object"].start_from(torch.from_numpy(centers))
 
     def loss(
-        self, embeddings: Tensor, batch: Batch, step: int, micro_step: int, refuse: bool = True
+        self,
+        embeddings: Tensor,
+        batch: Batch,
+        step: int,
+        micro_step: int,
+        cut: Batching,
+        refuse: bool = True,
     ) -> HeadsLoss:
         """Losses of one micro-step and the gradient they send into the body.
 
@@ -92,6 +96,7 @@ class Heads:
             batch: The samples they came from.
             step: Steps already taken.
             micro_step: Index of the micro-step within the step.
+            cut: How the step is cut.
             refuse: Raise where features are not finite; else the loss is not finite and the caller judges.
 
         Raises:
@@ -105,8 +110,12 @@ class Heads:
         rows = gather_features(
             leaf.flatten(0, 1), place.world_group, place.data_group, place.tensor_group, nodes=self._nodes
         )
-        targets = {kind: self._draw(kind, labels, step, micro_step) for kind in self.by_kind}
-        regions = self._config.train.global_batch * self._config.data.regions_per_image
+        each = self._config.data.regions_per_image
+        first = micro_step * cut.micro_batch * place.data_size * each
+        targets = {
+            kind: self._draw(kind, labels, step, first, cut.draw_images * each) for kind in self.by_kind
+        }
+        regions = self._config.train.global_batch * each
         sums, counts, metrics = {}, {}, {}
         total = torch.zeros((), device=leaf.device)
         for kind, head in self.by_kind.items():
@@ -124,14 +133,11 @@ class Heads:
         assert leaf.grad is not None
         return HeadsLoss(leaf.grad, sums, counts, metrics)
 
-    def _draw(self, kind: str, marked: Tensor, step: int, micro_step: int) -> Targets:
+    def _draw(self, kind: str, marked: Tensor, step: int, first_row: int, draw_rows: int) -> Targets:
         """Targets of a kind from the labels [R, T] of all data ranks, with the rows' kinds behind them."""
+        of_kind = marked[:, -1] == KINDS[kind]
         return self.by_kind[kind].draw(
-            marked[:, :-1],
-            marked[:, -1] == KINDS[kind],
-            step,
-            first_row=micro_step * self._micro_rows,
-            draw_rows=self._draw_rows,
+            marked[:, :-1], of_kind, step, first_row=first_row, draw_rows=draw_rows
         )
 
     def _samples_of(self, rows: Sequence[int], keys: Sequence[str]) -> list[str]:

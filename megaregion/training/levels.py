@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from megaregion.config import RunConfig, accumulation
+from megaregion.config import RunConfig
 from megaregion.models.recompute import Level, choose_levels, everywhere
-from megaregion.parallel.topology import Topology
 
 GIB = 2**30
 
 
-def recompute_levels(config: RunConfig, topology: Topology) -> tuple[Level, ...]:
-    """The level of each block by train.recompute and train.activation_gib."""
+def recompute_levels(config: RunConfig, micro_batch: int, image_size: int) -> tuple[Level, ...]:
+    """The level of each block by train.recompute and train.activation_gib.
+
+    Args:
+        config: The run.
+        micro_batch: Images that a rank passes through the model at once.
+        image_size: Their side, in pixels.
+    """
     if config.train.recompute:
         return everywhere("full", config.model.depth)
-    images = config.train.global_batch // topology.data_size // accumulation(config, topology.data_size)
     return choose_levels(
         config.model,
-        images * (1 + config.largest().grid ** 2),
+        micro_batch * (1 + (image_size // config.model.patch_size) ** 2),
         2 if config.train.precision == "bf16" else 4,
         config.train.activation_gib * GIB,
-        topology.tensor_size,
+        config.parallel.tensor,
     )

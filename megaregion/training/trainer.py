@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaregion.config import RunConfig, accumulation
+from megaregion.batching import Batching, batching, check_batching
+from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
@@ -27,6 +28,7 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, UserError
 from megaregion.models.encoder import RegionEncoder, decays
+from megaregion.models.float8 import use_float8
 from megaregion.models.initialisation import initialise
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.vit import VisionTransformer
@@ -89,7 +91,8 @@ class Trainer:
         self._progress = progress or Progress()
         self._after_save = after_save
         self._faults = Faults.of_rank(topology.rank)
-        self._micro_steps = accumulation(config, topology.data_size)
+        check_batching(config, topology.data_size)
+        self._image_size = 0
         self.dataset = ShardedDataset(config.data.path, topology.rank == 0, config.data)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed, config.stages)
@@ -131,7 +134,10 @@ class Trainer:
         initialise(model, self.config.seed)
         if begin is not None:
             begin(model.vit)
-        model.vit.levels = recompute_levels(self.config, self.topology)
+        self._vit = model.vit
+        if self.config.train.fp8:
+            count = use_float8(model.vit.blocks, self.topology.device)
+            LOG.info("%d linears multiply in 8-bit floats", count)
         if self.config.train.compile:
             for block in model.vit.blocks:
                 block.compile()
@@ -222,10 +228,11 @@ class Trainer:
         began = time.perf_counter()
         self._spent.clear()
         stage = self.config.stage(self.state.position)
+        cut = self._enter(stage)
         step, lr = self.state.step + 1, learning_rate(self.config, self.state.step) * stage.lr_scale
         sums = StepSums(self.config)
         norm = None
-        for micro_step in range(self._micro_steps):
+        for micro_step in range(cut.micro_steps):
             self._progress.note("data", step)
             with self._timed("data"):
                 batch = next(batches)
@@ -242,7 +249,7 @@ class Trainer:
             self._progress.note("head", step)
             with self._timed("head"):
                 loss = self.heads.loss(
-                    embeddings, batch, self.state.step, micro_step, refuse=not self._guard.enabled
+                    embeddings, batch, self.state.step, micro_step, cut, refuse=not self._guard.enabled
                 )
             sums.add(loss)
             gradient = loss.gradient.float()
@@ -250,7 +257,8 @@ class Trainer:
                 gradient = gradient * spoilt
             self._progress.note("backward", step)
             with self._phases("backward"):
-                self.engine.backward((embeddings.float() * gradient).sum())
+                last = micro_step == cut.micro_steps - 1
+                self.engine.backward((embeddings.float() * gradient).sum(), last)
             self._progress.note("update", step)
             with self._phases("optimizer"):
                 norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
@@ -340,14 +348,23 @@ class Trainer:
 
         A refused step uses up its samples and is no step, so nobody knows beforehand how many are needed.
         """
-        batch, ranks = self.config.train.global_batch, self.topology.data_size
-        first = self.state.position
-        for step in itertools.count():
-            for micro_step in range(self._micro_steps):
-                within = step_positions(
-                    step, batch, micro_step, self._micro_steps, self.topology.data_rank, ranks
-                )
+        batch, place = self.config.train.global_batch, self.topology
+        for first in itertools.count(self.state.position, batch):
+            micro_steps = self._cut(self.config.stage(first)).micro_steps
+            for micro_step in range(micro_steps):
+                within = step_positions(0, batch, micro_step, micro_steps, place.data_rank, place.data_size)
                 yield [first + p for p in within]
+
+    def _cut(self, stage: StageConfig) -> Batching:
+        return batching(self.config, self.topology.data_size, stage)
+
+    def _enter(self, stage: StageConfig) -> Batching:
+        """Be ready for steps of a resolution; what is recomputed changes no bit."""
+        cut = self._cut(stage)
+        if stage.image_size != self._image_size:
+            self._image_size = stage.image_size
+            self._vit.levels = recompute_levels(self.config, cut.micro_batch, stage.image_size)
+        return cut
 
     def _inputs(self, images: Tensor) -> Tensor:
         return images.bfloat16() if self.config.train.precision == "bf16" else images

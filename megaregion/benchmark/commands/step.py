@@ -9,7 +9,8 @@ import torch
 
 from megaregion.benchmark.measure import Stopwatch, describe_host
 from megaregion.benchmark.report import Report
-from megaregion.config import ModelConfig, check_model
+from megaregion.checks import check_model
+from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:

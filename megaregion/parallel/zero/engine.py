@@ -69,8 +69,14 @@ class ZeroEngine:
         """Forward pass of the body."""
         return self._engine(*inputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss that is already divided by the whole global batch."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Accumulate gradients of a loss that is already divided by the whole global batch.
+
+        Args:
+            loss: The loss of a micro-step.
+            last: Whether :meth:`step` then updates the body: it is the step's last micro-step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @property
@@ -79,7 +85,7 @@ class ZeroEngine:
         return self._refused is None and not getattr(self._optimizer, "overflow", False)
 
     def step(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor | None:
-        """End a micro-step; at the accumulation boundary clip and update.
+        """End a micro-step; clip and update if it is the step's last.
 
         Args:
             lr: Learning rate of this step.
@@ -87,7 +93,7 @@ class ZeroEngine:
                 it says no, the gradients are dropped and neither parameter nor moment changes.
 
         Returns:
-            At the boundary the global gradient norm over body and heads, before clipping, 0-d; else None.
+            After the last the global gradient norm over body and heads, before clipping, 0-d; else None.
         """
         self._accept, self._refused = accept, None
         for group in self._optimizer.param_groups:

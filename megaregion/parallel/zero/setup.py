@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaregion.config import RunConfig, accumulation
+from megaregion.batching import batching
+from megaregion.config import RunConfig
 from megaregion.parallel.topology import Topology
+
+REDUCE_BUCKET = 50_000_000
+"""Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
+reduction would then begin when the backward pass is over."""
 
 
 class _ModelParallelUnit:
@@ -64,18 +69,20 @@ def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
         config: The run.
         data_ranks: Copies of the model; micro-batches of one step follow from it.
     """
-    micro_steps = accumulation(config, data_ranks)
+    cut = batching(config, data_ranks)
     bf16 = config.train.precision == "bf16"
     return {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.train.global_batch // data_ranks // micro_steps,
-        "gradient_accumulation_steps": micro_steps,
+        # Those of the first resolution; the engine is told with each micro-step which is a step's last.
+        "train_micro_batch_size_per_gpu": cut.micro_batch,
+        "gradient_accumulation_steps": cut.micro_steps,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16} if bf16 else {"enabled": False},
         "zero_optimization": {
             "stage": effective_stage(config, data_ranks),
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
+            "reduce_bucket_size": REDUCE_BUCKET,
             # Small parameters stay whole in stage 3: gathering a layer norm costs more than keeping it.
             "stage3_param_persistence_threshold": 10_000,
         },

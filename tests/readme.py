@@ -1,0 +1,200 @@
+"""The commands that the README shows, and the small place in which a test runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from curation_scenes import scene
+from launch import free_port, repository
+from toy_scenes import write_run, write_scenes, write_shards
+
+from megaregion.data.info import read_info
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`((?:\$python )?tools/\w+\.py [^`]+)`")
+SHELL = re.compile(r"\$python |make |torchrun |\. slurm/")
+
+CURATION = "--clusters 4 --vocab 384 --piece-images 4 --crop-side 96 --workers 2"
+MODEL = "--model.image_size 48 --model.patch_size 8 --model.width 32 --model.heads 4 --model.mlp_width 64"
+HEAD = "--model.depth 2 --model.region_layers 1 --head.embedding_dim 16 --optimizer.warmup_steps 1"
+TRAIN = f"{MODEL} {HEAD} --data.workers 0 --train.global_batch 8 --train.micro_batch 4 --head.draw_images 8"
+
+RUN = """
+name: run
+model: {image_size: 48, patch_size: 8, width: 32, depth: 2, heads: 4, mlp_width: 64, region_layers: 1}
+data: {path: data/photos/shards, workers: 0, regions_per_image: 3}
+head: {embedding_dim: 16}
+optimizer: {warmup_steps: 1}
+train: {steps: 12, global_batch: 4, micro_batch: 2, precision: fp32}
+"""
+"""A run of the reader's, RUN.yaml in the README."""
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """What makes a command small enough for a test; all that it says itself stays."""
+
+    added: str = ""
+    replaced: tuple[str, str] = ("", "")
+
+    def of(self, command: str) -> str:
+        """The command that is run."""
+        assert self.replaced[0] in command
+        return (
+            f"{command.replace(*self.replaced, 1)} {self.added}"
+            if self.added
+            else command.replace(*self.replaced, 1)
+        )
+
+
+SMALLER = {
+    "$python tools/curate.py --images": Smaller(CURATION),
+    "$python tools/atlas.py data/photos": Smaller("--tile 32"),
+    "$python tools/atlas.py --synthetic": Smaller("--synthetic 60 --sheets 2 --tile 32"),
+    "$python tools/make_scenes.py": Smaller("--train 6 --test 2"),
+    "$python -m torch.distributed.run --nproc-per-node 4": Smaller(f"{TRAIN} --train.steps 4 --stop-at 2"),
+    "$python -m torch.distributed.run --nproc-per-node 2": Smaller(f"{TRAIN} --train.steps 4"),
+    "$python tools/pretrain.py --config configs/vit_l14_64gpu.yaml": Smaller(
+        "--data.path data/photos/shards --data.workers 0 --head.draw_images 0 --head.embedding_dim 16 "
+        "--train.precision fp32 --train.steps 1 --train.global_batch 2 --train.micro_batch 2 "
+        "--optimizer.warmup_steps 1"
+    ),
+    "$python tools/pretrain.py --config RUN.yaml --data": Smaller("--name packed"),
+    "$python tools/pretrain.py --config RUN.yaml --train": Smaller("--name budget"),
+    "$python tools/pretrain.py --config RUN.yaml --profile": Smaller("--name profile"),
+    "$python tools/pretrain.py ...": Smaller(
+        "--evaluate.every 6 --checkpoint.every 6", ("...", "--config RUN.yaml --name evaluated")
+    ),
+    "$python tools/evaluate.py": Smaller("--limit 40 --map-side 96"),
+    "$python tools/benchmark.py model": Smaller(
+        "--width 32 --depth 1 --heads 2 --size 32 --batch 2 --rounds 1"
+    ),
+    "tools/pretrain.py report": Smaller(replaced=("NAME", "photos")),
+    "tools/benchmark.py plan": Smaller(
+        "--case 2", ("--model b16 --batch 2", "--model s16 --batch 1 --steps 2")
+    ),
+}
+"""The longest beginning of a command that stands here names its recipe; others run as they are."""
+
+ELSEWHERE = {
+    "make demo": "test_images_become_an_encoder_that_transformers_loads",
+    "make test": "test_a_command_of_the_readme_runs",
+    ". slurm/site.env && sbatch": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
+    ". slurm/site.env && slurm/curate.sh": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
+    "torchrun --nnodes 8": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
+    "tools/benchmark.py kmeans": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
+    "tools/benchmark.py assign": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
+    "tools/benchmark.py atlas": "test_a_synthetic_atlas_draws_only_what_the_view_needs",
+    "tools/benchmark.py head": "test_the_head_benchmark_runs_at_any_size",
+    "tools/benchmark.py checkpoint": "test_the_checkpoint_benchmark_runs_at_any_size",
+    "tools/benchmark.py loader": "test_the_loader_benchmark_runs_and_reads_nothing_in_vain",
+    "$python tools/benchmark.py step": "test_the_step_benchmark_runs_at_any_size",
+    "tools/benchmark.py step": "test_the_step_benchmark_runs_at_any_size",
+    "tools/benchmark.py curation": "test_the_benchmarks_of_curation_run_at_any_size",
+    "tools/benchmark.py convert": "test_the_conversion_benchmark_runs_at_any_size",
+    "tools/curate.py report --truth": "test_the_report_has_every_number_of_the_labels",
+}
+"""Commands that need a cluster, a whole demo or a form of their own, and the test that runs them."""
+
+
+def commands() -> list[str]:
+    """Every command of the README once, in order: those of its blocks, then those between backquotes."""
+    return list(dict.fromkeys([*_of_blocks(), *_between_backquotes()]))
+
+
+def recipe(command: str) -> Smaller | None:
+    """How to run a command; None for one that another test runs."""
+    if _longest(command, ELSEWHERE):
+        return None
+    return SMALLER.get(_longest(command, SMALLER), Smaller())
+
+
+def elsewhere(command: str) -> str:
+    """The test that runs a command."""
+    return ELSEWHERE[_longest(command, ELSEWHERE)]
+
+
+def python_blocks() -> list[str]:
+    """The README's Python code."""
+    return [code for language, code in FENCE.findall(_text()) if language == "python"]
+
+
+def furnish(folder: Path) -> dict[str, str]:
+    """Put into a folder what the README's commands read; returns the environment to run them in."""
+    for name in ("tools", "configs", "slurm"):
+        shutil.copytree(repository() / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "slurm" / "site.env").unlink(missing_ok=True)
+    for number in range(12):
+        kind = folder / "photos" / ("garden", "street")[number % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        scene(number + 1).save(kind / f"{number:02d}.jpg", quality=90)
+    shutil.copy(folder / "photos" / "garden" / "00.jpg", folder / "photo.jpg")
+    shutil.copytree(folder / "photos" / "garden", folder / "video")
+    scenes = write_scenes(folder / "data" / "demo" / "scenes")
+    shards = write_shards(folder / "data" / "demo" / "curated" / "shards", scenes)
+    for name in ("demo", "other"):
+        config = write_run(folder / "runs" / name, shards, read_info(shards).text_classes)
+        settings = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))))
+        (folder / "runs" / name / "config.yaml").write_text(settings)
+    (folder / "RUN.yaml").write_text(RUN)
+    _write_encoders(folder)
+    return {
+        **os.environ,
+        "PYTHONPATH": str(repository()),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "PET_MASTER_PORT": str(free_port()),
+        "python": sys.executable,
+    }
+
+
+def _write_encoders(folder: Path) -> None:
+    """Random weights under the names of released ones, saved by transformers itself."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        MLCDVisionConfig,
+        MLCDVisionModel,
+    )
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    rice, clip = folder / "rice-vit-large-patch14-560", folder / "openai" / "clip-vit-base-patch16"
+    MLCDVisionModel(MLCDVisionConfig(**size, image_size=56, patch_size=14)).save_pretrained(rice)
+    CLIPVisionModel(CLIPVisionConfig(**size, image_size=32, patch_size=16)).save_pretrained(clip)
+    for where, side in ((rice, 56), (clip, 32)):
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(where)
+
+
+def _of_blocks() -> Iterator[str]:
+    for language, block in FENCE.findall(_text()):
+        if language or not SHELL.search(block):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            command = " ".join(line.split("# ")[0].split())
+            if command and not command.startswith("python="):
+                yield command
+
+
+def _between_backquotes() -> Iterator[str]:
+    # `kmeans | assign` names several parts in prose.
+    return (found for found in INLINE.findall(_text()) if " | " not in found)
+
+
+def _longest(command: str, beginnings: dict[str, object] | dict[str, Smaller] | dict[str, str]) -> str:
+    return max((one for one in beginnings if command.startswith(one)), key=len, default="")
+
+
+def _text() -> str:
+    return (repository() / "README.md").read_text()
