@@ -220,7 +220,7 @@ class TrainConfig:
     """Most memory for what the blocks keep of a micro-batch for the backward pass, in GiB: as many blocks as
     needed then recompute norms and GELU, and where that is not enough, everything; 0 sets no bound."""
     fp8: bool = False
-    """Multiply in 8-bit floats in the blocks' linears (GPUs from Ada and Hopper on; precision bf16, tensor 1)."""
+    """Multiply in 8-bit floats in the blocks' linears, on GPUs from Ada and Hopper on (bf16, tensor 1)."""
     compile: bool = False
     """Compile each block with torch.compile; a start takes minutes longer, and on a CPU it does not pay."""
     log_every: int = 1

@@ -5,9 +5,10 @@ Shapes: B samples, N regions of each, P patches in row-major order, T label slot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -117,65 +118,69 @@ class Batch:
         return replace(self, block=None, **changed)
 
 
-def collate(samples: Sequence[TransformedSample], mean: Color, std: Color) -> Batch:
+def collate(samples: Iterable[TransformedSample], count: int, mean: Color, std: Color) -> Batch:
     """Stack samples of one size, or pack samples of any size into one sequence of patches.
 
+    Stacked samples are written into the batch one by one as they come, so that their own memory is used
+    again for the next and stays in the processor's cache.
+
     Args:
-        samples: B samples in the order of their positions.
+        samples: The samples in the order of their positions.
+        count: Number B of samples.
         mean: Mean of R, G, B on the 0..1 scale.
         std: Standard deviation of R, G, B on the 0..1 scale.
     """
-    first, packed = samples[0], bool(samples[0].patch)
-    grids = tuple(_grid(sample) for sample in samples) if packed else None
-    regions = len(first.kinds)
-    if grids is None:
-        height, width, channels = first.pixels.shape
-        pixels: tuple[int, ...] = (len(samples), channels, height, width)
-        visible: tuple[int, ...] = (len(samples), *first.visible.shape)
-    else:
+    rest = iter(samples)
+    first = next(rest)
+    samples = chain((first,), rest)
+    grids, size = None, first.pixels.shape[:2]
+    pixels, visible = (count, 3, *size), (count, *first.visible.shape)
+    if first.patch:
+        # All are needed to know how long their sequence is.
+        samples = list(samples)
+        grids = tuple(_grid(sample) for sample in samples)
         length = sum(rows * columns for rows, columns in grids)
-        pixels, visible = (length, 3, first.patch, first.patch), (regions, length)
+        pixels, visible = (length, 3, first.patch, first.patch), (len(first.kinds), length)
     block = Block.of(
         {
-            "positions": (torch.int64, (len(samples),)),
+            "positions": (torch.int64, (count,)),
             "pixels": (torch.uint8, pixels),
             "visible": (torch.bool, visible),
-            "kinds": (torch.int8, (len(samples), regions)),
-            "labels": (torch.int64, (len(samples), *first.labels.shape)),
+            "kinds": (torch.int8, (count, len(first.kinds))),
+            "labels": (torch.int64, (count, *first.labels.shape)),
         }
     )
     tensors = _tensors(block)
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    for row, sample in enumerate(samples):
-        arrays["positions"][row] = sample.position
-        arrays["kinds"][row], arrays["labels"][row] = sample.kinds, sample.labels
-    (_pack if packed else _stack)(samples, arrays["pixels"], arrays["visible"])
-    keys = [sample.key for sample in samples]
+    keys = _write(samples, {name: tensor.numpy() for name, tensor in tensors.items()})
     return Batch(keys=keys, mean=mean, std=std, grids=grids, block=block, **tensors)
 
 
-def _stack(
-    samples: Sequence[TransformedSample], pixels: NDArray[np.uint8], visible: NDArray[np.bool_]
-) -> None:
-    """Write images of one size into pixels [B, 3, H, W] and visible [B, N, P]."""
+def _write(samples: Iterable[TransformedSample], arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Write samples into the batch's memory; returns their keys."""
+    keys, start = [], 0
     for row, sample in enumerate(samples):
-        # OpenCV parts the colours four times as fast as a transposing copy.
-        cv2.split(sample.pixels, list(pixels[row]))
-        visible[row] = sample.visible
+        keys.append(sample.key)
+        arrays["positions"][row] = sample.position
+        arrays["kinds"][row], arrays["labels"][row] = sample.kinds, sample.labels
+        if sample.patch:
+            start = _pack(sample, start, arrays["pixels"], arrays["visible"])
+        else:
+            # OpenCV parts the colours four times as fast as a transposing copy.
+            cv2.split(sample.pixels, list(arrays["pixels"][row]))
+            arrays["visible"][row] = sample.visible
+    return keys
 
 
 def _pack(
-    samples: Sequence[TransformedSample], pixels: NDArray[np.uint8], visible: NDArray[np.bool_]
-) -> None:
-    """Write the patches of images of any size in turn into pixels [S, 3, p, p] and visible [N, S]."""
-    start = 0
-    for sample in samples:
-        (rows, columns), side = _grid(sample), sample.patch
-        place = slice(start, start + rows * columns)
-        cut = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
-        pixels[place] = cut.reshape(rows * columns, 3, side, side)
-        visible[:, place] = sample.visible
-        start = place.stop
+    sample: TransformedSample, start: int, pixels: NDArray[np.uint8], visible: NDArray[np.bool_]
+) -> int:
+    """Write patches from `start` on into pixels [S, 3, p, p] and visible [N, S]; returns their end."""
+    (rows, columns), side = _grid(sample), sample.patch
+    place = slice(start, start + rows * columns)
+    cut = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    pixels[place] = cut.reshape(rows * columns, 3, side, side)
+    visible[:, place] = sample.visible
+    return place.stop
 
 
 def _grid(sample: TransformedSample) -> tuple[int, int]:

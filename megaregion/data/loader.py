@@ -11,6 +11,7 @@ processes, and a loader that dies first would cost the run its last checkpoint.
 from __future__ import annotations
 
 import atexit
+import gc
 import signal
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -85,11 +86,12 @@ class _Positions(Dataset[Batch]):
             self.ahead.reached(positions[0])
         indices = [self.order.sample(position) for position in positions]
         self.dataset.read_ahead(indices)
+        samples = (self._sample(*place, finds) for place in zip(positions, indices, strict=True))
         try:
-            samples = [self._sample(*place, finds) for place in zip(positions, indices, strict=True)]
+            batch = collate(samples, len(positions), self.config.mean, self.config.std)
         except (UserError, LostShard) as error:
             return Failure(str(error), storage=isinstance(error, LostShard))
-        return replace(collate(samples, self.config.mean, self.config.std), **vars(finds))
+        return replace(batch, **vars(finds))
 
     def _sample(self, position: int, index: int, finds: _Finds) -> TransformedSample:
         for attempt in range(1, MAX_TRIES + 1):
@@ -253,6 +255,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     stay_on_one_core()
+    # What was imported stays: the collector would look through all of it again and again, and copy its pages.
+    gc.freeze()
     for number in RUN_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

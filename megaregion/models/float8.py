@@ -1,7 +1,7 @@
-"""The blocks' matrix products in 8-bit floats, by torchao; weights, their masters and all else stay as they are.
+"""The blocks' matrix products in 8-bit floats, by torchao; weights, masters and all else stay as they are.
 
-Each operand is scaled as a whole by its largest value, so that it uses the range of e4m3 (gradients: e5m2), for
-every product anew. It pays where products are large: a ViT-bigG's, hardly a ViT-B's.
+Each operand is scaled as a whole by its largest value, so that it uses the range of e4m3 (gradients: e5m2),
+for every product anew. It pays where products are large: a ViT-bigG's, hardly a ViT-B's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def use_float8(blocks: nn.Module, device: torch.device) -> int:
     count = sum(suits(module, name) for name, module in blocks.named_modules())
     if not count:
         raise UserError(
-            f"train.fp8 needs model.width and model.mlp_width to be multiples of {GRAIN}; none of the linears is"
+            f"train.fp8 needs model.width and model.mlp_width to be multiples of {GRAIN}; no linear is"
         )
     # A micro-step's tokens need not be a multiple of 16: the products over them are padded.
     settings = Float8LinearConfig(pad_inner_dim=True, emulate=device.type == "cpu")

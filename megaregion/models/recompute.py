@@ -55,7 +55,7 @@ _WATCHERS: list[Callable[[Tensor], None]] = []
 
 @contextmanager
 def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
-    """While it is open, show every tensor that autograd keeps; hooks alone see none inside of :func:`remade`."""
+    """Show every tensor that autograd keeps; hooks alone would see none inside of :func:`remade`."""
 
     def pack(saved: Tensor) -> Tensor:
         see(saved)
