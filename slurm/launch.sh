@@ -28,6 +28,8 @@ run=$runs/$name
 restarts=${SLURM_RESTART_COUNT:-0} # unset at the first start
 start=$SLURM_JOB_ID.$restarts
 logs=$run/logs/$start
+# Kernels start in the order of their calls, so that tensor-parallel sums run beside products as megatron wants it.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 train=("$python" tools/pretrain.py --config "$config" --output "$runs" --name "$name" "$@")
 
 say() { echo "$(date '+%F %T') $start: $*"; }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaregion.data.draws import Purpose, Stream, generator
 from megaregion.data.order import SampleOrder, step_positions
 
 SIZES = (7, 3, 11, 5, 1, 8)
@@ -57,6 +59,18 @@ def test_position_ten_to_the_twelve_is_found_without_a_replay() -> None:
     # A replay of 10**12 positions would never return.
     order = SampleOrder([10_000] * 2_000, 0, 8)
     assert len({order.sample(10**12 + p) for p in range(1_000)}) == 1_000
+
+
+def test_a_stream_of_draws_is_the_generator_of_each_position() -> None:
+    stream = Stream(3, Purpose.AUGMENTATION)
+    for position in (5, 0, 2**63, 5):
+        fresh = generator(3, Purpose.AUGMENTATION, position)
+        again = stream.at(position)
+        for _ in range(3):
+            # An odd number of halves leaves one over, which the next position must not see.
+            assert again.integers(7, dtype=np.uint32) == fresh.integers(7, dtype=np.uint32)
+            assert again.uniform() == fresh.uniform()
+            assert again.permutation(9).tolist() == fresh.permutation(9).tolist()
 
 
 def test_the_order_survives_pickling() -> None:

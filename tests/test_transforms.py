@@ -86,7 +86,7 @@ def test_a_mask_follows_crop_and_mirror_as_its_box_does() -> None:
     mask = np.zeros((140, 200), dtype=bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
     plain = objects(200, 140, box)
-    masked = SampleRecord(200, 140, (dataclasses.replace(plain.regions[0], mask=encode_mask(mask)),))
+    masked = SampleRecord(200, 140, (plain.regions[0]._replace(mask=encode_mask(mask)),))
     for position in range(30):
         transform = Transform(DATA, MODEL, seed=1)
         by_box = transform(scene(200, 140, box), plain, position)

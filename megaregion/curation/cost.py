@@ -75,11 +75,11 @@ def work_of(vectors: int, channels: int, plan: Plan, probes: int) -> list[Work]:
     looked_at = probed + min(probes, probed) * k / probed + CLIMBS * around
     moving = Work(
         f"{plan.passes} passes",
-        plan.passes * n * candidates * width,
+        ((plan.passes - plan.whole) * candidates + plan.whole * k) * n * width,
         plan.passes * n * channels,
         # Partial sums: most cells touch their own centers and some of the cells around.
         plan.passes * (file + 10 * k * channels * 4),
-        plan.passes * k * k * width,
+        (plan.passes - plan.whole) * k * k * width,
     )
     return [
         Work("coarse", 0, 0, SAMPLE * g * channels * HALF, COARSE_ITERATIONS * SAMPLE * g * g * width),

@@ -28,6 +28,11 @@ COARSE_ITERATIONS = 10
 SIDES = (8, 32)
 """Fewest and most neighbours of a center, and centers of a block."""
 
+WHOLE_PASSES, WHOLE_CENTERS = 5, 32_768
+"""Passes that score every vector against every center, and the most centers for which that is worth its time.
+It matters where near centers tell little: clusters without structure among them."""
+SEARCHED = 1024
+"""Centers whose neighbours are looked for at once."""
 SHARES = 64
 """Parts of a pass inside one process; a fixed number, so that sums do not depend on the threads."""
 
@@ -48,6 +53,8 @@ class Plan:
     """Neighbours of each center, M, which also is the number of centers of a block."""
     passes: int
     """Passes over all vectors after the cells are done."""
+    whole: int
+    """The first of these, in which a vector may move to any center."""
     iterations: int
     """Passes of k-means inside a cell."""
     seed: int
@@ -56,8 +63,21 @@ class Plan:
     def of(cls, clusters: int, iterations: int, seed: int, passes: int, cells: int = 0) -> Plan:
         """Fill in what follows from the number of centers; cells 0 takes its square root."""
         side = min(max(round((clusters / 4) ** 0.5), SIDES[0]), SIDES[1])
-        return cls(
-            clusters, cells or max(1, round(clusters**0.5)), min(side, clusters), passes, iterations, seed
+        cells = cells or max(1, round(clusters**0.5))
+        whole = min(passes, WHOLE_PASSES) if clusters <= WHOLE_CENTERS else 0
+        return cls(clusters, cells, min(side, clusters), passes, whole, iterations, seed)
+
+    def block(self, turn: int) -> int:
+        """Consecutive centers whose vectors pass ``turn``, from 1, looks at together."""
+        return self.clusters if turn <= self.whole else self.neighbours
+
+    def near(self, turn: int, centers: Vectors, threads: int = 1) -> NDArray[np.int32]:
+        """What the vectors of each center look at in pass ``turn``: [K, M], or all K centers, [1, K]."""
+        if turn <= self.whole:
+            return np.arange(self.clusters, dtype=np.int32)[None]
+        parts = list(in_chunks(centers, SEARCHED))
+        return np.concatenate(
+            in_order(threads, lambda part: find_neighbours(part, centers, self.neighbours), parts)
         )
 
 
@@ -156,26 +176,24 @@ def cluster(
     trace = Trace(np.concatenate([centers for centers, _ in found]))
     on_step("split")
     for number in range(plan.passes):
-        labels = _pass(vectors, labels, plan, threads, trace)
+        labels = _pass(number + 1, vectors, labels, plan, threads, trace)
         on_step(f"pass {number + 1}")
     return trace
 
 
 def _pass(
-    vectors: Vectors, labels: NDArray[np.int32], plan: Plan, threads: int, trace: Trace
+    turn: int, vectors: Vectors, labels: NDArray[np.int32], plan: Plan, threads: int, trace: Trace
 ) -> NDArray[np.int32]:
     """One pass over all vectors, which are shared out by the block that their center lies in."""
-    centers, parts = trace.centers, list(in_chunks(trace.centers, 1024))
-    near = np.concatenate(
-        in_order(threads, lambda part: find_neighbours(part, centers, plan.neighbours), parts)
-    )
+    centers, block = trace.centers, plan.block(turn)
+    near = plan.near(turn, centers, threads)
     order = np.argsort(labels, kind="stable")
     # A share ends where a block ends, or its matrix products would be done twice.
     edges = np.arange(1, SHARES) * plan.clusters // SHARES // plan.neighbours * plan.neighbours
     shares = np.split(order, np.searchsorted(labels[order], edges))
     moved = in_order(
         threads,
-        lambda rows: refine([vectors[rows]], labels[rows], centers, near, plan.neighbours),
+        lambda rows: refine([vectors[rows]], labels[rows], centers, near, block),
         shares,
     )
     outcome = gather(centers, [each.sums for each in moved])

@@ -14,6 +14,8 @@ from megaregion.models.linear import Linear
 
 LEAST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with 8-bit matrix units (Ada, then Hopper)."""
+TORCHAO = "torchao==0.18.0"
+"""Not in requirements.txt: where it is installed, transformers loads all of it with every import."""
 GRAIN = 16
 """Widths must be multiples of it."""
 
@@ -26,14 +28,18 @@ def use_float8(blocks: nn.Module, device: torch.device) -> int:
         device: Where they run; a processor has no such units and computes the same numbers slowly.
 
     Raises:
-        UserError: The GPU has no 8-bit matrix units, or no linear has a width that suits them.
+        UserError: torchao is not installed, the GPU has no 8-bit matrix units, or no linear has a width that
+            suits them.
     """
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         raise UserError(
             f"train.fp8 needs a GPU of compute capability 8.9 or more, got {found[0]}.{found[1]} "
             f"({torch.cuda.get_device_name(device)}); use train.fp8 false"
         )
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise UserError(f"train.fp8 needs {TORCHAO.partition('==')[0]}: pip install {TORCHAO}") from None
 
     def suits(module: nn.Module, name: str) -> bool:
         sizes = (module.in_features, module.out_features) if isinstance(module, Linear) else (1,)

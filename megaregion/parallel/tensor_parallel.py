@@ -135,10 +135,13 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Modul
         "tp_group": topology.tensor_group,
     }
     sizes = (linear.in_features, linear.out_features)
-    if split == "column":
-        cut: nn.Module = _Column(*sizes, gather_output=False, **common)
-    else:
-        cut = _Row(*sizes, input_is_parallel=True, **common)
+    with warnings.catch_warnings():
+        # slurm/launch.sh sets it; without a GPU it means nothing.
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
+        if split == "column":
+            cut: nn.Module = _Column(*sizes, gather_output=False, **common)
+        else:
+            cut = _Row(*sizes, input_is_parallel=True, **common)
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
         for key, parameter in linear.named_parameters():

@@ -11,10 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.vit import VisionTransformer
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Topology, host_name
+from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.training.events import Events, process_start
 from megaregion.training.faults import Faults
@@ -45,15 +43,13 @@ from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
 from megaregion.training.levels import recompute_levels
 from megaregion.training.metrics import LOG, Metrics
-from megaregion.training.phases import Phases, Split, gather_phases
 from megaregion.training.profiling import StepProfiler
 from megaregion.training.progress import Progress
 from megaregion.training.schedule import learning_rate
 from megaregion.training.signals import StopRequest
-from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_ranks
 from megaregion.training.state import TrainingState
 from megaregion.training.step_sums import StepSums
-from megaregion.training.utilisation import Utilisation
+from megaregion.training.telemetry import Telemetry
 
 
 class Trainer:
@@ -100,13 +96,12 @@ class Trainer:
             self.dataset, order, transform, config.data, skips_lost=topology.tensor_size == 1
         )
         self.heads = Heads(config, self.dataset, topology)
-        self._phases = Phases(topology.device)
-        self._split: Split | None = None
+        classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
+        self._times = Telemetry(config, topology, classes)
         self.engine = self._build_engine(begin)
         self._guard = LossGuard(config.guard)
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
         self._refusal: str | None = None
-        self._hosts = gather_texts(host_name(), topology)
         self.events = Events(self.run_folder, topology.rank == 0)
         # Last, so that a start that fails over a mistake takes no run away from its owner.
         fence = claim_together(self.run_folder / "checkpoints", topology)
@@ -116,17 +111,11 @@ class Trainer:
             incarnation=fence.number,
             token=fence.token,
             ranks=topology.world_size,
-            hosts=sorted(set(self._hosts)),
+            hosts=sorted(set(self._times.hosts)),
         )
         self.state = TrainingState(
             config, topology, self.engine, self.heads, self.dataset.info, fence, self.events, self._guard
         )
-        self._spent: dict[str, float] = defaultdict(float)
-        waits_inside = config.parallel.tensor > 1 or config.parallel.zero_stage == 3
-        self._own_time = OwnTime(topology.device, waits_inside)
-        self._since_log = RankTimes()
-        classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
-        self._utilisation = Utilisation(config, classes, topology)
         self._profiler = StepProfiler(profile, self.run_folder, topology.rank, topology.device)
 
     def _build_engine(self, begin: Callable[[VisionTransformer], None] | None) -> ZeroEngine:
@@ -149,7 +138,7 @@ class Trainer:
             self.topology,
             decays,
             self.heads.norm_squared,
-            lambda: self._phases("communication"),
+            lambda: self._times.phase("communication"),
         )
 
     def run(self, stop_at: int | None = None) -> int:
@@ -176,7 +165,7 @@ class Trainer:
                 self._profiler.before(self.state.step + 1)
                 values = self.train_step(batches)
                 self._profiler.after(self.state.step)
-                slow = self._compare_ranks(values) if "loss" in values else {}
+                slow = self._times.compare(values) if "loss" in values else {}
                 if self.state.fenced():
                     self._stop.received = "a newer start of this run"
                 elif "loss" in values:
@@ -201,8 +190,8 @@ class Trainer:
             self.events.write("end", step=self.state.step)
             if self.topology.rank == 0 and self.state.step == self.config.train.steps:
                 (self.run_folder / DONE).touch()
-            if self._split is not None:
-                LOG.info("time since the log line before the last:\n%s", self._split.table(self._hosts))
+            if (table := self._times.table()) is not None:
+                LOG.info("time since the log line before the last:\n%s", table)
             return 0
         finally:
             self.state.settle()
@@ -219,14 +208,13 @@ class Trainer:
     def _save(self) -> None:
         self._progress.note("save", self.state.step)
         self._faults.save(self.state.step)
-        with self._phases("save"):
+        with self._times.phase("save"):
             self.state.save(self.run_folder / "checkpoints")
         self._after_save(self.state.step)
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float | int | None]:
         """Take one optimizer step; returns what is worth logging, nothing if the guard refused the step."""
-        began = time.perf_counter()
-        self._spent.clear()
+        self._times.begin_step()
         stage = self.config.stage(self.state.position)
         cut = self._enter(stage)
         step, lr = self.state.step + 1, learning_rate(self.config, self.state.step) * stage.lr_scale
@@ -234,20 +222,20 @@ class Trainer:
         norm = None
         for micro_step in range(cut.micro_steps):
             self._progress.note("data", step)
-            with self._timed("data"):
+            with self._times.timed("data"):
                 batch = next(batches)
                 self._name_bad(batch)
                 sums.see(batch)
-                self._utilisation.see(batch)
+                self._times.see(batch)
                 batch = batch.to(self.topology.device)
             self._progress.note("forward", step)
-            with self._phases("forward"), self._own_time.forward():
+            with self._times.forward():
                 self._faults.forward(step)
                 embeddings = self.engine(self._inputs(batch.images), batch.visible, batch.grids)
             if micro_step == 0 and (spoilt := self._faults.factor("nan", step)) is not None:
                 embeddings = embeddings * spoilt
             self._progress.note("head", step)
-            with self._timed("head"):
+            with self._times.timed("head"):
                 loss = self.heads.loss(
                     embeddings, batch, self.state.step, micro_step, cut, refuse=not self._guard.enabled
                 )
@@ -256,20 +244,18 @@ class Trainer:
             if micro_step == 0 and (spoilt := self._faults.factor("nan-gradient", step)) is not None:
                 gradient = gradient * spoilt
             self._progress.note("backward", step)
-            with self._phases("backward"):
+            with self._times.phase("backward"):
                 last = micro_step == cut.micro_steps - 1
                 self.engine.backward((embeddings.float() * gradient).sum(), last)
             self._progress.note("update", step)
-            with self._phases("optimizer"):
+            with self._times.phase("optimizer"):
                 norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
         assert norm is not None
         took = self._finish(lr, norm, sums)
-        seconds = time.perf_counter() - began
-        own = self._own_time.take() + self._spent["data"]
-        self._since_log = self._since_log.plus(own, self._spent["data"], sums.bad, seconds)
+        spent = self._times.end_step(sums.bad)
         if not took:
             return {}
-        values = self._record(sums, norm, lr, seconds)
+        values = self._record(sums, norm, lr, spent)
         every = self.config.head.census_every
         if every and self.state.step % every == 0:
             values.update(self.heads.census(self.state.step))
@@ -278,7 +264,7 @@ class Trainer:
     def _accepts(self, sums: StepSums, norm: Tensor) -> bool:
         """Let all ranks agree on whether the step is taken, and on whether it is the last for now."""
         self._progress.note("agree", self.state.step + 1)
-        with self._phases("communication"):
+        with self._times.phase("communication"):
             self._agreement = agree(
                 self._stop.received is not None, sums.loss(), norm, self.topology.world_group
             )
@@ -288,7 +274,7 @@ class Trainer:
     def _finish(self, lr: float, norm: Tensor, sums: StepSums) -> bool:
         """Move the heads with the body; or, if the step was refused, drop their gradients too."""
         if self.engine.took_step:
-            with self._timed("head"):
+            with self._times.timed("head"):
                 self.heads.step(lr, self.engine.clip_coefficient(norm))
             self.state.advance()
             return True
@@ -374,7 +360,7 @@ class Trainer:
             LOG.warning("sample %s was replaced: %s", key, reason)
 
     def _record(
-        self, taken: StepSums, norm: Tensor, lr: float, seconds: float
+        self, taken: StepSums, norm: Tensor, lr: float, spent: dict[str, float]
     ) -> dict[str, float | int | None]:
         if self.state.step % self.config.train.log_every:
             return {}
@@ -390,54 +376,15 @@ class Trainer:
             **losses,
             "lr": lr,
             "grad_norm": norm.item(),
-            "images_per_second": self.config.train.global_batch / seconds,
-            "head_share": self._spent["head"] / seconds,
-            "data_share": self._spent["data"] / seconds,
+            "images_per_second": self.config.train.global_batch / spent["seconds"],
+            "head_share": spent["head_share"],
+            "data_share": spent["data_share"],
             "bad": 0,
             "skipped": self._guard.skipped,
             "rollbacks": self._guard.rollbacks,
             **{name: float(value) for name, value in taken.metrics.items()},
         }
 
-    def _compare_ranks(self, values: dict[str, float | int | None]) -> dict[str, Any]:
-        """Count what all ranks replaced and name the slow ones; a collective, at log steps."""
-        split = gather_phases(self._phases.take(), self.topology)
-        values["mfu"] = self._utilisation.take(self._since_log.seconds)
-        values.update({f"time/{name}": seconds for name, seconds in split.mean().items()})
-        self._split = split
-        times = gather_times(self._since_log, self.topology)
-        self._since_log = RankTimes()
-        values["bad"] = sum(rank.bad for rank in times[:: self.topology.tensor_size])
-        slow = slow_ranks(times, self.config.train.slow_factor)
-        for rank, ratio in slow.items():
-            LOG.warning(
-                "rank %d on %s is slow: its own time is %.1f times the median (%.0f%% of it for data)",
-                rank, self._hosts[rank], ratio, 100 * times[rank].data / times[rank].own,
-            )  # fmt: skip
-        notes = {"time_by_rank": split.rounded(), "slowest": split.slowest()}
-        return {
-            **notes,
-            "slow": [{"rank": r, "host": self._hosts[r], "ratio": round(x, 2)} for r, x in slow.items()],
-        }
-
-    def _timed(self, name: str) -> _Timed:
-        return _Timed(self._spent, name, self._phases)
-
 
 def _shortened(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-class _Timed:
-    """Adds the time of a block to a counter; on a GPU it counts only what the host waits for."""
-
-    def __init__(self, spent: dict[str, float], name: str, phases: Phases) -> None:
-        self._spent, self._name, self._phase = spent, name, phases(name)
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-        self._phase.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._phase.__exit__(None, None, None)
-        self._spent[self._name] += time.perf_counter() - self._began

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from typing_extensions import override
 
-from megaregion.curation.hierarchy import in_chunks
 from megaregion.curation.kmeans import Vectors
-from megaregion.curation.refinement import Gathered, Sums, find_neighbours, gather, refine
+from megaregion.curation.refinement import Gathered, Sums, gather, refine
 from megaregion.curation.settings import MAX_PASSES
 from megaregion.curation.stage import Stage
 from megaregion.curation.stages.coarse import ClusterStage
@@ -26,12 +25,10 @@ from megaregion.curation.store import Output, Piece
 NEIGHBOURS, CHOSEN, SUMS, COUNTS, COSINE = (
     "neighbours.npy", "chosen.npy", "sums.npy", "counts.npy", "cosine.npy",
 )  # fmt: skip
-SEARCHED = 1024
-"""Centers whose neighbours are looked for at once."""
 
 
 class Gather(ClusterStage):
-    """Writes centers.npy, float32 [K, C], and neighbours.npy, int32 [K, M]."""
+    """Writes centers.npy, float32 [K, C], and neighbours.npy, int32 [K, M], or [1, K] where all are."""
 
     whole = True
     turn = 1
@@ -51,11 +48,8 @@ class Gather(ClusterStage):
         centers = outcome.centers
         with output.file(CENTERS) as file:
             np.save(file, centers, allow_pickle=False)
-        found = [
-            find_neighbours(part, centers, self.plan.neighbours) for part in in_chunks(centers, SEARCHED)
-        ]
         with output.file(NEIGHBOURS) as file:
-            np.save(file, np.concatenate(found), allow_pickle=False)
+            np.save(file, self.plan.near(self.turn, centers), allow_pickle=False)
         output.tick()
 
 
@@ -79,7 +73,7 @@ class Refine(CellStage):
         centers = np.load(self.path(gathered_before, CENTERS), mmap_mode="r", allow_pickle=False)
         near = np.load(self.path(gathered_before, NEIGHBOURS), allow_pickle=False)
         labels = np.load(self.path(last, LABELS), allow_pickle=False)
-        moved = refine(self.cell_chunks(number), labels, centers, near, self.plan.neighbours)
+        moved = refine(self.cell_chunks(number), labels, centers, near, self.plan.block(self.turn))
         sums = moved.sums
         for name, values in (
             (LABELS, moved.labels), (CHOSEN, sums.centers), (SUMS, sums.sums), (COUNTS, sums.counts),
