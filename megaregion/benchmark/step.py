@@ -78,7 +78,7 @@ def our_step(
     regions: int = 0,
     as_trained: bool = False,
     compiled: bool = False,
-    level: Level = "cheap",
+    level: Level = "keep",
 ) -> Work:
     """Our step through the engine.
 
@@ -156,7 +156,7 @@ def our_packed_step(sizes: StepSizes, device: str, padded: bool = False) -> Work
     grids = native_grids(sizes)
     if padded:
         grids = tuple((max(grid), max(grid)) for grid in grids)
-    engine = _engine(sizes, device, 10, True, False, "cheap")
+    engine = _engine(sizes, device, 10, True, False, "keep")
     patches, side = sum(rows * columns for rows, columns in grids), sizes.model.patch_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(patches, 3, side, side, generator=generator).to(device, sizes.dtype)
