@@ -147,7 +147,7 @@ class HeadsConfig:
     draw_images: int = 0
     """Images that share one draw of negatives; divides the images of a micro-step over all ranks.
     0 takes the whole micro-step, so that the draw then depends on train.micro_batch and on the
-    number of data-parallel ranks."""
+    number of data-parallel ranks. Without a meaning where both heads' sample_rate is 1."""
     backend: HeadBackend = "auto"
     """Kernel of the streaming loss: torch, triton (GPU), or auto (triton where it pays)."""
     init: CenterInit = "random"

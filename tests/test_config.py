@@ -94,6 +94,13 @@ def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:
         batching(config, 2)
 
 
+def test_a_draw_of_all_classes_fits_any_micro_step() -> None:
+    config = toy_config(Path("data"), Path("runs"), head__draw_images=5, head__object__sample_rate=1.0)
+    assert batching(config, 2).micro_batch == config.train.micro_batch
+    config, _ = parse_run(run_parser("x"), ["--config", str(repository() / "configs" / "demo.yaml")])
+    assert [batching(config, ranks).micro_steps for ranks in (1, 2)] == [2, 1]
+
+
 def test_settings_survive_the_way_through_a_checkpoint() -> None:
     config = toy_config(Path("data"), Path("runs"), data__crop_scale=(0.25, 0.75))
     config = dataclasses.replace(config, stages=(StageConfig(48, 32, 0.1), StageConfig(64, 64)))
