@@ -10,6 +10,7 @@ Shapes: O output width, I input width, T tensor ranks.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from megaregion.parallel.topology import Topology
 
+if not torch.cuda.is_available():
+    # megatron and DeepSpeed ask torch for CUDA's compiler; where one is installed, every rank tells of no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 with warnings.catch_warnings():
     # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

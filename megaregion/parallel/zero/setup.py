@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections import defaultdict
@@ -135,8 +134,6 @@ def _prepare_deepspeed(device: torch.device) -> None:
     """Tell DeepSpeed which device it runs on, and keep it from compiling what is not needed."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed asks for CUDA's compiler, and torch tells every rank's user that there is no GPU.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     # DeepSpeed insists on it; srun and plain python do not set it.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
