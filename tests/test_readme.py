@@ -12,6 +12,8 @@ from readme import Smaller, commands, elsewhere, furnish, python_blocks, recipe
 
 FOUND = commands()
 HERE = [(command, how) for command in FOUND if (how := recipe(command)) is not None]
+SLOW = "--compile"
+"""What takes more than a minute at any size: `make drills` runs it."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,13 @@ def test_a_command_that_is_run_elsewhere_has_its_test() -> None:
             assert re.search(rf"^def {elsewhere(command)}\(", tests, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(("command", "how"), HERE, ids=[command[:70] for command, _ in HERE])
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        pytest.param(command, how, id=command[:70], marks=[pytest.mark.drill] if SLOW in command else [])
+        for command, how in HERE
+    ],
+)
 def test_a_command_of_the_readme_runs(command: str, how: Smaller, place: tuple[Path, dict[str, str]]) -> None:
     run(how.of(command), place)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megaregion.parallel.topology import Topology
 
 if not torch.cuda.is_available():
-    # megatron and DeepSpeed ask torch for CUDA's compiler; where one is installed, every rank tells of no GPU.
+    # megatron and DeepSpeed ask torch for CUDA's compiler; where there is one, every rank tells of no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 with warnings.catch_warnings():
     # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
