@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +50,7 @@ class Smaller:
     def of(self, command: str) -> str:
         """The command that is run."""
         assert self.replaced[0] in command
-        return (
-            f"{command.replace(*self.replaced, 1)} {self.added}"
-            if self.added
-            else command.replace(*self.replaced, 1)
-        )
+        return f"{command.replace(*self.replaced, 1)} {self.added}".rstrip()
 
 
 SMALLER = {
@@ -192,7 +188,7 @@ def _between_backquotes() -> Iterator[str]:
     return (found for found in INLINE.findall(_text()) if " | " not in found)
 
 
-def _longest(command: str, beginnings: dict[str, object] | dict[str, Smaller] | dict[str, str]) -> str:
+def _longest(command: str, beginnings: Iterable[str]) -> str:
     return max((one for one in beginnings if command.startswith(one)), key=len, default="")
 
 

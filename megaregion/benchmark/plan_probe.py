@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from megaregion.benchmark.measure import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
+from megaregion.models.recompute import watch_kept
 from megaregion.models.rotary import rotation, split_and_turn
 
 Clock = Callable[[], float]
@@ -194,13 +195,12 @@ def kept_bytes(trainer: Any, batch: Any) -> int:
     own = {p.untyped_storage().data_ptr() for p in trainer.engine._parameters.values()}
     kept: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = tensor
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with watch_kept(note):
         embeddings = trainer.engine(trainer._inputs(batch.images), batch.visible)
     size = storage_bytes(kept.values())
     del embeddings

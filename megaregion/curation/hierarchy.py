@@ -53,8 +53,6 @@ class Plan:
     """Neighbours of each center, M, which also is the number of centers of a block."""
     passes: int
     """Passes over all vectors after the cells are done."""
-    whole: int
-    """The first of these, in which a vector may move to any center."""
     iterations: int
     """Passes of k-means inside a cell."""
     seed: int
@@ -64,8 +62,12 @@ class Plan:
         """Fill in what follows from the number of centers; cells 0 takes its square root."""
         side = min(max(round((clusters / 4) ** 0.5), SIDES[0]), SIDES[1])
         cells = cells or max(1, round(clusters**0.5))
-        whole = min(passes, WHOLE_PASSES) if clusters <= WHOLE_CENTERS else 0
-        return cls(clusters, cells, min(side, clusters), passes, whole, iterations, seed)
+        return cls(clusters, cells, min(side, clusters), passes, iterations, seed)
+
+    @property
+    def whole(self) -> int:
+        """The first passes, in which a vector may move to any center."""
+        return min(self.passes, WHOLE_PASSES) if self.clusters <= WHOLE_CENTERS else 0
 
     def block(self, turn: int) -> int:
         """Consecutive centers whose vectors pass ``turn``, from 1, looks at together."""

@@ -88,7 +88,6 @@ class Trainer:
         self._after_save = after_save
         self._faults = Faults.of_rank(topology.rank)
         check_batching(config, topology.data_size)
-        self._image_size = 0
         self.dataset = ShardedDataset(config.data.path, topology.rank == 0, config.data)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed, config.stages)
@@ -347,9 +346,7 @@ class Trainer:
     def _enter(self, stage: StageConfig) -> Batching:
         """Be ready for steps of a resolution; what is recomputed changes no bit."""
         cut = self._cut(stage)
-        if stage.image_size != self._image_size:
-            self._image_size = stage.image_size
-            self._vit.levels = recompute_levels(self.config, cut.micro_batch, stage.image_size)
+        self._vit.levels = recompute_levels(self.config, cut.micro_batch, stage.image_size)
         return cut
 
     def _inputs(self, images: Tensor) -> Tensor:
