@@ -197,8 +197,16 @@ class ParallelConfig:
 
     tensor: int = 1
     """Ranks that share one copy of the model (tensor parallel)."""
+    sequence: bool = True
+    """Where tensor is above 1, cut the tokens between the linears over its ranks too: less memory for
+    activations, norms not repeated on every rank; the same result."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 to 3; 0 only in fp32."""
+
+    @property
+    def tokens_cut(self) -> bool:
+        """Whether the tokens between the linears are cut over tensor ranks."""
+        return self.sequence and self.tensor > 1
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,13 @@ def test_gradients_of_every_weight_equal_those_of_transformers() -> None:
 
 
 def test_gradients_through_the_fused_split_equal_finite_differences() -> None:
-    table = rotation(torch.zeros(4), 2, 2, theta=100.0)
+    table = rotation(torch.zeros(4), 2, 2, theta=100.0, images=2)
 
     def split(qkv: Tensor, class_angle: Tensor) -> tuple[Tensor, ...]:
         cos, sin = table.cos.double(), table.sin.double()
         cos = torch.cat((class_angle.cos()[None], cos[1:]))
         sin = torch.cat((class_angle.sin()[None], sin[1:]))
-        return split_and_turn(qkv, Rotation(class_angle, cos.detach(), sin.detach()))
+        return split_and_turn(qkv, Rotation(class_angle, cos.detach(), sin.detach(), len(qkv)))
 
     qkv = noise(2, 5, 2, 3, 8).double().requires_grad_()
     class_angle = noise(4).double().requires_grad_()
@@ -127,7 +127,7 @@ def test_patch_features_are_the_same_bits_with_and_without_regions(config: Model
 def test_a_region_block_passes_on_nothing_from_outside_the_region(config: ModelConfig) -> None:
     torch.manual_seed(0)
     block = Block(SMALL)
-    angles = rotation(noise(8), 4, 4, theta=10_000.0)
+    angles = rotation(noise(8), 4, 4, theta=10_000.0, images=1)
     image = noise(1, 17, 64).requires_grad_()
     inside = torch.zeros(17, dtype=torch.bool)
     inside[[6, 7, 10, 11]] = True
@@ -332,12 +332,12 @@ def test_the_plan_cuts_every_linear_of_every_block_and_nothing_else(config: Mode
 def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -> None:
     torch.manual_seed(0)
     whole = Attention(SMALL)
-    angles = rotation(noise(8), 4, 4, theta=10_000.0)
+    angles = rotation(noise(8), 4, 4, theta=10_000.0, images=2)
     image, regions = noise(2, 17, 64), noise(2, 3, 64, seed=5)
 
     def read(attention: Attention) -> tuple[Tensor, Tensor]:
         query, key, value = attention.project(image, angles)
-        region = attention.project_regions(regions, angles)
+        region = attention.project_regions(regions, angles, (2, 3))
         return attention.mix(query, key, value), attention.mix(region, key, value)
 
     parts = []

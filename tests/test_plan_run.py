@@ -32,9 +32,11 @@ LABELS = Labels(50_000, 5_000)
 CONFIGS = [("vit_b16_8gpu", "h100x8"), ("vit_l14_64gpu", "h100x64"), ("vit_bigg14_64gpu", "h100x64")]
 
 
-def small(tensor: int = 1, stage: int = 1, precision: str = "bf16", recompute: bool = False) -> RunConfig:
+def small(
+    tensor: int = 1, stage: int = 1, precision: str = "bf16", recompute: bool = False, sequence: bool = True
+) -> RunConfig:
     train = TrainConfig(global_batch=256, micro_batch=2, precision=precision, recompute=recompute)  # type: ignore[arg-type]
-    parallel = ParallelConfig(tensor=tensor, zero_stage=stage)
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=stage)
     return RunConfig(model=MODEL, parallel=parallel, train=train, head=HeadsConfig(embedding_dim=128))
 
 
@@ -85,13 +87,17 @@ def test_the_activations_are_those_that_autograd_keeps(weights: str, kept_mib: f
 
 
 @pytest.mark.parametrize(
-    ("tensor", "stage", "precision", "rank"),
-    [(1, 1, "bf16", 5), (1, 2, "bf16", 63), (8, 1, "bf16", 9), (2, 3, "fp32", 3), (1, 0, "fp32", 0)],
-)
+    ("tensor", "stage", "precision", "rank", "sequence"),
+    [
+        (1, 1, "bf16", 5, True), (1, 2, "bf16", 63, True), (1, 0, "fp32", 0, True), (2, 3, "fp32", 3, True),
+        (8, 1, "bf16", 9, True), (8, 1, "bf16", 9, False), (4, 2, "fp32", 7, True),
+    ],
+)  # fmt: skip
 def test_a_rank_of_64_that_is_really_built_holds_what_was_planned(
-    tensor: int, stage: int, precision: str, rank: int
+    tensor: int, stage: int, precision: str, rank: int, sequence: bool
 ) -> None:
-    plan = make_plan(small(tensor, stage, precision), load_hardware("h100x64"), LABELS)
+    config = small(tensor, stage, precision, sequence=sequence)
+    plan = make_plan(config, load_hardware("h100x64"), LABELS)
     built = build_rank(plan, rank)
     built.check()
     assert built.parameters == built.planned_parameters
@@ -167,6 +173,14 @@ def test_what_memory_and_time_must_do_when_a_choice_changes() -> None:
     assert cut.memory.at_rest["weights"] < plain.memory.at_rest["weights"] / 4
     slow = make_plan(small(), dataclasses.replace(hardware, across_gbytes=1.0), LABELS)
     assert slow.time.phases["communication"] > plain.time.phases["communication"]
+
+
+def test_cutting_the_tokens_saves_memory_and_passes_over_it_and_sends_more() -> None:
+    cut = config_plan("vit_bigg14_64gpu", "h100x64")
+    whole = config_plan("vit_bigg14_64gpu", "h100x64", "--parallel.sequence=false")
+    assert cut.memory.activations < 0.5 * whole.memory.activations
+    assert cut.time.phases["forward"] < whole.time.phases["forward"]
+    assert sum(one.sent for one in cut.transfers) > sum(one.sent for one in whole.transfers)
 
 
 def test_the_best_choice_is_no_slower_than_any_legal_one_that_fits() -> None:

@@ -28,6 +28,9 @@ TOPOLOGIES = {
     "tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3},
     "tp4-zero1": {"parallel__tensor": 4, "parallel__zero_stage": 1},
     "tp4-zero3": {"parallel__tensor": 4, "parallel__zero_stage": 3},
+    # The tokens between the linears whole on every tensor rank.
+    "tp2-zero0-whole-tokens": {"parallel__tensor": 2, "parallel__zero_stage": 0, "parallel__sequence": False},
+    "tp4-zero2-whole-tokens": {"parallel__tensor": 4, "parallel__zero_stage": 2, "parallel__sequence": False},
 }
 
 
@@ -153,11 +156,17 @@ TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2}
 # Each step has its own size of image and number of micro-steps.
 STAGES = (StageConfig(48, 16, 0.5, micro_batch=1), StageConfig(24, 32, 0.1, micro_batch=4))
 
+WIDE = {"model__width": 128, "model__mlp_width": 256}
+
 VARIANTS = {
     # Each must equal the dense reference too.
     "separate-tp2": {"parallel__tensor": 2, "model__region_weights": "separate"},
+    # Linears that ZeRO 3 takes apart: of more than 10,000 numbers a rank.
+    "wide-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, **WIDE},
     "recompute-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, "train__recompute": True},
-    "native-tp2": {"parallel__tensor": 2, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
+    # Sequences that the ranks do not divide.
+    "native-tp4": {"parallel__tensor": 4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
+    "cheap-tp2": {"parallel__tensor": 2, "train__activation_gib": 1e-4},
     "stages": {"stages": STAGES},
     "stages-zero2": {"stages": STAGES, "parallel__zero_stage": 2},
     "stages-tp2-zero3": {"stages": STAGES, "parallel__zero_stage": 3, "parallel__tensor": 2},

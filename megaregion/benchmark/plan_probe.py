@@ -102,7 +102,7 @@ def _passes(config: RunConfig) -> tuple[float, Callable[[], object]]:
     image = torch.randn(batch, length, model.width, requires_grad=True)
     hidden = torch.randn(batch, length, model.mlp_width, requires_grad=True)
     qkv = torch.randn(batch, length, model.heads, 3, model.head_dim, requires_grad=True)
-    angles = rotation(torch.zeros(model.head_dim // 2), model.grid, model.grid, model.rope_theta)
+    angles = rotation(torch.zeros(model.head_dim // 2), model.grid, model.grid, model.rope_theta, batch)
     norms = nn.LayerNorm(model.width), nn.LayerNorm(model.width)
     by_image, by_hidden = torch.randn_like(image), torch.randn_like(hidden)
     by_heads = [torch.randn(batch, model.heads, length, model.head_dim) for _ in "qkv"]

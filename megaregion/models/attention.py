@@ -1,7 +1,8 @@
 """Attention of a block: image tokens see each other, region tokens see their own patches.
 
 Shapes: B images, T = 1 + P image tokens (class token first), N region tokens, D width, H heads (those of
-this rank, when the linears are cut from outside), d head width.
+this rank, when the linears are cut from outside), d head width. Where the tokens between the linears are cut
+too (see stream.py), [B, T, D] stands for this rank's part of them, [rows, D].
 """
 
 from __future__ import annotations
@@ -38,22 +39,28 @@ class Attention(nn.Module):
         Returns:
             Queries, keys and values, [B, H, T, d] each; queries and keys turned.
         """
-        qkv: Tensor = self.qkv(image)
-        return split_and_turn(qkv.view(*image.shape[:2], -1, 3, self.head_dim), angles)
+        return split_and_turn(self._by_heads(self.qkv(image), angles.images, len(angles.cos)), angles)
 
-    def project_regions(self, regions: Tensor, angles: Rotation) -> Tensor:
+    def project_regions(self, regions: Tensor, angles: Rotation, shape: tuple[int, int]) -> Tensor:
         """Project region tokens to queries, turned by the class token's angle.
 
         Args:
             regions: Normalised region tokens, [B, N, D].
             angles: Angles of the image.
+            shape: B and N.
 
         Returns:
             Queries, [B, H, N, d].
         """
-        qkv: Tensor = self.qkv(regions)
-        query = qkv.view(*regions.shape[:2], -1, 3, self.head_dim)[:, :, :, 0].transpose(1, 2)
+        query = self._by_heads(self.qkv(regions), *shape)[:, :, :, 0].transpose(1, 2)
         return turn(query, angles.class_angle.cos(), angles.class_angle.sin())
+
+    def _by_heads(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
+        """The fused projection of all tokens, without rows that pad a cut, as [B, tokens, H, 3, d]."""
+        rows = qkv.flatten(0, -2)
+        if len(rows) > images * tokens:
+            rows = rows[: images * tokens]
+        return rows.view(images, tokens, -1, 3, self.head_dim)
 
     def mix(
         self,

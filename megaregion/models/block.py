@@ -1,6 +1,7 @@
 """One pre-norm transformer block, for image tokens and for the region tokens that ride along.
 
-Shapes: B images, T = 1 + P image tokens (class token first), N region tokens, D width.
+Shapes: B images, T = 1 + P image tokens (class token first), N region tokens, D width. Where the tokens
+between the linears are cut (see stream.py), [B, T, D] stands for this rank's part of them, [rows, D].
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ class Block(nn.Module):
     def _read(
         self, regions: Tensor, key: Tensor, value: Tensor, angles: Rotation, mask: Tensor | None
     ) -> Tensor:
-        query = self.attention.project_regions(self.norm1(regions), angles)
+        assert mask is not None
+        images = angles.images if angles.lengths is None else len(angles.lengths)
+        query = self.attention.project_regions(self.norm1(regions), angles, (images, mask.shape[2]))
         regions = regions + self.attention.mix(query, key, value, mask, angles.lengths)
         return regions + self.mlp(self.norm2(regions))

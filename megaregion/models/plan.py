@@ -29,12 +29,14 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, Cut]:
     }
 
 
-def partial_gradients(model: nn.Module) -> list[str]:
-    """Name every whole parameter that enters the attention heads, which are cut over ranks.
+def partial_gradients(model: nn.Module, tokens_cut: bool) -> list[str]:
+    """Name every whole parameter to which each rank sends back only what its own heads or tokens do.
 
-    Each rank sees only what its own heads send back to such a parameter; the sum over ranks is its gradient.
+    The sum over ranks is its gradient.
 
     Args:
         model: A model made of ``Block``s.
+        tokens_cut: Whether the tokens between the linears are cut over ranks too.
     """
-    return [name for name, _ in model.named_parameters() if name.endswith("class_pos_emb")]
+    norms = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias") if tokens_cut else ()
+    return [name for name, _ in model.named_parameters() if name.endswith(("class_pos_emb", *norms))]

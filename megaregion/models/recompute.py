@@ -69,7 +69,9 @@ def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
         _WATCHERS.remove(see)
 
 
-def kept_bytes(model: ModelConfig, tokens: int, level: Level, item: int, tensor: int = 1) -> int:
+def kept_bytes(
+    model: ModelConfig, tokens: int, level: Level, item: int, tensor: int = 1, spread: int = 1
+) -> int:
     """Activations that one block keeps for its backward pass, in bytes.
 
     Args:
@@ -78,18 +80,19 @@ def kept_bytes(model: ModelConfig, tokens: int, level: Level, item: int, tensor:
         level: What is kept.
         item: Bytes of a number.
         tensor: Ranks that share the heads and the MLP.
+        spread: Ranks that share the tokens between the linears.
     """
     width, mlp = model.width, model.mlp_width
     numbers = {
-        "keep": 4 * width + (4 * width + 2 * mlp) / tensor,
-        "cheap": 2 * width + (4 * width + mlp) / tensor,
-        "full": width,
+        "keep": 4 * width / spread + (4 * width + 2 * mlp) / tensor,
+        "cheap": 2 * width / spread + (4 * width + mlp) / tensor,
+        "full": width / spread,
     }[level]
     return round(tokens * numbers * item)
 
 
 def choose_levels(
-    model: ModelConfig, tokens: int, item: int, budget: float, tensor: int = 1
+    model: ModelConfig, tokens: int, item: int, budget: float, tensor: int = 1, spread: int = 1
 ) -> tuple[Level, ...]:
     """The level of each block that fits a budget at the least time; all full where none fits.
 
@@ -99,10 +102,11 @@ def choose_levels(
         item: Bytes of a number.
         budget: Bytes for what all blocks keep; 0 for no bound.
         tensor: Ranks that share the heads and the MLP.
+        spread: Ranks that share the tokens between the linears.
     """
     if budget <= 0:
         return everywhere("keep", model.depth)
-    keep, cheap, full = (kept_bytes(model, tokens, level, item, tensor) for level in LEVELS)
+    keep, cheap, full = (kept_bytes(model, tokens, level, item, tensor, spread) for level in LEVELS)
     # The last blocks' activations live the shortest: they are the ones that keep the most.
     if (spare := budget - model.depth * cheap) >= 0:
         kept = min(model.depth, int(spare // max(1, keep - cheap)))

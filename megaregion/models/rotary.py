@@ -27,8 +27,10 @@ class Rotation(NamedTuple):
     """Cosine of every image token's angles, [T, d/2] float32; constant to autograd."""
     sin: Tensor
     """Sine of the same angles, [T, d/2] float32; constant to autograd."""
+    images: int
+    """B: sequences of T tokens."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of each image, where the images of a batch share one sequence of T tokens."""
+    """Tokens of each image, where the images of a batch share one sequence of T tokens; B is then 1."""
 
 
 def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
@@ -39,19 +41,20 @@ def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta
         grids: Rows and columns of each image's patches.
         theta: Base of the frequencies.
     """
-    parts = [rotation(class_angle, rows, columns, theta) for rows, columns in grids]
+    parts = [rotation(class_angle, rows, columns, theta, 1) for rows, columns in grids]
     cos, sin = torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts])
-    return Rotation(class_angle.float(), cos, sin, tuple(1 + rows * columns for rows, columns in grids))
+    return Rotation(class_angle.float(), cos, sin, 1, tuple(1 + rows * columns for rows, columns in grids))
 
 
-def rotation(class_angle: Tensor, rows: int, columns: int, theta: float) -> Rotation:
-    """Gather the angles of an image's tokens.
+def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
+    """Gather the angles of the tokens of images of one size.
 
     Args:
         class_angle: Learned angle of the class token, [d/2].
         rows: Patches along the image's height.
         columns: Patches along the image's width.
         theta: Base of the frequencies.
+        images: B.
 
     Returns:
         Angles of the class token and of rows * columns patches, row by row.
@@ -59,7 +62,7 @@ def rotation(class_angle: Tensor, rows: int, columns: int, theta: float) -> Rota
     class_angle = class_angle.float()
     cos, sin = _patch_table(rows, columns, class_angle.shape[-1], theta, class_angle.device)
     fixed = class_angle.detach()[None]
-    return Rotation(class_angle, torch.cat((fixed.cos(), cos)), torch.cat((fixed.sin(), sin)))
+    return Rotation(class_angle, torch.cat((fixed.cos(), cos)), torch.cat((fixed.sin(), sin)), images)
 
 
 @lru_cache(maxsize=64)
@@ -103,7 +106,7 @@ def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tenso
         Queries, keys and values, [B, H, T, d] each.
     """
     firsts = (0,) if angles.lengths is None else (0, *accumulate(angles.lengths[:-1]))
-    query, key, value = _SplitAndTurn.apply(qkv, *angles[:3], firsts)
+    query, key, value = _SplitAndTurn.apply(qkv, angles.class_angle, angles.cos, angles.sin, firsts)
     return query, key, value
 
 

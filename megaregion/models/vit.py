@@ -22,6 +22,7 @@ from megaregion.errors import UserError
 from megaregion.models.block import Block
 from megaregion.models.recompute import Level, everywhere
 from megaregion.models.rotary import packed_rotation, rotation
+from megaregion.models.stream import Stream
 
 CHANNELS = 3
 
@@ -59,6 +60,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.stream = Stream()
         self._levels = everywhere("keep", config.depth)
         self.first_region_block = config.depth - config.region_layers
         self.patch_embedding = PatchEmbedding(config)
@@ -110,7 +112,7 @@ class VisionTransformer(nn.Module):
         # A view of the parameter, not the parameter: ZeRO 3 takes a parameter's data away before backward.
         class_angle, theta = self.class_pos_emb[0], self.config.rope_theta
         if grids is None:
-            angles = rotation(class_angle, *self._grid(images), theta)
+            angles = rotation(class_angle, *self._grid(images), theta, len(images))
             image: Tensor = self.patch_embedding(images)
             image = torch.cat((self.class_embedding.expand(len(image), 1, -1), image), dim=1)
         else:
@@ -118,17 +120,24 @@ class VisionTransformer(nn.Module):
             image = self._one_sequence(self.patch_embedding(images)[:, 0], grids)
         image = self.pre_norm(image)
         mask = None if visible is None else _mask(visible, image, grids)
-        regions: Tensor | None = None
+        whole = image.shape
+        image, regions = self.stream.cut(image), None
         for index, block in enumerate(self.blocks):
             if visible is not None and index == self.first_region_block:
-                regions = _class_tokens(image, angles.lengths).expand(-1, visible.shape[-2], -1)
+                classes = _class_tokens(self.stream.join(image, *whole[:2]), angles.lengths)
+                riders = classes.expand(-1, visible.shape[-2], -1)
+                regions = self.stream.cut(riders)
             image_ends = regions_only and visible is not None and index == len(self.blocks) - 1
             inputs = (image, regions, angles, mask, image_ends)
             if self._levels[index] == "full" and torch.is_grad_enabled():
                 image, regions = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 image, regions = block(*inputs)
-        return Tokens(image[:, :0] if regions_only else image, regions)
+        if regions is not None:
+            regions = self.stream.join(regions, *riders.shape[:2])
+        if regions_only:
+            return Tokens(image.new_empty(whole[0], 0, whole[2]), regions)
+        return Tokens(self.stream.join(image, *whole[:2]), regions)
 
     def _one_sequence(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """Put each image's class token in front of its patches, [P, D] to [1, S, D]."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaregion.parallel.partial import sum_over_ranks
+from megaregion.parallel.sequence import CutStream, gathered_linear, scattered_linear
 from megaregion.parallel.topology import Topology
 
 if not torch.cuda.is_available():
@@ -68,16 +69,37 @@ class _Row(RowParallelLinear):
         return super().forward(x)[0]
 
 
+class _GatheringColumn(_Column):
+    """A column-parallel linear that gathers the tokens it multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Parts [S, I] to all rows [T S, O / T]."""
+        return gathered_linear(x, self.weight, self.bias, self.tp_group)
+
+
+class _ScatteringRow(_Row):
+    """A row-parallel linear that leaves each tensor rank its part of the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All tokens [..., I / T] to parts [S, O], summed over the tensor ranks."""
+        return scattered_linear(x, self.weight, self.bias, self.tp_group)
+
+
 def parallelize(
-    model: nn.Module, plan: Mapping[str, Split], partial: Sequence[str], topology: Topology
+    model: nn.Module,
+    plan: Mapping[str, Split],
+    partial: Sequence[str],
+    topology: Topology,
+    tokens_cut: bool = False,
 ) -> dict[str, Placement]:
     """Replace the planned linears in place and describe every parameter's place.
 
     Args:
         model: The whole model, with the same values on every rank.
         plan: Name of each linear to cut, and how.
-        partial: Whole parameters of whose gradient each tensor rank computes only its heads' part.
+        partial: Whole parameters of whose gradient each tensor rank computes only a part.
         topology: This rank's place; with one tensor rank the model stays as it is.
+        tokens_cut: Cut the tokens between the linears too, wherever a module of the model has a ``stream``.
 
     Returns:
         The placement of every parameter, by its name.
@@ -89,17 +111,13 @@ def parallelize(
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology))
+        setattr(model.get_submodule(parent), child, _cut_linear(linear, split, topology, tokens_cut))
         placements.update(_linear_placements(name, linear, split, topology))
-    for name in partial:
-        model.get_parameter(name).register_hook(lambda part: _sum(part, topology))
+    for module in model.modules() if tokens_cut else ():
+        if hasattr(module, "stream"):
+            module.stream = CutStream(topology.tensor_group)  # type: ignore[assignment]
+    sum_over_ranks(model, partial, topology.tensor_group)
     return placements
-
-
-def _sum(part: Tensor, topology: Topology) -> Tensor:
-    total = part.clone()
-    dist.all_reduce(total, group=topology.tensor_group)
-    return total
 
 
 def _whole(parameter: Tensor) -> Placement:
@@ -122,7 +140,7 @@ def _linear_placements(
         yield f"{name}.{key}", place
 
 
-def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Module:
+def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut: bool) -> nn.Module:
     config = ModelParallelConfig(
         tensor_model_parallel_size=topology.tensor_size,
         # The values come from the whole model, so megatron neither draws any nor needs a GPU for it.
@@ -143,9 +161,11 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology) -> nn.Modul
         # slurm/launch.sh sets it; without a GPU it means nothing.
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
         if split == "column":
-            cut: nn.Module = _Column(*sizes, gather_output=False, **common)
+            column = _GatheringColumn if tokens_cut else _Column
+            cut: nn.Module = column(*sizes, gather_output=False, **common)
         else:
-            cut = _Row(*sizes, input_is_parallel=True, **common)
+            row = _ScatteringRow if tokens_cut else _Row
+            cut = row(*sizes, input_is_parallel=True, **common)
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
         for key, parameter in linear.named_parameters():

@@ -119,7 +119,7 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
         counted = body.at_rest()
         heads = [_head(kind, layout, topology) for kind in layout.heads]
         counted["head"] = sum(_bytes(p.tensor for p in head.state().values()) for head in heads)
-        counted["activations"] = body.kept * layout.micro_batch
+        counted["activations"] = round(body.kept * layout.micro_batch)
         # ZeRO 3 compares notes with the other ranks before its first pass, and there are none.
         if layout.zero_stage < 3:
             body.pass_one_image()
@@ -191,13 +191,16 @@ class _Body:
         with _Unset():
             model = RegionEncoder(config.model, config.head.embedding_dim)
         model.vit.levels = layout.levels
-        places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), topology)
+        cut = config.parallel.tokens_cut
+        partial = partial_gradients(model, cut)
+        places = parallelize(model, tensor_parallel_plan(model), partial, topology, cut)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._config, self._device = config, topology.device
         self._several = layout.micro_steps > 1
         if config.train.precision == "bf16":
             model = model.to(torch.bfloat16)
-        self.kept = self._kept_of_one_image(model)
+        # As many images as share the tokens: their parts have no rows that only pad them.
+        self.kept = self._kept_of_images(model, layout.spread) / layout.spread
         """Bytes that autograd keeps of one image from forward to backward."""
         self._engine = ZeroEngine(
             model.to(topology.device), places, config, topology, decays, lambda: torch.zeros(())
@@ -221,7 +224,7 @@ class _Body:
 
     def pass_one_image(self) -> None:
         """Send one image forward and back."""
-        self._engine.backward(self._engine(*self._image()).float().sum(), last=not self._several)
+        self._engine.backward(self._engine(*self._images(1)).float().sum(), last=not self._several)
 
     def gradients(self) -> int:
         """Bytes of gradients that wait for the next micro-step, or for the update."""
@@ -232,7 +235,7 @@ class _Body:
                 found += group or []
         return _bytes(found)
 
-    def _kept_of_one_image(self, model: RegionEncoder) -> int:
+    def _kept_of_images(self, model: RegionEncoder, count: int) -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, Tensor] = {}
 
@@ -240,16 +243,16 @@ class _Body:
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
 
         with watch_kept(note):
-            embeddings = model(*self._image())
+            embeddings = model(*self._images(count))
         size = _bytes(tensor for place, tensor in kept.items() if place not in own)
         del embeddings
         return size
 
-    def _image(self) -> tuple[Tensor, Tensor]:
+    def _images(self, count: int) -> tuple[Tensor, Tensor]:
         model, regions = self._config.model, self._config.data.regions_per_image
         kind = torch.bfloat16 if self._config.train.precision == "bf16" else torch.float32
-        images = torch.zeros(1, 3, model.image_size, model.image_size, device=self._device, dtype=kind)
-        return images, torch.ones(1, regions, model.grid**2, dtype=torch.bool, device=self._device)
+        images = torch.zeros(count, 3, model.image_size, model.image_size, device=self._device, dtype=kind)
+        return images, torch.ones(count, regions, model.grid**2, dtype=torch.bool, device=self._device)
 
     def _weights(self) -> list[Tensor]:
         parts = [parameter.ds_tensor for parameter in self._held if hasattr(parameter, "ds_tensor")]

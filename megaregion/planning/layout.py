@@ -148,6 +148,11 @@ class Layout:
         return self.config.parallel.tensor
 
     @property
+    def spread(self) -> int:
+        """Ranks that share the tokens between the linears."""
+        return self.tensor if self.config.parallel.tokens_cut else 1
+
+    @property
     def parameters(self) -> int:
         """Body parameters of one tensor rank."""
         return self.body.on_rank(self.tensor)

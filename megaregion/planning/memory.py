@@ -157,25 +157,30 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
 
 def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     """Bytes that autograd keeps of one image and its regions from forward to backward."""
-    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
+    model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
     regions, tokens = layout.config.data.regions_per_image, 1 + model.grid**2
     width, own = model.width * size, model.region_weights == "separate"
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
     each = {level: _kept_of_a_token(layout, hardware, level) for level in LEVELS}
     # A region token's projection is kept whole, and its turned query beside it; nothing of it is made again.
-    rides = {"keep": each["keep"] + width / tensor, "cheap": each["keep"] + width / tensor, "full": width}
+    rides = {
+        "keep": each["keep"] + width / tensor,
+        "cheap": each["keep"] + width / tensor,
+        "full": width / spread,
+    }
     kept, first = float(outside), model.depth - model.region_layers
     for number, level in enumerate(layout.levels):
         ends = number == model.depth - 1 and level != "full" and not own
         # The image tokens of the last block end at keys and values.
-        kept += tokens * (width * ((1 if level == "cheap" else 2) + 3 / tensor) if ends else each[level])
+        norm = (1 if level == "cheap" else 2) / spread
+        kept += tokens * (width * (norm + 3 / tensor) if ends else each[level])
         # The first block's region tokens are the class token's, which is kept anyway.
         kept += regions * rides[level] if number > first or (number == first and level != "full") else 0.0
         if own and number >= first and level != "full":
-            kept += tokens * width * (1 + 3 / tensor)
+            kept += tokens * width * (1 / spread + 3 / tensor)
     # Own weights read what the last block has written.
-    return kept + (tokens * width if own and layout.levels[-1] != "full" else 0.0)
+    return kept + (tokens * width / spread if own and layout.levels[-1] != "full" else 0.0)
 
 
 def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Level = "keep") -> float:
@@ -183,14 +188,14 @@ def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Level = "keep") 
 
     Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
     """
-    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
+    model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
     # A processor's attention gives what was read head by head; it is copied for the next product.
     read = 2 if hardware.device == "processor" else 1
     if level == "full":
-        return float(size * model.width)
+        return size * model.width / spread
     norms, mlp = (2, 1) if level == "cheap" else (4, 2)
     cut = ((3 + read) * model.width + mlp * model.mlp_width) / tensor
-    return size * (norms * model.width + cut) + 4 * (model.heads / tensor + 4)
+    return size * (norms * model.width / spread + cut) + 4 * (model.heads / tensor + 4 / spread)
 
 
 def _passing(layout: Layout, hardware: Hardware) -> float:
@@ -203,7 +208,11 @@ def _passing(layout: Layout, hardware: Hardware) -> float:
     gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
     if layout.levels[-1] == "full":
         return gradients + tokens * _kept_of_a_token(layout, hardware)
-    freed = 0.0 if model.region_weights == "separate" else tokens * size * (2 + 3 / tensor) * model.width
+    freed = (
+        0.0
+        if model.region_weights == "separate"
+        else tokens * size * (2 / layout.spread + 3 / tensor) * model.width
+    )
     return max(0.0, gradients - freed)
 
 

@@ -19,7 +19,10 @@ def plan_text(plan: Plan) -> str:
 
 def choices_text(plans: Sequence[Plan], own: Plan) -> str:
     """The best choices below each other, and the config's own for comparison."""
-    head = ("choice", "tensor", "data", "ZeRO", "micro-batch", "recompute", "GiB", "s/step", "img/s", "MFU")
+    head = (
+        "choice", "tensor", "sequence", "data", "ZeRO", "micro-batch", "recompute", "GiB", "s/step", "img/s",
+        "MFU",
+    )  # fmt: skip
     rows = [_choice(str(number), plan) for number, plan in enumerate(plans, 1)]
     return "best of the legal choices\n" + _table([head, *rows, _choice("config", own)])
 
@@ -88,6 +91,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "cluster": dataclasses.asdict(plan.hardware),
         "labels": dataclasses.asdict(layout.labels),
         "tensor": layout.tensor,
+        "sequence": layout.config.parallel.tokens_cut,
         "data": layout.data,
         "zero_stage": layout.zero_stage,
         "image_size": layout.config.model.image_size,
@@ -119,12 +123,12 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 def _head(plan: Plan) -> str:
     config, layout, hardware = plan.layout.config, plan.layout, plan.hardware
-    model = config.model
+    model, cut = config.model, ", tokens cut," if layout.spread > 1 else ""
     return (
         f"{config.name} on {hardware.name}: {hardware.gpus} ranks on {hardware.nodes} nodes\n"
         f"  ViT {layout.body.on_rank(1) / 1e6:,.0f}M, {model.image_size} px, patch {model.patch_size}, "
         f"{config.data.regions_per_image} regions, {config.train.precision}\n"
-        f"  tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero_stage}, "
+        f"  tensor {layout.tensor}{cut} x data {layout.data}, ZeRO {layout.zero_stage}, "
         f"recompute {_recomputed(plan)}, batch {config.train.global_batch:,} = "
         f"{layout.data} x {layout.micro_steps} x {layout.micro_batch}"
     )
@@ -217,6 +221,7 @@ def _choice(name: str, plan: Plan) -> tuple[str, ...]:
     return (
         name,
         str(layout.tensor),
+        "yes" if config.parallel.tokens_cut else "no",
         str(layout.data),
         str(config.parallel.zero_stage),
         str(layout.micro_batch),

@@ -1,12 +1,16 @@
-"""The best of the legal ways to spread a run: tensor ranks, ZeRO stage, micro-batch, recomputing or not."""
+"""The best of the legal ways to spread a run.
+
+Tensor ranks, tokens cut over them or not, ZeRO stage, micro-batch, recomputing or not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from megaregion.checks import check_config
-from megaregion.config import RunConfig
+from megaregion.config import ParallelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Labels
@@ -35,7 +39,7 @@ def all_plans(
 
 
 def best_plans(plans: list[Plan], count: int) -> list[Plan]:
-    """The fastest plans that fit, one for each (tensor, ZeRO stage, recompute).
+    """The fastest plans that fit, one for each (tensor, sequence, ZeRO stage, recompute).
 
     Args:
         plans: Plans, the fastest first.
@@ -44,7 +48,7 @@ def best_plans(plans: list[Plan], count: int) -> list[Plan]:
     Raises:
         UserError: None fits; the text says by how much and what would.
     """
-    fitting: dict[tuple[int, int, bool], Plan] = {}
+    fitting: dict[tuple[int, bool, int, bool], Plan] = {}
     for plan in plans:
         if plan.fits:
             fitting.setdefault(_way(plan), plan)
@@ -53,9 +57,9 @@ def best_plans(plans: list[Plan], count: int) -> list[Plan]:
     return list(fitting.values())[:count]
 
 
-def _way(plan: Plan) -> tuple[int, int, bool]:
-    config = plan.layout.config
-    return config.parallel.tensor, config.parallel.zero_stage, config.train.recompute
+def _way(plan: Plan) -> tuple[int, bool, int, bool]:
+    parallel = plan.layout.config.parallel
+    return parallel.tensor, parallel.sequence, parallel.zero_stage, plan.layout.config.train.recompute
 
 
 def _choices(config: RunConfig, hardware: Hardware) -> Iterator[RunConfig]:
@@ -70,10 +74,10 @@ def _choices(config: RunConfig, hardware: Hardware) -> Iterator[RunConfig]:
         images = config.train.global_batch // data
         for micro_batch in (size for size in range(1, images + 1) if images % size == 0):
             for stage in stages:
-                for recompute in (False, True):
+                for recompute, sequence in itertools.product((False, True), {tensor > 1, False}):
                     yield dataclasses.replace(
                         config,
-                        parallel=dataclasses.replace(config.parallel, tensor=tensor, zero_stage=stage),
+                        parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=stage),
                         train=dataclasses.replace(config.train, micro_batch=micro_batch, recompute=recompute),
                     )
 
@@ -85,7 +89,7 @@ def _nothing_fits(plans: list[Plan]) -> str:
             "must be a multiple of ranks / parallel.tensor, and parallel.tensor must divide model.heads"
         )
     least = min(plans, key=lambda plan: plan.memory.peak)
-    tensor, stage, recompute = _way(least)
+    tensor, _, stage, recompute = _way(least)
     hardware, layout = least.hardware, least.layout
     greatest = max(least.memory.kinds, key=lambda kind: least.memory.kinds[kind])
     return (

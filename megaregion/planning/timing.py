@@ -128,14 +128,14 @@ def _moved(layout: Layout) -> tuple[float, float]:
     """Bytes that the passes between products read and write for one image, forward and backward.
 
     In widths of a token: norms 4, splitting and turning q, k, v 12, residual sums 6, the activation 2 M; on
-    the way back also the biases' sums.
+    the way back also the biases' sums, two of them over whole tokens on every rank.
     """
-    model, tensor = layout.config.model, layout.tensor
+    model, tensor, spread = layout.config.model, layout.tensor, layout.spread
     tokens = (1 + model.grid**2) * (model.depth - 1)
     tokens += layout.config.data.regions_per_image * model.region_layers
     width, mlp, size = model.width, model.mlp_width / tensor, layout.itemsize
-    out = (10 + 12 / tensor) * width + 2 * mlp
-    back = (18 + 15 / tensor) * width + 4 * mlp
+    out = (10 / spread + 12 / tensor) * width + 2 * mlp
+    back = (16 / spread + 2 + 15 / tensor) * width + 4 * mlp
     return tokens * size * out, tokens * size * back
 
 
@@ -202,4 +202,4 @@ def _exposed(transfer: Transfer, busy: float, phases: dict[str, float]) -> float
     if transfer.beside == "none":
         return busy
     tail = transfer.tail * busy
-    return tail + max(0.0, busy - tail - phases[transfer.beside])
+    return tail + max(0.0, busy - tail - transfer.within * phases[transfer.beside])

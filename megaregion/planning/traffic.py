@@ -34,6 +34,8 @@ class Transfer:
     """Collectives in a step."""
     beside: Phase = "none"
     """The phase that it runs beside; none stops everything else."""
+    within: float = 1.0
+    """Share of that phase that it can run beside."""
     tail: float = 0.0
     """Share that nothing can hide, since it starts when that phase ends."""
 
@@ -60,7 +62,7 @@ class Transfer:
 
 def list_transfers(layout: Layout, hardware: Hardware) -> list[Transfer]:
     """Every kind of collective of a step."""
-    return [*_body(layout, hardware), *_tensor(layout), *_heads(layout)]
+    return [*_body(layout, hardware), *_tensor(layout, hardware), *_heads(layout)]
 
 
 def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
@@ -96,17 +98,43 @@ def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
     return [reduced, spread]
 
 
-def _tensor(layout: Layout) -> list[Transfer]:
-    model, tensor = layout.config.model, layout.tensor
+def _tensor(layout: Layout, hardware: Hardware) -> list[Transfer]:
+    """Sums of activations over the tensor ranks, in each block behind attention and MLP, and on the way back.
+
+    A sum is an all-reduce; where tokens are cut it is a scatter, and a gather comes before the next linear.
+    On the way back a column-cut linear sends beside its products, a row-cut one waits.
+    """
+    model, tensor, cut = layout.config.model, layout.tensor, layout.config.parallel.tokens_cut
     if tensor == 1:
         return []
-    # Two sums a block on the way out, two on the way back, and the first two again where a block runs twice.
-    passes = 4 + 2 * layout.levels.count("full") / model.depth
     tokens = (model.depth - 1) * (1 + model.grid**2)
     rides = model.region_layers * layout.config.data.regions_per_image
     size = (tokens + rides) * model.width * layout.itemsize * layout.images
-    calls = passes * (model.depth - 1 + model.region_layers) * layout.micro_steps
-    return [Transfer("activations", "tensor", tensor, passes * 2 * (tensor - 1) / tensor * size, calls)]
+    once = (tensor - 1) / tensor * size
+    blocks = (model.depth - 1 + model.region_layers) * layout.micro_steps
+    # Forward passes, with those of blocks that run again.
+    passes = 1 + layout.levels.count("full") / model.depth
+    # Of a backward pass's products those of column-cut linears, half of them the weights' gradients.
+    columns = (3 * model.width + model.mlp_width) / (4 * model.width + 2 * model.mlp_width)
+    overlaps: Phase = "backward" if hardware.device == "gpu" else "none"
+    if cut:
+        # Gather, scatter, twice; behind them the gathers of the row-cut linears' gradients.
+        alone, beside, calls = 4 * passes + 2, 4.0, 4.0
+    else:
+        # An all-reduce sends twice what a gather does.
+        alone, beside, calls = 4 * passes, 4.0, 2.0
+    return [
+        Transfer("activations", "tensor", tensor, alone * once, alone * calls / 4 * blocks),
+        Transfer(
+            "activations, hidden",
+            "tensor",
+            tensor,
+            beside * once,
+            calls * blocks,
+            beside=overlaps,
+            within=columns if cut else columns / 2,
+        ),
+    ]
 
 
 def _heads(layout: Layout) -> list[Transfer]:

@@ -24,4 +24,5 @@ def recompute_levels(config: RunConfig, micro_batch: int, image_size: int) -> tu
         2 if config.train.precision == "bf16" else 4,
         config.train.activation_gib * GIB,
         config.parallel.tensor,
+        config.parallel.tensor if config.parallel.tokens_cut else 1,
     )

@@ -129,7 +129,14 @@ class Trainer:
         if self.config.train.compile:
             for block in model.vit.blocks:
                 block.compile()
-        placements = parallelize(model, tensor_parallel_plan(model), partial_gradients(model), self.topology)
+        tokens_cut = self.config.parallel.tokens_cut
+        placements = parallelize(
+            model,
+            tensor_parallel_plan(model),
+            partial_gradients(model, tokens_cut),
+            self.topology,
+            tokens_cut,
+        )
         return ZeroEngine(
             model.to(self.topology.device),
             placements,

@@ -67,7 +67,19 @@ class ZeroEngine:
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward pass of the body."""
+        if self.stage == 3:
+            self._make_small_whole()
         return self._engine(*inputs)
+
+    def _make_small_whole(self) -> None:
+        """Gather the small parameters that DeepSpeed's stage 3 keeps whole, where it does not yet.
+
+        Until it has seen the order of the modules it takes them apart as well, and what is lent to many
+        modules at once (parallel/partial.py) must be there when a forward pass begins.
+        """
+        small = self._optimizer.persistent_parameters
+        if missing := [parameter for parameter in small if parameter.data.numel() != parameter.ds_numel]:
+            missing[0].all_gather(missing)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate gradients of a loss that is already divided by the whole global batch.
