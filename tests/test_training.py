@@ -138,7 +138,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step) * config.stage(step * batch_size).lr_scale
         optimizer.step()
-        seen.append(float(total))
+        seen.append(float(total.detach()))
     loader.close()
     weights = {f"body.weight.{n}": p.detach() for n, p in model.named_parameters()}
     weights.update({f"head.{kind}.weight": c.detach() for kind, c in centers.items()})

@@ -1,41 +1,27 @@
-"""One rank of the run that a plan is held against: what its machine reaches, then real training steps.
+"""One rank of the run that a plan is held against: real training steps, and what its machine reaches.
 
-Started by torch.distributed.run, one process a rank; every rank probes and trains while the others do, for
-that is what they will meet. Rank 0 writes what it found as JSON.
-
-Shapes: B images, T image tokens, D width, M MLP width, H heads, d head width.
+Started by torch.distributed.run, one process a rank. Rank 0 writes what it found as JSON.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from megaregion.benchmark.machine_probe import Clock, MachineProbe
 from megaregion.benchmark.measure import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.models.recompute import watch_kept
-from megaregion.models.rotary import rotation, split_and_turn
-
-Clock = Callable[[], float]
-"""Seconds from some beginning."""
-
-ROUNDS = 5
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
-MATRIX = 1536
-"""Side of the product that the matrix rate is taken from."""
+from megaregion.training.heap import keep_freed_memory, return_freed_memory
 
 
 def main() -> int:
@@ -44,133 +30,61 @@ def main() -> int:
 
     from megaregion.parallel import topology
 
+    # As the trainer does, for what is measured before it is there.
+    keep_freed_memory()
     clock = time.process_time if sys.argv[3] == "processor" else time.perf_counter
     config: RunConfig = config_from_dict(json.loads(Path(sys.argv[1]).read_text()))
     place = topology.join(config.parallel.tensor)
-    found: dict[str, Any] = {"rates": probe(config, place.world_group, clock)}
-    found.update(train(config, place, clock))
+    found = train(config, place, clock)
     if place.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
     topology.leave()
     return 0
 
 
-def probe(config: RunConfig, group: Any, clock: Clock) -> dict[str, float]:
-    """What this rank reaches while all ranks do the same, under the names of ``Hardware``'s fields."""
-    model, batch = config.model, config.train.micro_batch
-    tokens, width = batch * (1 + model.grid**2), model.width
-    square = torch.randn(MATRIX, MATRIX)
-    matrix = 2 * MATRIX**3 / _seconds(lambda: square @ square, group, clock)
-    shapes = [(width, 3 * width), (width, width), (width, model.mlp_width), (model.mlp_width, width)]
-    linears = [nn.Linear(*shape) for shape in shapes]
-    inputs = [torch.randn(tokens, shape[0], requires_grad=True) for shape in shapes]
-    outputs = [torch.randn(tokens, shape[1]) for shape in shapes]
-    products = _seconds(
-        lambda: [linear(x).backward(by) for linear, x, by in zip(linears, inputs, outputs, strict=True)],
-        group,
-        clock,
-    )
-    flops = sum(6 * tokens * a * b for a, b in shapes)
-    reads = [
-        torch.randn(batch, model.heads, 1 + model.grid**2, model.head_dim, requires_grad=True) for _ in "qkv"
-    ]
-    by = torch.randn_like(reads[0])
-    attention = _seconds(
-        lambda: F.scaled_dot_product_attention(reads[0], reads[1], reads[2]).backward(by), group, clock
-    )
-    moved, passes = _passes(config)
-    rates = {
-        "matrix_tflops": matrix / 1e12,
-        "linear_share": flops / products / matrix,
-        "attention_share": 12 * tokens * (1 + model.grid**2) * width / attention / matrix,
-        "memory_gbytes": moved / _seconds(passes, group, clock) / 1e9,
-    }
-    ranks = dist.get_world_size(group)
-    if ranks > 1:
-        payload = torch.ones(4 << 20)
-        seconds = _seconds(lambda: dist.all_reduce(payload, group=group), group, clock)
-        rates["inside_gbytes"] = 2 * (ranks - 1) / ranks * payload.numel() * 4 / seconds / 1e9
-        small = torch.ones(1)
-        rates["latency_us"] = _seconds(lambda: dist.all_reduce(small, group=group), group, clock) * 1e6
-    return rates
-
-
-def _passes(config: RunConfig) -> tuple[float, Callable[[], object]]:
-    """What stands between a block's products, forward and backward, and the bytes that the plan counts."""
-    model, batch = config.model, config.train.micro_batch
-    length = 1 + model.grid**2
-    image = torch.randn(batch, length, model.width, requires_grad=True)
-    hidden = torch.randn(batch, length, model.mlp_width, requires_grad=True)
-    qkv = torch.randn(batch, length, model.heads, 3, model.head_dim, requires_grad=True)
-    angles = rotation(torch.zeros(model.head_dim // 2), model.grid, model.grid, model.rope_theta, batch)
-    norms = nn.LayerNorm(model.width), nn.LayerNorm(model.width)
-    by_image, by_hidden = torch.randn_like(image), torch.randn_like(hidden)
-    by_heads = [torch.randn(batch, model.heads, length, model.head_dim) for _ in "qkv"]
-
-    def passes() -> None:
-        torch.autograd.backward(split_and_turn(qkv, angles), by_heads)
-        F.gelu(hidden).backward(by_hidden)
-        residual = image + norms[0](image)
-        (residual + norms[1](residual)).backward(by_image)
-
-    # As megaregion/planning/timing.py counts them, without the biases' sums, which linears do.
-    return batch * length * 4 * (50 * model.width + 5 * model.mlp_width), passes
-
-
-def _seconds(work: Callable[[], object], group: Any, clock: Clock) -> float:
-    """Median of some rounds, begun together by all ranks."""
-    taken = []
-    for _ in range(ROUNDS + 1):
-        dist.barrier(group)
-        began = clock()
-        work()
-        taken.append(clock() - began)
-    return statistics.median(taken[1:])
-
-
 def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
-    """Take the run's steps; the first is left out of the times.
+    """Take the run's steps, with a round of probes before each; the first is left out of the times.
 
     Returns:
-        seconds (median of a step), peak bytes beyond what the process had, and bytes of tensors by kind.
+        rates (see MachineProbe), seconds (median of a step), phases (medians of each, by the wall), peak
+        bytes beyond what the process had, and bytes of tensors by kind.
     """
     from megaregion.training.metrics import open_log
     from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
-    memory = PeakMemory(place.device)
-    _returning(at_once=True)
+    probe, memory = MachineProbe(config, place.world_group, clock), PeakMemory(place.device)
+    return_freed_memory()
     before = memory.now()
     open_log(Path(config.output) / config.name / "logs", place.rank)
     trainer = Trainer(config, place, StopRequest())
+    return_freed_memory()
     batches = trainer._loader.batches(trainer._positions())
-    seconds = []
+    seconds, phases = [], []
     try:
         trainer.train_step(batches)
         memory.reset()
         trainer.train_step(batches)
         peak = memory.peak() - before
         kinds = {**state_bytes(trainer), "activations": kept_bytes(trainer, next(batches))}
-        _returning(at_once=False)
+        keep_freed_memory()
         for _ in range(config.train.steps):
+            probe.round()
             dist.barrier(place.world_group)
             began = clock()
             trainer.train_step(batches)
             seconds.append(clock() - began)
+            phases.append(trainer._times._phases.take())
     finally:
         trainer._loader.close()
-    return {"seconds": statistics.median(seconds[1:]), "peak": peak, "kinds": kinds}
-
-
-def _returning(at_once: bool) -> None:
-    """Let glibc give freed memory back at once, so that the resident set is what tensors have touched.
-
-    By default it keeps freed pages for later, which is faster: times are taken after memory.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16 if at_once else 32 << 20)
-        libc.malloc_trim(0)
+    split = {name: statistics.median(step[name] for step in phases[1:]) for name in phases[0]}
+    return {
+        "rates": probe.rates(),
+        "seconds": statistics.median(seconds[1:]),
+        "phases": split,
+        "peak": peak,
+        "kinds": kinds,
+    }
 
 
 def state_bytes(trainer: Any) -> dict[str, int]:

@@ -109,8 +109,11 @@ def _engine(
     from megaregion.models.initialisation import initial_value
     from megaregion.parallel.tensor_parallel import parallelize
     from megaregion.parallel.zero import ZeroEngine
+    from megaregion.training.heap import keep_freed_memory
 
     place = alone(device)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     config = RunConfig(
         model=sizes.model,
         data=DataConfig(regions_per_image=max(1, regions)),

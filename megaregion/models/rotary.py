@@ -150,5 +150,7 @@ class _SplitAndTurn(torch.autograd.Function):
 def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    # Whole heads first: a product along 64 numbers takes less than two along 32.
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    out_first.addcmul_(second, sin, value=-1)
+    out_second.addcmul_(first, sin)

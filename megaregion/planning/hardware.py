@@ -20,6 +20,7 @@ from megaregion.errors import UserError
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
 GIB = 2**30
+MAY_BE_ZERO = ("reserve_gib", "launch_us", "latency_us", "stream_gbytes")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Hardware:
     attention_share: float = 0.45
     """Share of that rate that attention reaches, forward and backward together."""
     memory_gbytes: float = 2700.0
-    """GB/s that passes over tensors read and write."""
+    """GB/s that passes over activations read and write (norms, turns, non-linearities)."""
+    stream_gbytes: float = 0.0
+    """GB/s that copies and the optimizer read and write; 0: memory_gbytes."""
     launch_us: float = 4.0
     """Microseconds of the host for one kernel; a phase takes at least its number of kernels times this."""
     inside_gbytes: float = 360.0
@@ -139,7 +142,7 @@ def _check(key: str, value: object, types: Mapping[str, Any], place: str) -> Non
     elif key != "name":
         whole = types[key] == "int"
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        least = 0.0 if key in ("reserve_gib", "launch_us", "latency_us") else 1e-9
+        least = 0.0 if key in MAY_BE_ZERO else 1e-9
         if not fits or not least <= float(value) < math.inf:  # type: ignore[arg-type]
             kind = "a whole number of at least 1" if whole else "a positive number"
             raise UserError(f"{key} of cluster {place} must be {kind}, got {value}")

@@ -171,20 +171,25 @@ def _score_bytes(head: HeadLayout, layout: Layout, hardware: Hardware) -> float:
 
 
 def _optimizer(layout: Layout, hardware: Hardware) -> float:
-    """Seconds of moving body and centers."""
+    """Seconds of moving body and centers, with what ZeRO copies on the way."""
     stage, size, dim = layout.zero_stage, layout.itemsize, layout.config.head.embedding_dim
-    owned = layout.parameters / (layout.data if stage else 1)
-    # Flat gradients in fp32, their norm, the clip, AdamW's four reads and three writes, the copy back.
-    moved = owned * (12 + 4 + 8 + 28 + 4 + size)
-    # Gradients go to a bucket, are averaged, and laid out for the reduction.
-    times = layout.micro_steps if stage >= 2 else 1
-    moved += times * layout.parameters * 8 * size if stage else 0.0
+    parameters = layout.parameters
+    if stage == 0:
+        # The norm, then AdamW's four reads and three writes.
+        moved = float(parameters * (4 + 28))
+    else:
+        owned = parameters / layout.data
+        # Flat gradients in fp32, their norm, the clip, AdamW, the copy back.
+        moved = owned * (12 + 4 + 8 + 28 + 4 + size)
+        # Gradients go to a bucket, are averaged, laid out for the reduction and brought back.
+        times = layout.micro_steps if stage >= 2 else 1
+        moved += times * parameters * 8 * size
     touched = sum(head.touched for head in layout.heads.values())
     # Correction and norm of the gradients, then weight and two moments read, moved and written back.
     moved += touched * dim * 4 * (6 + 14)
     blocks = touched * dim / CENTERS_AT_A_TIME
     host = blocks * KERNELS["block of centers"] * hardware.launch_us * 1e-6
-    return max(moved / (hardware.memory_gbytes * 1e9), host)
+    return max(moved / (hardware.stream_gbytes or hardware.memory_gbytes) / 1e9, host)
 
 
 def _data(layout: Layout, hardware: Hardware, busy: float) -> float:

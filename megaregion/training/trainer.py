@@ -41,6 +41,7 @@ from megaregion.training.folder import DONE
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
+from megaregion.training.heap import keep_freed_memory
 from megaregion.training.levels import recompute_levels
 from megaregion.training.metrics import LOG, Metrics
 from megaregion.training.profiling import StepProfiler
@@ -80,6 +81,8 @@ class Trainer:
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
         """
+        if topology.device.type == "cpu":
+            keep_freed_memory()
         self.config = config
         self.topology = topology
         self.run_folder = Path(config.output) / config.name

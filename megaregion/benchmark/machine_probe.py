@@ -1,0 +1,138 @@
+"""What a rank's machine reaches, for a plan that is to be held against training on it.
+
+A machine that others use changes its pace within a minute, so rounds of probes lie between the training
+steps; every rank probes while the others do, for that is what they will meet.
+
+Shapes: B images, T image tokens, D width, M MLP width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from megaregion.config import RunConfig
+from megaregion.models.rotary import rotation, split_and_turn
+from megaregion.parallel.zero.setup import REDUCE_BUCKET
+from megaregion.planning.layout import body_parameters
+
+Clock = Callable[[], float]
+"""Seconds from some beginning."""
+Work = Callable[[], object]
+
+MATRIX = 1536
+"""Side of the product that the matrix rate is taken from."""
+
+
+class MachineProbe:
+    """Rates of one rank while all ranks ask for them."""
+
+    def __init__(self, config: RunConfig, group: Any, clock: Clock) -> None:
+        self._group, self._clock = group, clock
+        square = torch.randn(MATRIX, MATRIX)
+        elements = body_parameters(config.model, config.head.embedding_dim).on_rank(1)
+        bucket = torch.ones(min(REDUCE_BUCKET, elements))
+        added = torch.ones_like(bucket)
+        # By name: what is done, and its operations or bytes.
+        self._work: dict[str, tuple[float, Work]] = {
+            "matrix": (2 * MATRIX**3, lambda: square @ square),
+            "linears": _linears(config),
+            "attention": _attention(config),
+            "passes": _passes(config),
+            "stream": (12 * len(bucket), lambda: added.add_(bucket)),
+        }
+        ranks = dist.get_world_size(group)
+        if ranks > 1:
+            bucket = bucket[: len(bucket) // ranks * ranks]
+            own, small = bucket.chunk(ranks)[dist.get_rank(group)].clone(), torch.ones(1)
+            sent = (ranks - 1) / ranks * 4 * len(bucket)
+            self._work["reduce"] = (2 * sent, lambda: dist.all_reduce(bucket, group=group))
+            self._work["gather"] = (sent, lambda: dist.all_gather_into_tensor(bucket, own, group=group))
+            self._work["latency"] = (1, lambda: dist.all_reduce(small, group=group))
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self.round()
+        # What comes first pays for what is made once.
+        self._seconds.clear()
+
+    def round(self) -> None:
+        """Do everything once more."""
+        for name, (_, work) in self._work.items():
+            dist.barrier(self._group)
+            began = self._clock()
+            work()
+            self._seconds[name].append(self._clock() - began)
+
+    def rates(self) -> dict[str, float]:
+        """Medians of all rounds, under the names of ``Hardware``'s fields."""
+        seconds = {name: statistics.median(taken) for name, taken in self._seconds.items()}
+        rate = {name: amount / seconds[name] for name, (amount, _) in self._work.items()}
+        found = {
+            "matrix_tflops": rate["matrix"] / 1e12,
+            "linear_share": rate["linears"] / rate["matrix"],
+            "attention_share": rate["attention"] / rate["matrix"],
+            "memory_gbytes": rate["passes"] / 1e9,
+            "stream_gbytes": rate["stream"] / 1e9,
+        }
+        if "reduce" in rate:
+            # As ZeRO sends: gradients by all-reduce, parameters by gather, at which gloo is slower.
+            sent = self._work["reduce"][0] + self._work["gather"][0]
+            found["inside_gbytes"] = sent / (seconds["reduce"] + seconds["gather"]) / 1e9
+            found["latency_us"] = seconds["latency"] * 1e6
+        return found
+
+
+def _linears(config: RunConfig) -> tuple[float, Work]:
+    """A block's four linears, forward and backward."""
+    model = config.model
+    width, tokens = model.width, config.train.micro_batch * (1 + model.grid**2)
+    shapes = [(width, 3 * width), (width, width), (width, model.mlp_width), (model.mlp_width, width)]
+    linears = [nn.Linear(*shape) for shape in shapes]
+    inputs = [torch.randn(tokens, shape[0], requires_grad=True) for shape in shapes]
+    outputs = [torch.randn(tokens, shape[1]) for shape in shapes]
+
+    def work() -> None:
+        for linear, x, by in zip(linears, inputs, outputs, strict=True):
+            linear(x).backward(by)
+
+    return sum(6 * tokens * a * b for a, b in shapes), work
+
+
+def _attention(config: RunConfig) -> tuple[float, Work]:
+    model, batch = config.model, config.train.micro_batch
+    length = 1 + model.grid**2
+    query, key, value = (
+        torch.randn(batch, model.heads, length, model.head_dim, requires_grad=True) for _ in "qkv"
+    )
+    by = torch.randn_like(query)
+    return 12 * batch * length * length * model.width, lambda: F.scaled_dot_product_attention(
+        query, key, value
+    ).backward(by)
+
+
+def _passes(config: RunConfig) -> tuple[float, Work]:
+    """What stands between a block's products, forward and backward, and the bytes that the plan counts."""
+    model, batch = config.model, config.train.micro_batch
+    length = 1 + model.grid**2
+    image = torch.randn(batch, length, model.width, requires_grad=True)
+    hidden = torch.randn(batch, length, model.mlp_width, requires_grad=True)
+    qkv = torch.randn(batch, length, model.heads, 3, model.head_dim, requires_grad=True)
+    angles = rotation(torch.zeros(model.head_dim // 2), model.grid, model.grid, model.rope_theta, batch)
+    norms = nn.LayerNorm(model.width), nn.LayerNorm(model.width)
+    by_image, by_hidden = torch.randn_like(image), torch.randn_like(hidden)
+    by_heads = [torch.randn(batch, model.heads, length, model.head_dim) for _ in "qkv"]
+
+    def passes() -> None:
+        torch.autograd.backward(split_and_turn(qkv, angles), by_heads)
+        F.gelu(hidden).backward(by_hidden)
+        residual = image + norms[0](image)
+        (residual + norms[1](residual)).backward(by_image)
+
+    # As megaregion/planning/timing.py counts them, without the biases' sums, which linears do.
+    return batch * length * 4 * (50 * model.width + 5 * model.mlp_width), passes
