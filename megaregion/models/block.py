@@ -102,8 +102,9 @@ class Block(nn.Module):
         if regions is not None and self.region is None:
             regions = self._read(regions, key, value, angles, mask)
         if not (image_ends_here and self.region is None):
-            image = image + self.attention.mix(query, key, value, lengths=angles.lengths)
-            image = image + self._mlp(image)
+            # Into what the linears have just written: the sums need no memory of their own.
+            image = self.attention.mix(query, key, value, lengths=angles.lengths).add_(image)
+            image = self._mlp(image).add_(image)
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
@@ -121,5 +122,5 @@ class Block(nn.Module):
         assert mask is not None
         images = angles.images if angles.lengths is None else len(angles.lengths)
         query = self.attention.project_regions(self.norm1(regions), angles, (images, mask.shape[2]))
-        regions = regions + self.attention.mix(query, key, value, mask, angles.lengths)
-        return regions + self.mlp(self.norm2(regions))
+        regions = self.attention.mix(query, key, value, mask, angles.lengths).add_(regions)
+        return self.mlp(self.norm2(regions)).add_(regions)
