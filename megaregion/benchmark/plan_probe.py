@@ -95,7 +95,8 @@ def state_bytes(trainer: Any) -> dict[str, int]:
     stays = {id(p) for p in parameters}
     heads = trainer.heads.by_kind.values()
     return {
-        "weights": storage_bytes(p.data for p in parameters),
+        # Whole ones, and the parts that ZeRO 3 leaves a rank.
+        "weights": storage_bytes([*(p.data for p in parameters), *_parts(parameters)]),
         "masters": storage_bytes(master for master in masters if id(master) not in stays),
         "moments": storage_bytes(
             value for state in inner.state.values() for key, value in state.items() if key.startswith("exp_")
@@ -104,15 +105,20 @@ def state_bytes(trainer: Any) -> dict[str, int]:
     }
 
 
+def _parts(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+
+
 def kept_bytes(trainer: Any, batch: Any) -> int:
     """Bytes that autograd keeps of one forward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in trainer.engine._parameters.values()}
+    parameters = trainer.engine._parameters.values()
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor
+        place = tensor.untyped_storage().data_ptr()
+        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
+        if all(place != parameter.untyped_storage().data_ptr() for parameter in parameters):
+            kept[place] = tensor
 
     with watch_kept(note):
         embeddings = trainer.engine(trainer._inputs(batch.images), batch.visible)

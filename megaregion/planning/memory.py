@@ -142,8 +142,7 @@ def _gradients(layout: Layout) -> tuple[float, float]:
 def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Bytes of the buffer in which gradients are reduced, and of their flat copy while they travel.
 
-    On a processor gradients move into the buffer, and it holds no more than they do; stage 1 then has them
-    nowhere else.
+    On a processor the buffer holds no more than the gradients do.
     """
     if layout.zero_stage not in (1, 2):
         return 0.0, 0.0
@@ -151,8 +150,7 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     flattened = float(min(layout.bucket, layout.parameters) * size) if layout.data > 1 else 0.0
     if hardware.device == "gpu":
         return float(2 * layout.bucket * size), flattened
-    touched = float(min(layout.bucket, layout.parameters) * size)
-    return touched, flattened if layout.zero_stage == 2 else 0.0
+    return float(min(layout.bucket, layout.parameters) * size), flattened
 
 
 def activation_bytes(layout: Layout, hardware: Hardware) -> float:
