@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -309,8 +309,10 @@ def test_an_edge_stays_where_it_is_however_small_the_photo_is_decoded(data: st.D
     )
     view = crop.on_blocks(width, height) if data.draw(st.booleans()) else crop
     view = dataclasses.replace(view, flipped=data.draw(st.booleans()))
-    pixels = cut(open_image(encode(image)), view, 64, 64, shrink=True)[..., 0].astype(float)
     expected = (edge - view.x0) / (view.x1 - view.x0) * 64
+    # A narrow crop may leave the edge out.
+    assume(1 < expected < 63)
+    pixels = cut(open_image(encode(image)), view, 64, 64, shrink=True)[..., 0].astype(float)
     found = ((250 - pixels) / 245).sum(axis=1)
     assert np.abs(found - expected).max() < 0.25, "a quarter of a pixel of the result"
     assert (pixels[:, 0] > pixels[:, -1]).all() == view.flipped
