@@ -77,7 +77,7 @@ SMALLER = {
     ),
     "tools/pretrain.py report": Smaller(replaced=("NAME", "photos")),
     "tools/benchmark.py plan": Smaller(
-        "--case 2", ("--model b16 --batch 2", "--model s16 --batch 1 --steps 2")
+        "--model s16 --batch 1 --steps 2", ("--case all", "--case 1 2-tensor")
     ),
 }
 """The longest beginning of a command that stands here names its recipe; others run as they are."""
