@@ -20,8 +20,8 @@ from torch import Tensor
 from megaregion.benchmark.machine_probe import Clock, MachineProbe
 from megaregion.benchmark.measure import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
+from megaregion.heap import keep_freed_memory, return_freed_memory
 from megaregion.models.recompute import watch_kept
-from megaregion.training.heap import keep_freed_memory, return_freed_memory
 
 
 def main() -> int:

@@ -105,11 +105,11 @@ def our_step(
 def _engine(
     sizes: StepSizes, device: str, regions: int, as_trained: bool, compiled: bool, level: Level
 ) -> Any:
+    from megaregion.heap import keep_freed_memory
     from megaregion.models import decays
     from megaregion.models.initialisation import initial_value
     from megaregion.parallel.tensor_parallel import parallelize
     from megaregion.parallel.zero import ZeroEngine
-    from megaregion.training.heap import keep_freed_memory
 
     place = alone(device)
     if place.device.type == "cpu":

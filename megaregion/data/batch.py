@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megaregion.data.block import Block
+from megaregion.data.pool import Pool
 
 OBJECT, TEXT = 0, 1
 """Values of Batch.kinds."""
@@ -118,7 +119,9 @@ class Batch:
         return replace(self, block=None, **changed)
 
 
-def collate(samples: Iterable[TransformedSample], count: int, mean: Color, std: Color) -> Batch:
+def collate(
+    samples: Iterable[TransformedSample], count: int, mean: Color, std: Color, pool: Pool | None = None
+) -> Batch:
     """Stack samples of one size, or pack samples of any size into one sequence of patches.
 
     Stacked samples are written into the batch one by one as they come, so that their own memory is used
@@ -129,6 +132,7 @@ def collate(samples: Iterable[TransformedSample], count: int, mean: Color, std: 
         count: Number B of samples.
         mean: Mean of R, G, B on the 0..1 scale.
         std: Standard deviation of R, G, B on the 0..1 scale.
+        pool: Where a worker process takes the batch's memory.
     """
     rest = iter(samples)
     first = next(rest)
@@ -148,7 +152,8 @@ def collate(samples: Iterable[TransformedSample], count: int, mean: Color, std: 
             "visible": (torch.bool, visible),
             "kinds": (torch.int8, (count, len(first.kinds))),
             "labels": (torch.int64, (count, *first.labels.shape)),
-        }
+        },
+        pool,
     )
     tensors = _tensors(block)
     keys = _write(samples, {name: tensor.numpy() for name, tensor in tensors.items()})

@@ -1,17 +1,20 @@
 """A block: all tensors of a batch in one piece of memory, so that it passes between processes as one.
 
 In a worker process the memory is shared: samples are written where the training process will read them, and
-what travels is one file descriptor and the layout.
+what travels is the number of a piece and the layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from megaregion.data.pool import Lease, Pool
 
 ALIGNMENT = 64
 """Bytes of a cache line; every tensor begins on one."""
@@ -36,24 +39,33 @@ class Block:
     memory: Tensor
     """uint8 [bytes]."""
     slots: Mapping[str, Slot]
+    lease: Lease | None = None
+    """How another process opens the memory, if it is a pool's and this process took it."""
 
     @staticmethod
-    def of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Block:
-        """Allocate a block, shared in a worker process, with unspecified content.
+    def of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pool: Pool | None = None) -> Block:
+        """Allocate a block with unspecified content.
 
         Args:
             shapes: Type and shape of each tensor, by name.
+            pool: Where a worker process takes memory; when all of it is in use the block gets its own,
+                which torch copies to shared memory when it is sent.
         """
         slots, end = {}, 0
         for name, (dtype, shape) in shapes.items():
             size = torch.Size(shape).numel() * dtype.itemsize
             slots[name] = Slot(dtype, shape, end, size)
             end += -(-size // ALIGNMENT) * ALIGNMENT
-        if get_worker_info() is None:
-            return Block(torch.empty(end, dtype=torch.uint8), slots)
-        # As torch's own collate does; share_memory_() would copy the block once more.
-        storage = torch.UntypedStorage._new_shared(end)
-        return Block(torch.empty(0, dtype=torch.uint8).set_(storage), slots)
+        worker = get_worker_info()
+        if worker is not None and pool is not None and (taken := pool.take(worker.id, end)) is not None:
+            lease, memory = taken
+            return Block(memory, slots, lease)
+        return Block(torch.empty(end, dtype=torch.uint8), slots)
+
+    def __reduce__(self) -> tuple[Callable[..., Block], tuple[Any, ...]]:
+        if self.lease is None:
+            return Block, (self.memory, self.slots)
+        return _open, (self.lease, self.slots)
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors, a view of the block."""
@@ -62,4 +74,8 @@ class Block:
 
     def pin_memory(self) -> Block:
         """A copy in page-locked memory, from which a GPU copies on its own."""
-        return replace(self, memory=self.memory.pin_memory())
+        return Block(self.memory.pin_memory(), self.slots)
+
+
+def _open(lease: Lease, slots: Mapping[str, Slot]) -> Block:
+    return Block(lease.open(), slots)

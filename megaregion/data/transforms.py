@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,28 @@ from megaregion.data.regions import sample_regions, visibility
 from megaregion.data.sample import BadSample, Box, RegionRecord, SampleRecord
 from megaregion.data.view import View, fitting_grid, random_view
 from megaregion.errors import UserError
+
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+class Framed(NamedTuple):
+    """A sample without its pixels: the part of the image that will be seen, and the regions in it."""
+
+    key: str
+    position: int
+    view: View
+    rows: int
+    """Patches from top to bottom."""
+    columns: int
+    """Patches from left to right."""
+    factors: tuple[float, ...]
+    """Of brightness, contrast and saturation; empty where nothing changes."""
+    visible: NDArray[np.bool_]
+    """[N, P]."""
+    kinds: NDArray[np.int8]
+    """[N]."""
+    labels: NDArray[np.int64]
+    """[N, T], padded with -1."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,20 @@ class Transform:
             BadSample: The image cannot be decoded, or has another size than the record says.
         """
         check_size(image, record)
+        framed = self.frame(record, position, key)
+        return None if framed is None else self.decode(image, framed)
+
+    def frame(self, record: SampleRecord, position: int, key: str = "") -> Framed | None:
+        """Draw and find all of a sample but its pixels.
+
+        Args:
+            record: The image's size and regions.
+            position: The sample's place in the stream, which seeds every draw.
+            key: Name of the sample.
+
+        Returns:
+            What is known without the pixels, or None if no region is left in the crop.
+        """
         if not record.regions:
             return None
         grid = self._grid(position)
@@ -77,7 +114,6 @@ class Transform:
         rng = self._draws.at(position)
         view = self.view(record, rng, grid)
         rows, columns = fitting_grid(view, grid**2) if native else (grid, grid)
-        patch = self.model.patch_size
         boxes = np.array([region.box for region in record.regions], dtype=np.float64)
         share = view.share_inside(boxes)
         kept = np.flatnonzero((share > 0) & (share >= data.min_visible))
@@ -85,16 +121,39 @@ class Transform:
             return None
         places = kept[sample_regions(kept.size, data.regions_per_image, rng)]
         chosen = [record.regions[place] for place in places.tolist()]
-        pixels = jitter(cut(image, view, columns * patch, rows * patch, shrink=True), data.color_jitter, rng)
         masks = [region.mask for region in chosen]
-        return TransformedSample(
+        return Framed(
             key=key,
             position=position,
-            pixels=pixels,
+            view=view,
+            rows=rows,
+            columns=columns,
+            factors=_jitter_factors(data.color_jitter, rng),
             visible=visibility(boxes[places], masks, view, rows, columns, data.patch_coverage),
             kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
             labels=pad_labels(chosen, data.max_text_tokens),
-            patch=patch if native else 0,
+        )
+
+    def decode(self, image: Image.Image | Jpeg, framed: Framed) -> TransformedSample:
+        """Decode the pixels of a sample.
+
+        Args:
+            image: The image, decoded or not; it stays as it is.
+            framed: All else of the sample.
+
+        Raises:
+            BadSample: The image cannot be decoded.
+        """
+        patch = self.model.patch_size
+        pixels = cut(image, framed.view, framed.columns * patch, framed.rows * patch, shrink=True)
+        return TransformedSample(
+            key=framed.key,
+            position=framed.position,
+            pixels=jitter(pixels, framed.factors),
+            visible=framed.visible,
+            kinds=framed.kinds,
+            labels=framed.labels,
+            patch=patch if self.data.packing == "native" else 0,
         )
 
     def view(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> View:
@@ -198,17 +257,23 @@ def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]
     return labels
 
 
-def jitter(pixels: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change brightness, contrast and saturation, each by a factor from 1 - strength to 1 + strength.
+def jitter(pixels: NDArray[np.uint8], factors: Sequence[float]) -> NDArray[np.uint8]:
+    """Change brightness, contrast and saturation.
 
     Args:
         pixels: RGB, [H, W, 3].
-        strength: Greatest change, as a share of 1; 0 changes nothing.
-        rng: Generator of this sample.
+        factors: Of each of the three; none changes nothing.
     """
-    if strength == 0:
+    if not factors:
         return pixels
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = enhance(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    for enhance, factor in zip(_ENHANCERS, factors, strict=True):
+        image = enhance(image).enhance(factor)
     return np.asarray(image)
+
+
+def _jitter_factors(strength: float, rng: np.random.Generator) -> tuple[float, ...]:
+    """A factor from 1 - strength to 1 + strength for each of the three."""
+    if strength == 0:
+        return ()
+    return tuple(rng.uniform(1 - strength, 1 + strength) for _ in _ENHANCERS)

@@ -25,6 +25,7 @@ from megaregion.data.order import SampleOrder, step_positions
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, UserError
+from megaregion.heap import keep_freed_memory
 from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.float8 import use_float8
 from megaregion.models.initialisation import initialise
@@ -41,7 +42,6 @@ from megaregion.training.folder import DONE
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
-from megaregion.training.heap import keep_freed_memory
 from megaregion.training.levels import recompute_levels
 from megaregion.training.metrics import LOG, Metrics
 from megaregion.training.profiling import StepProfiler

@@ -22,7 +22,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add = parser.add_argument
-    add("--images", type=int, default=2048, help="images of the dataset that is composed, 90 KB each")
+    add("--images", type=int, default=4096, help="images of the dataset that is composed, 90 KB each")
     add("--workers", type=int, default=2, help="processes that decode, of each side")
     add("--batch", type=int, default=64, help="images of a batch")
     add("--folder", type=Path, default=Path(), help="folder on the disk to read from; emptied afterwards")

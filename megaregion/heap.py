@@ -1,8 +1,8 @@
-"""What the C library does with memory that a processor's training step frees.
+"""What the C library does with memory that is freed.
 
-By default glibc gives large blocks back to the operating system at once, and the next step gets each page of
-them anew, zeroed: activations, gradients and DeepSpeed's flat copies are such blocks. On a GPU torch keeps
-freed memory by itself.
+By default glibc gives large blocks back to the operating system at once, and who needs them next gets each
+page anew, zeroed: activations, gradients and DeepSpeed's flat copies of a processor's step are such blocks,
+and so are the encoded images of a loader's batch. On a GPU torch keeps freed memory by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next step; the process then never shrinks."""
+    """Keep freed memory for the next step or batch; the process then never shrinks."""
     _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
 
 
