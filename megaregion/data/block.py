@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -49,7 +51,7 @@ class Block:
         Args:
             shapes: Type and shape of each tensor, by name.
             pool: Where a worker process takes memory; when all of it is in use the block gets its own,
-                which torch copies to shared memory when it is sent.
+                which is copied through the pipe when it is sent.
         """
         slots, end = {}, 0
         for name, (dtype, shape) in shapes.items():
@@ -64,8 +66,10 @@ class Block:
 
     def __reduce__(self) -> tuple[Callable[..., Block], tuple[Any, ...]]:
         if self.lease is None:
-            return Block, (self.memory, self.slots)
-        return _open, (self.lease, self.slots)
+            # A tensor would be copied to /dev/shm; where that is full, the queue's thread only complains on
+            # stderr, and the reader would wait for ever.
+            return _copied, (self.memory.numpy(), self.slots)
+        return _opened, (self.lease, self.slots)
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors, a view of the block."""
@@ -77,5 +81,9 @@ class Block:
         return Block(self.memory.pin_memory(), self.slots)
 
 
-def _open(lease: Lease, slots: Mapping[str, Slot]) -> Block:
+def _copied(memory: NDArray[np.uint8], slots: Mapping[str, Slot]) -> Block:
+    return Block(torch.from_numpy(memory), slots)
+
+
+def _opened(lease: Lease, slots: Mapping[str, Slot]) -> Block:
     return Block(lease.open(), slots)
