@@ -31,6 +31,16 @@ def test_a_forecast_may_miss_either_way() -> None:
     assert [case.holds for case in (low, near, high)] == [False, True, False]
 
 
+def test_what_took_no_time_is_reported_and_not_divided_by(tmp_path: Path) -> None:
+    report = Report(
+        {}, [Case("a save slows no step", 0.0, 2.0, 20.0, "s"), Case("a plan", 0.0, 2.0, 0.9, "s", True)]
+    )
+    assert "inf" in report.table()
+    report.write_json(tmp_path / "out.json")
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [(case["ratio"], case["holds"]) for case in cases] == [(None, True), (None, False)]
+
+
 def test_the_json_has_the_form_of_every_benchmark(tmp_path: Path) -> None:
     Report({"cores": 2}, [Case("a", 1.0, 4.0, 3.0, "s")]).write_json(tmp_path / "new" / "out.json")
     found = json.loads((tmp_path / "new" / "out.json").read_text())

@@ -17,10 +17,10 @@ from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfi
 from megaregion.errors import UserError
 from megaregion.models.encoder import RegionEncoder
 from megaregion.models.recompute import watch_kept
+from megaregion.planning.activations import activation_bytes
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
-from megaregion.planning.memory import activation_bytes
 from megaregion.planning.plan import Plan, make_plan
 from megaregion.planning.report import efficiency
 from megaregion.planning.scaling import weak_scaling

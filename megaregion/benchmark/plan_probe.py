@@ -30,8 +30,6 @@ def main() -> int:
 
     from megaregion.parallel import topology
 
-    # As the trainer does, for what is measured before it is there.
-    keep_freed_memory()
     clock = time.process_time if sys.argv[3] == "processor" else time.perf_counter
     config: RunConfig = config_from_dict(json.loads(Path(sys.argv[1]).read_text()))
     place = topology.join(config.parallel.tensor)
@@ -53,16 +51,18 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
     from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
+    # From the first tensor on: what has been freed amid what is kept would count as memory in use.
+    return_freed_memory()
     probe, memory = MachineProbe(config, place.world_group, clock), PeakMemory(place.device)
     return_freed_memory()
     before = memory.now()
     open_log(Path(config.output) / config.name / "logs", place.rank)
     trainer = Trainer(config, place, StopRequest())
-    return_freed_memory()
     batches = trainer._loader.batches(trainer._positions())
     seconds, phases = [], []
     try:
         trainer.train_step(batches)
+        return_freed_memory()
         memory.reset()
         trainer.train_step(batches)
         peak = memory.peak() - before
@@ -92,6 +92,8 @@ def state_bytes(trainer: Any) -> dict[str, int]:
     optimizer, parameters = trainer.engine._optimizer, trainer.engine._parameters.values()
     inner = getattr(optimizer, "optimizer", optimizer)
     masters = [master for group in inner.param_groups for master in group["params"]]
+    # Stage 3 lends them to its optimizer for the update only.
+    masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     stays = {id(p) for p in parameters}
     heads = trainer.heads.by_kind.values()
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,12 +26,14 @@ class Case:
     @property
     def ratio(self) -> float:
         """How many times better ours is: peer / ours, so that more is better for times and memory alike."""
-        return self.peer / self.ours
+        return self.peer / self.ours if self.ours else math.inf
 
     @property
     def holds(self) -> bool:
         """Whether the goal is reached."""
-        ratio = min(self.ratio, 1 / self.ratio) if self.two_sided else self.ratio
+        ratio = self.ratio
+        if self.two_sided and ratio:
+            ratio = min(ratio, 1 / ratio)
         return ratio >= self.goal
 
 
@@ -56,7 +59,11 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
-        cases = [{**asdict(case), "ratio": case.ratio, "holds": case.holds} for case in self.cases]
+        # JSON has no infinity, which is the ratio to what took no time that can be measured.
+        cases = [
+            {**asdict(case), "ratio": case.ratio if case.ours else None, "holds": case.holds}
+            for case in self.cases
+        ]
         for case in cases:
             del case["two_sided"]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,10 @@ from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.recompute import watch_kept
 from megaregion.parallel.topology import Topology
+from megaregion.planning.activations import activation_bytes
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Layout
-from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
+from megaregion.planning.memory import gradients_of_one_pass
 from megaregion.planning.plan import Plan
 
 TOLERANCE = 0.05

@@ -1,25 +1,26 @@
-"""Memory of one rank, by kind, at the three moments of a step when it can be greatest.
+"""Memory of one rank, by kind, at the moments of a step when it can be greatest.
 
     forward of the last micro-step ends | heads | backward ............ | update
-    activations at their greatest       + rows,   activations fall,       fp32 gradients of
-                                          scores   gradients grow          this rank's part
+    activations at their greatest,      + rows,   activations fall,       fp32 gradients of
+    ZeRO 3's gathers in flight            scores   gradients grow          this rank's part
 
-Activations are what autograd keeps of the modules as they are written; tests hold the formulas against the
-real modules. DeepSpeed 0.19.8 is reckoned as it is.
-
-Shapes: T image tokens, N regions, D width, M MLP width, H heads, E embedding width, R rows.
+DeepSpeed 0.19.8 is reckoned as it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaregion.models.recompute import LEVELS, Level
+from megaregion.planning.activations import activation_bytes, passing_bytes
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 
 LIVE_PARAMETERS = 1_000_000_000
 """Parameters that ZeRO 3 keeps gathered for their next use (stage3_max_live_parameters)."""
+PREFETCH_BUCKET = 50_000_000
+"""Parameters that ZeRO 3 gathers together (stage3_prefetch_bucket_size)."""
+GLOO_COPY = 0.5
+"""What gloo's reduce-scatter takes of its own, as a share of what it reduces; measured 0.5 to 0.6."""
 
 RESIDENT = ("weights", "masters", "moments", "head", "buffers")
 """Kinds that stay from step to step."""
@@ -32,7 +33,7 @@ class Memory:
     kinds: dict[str, float]
     """By kind, at the moment when the sum is greatest."""
     moments: dict[str, float]
-    """The sum at each moment: heads, backward, update."""
+    """The sum at each moment: heads, backward, update, and forward under ZeRO 3."""
     at_rest: dict[str, float]
     """weights, masters, moments and head between two steps, nothing gathered and no room to work in."""
     activations: float
@@ -59,26 +60,17 @@ def rank_memory(layout: Layout, hardware: Hardware) -> Memory:
     resident = _resident(layout, hardware)
     stored, growing = _gradients(layout)
     kept = activation_bytes(layout, hardware) * layout.micro_batch
-    passing = _passing(layout, hardware) * layout.micro_batch
-    bucket, flattened = _bucket(layout, hardware)
     owned = layout.parameters / layout.data if layout.zero_stage else 0.0
     # Before the update this rank's gradients are laid out flat, in fp32, beside themselves.
     updating = owned * layout.itemsize if layout.zero_stage else growing
     centers = 0.0 if hardware.device == "processor" else _head_scratch(layout)
     moments = {
         "heads": {"activations": kept, "gradients": stored, "rows and scores": centers + _head_work(layout)},
-        "backward": _greater(
-            {
-                "activations": kept + passing,
-                "gradients": stored,
-                # A processor gives no memory to a buffer before something is written there.
-                "buffers": 0.0 if hardware.device == "processor" else bucket,
-                "rows and scores": centers,
-            },
-            {"gradients": growing, "buffers": flattened + bucket, "rows and scores": centers},
-        ),
+        "backward": {**_backward(layout, hardware, kept), "rows and scores": centers},
         "update": {"gradients": updating + 4 * owned, "rows and scores": centers},
     }
+    if layout.zero_stage == 3:
+        moments["forward"] = _forward(layout, kept)
     sums = {name: sum(resident.values()) + sum(kinds.values()) for name, kinds in moments.items()}
     when = max(sums, key=lambda name: sums[name])
     kinds = {**resident, "gradients": 0.0, "activations": 0.0, "rows and scores": 0.0}
@@ -136,13 +128,54 @@ def _gradients(layout: Layout) -> tuple[float, float]:
         return (once if again else 0.0), once
     if layout.zero_stage == 2:
         return (once if again else 0.0), once * (2 if again else 1)
-    return once, 2 * once
+    return once, once
+
+
+def _forward(layout: Layout, kept: float) -> dict[str, float]:
+    """What lies beside the resident kinds in ZeRO 3's forward pass.
+
+    Parameters are gathered into a flat piece and copied out of it one by one; the piece goes when its last
+    one has been used.
+    """
+    size, parameters = layout.itemsize, layout.parameters
+    last = min(parameters, parameters % PREFETCH_BUCKET or PREFETCH_BUCKET)
+    ends = {"activations": kept, "buffers": float(size * last)}
+    # The piece before is used up, and the last one on its way.
+    before = {
+        "activations": kept * (1 - last / parameters),
+        "buffers": float(size * min(parameters - last, PREFETCH_BUCKET)),
+    }
+    return {**_greater(ends, before), "gradients": _gradients(layout)[0]}
+
+
+def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, float]:
+    """What lies beside the resident kinds in the backward pass, when it begins or when gradients travel."""
+    stored, growing = _gradients(layout)
+    bucket, flattened = _bucket(layout, hardware)
+    begins = {
+        "activations": kept + passing_bytes(layout, hardware) * layout.micro_batch,
+        "gradients": stored,
+        # A processor gives no memory to a buffer before something is written there.
+        "buffers": 0.0 if hardware.device == "processor" else bucket,
+    }
+    if layout.zero_stage < 3:
+        return _greater(begins, {"gradients": growing, "buffers": flattened + bucket})
+    # The first bucket is full when a part of the model has still to go back; it is reduced from a copy.
+    full = min(layout.bucket, layout.parameters)
+    copies = 1 + (GLOO_COPY if hardware.device == "processor" else 0.0)
+    travelling = {
+        "activations": kept * (1 - full / layout.parameters),
+        "gradients": stored,
+        "buffers": layout.itemsize * full * copies,
+    }
+    return _greater(begins, travelling)
 
 
 def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Bytes of the buffer in which gradients are reduced, and of their flat copy while they travel.
 
-    On a processor the buffer holds no more than the gradients do.
+    On a processor the buffer holds no more than the gradients do; stage 1 moves them there when the backward
+    pass is over, so that they lie in one place or in the other.
     """
     if layout.zero_stage not in (1, 2):
         return 0.0, 0.0
@@ -150,68 +183,7 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     flattened = float(min(layout.bucket, layout.parameters) * size) if layout.data > 1 else 0.0
     if hardware.device == "gpu":
         return float(2 * layout.bucket * size), flattened
-    return float(min(layout.bucket, layout.parameters) * size), flattened
-
-
-def activation_bytes(layout: Layout, hardware: Hardware) -> float:
-    """Bytes that autograd keeps of one image and its regions from forward to backward."""
-    model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
-    regions, tokens = layout.config.data.regions_per_image, 1 + model.grid**2
-    width, own = model.width * size, model.region_weights == "separate"
-    # Pixels, the pre-norm's input, the mask, the last norm of the regions.
-    outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
-    each = {level: _kept_of_a_token(layout, hardware, level) for level in LEVELS}
-    # A region token's projection is kept whole, and its turned query beside it; nothing of it is made again.
-    rides = {
-        "keep": each["keep"] + width / tensor,
-        "cheap": each["keep"] + width / tensor,
-        "full": width / spread,
-    }
-    kept, first = float(outside), model.depth - model.region_layers
-    for number, level in enumerate(layout.levels):
-        ends = number == model.depth - 1 and level != "full" and not own
-        # The image tokens of the last block end at keys and values.
-        norm = (1 if level == "cheap" else 2) / spread
-        kept += tokens * (width * (norm + 3 / tensor) if ends else each[level])
-        # The first block's region tokens are the class token's, which is kept anyway.
-        kept += regions * rides[level] if number > first or (number == first and level != "full") else 0.0
-        if own and number >= first and level != "full":
-            kept += tokens * width * (1 / spread + 3 / tensor)
-    # Own weights read what the last block has written.
-    return kept + (tokens * width / spread if own and layout.levels[-1] != "full" else 0.0)
-
-
-def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Level = "keep") -> float:
-    """Bytes of one image token in one block.
-
-    Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
-    """
-    model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
-    # A processor's attention gives what was read head by head; it is copied for the next product.
-    read = 2 if hardware.device == "processor" else 1
-    if level == "full":
-        return size * model.width / spread
-    norms, mlp = (2, 1) if level == "cheap" else (4, 2)
-    cut = ((3 + read) * model.width + mlp * model.mlp_width) / tensor
-    return size * (norms * model.width / spread + cut) + 4 * (model.heads / tensor + 4 / spread)
-
-
-def _passing(layout: Layout, hardware: Hardware) -> float:
-    """Bytes of one image's gradients in the first whole block that goes back, beyond what the last one freed.
-
-    With recompute it is also what is computed again.
-    """
-    model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
-    tokens = 1 + model.grid**2
-    gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
-    if layout.levels[-1] == "full":
-        return gradients + tokens * _kept_of_a_token(layout, hardware)
-    freed = (
-        0.0
-        if model.region_weights == "separate"
-        else tokens * size * (2 / layout.spread + 3 / tensor) * model.width
-    )
-    return max(0.0, gradients - freed)
+    return (0.0 if layout.zero_stage == 1 else float(min(layout.bucket, layout.parameters) * size)), flattened
 
 
 def _head_work(layout: Layout) -> float:

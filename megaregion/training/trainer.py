@@ -81,8 +81,6 @@ class Trainer:
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
         """
-        if topology.device.type == "cpu":
-            keep_freed_memory()
         self.config = config
         self.topology = topology
         self.run_folder = Path(config.output) / config.name
@@ -163,6 +161,8 @@ class Trainer:
         Raises:
             Fenced: A newer start of the same run has taken it over.
         """
+        if self.topology.device.type == "cpu":
+            keep_freed_memory()
         metrics = Metrics(self.run_folder, self.topology.rank == 0, self.config.train.steps)
         batches = self._loader.batches(self._positions())
         try:
