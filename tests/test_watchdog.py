@@ -74,12 +74,12 @@ def test_a_rank_that_hangs_mid_step_is_named_with_its_host_and_all_ranks_end(
 HOLDS_A_SAMPLE = """
 import os, sys, time
 from megaregion.data import transforms
-real = transforms.Transform.__call__
-def slow(self, image, record, position, key):
-    if position >= 8 and os.environ["RANK"] == "0":
+real = transforms.Transform.decode
+def slow(self, image, framed):
+    if framed.position >= 8 and os.environ["RANK"] == "0":
         time.sleep(3600)
-    return real(self, image, record, position, key)
-transforms.Transform.__call__ = slow
+    return real(self, image, framed)
+transforms.Transform.decode = slow
 sys.path.insert(0, "tools")
 import runpy
 runpy.run_path("tools/pretrain.py", run_name="__main__")
