@@ -44,6 +44,7 @@ def compare_steps(
     """
     builds: Builds = {
         "matrix": (products, ()),
+        "fastest": (products, (True,)),
         "ours": (our_step, ()),
         "peer": (peer_step, ()),
         "regions": (our_step, (REGIONS,)),
@@ -57,11 +58,12 @@ def compare_steps(
     with contestants(builds, sizes, watch) as group:
         seconds = take_turns(group, rounds)
         memory = {name: group[name].memory() / 1e6 for name in ("ours", "peer", "cheap")}
-    ideal = _ideal(sizes, seconds["matrix"])
+    ideal, fastest = (_ideal(sizes, seconds[name]) for name in ("matrix", "fastest"))
     # As trained, the last block leaves out what nobody but the next block's patches would read.
     found = [
         ("peer", "step, MLCDVisionModel + AdamW", seconds["ours"], seconds["peer"], "s"),
         ("rate", "step, its products at the matrix rate", seconds["ours"], ideal, "s"),
+        ("", "step, its products at the rate of the fastest library", seconds["ours"], fastest, "s"),
         ("", "MLCDVisionModel + AdamW, its products at the matrix rate", seconds["peer"], ideal, "s"),
         ("memory", "peak memory, MLCDVisionModel + AdamW", memory["ours"], memory["peer"], "MB"),
         ("", "step, norms and GELU made again, MLCDVisionModel", seconds["cheap"], seconds["peer"], "s"),

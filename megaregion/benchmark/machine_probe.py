@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from megaregion.config import RunConfig
+from megaregion.models.linear import Linear
 from megaregion.models.rotary import rotation, split_and_turn
 from megaregion.parallel.zero.setup import REDUCE_BUCKET
 from megaregion.planning.layout import body_parameters
+from megaregion.products import product
 
 Clock = Callable[[], float]
 """Seconds from some beginning."""
@@ -42,7 +44,7 @@ class MachineProbe:
         added = torch.ones_like(bucket)
         # By name: what is done, and its operations or bytes.
         self._work: dict[str, tuple[float, Work]] = {
-            "matrix": (2 * MATRIX**3, lambda: square @ square),
+            "matrix": (2 * MATRIX**3, lambda: product(square, square)),
             "linears": _linears(config),
             "attention": _attention(config),
             "passes": _passes(config),
@@ -93,7 +95,7 @@ def _linears(config: RunConfig) -> tuple[float, Work]:
     model = config.model
     width, tokens = model.width, config.train.micro_batch * (1 + model.grid**2)
     shapes = [(width, 3 * width), (width, width), (width, model.mlp_width), (model.mlp_width, width)]
-    linears = [nn.Linear(*shape) for shape in shapes]
+    linears = [Linear(*shape) for shape in shapes]
     inputs = [torch.randn(tokens, shape[0], requires_grad=True) for shape in shapes]
     outputs = [torch.randn(tokens, shape[1]) for shape in shapes]
 

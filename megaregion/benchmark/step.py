@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megaregion.benchmark.contestant import Work
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.models.recompute import Level, everywhere
+from megaregion.products import product
 
 PRODUCT_SIDE = 4096
 BASE = ModelConfig()
@@ -214,12 +215,18 @@ def peer_step(sizes: StepSizes, device: str, compiled: bool = False) -> Work:
     return step
 
 
-def products(sizes: StepSizes, device: str) -> Work:
-    """One square matrix product: the rate that everything else is measured by."""
+def products(sizes: StepSizes, device: str, fastest: bool = False) -> Work:
+    """One square matrix product: the rate that everything else is measured by.
+
+    Args:
+        sizes: Their type.
+        device: Where it runs.
+        fastest: As linears multiply (products.py), which on some processors is not as torch does.
+    """
     side = PRODUCT_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=sizes.dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out)
+    return (lambda: product(a, b)) if fastest else (lambda: torch.mm(a, b, out=out))
 
 
 def _images(sizes: StepSizes, device: str) -> Tensor:

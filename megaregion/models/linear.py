@@ -11,33 +11,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megaregion.products import product
+
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with the same parameters and the same result, up to rounding.
-
-    On a processor torch first spreads the bias over the whole output and then lets the product add to it;
-    the bare product with the bias added afterwards took 8% less time for a ViT-B's first MLP linear. Summing
-    its gradient as a product with ones took 0.6 of the time of torch's sum.
-    """
+    """``nn.Linear`` with the same parameters and the same result, up to rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map tokens [..., I] to [..., O]."""
-        if self.bias is None or input.device.type != "cpu" or torch.compiler.is_compiling():
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
-        product = torch.matmul(input, self.weight.T)
-        biased: Tensor = _AddBias.apply(product, self.bias)
-        return biased
+        outputs: Tensor = _Linear.apply(input, self.weight, self.bias)
+        return outputs
 
 
-class _AddBias(torch.autograd.Function):
-    """Add a bias [O] to outputs [..., O], in place."""
-
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, bias: Tensor) -> Tensor:
-        ctx.mark_dirty(outputs)
-        return outputs.add_(bias)
+class _Linear(torch.autograd.Function):
+    """Outputs [..., O] of inputs [..., I], on a processor."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows = grad.flatten(0, -2)
-        return grad, torch.mv(rows.T, rows.new_ones(len(rows)))
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        # Shaped in place: a view could not be summed into afterwards.
+        return product(_rows(inputs), weight, bias).resize_(*inputs.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        rows = _rows(grad)
+        return (
+            product(rows, weight.T).view(inputs.shape) if of_inputs else None,
+            product(rows.T, _rows(inputs).T) if of_weight else None,
+            # Six tenths of the time of torch's sum.
+            torch.mv(rows.T, rows.new_ones(len(rows))) if of_bias else None,
+        )
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    return tokens.reshape(-1, tokens.shape[-1])

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaregion.products import product
+
 
 class CutStream:
     """Tokens cut over the tensor ranks; it takes the place of a model's own stream (models/stream.py)."""
@@ -102,17 +104,17 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(part, weight)
         ctx.group, ctx.biased = group, bias is not None
-        return F.linear(_gather(part, group), weight, bias)
+        return product(_gather(part, group), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         part, weight = ctx.saved_tensors
         # Both collectives run beside a product (on a GPU, where CUDA_DEVICE_MAX_CONNECTIONS is 1).
         tokens, gathering = _start_gather(part, ctx.group)
-        grad_tokens = grad @ weight
+        grad_tokens = product(grad, weight.T)
         gathering.wait()
         grad_part, scattering = _start_scatter(grad_tokens, ctx.group)
-        grad_weight = grad.T @ tokens
+        grad_weight = product(grad.T, tokens.T)
         grad_bias = grad.sum(0) if ctx.biased else None
         scattering.wait()
         return grad_part, grad_weight, grad_bias, None
@@ -125,7 +127,7 @@ class _ScatteredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.group, ctx.biased = group, bias is not None
-        part, scattering = _start_scatter(_padded(inputs @ weight.T, group), group)
+        part, scattering = _start_scatter(_padded(product(inputs, weight), group), group)
         scattering.wait()
         return part if bias is None else part.add_(bias)
 
@@ -135,7 +137,7 @@ class _ScatteredLinear(torch.autograd.Function):
         grad = _gather(grad_part, ctx.group)[: len(inputs)]
         # Every rank has the gradients of all tokens here: the bias needs no sum of its own.
         grad_bias = grad.sum(0) if ctx.biased else None
-        return grad @ weight, grad.T @ inputs, grad_bias, None
+        return product(grad, weight.T), product(grad.T, inputs.T), grad_bias, None
 
 
 def _padded(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

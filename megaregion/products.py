@@ -1,0 +1,53 @@
+"""The matrix product of a linear layer, by whichever library does it fastest on the device.
+
+On a processor torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others
+have them it reaches half their rate (206 of 420 GFLOP/s on 2 cores of an EPYC). oneDNN, which torch brings as
+well, asks the processor what it can do; torch itself calls it for fp32 in compiled code only.
+
+Shapes: R rows, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PROCESSOR = Path("/proc/cpuinfo")
+
+
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Inputs times the transposed weight; autograd does not see through it on a processor.
+
+    Args:
+        inputs: [R, I], in any memory layout.
+        weight: [O, I], in any memory layout.
+        bias: Added to each row, [O].
+
+    Returns:
+        Of its own memory, contiguous, [R, O].
+    """
+    if inputs.device.type != "cpu":
+        return F.linear(inputs, weight, bias)
+    if inputs.dtype == torch.float32 and inputs.numel() and onednn_is_faster():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return found
+    # torch's addmm first spreads the bias over the whole output and lets the product add to it: 8% slower.
+    out = torch.matmul(inputs, weight.T)
+    return out if bias is None else out.add_(bias)
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this processor has units that MKL leaves alone."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.backends.mkldnn.is_available() and _maker() not in ("GenuineIntel", "")
+
+
+def _maker() -> str:
+    """The processor's vendor_id, empty where Linux does not tell."""
+    lines = PROCESSOR.read_text().splitlines() if PROCESSOR.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -1,0 +1,85 @@
+"""A linear multiplies by whichever library is fastest, and gives what nn.Linear gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megaregion import products
+from megaregion.models.linear import Linear
+from megaregion.products import onednn_is_faster, product
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways run on any processor, whichever is faster there."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("rows", [0, 1, 7, 400])
+def test_a_product_is_exact_in_any_memory_layout(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    inputs = torch.randn(24, rows, generator=generator).T
+    weight, bias = torch.randn(24, 40, generator=generator).T, torch.randn(40, generator=generator)
+    exact = inputs.double() @ weight.double().T
+    for found, wanted in (
+        (product(inputs, weight), exact),
+        (product(inputs, weight, bias), exact + bias),
+        (product(inputs.contiguous(), weight.contiguous()), exact),
+    ):
+        assert found.is_contiguous()
+        assert not found._is_view()
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 24), (3, 0, 24), (24,), (9, 24)])
+def test_a_linear_and_its_gradients_are_those_of_torch(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 40, bias=bias, dtype=dtype)
+    ours = Linear(24, 40, bias=bias, dtype=dtype)
+    ours.load_state_dict(plain.state_dict())
+    inputs, residual = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], 40, dtype=dtype)
+
+    def run(linear: nn.Linear) -> list[Tensor]:
+        leaf = inputs.clone().requires_grad_()
+        # As blocks do: into what the linear has just written.
+        out = linear(leaf).add_(residual)
+        (out * out).sum().backward()
+        gradients = [parameter.grad for parameter in linear.parameters()]
+        return [out, *(tensor for tensor in (leaf.grad, *gradients) if tensor is not None)]
+
+    for found, wanted in zip(run(ours), run(plain), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "faster"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_onednn_multiplies_where_mkl_leaves_units_alone(
+    maker: str | None, capability: str, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "cpuinfo"
+    if maker is not None:
+        told.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: one\n")
+    monkeypatch.setattr(products, "PROCESSOR", told)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    onednn_is_faster.cache_clear()
+    try:
+        assert onednn_is_faster() == faster
+    finally:
+        onednn_is_faster.cache_clear()
