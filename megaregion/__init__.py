@@ -8,7 +8,7 @@ The rooms, from the top down; a room imports only from rooms below it:
     heads                                        class-sharded heads and their streaming loss
     models  data  parallel                       encoder, samples, process groups and engines
     config                                       every setting, and every check between settings
-    errors                                       mistakes a user can mend
+    errors  heap  products                       mistakes a user can mend; freed memory; the matrix library
 """
 
 __version__ = "0.1.0"
