@@ -1,8 +1,8 @@
 """The matrix product of a linear layer, by whichever library does it fastest on the device.
 
-On a processor torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others
-have them it reaches half their rate (206 of 420 GFLOP/s on 2 cores of an EPYC). oneDNN, which torch brings as
-well, asks the processor what it can do; torch itself calls it for fp32 in compiled code only.
+On a processor torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others have
+them it reaches half their rate. oneDNN, which torch brings as well, asks the processor what it can do; torch
+itself calls it for fp32 in compiled code only.
 
 Shapes: R rows, I input width, O output width.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -76,38 +77,32 @@ class _Undecoded:
     """Samples tried for the position, this one included."""
 
 
+@dataclass(frozen=True, eq=False)
 class Batcher(Dataset[Batch | Failure]):
-    """Makes a batch of the samples at some positions.
+    """Makes a batch of the samples at some positions."""
 
-    Args:
-        dataset: Where samples are read.
-        order: Which sample stands at which position.
-        transform: What is made of a sample.
-        config: Retries, and mean and deviation of the pixels.
-        skips_lost: Whether samples of a shard that cannot be read are replaced.
-    """
-
+    dataset: ShardedDataset
+    order: SampleOrder
+    transform: Transform
+    config: DataConfig
+    skips_lost: bool
+    """Whether samples of a shard that cannot be read are replaced."""
     pool: Pool | None = None
-    """Memory for batches that a worker process sends."""
+    """Memory for the batches that worker processes send."""
 
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        order: SampleOrder,
-        transform: Transform,
-        config: DataConfig,
-        skips_lost: bool,
-    ) -> None:
-        self.dataset, self.order, self.transform, self.config = dataset, order, transform, config
-        self.skips_lost = skips_lost
-        self.reader = PatientReader(dataset, config.read_retries, config.read_pause)
-        self.ahead = ReadAhead(dataset.mirror, order) if dataset.mirror is not None else None
+    @cached_property
+    def _reader(self) -> PatientReader:
+        return PatientReader(self.dataset, self.config.read_retries, self.config.read_pause)
+
+    @cached_property
+    def _ahead(self) -> ReadAhead | None:
+        return ReadAhead(self.dataset.mirror, self.order) if self.dataset.mirror is not None else None
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | Failure:
         """The batch of some positions, or why the run has to end."""
         finds, config = _Finds(), self.config
-        if self.ahead is not None:
-            self.ahead.reached(positions[0])
+        if self._ahead is not None:
+            self._ahead.reached(positions[0])
         self.dataset.read_ahead([self.order.sample(position) for position in positions])
         samples = self._samples(positions, finds)
         try:
@@ -146,7 +141,7 @@ class Batcher(Dataset[Batch | Failure]):
         for attempt in range(tried, MAX_TRIES):
             index = self.order.replacement(position, attempt) if attempt else self.order.sample(position)
             try:
-                raw = self.reader.read(index)
+                raw = self._reader.read(index)
             except LostShard as reason:
                 if not self.skips_lost or attempt == MAX_TRIES - 1:
                     raise

@@ -11,11 +11,11 @@ processes, and a loader that dies first would cost the run its last checkpoint.
 from __future__ import annotations
 
 import atexit
-import copy
 import gc
 import signal
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -89,12 +89,10 @@ class RegionLoader:
 
     def _stream(self, positions: Iterable[Sequence[int]]) -> Generator[Batch]:
         workers = self._config.workers
-        batcher = copy.copy(self._batcher)
-        if workers:
-            # Beside what is prepared ahead, the batch in use and the one that is about to take its place.
-            batcher.pool = Pool(workers, self._config.prefetch + 2)
+        # Beside what is prepared ahead, the batch in use and the one that is about to take its place.
+        pool = Pool(workers, self._config.prefetch + 2) if workers else None
         loader = DataLoader(
-            batcher,
+            replace(self._batcher, pool=pool),
             batch_sampler=cast(Any, positions),  # its type says list; any sequence passes through
             num_workers=workers,
             collate_fn=_as_it_is,
@@ -119,8 +117,8 @@ class RegionLoader:
         finally:
             if workers:
                 _stop_workers(iterator)
-            if batcher.pool is not None:
-                batcher.pool.close()
+            if pool is not None:
+                pool.close()
 
     def _next(self, iterator: Iterator[Batch | Failure]) -> Batch | None:
         try:

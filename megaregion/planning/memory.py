@@ -180,10 +180,11 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     if layout.zero_stage not in (1, 2):
         return 0.0, 0.0
     size = layout.itemsize
-    flattened = float(min(layout.bucket, layout.parameters) * size) if layout.data > 1 else 0.0
+    filled = float(min(layout.bucket, layout.parameters) * size)
+    flattened = filled if layout.data > 1 else 0.0
     if hardware.device == "gpu":
         return float(2 * layout.bucket * size), flattened
-    return (0.0 if layout.zero_stage == 1 else float(min(layout.bucket, layout.parameters) * size)), flattened
+    return (filled if layout.zero_stage == 2 else 0.0), flattened
 
 
 def _head_work(layout: Layout) -> float:
