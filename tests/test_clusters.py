@@ -135,14 +135,27 @@ def test_nearest_centers_are_those_of_all_scores_whatever_the_tiles(
     monkeypatch.setattr("megaregion.curation.kmeans.TILE", tile)
     rng = np.random.default_rng(0)
     vectors, centers = (unit(rng.standard_normal((n, 16), dtype=np.float32)) for n in (40, 23))
-    centers[17] = centers[4]
     scores = vectors @ centers.T
     for count in (1, 7, 23):
         labels, cosines = nearest(vectors, centers, count)
         assert np.allclose(cosines, -np.sort(-scores, axis=1)[:, :count], atol=1e-6)
         assert np.allclose(np.take_along_axis(scores, labels, axis=1), cosines, atol=1e-6)
         assert all(len(set(row)) == count for row in labels.tolist())
-    assert 17 not in nearest(vectors, centers, 1)[0], "of equally near centers the first one wins"
+
+
+@pytest.mark.parametrize("tile", [(3, 5), (1024, 4096)])
+def test_of_equally_near_centers_the_first_is_chosen(
+    tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaregion.curation.kmeans.TILE", tile)
+    # Cosines of such unit vectors are multiples of 1/16, exact in whatever order one adds: many are equal.
+    vectors, centers = (
+        np.random.default_rng(n).choice([-0.25, 0.25], (n, 16)).astype(np.float32) for n in (40, 23)
+    )
+    cosines = vectors @ centers.T
+    best = cosines.max(axis=1, keepdims=True)
+    assert ((cosines == best).sum(axis=1) > 1).any(), "some vectors have several nearest centers"
+    assert np.array_equal(nearest(vectors, centers, 1)[0], (cosines == best).argmax(axis=1)[:, None])
 
 
 def test_probing_all_cells_is_exact_and_a_few_nearly_so() -> None:

@@ -114,7 +114,11 @@ def nearest(vectors: Vectors, centers: Vectors, count: int) -> tuple[NDArray[np.
 
 
 def _best(vectors: Vectors, centers: Vectors) -> tuple[NDArray[np.int64], Vectors]:
-    """The nearest center of each vector; of equally near ones the first, as in faiss."""
+    """The nearest center of each vector; of equal scores the first wins, as in faiss.
+
+    Two centers that are the same need not score the same: at the edges of its blocks, BLAS may add in another
+    order, and which of the two wins then differs by processor.
+    """
     rows = np.arange(len(vectors))
     labels = np.zeros(len(vectors), dtype=np.int64)
     cosines = np.full(len(vectors), -np.inf, dtype=np.float32)
