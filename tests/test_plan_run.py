@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from launch import repository
 
 from megaregion.command_line import parse_run, run_parser
@@ -17,6 +18,8 @@ from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfi
 from megaregion.errors import UserError
 from megaregion.models.encoder import RegionEncoder
 from megaregion.models.recompute import watch_kept
+from megaregion.parallel.zero.setup import deepspeed_config
+from megaregion.planning import memory
 from megaregion.planning.activations import activation_bytes
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
@@ -173,6 +176,28 @@ def test_what_memory_and_time_must_do_when_a_choice_changes() -> None:
     assert cut.memory.at_rest["weights"] < plain.memory.at_rest["weights"] / 4
     slow = make_plan(small(), dataclasses.replace(hardware, across_gbytes=1.0), LABELS)
     assert slow.time.phases["communication"] > plain.time.phases["communication"]
+
+
+def test_zero_3_gathers_by_the_pieces_that_deepspeed_gathers() -> None:
+    used = DeepSpeedZeroConfig(**deepspeed_config(small(stage=3), 64)["zero_optimization"])
+    assert used.prefetch_bucket_size == memory.PREFETCH_BUCKET
+    assert used.max_live_parameters == memory.LIVE_PARAMETERS
+
+
+def test_zero_3s_forward_pass_holds_the_greatest_piece_of_what_it_gathers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hardware = load_hardware("h100x64")
+    size = make_plan(small(stage=3), hardware, LABELS).layout.parameters
+
+    def beside(piece: int) -> float:
+        monkeypatch.setattr(memory, "PREFETCH_BUCKET", piece)
+        found = make_plan(small(stage=3), hardware, LABELS).memory
+        return found.moments["forward"] - sum(found.resident.values()) - found.activations
+
+    assert beside(2 * size) - beside(size) == 0, "a model that fits one piece is gathered whole"
+    assert beside(size) - beside(size // 4) == pytest.approx(2 * (size - size // 4), abs=8)
+    assert "forward" not in make_plan(small(stage=1), hardware, LABELS).memory.moments
 
 
 def test_cutting_the_tokens_saves_memory_and_passes_over_it_and_sends_more() -> None:
