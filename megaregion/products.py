@@ -1,4 +1,4 @@
-"""The matrix product of a linear layer, by whichever library does it fastest on the device.
+"""The matrix products of a linear layer, by whichever library does them fastest on the device.
 
 On a processor torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others have
 them it reaches half their rate. oneDNN, which torch brings as well, asks the processor what it can do; torch
@@ -32,12 +32,41 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
-    if inputs.dtype == torch.float32 and inputs.numel() and onednn_is_faster():
+    if _by_onednn(inputs):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return found
     # torch's addmm first spreads the bias over the whole output and lets the product add to it: 8% slower.
     out = torch.matmul(inputs, weight.T)
     return out if bias is None else out.add_(bias)
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over rows of the outer products of two matrices' rows: the transposed left one times the right one.
+
+    Args:
+        left: [R, O].
+        right: [R, I].
+
+    Returns:
+        Of its own memory, contiguous, [O, I].
+    """
+    if not _by_onednn(left) or not right.numel():
+        return left.T @ right
+    # product() would first write the transposed matrix out; this reads both as they lie, after a plain copy.
+    shape = left.new_empty(left.shape[1], right.shape[1])
+    found: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(
+        left.to_mkldnn(), right.to_mkldnn(), shape, False
+    )[0]
+    return found
+
+
+def _by_onednn(matrix: Tensor) -> bool:
+    return (
+        matrix.device.type == "cpu"
+        and matrix.dtype == torch.float32
+        and matrix.numel() > 0
+        and onednn_is_faster()
+    )
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megaregion import products
 from megaregion.models.linear import Linear
-from megaregion.products import onednn_is_faster, product
+from megaregion.products import onednn_is_faster, outer_sum, product
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
@@ -34,6 +34,18 @@ def test_a_product_is_exact_in_any_memory_layout(rows: int) -> None:
         assert found.is_contiguous()
         assert not found._is_view()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("rows", [0, 1, 7, 400])
+def test_a_sum_of_outer_products_is_exact_in_any_memory_layout(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    left = torch.randn(40, rows, generator=generator).T
+    right = torch.randn(rows, 24, generator=generator)
+    exact = left.double().T @ right.double()
+    for found in (outer_sum(left, right), outer_sum(left.contiguous(), right)):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("either")

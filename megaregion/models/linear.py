@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaregion.products import product
+from megaregion.products import outer_sum, product
 
 
 class Linear(nn.Linear):
@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         rows = _rows(grad)
         return (
             product(rows, weight.T).view(inputs.shape) if of_inputs else None,
-            product(rows.T, _rows(inputs).T) if of_weight else None,
+            outer_sum(rows, _rows(inputs)) if of_weight else None,
             # Six tenths of the time of torch's sum.
             torch.mv(rows.T, rows.new_ones(len(rows))) if of_bias else None,
         )

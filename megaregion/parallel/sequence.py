@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaregion.products import product
+from megaregion.products import outer_sum, product
 
 
 class CutStream:
@@ -114,7 +114,7 @@ class _GatheredLinear(torch.autograd.Function):
         grad_tokens = product(grad, weight.T)
         gathering.wait()
         grad_part, scattering = _start_scatter(grad_tokens, ctx.group)
-        grad_weight = product(grad.T, tokens.T)
+        grad_weight = outer_sum(grad, tokens)
         grad_bias = grad.sum(0) if ctx.biased else None
         scattering.wait()
         return grad_part, grad_weight, grad_bias, None
@@ -137,7 +137,7 @@ class _ScatteredLinear(torch.autograd.Function):
         grad = _gather(grad_part, ctx.group)[: len(inputs)]
         # Every rank has the gradients of all tokens here: the bias needs no sum of its own.
         grad_bias = grad.sum(0) if ctx.biased else None
-        return product(grad, weight.T), product(grad.T, inputs.T), grad_bias, None
+        return product(grad, weight.T), outer_sum(grad, inputs), grad_bias, None
 
 
 def _padded(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
