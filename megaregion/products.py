@@ -32,7 +32,7 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
-    if _by_onednn(inputs):
+    if takes_onednn(inputs):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return found
     # torch's addmm first spreads the bias over the whole output and lets the product add to it: 8% slower.
@@ -50,7 +50,7 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         Of its own memory, contiguous, [O, I].
     """
-    if not _by_onednn(left) or not right.numel():
+    if not takes_onednn(left) or not right.numel():
         return left.T @ right
     # product() would first write the transposed matrix out; this reads both as they lie, after a plain copy.
     shape = left.new_empty(left.shape[1], right.shape[1])
@@ -60,7 +60,8 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def _by_onednn(matrix: Tensor) -> bool:
+def takes_onednn(matrix: Tensor) -> bool:
+    """Whether a product with this matrix is oneDNN's here."""
     return (
         matrix.device.type == "cpu"
         and matrix.dtype == torch.float32

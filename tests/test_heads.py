@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
+from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, portions, tiles
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.exponentials import choose_kernel
 from megaregion.heads.margin import apply_margin
@@ -53,7 +53,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even toy problems into several blocks and tiles."""
     monkeypatch.setattr(tiles, "MIN_ROWS", 3)
-    monkeypatch.setattr(tiles, "TILE_SCORES", 12)
+    monkeypatch.setitem(portions.SCORES, "processor", 12)
 
 
 def make_head(
@@ -354,6 +354,11 @@ def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup
             head.score(gathered, targets).sum.backward()
         # One check of finite features, which only a head on a processor makes at once.
         assert watch.waits == ["aten._local_scalar_dense.default"]
+    with _Watch() as watch:
+        head.grad_norm_squared()
+        head.step(1e-3)
+    # How many classes took part is asked for with one list, which gives their rows without asking again.
+    assert set(watch.waits) <= {"aten.nonzero_static.default"}
 
 
 def test_draw_is_the_same_for_any_sharding() -> None:
@@ -635,11 +640,12 @@ def test_features_that_are_not_finite_are_refused_and_named(group: dist.ProcessG
     classes=st.integers(0, 20_000),
     budget=st.integers(1, 10**9),
     itemsize=st.sampled_from((4, 8)),
+    device=st.sampled_from(("processor", "gpu")),
 )
 def test_tiles_cover_the_scores_once_within_the_budget(
-    rows: int, classes: int, budget: int, itemsize: int
+    rows: int, classes: int, budget: int, itemsize: int, device: str
 ) -> None:
-    plan = tiles.plan_tiles(rows, classes, classes * 3 // 2, itemsize, budget)
+    plan = tiles.plan_tiles(rows, classes, classes * 3 // 2, itemsize, budget, device)
     covered = [part for block in plan.blocks() for part in range(block.start, block.stop)]
     assert covered == list(range(rows))
     ends = [tile.stop for tile in plan.tiles()]

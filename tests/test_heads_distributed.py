@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, gather_features, tiles
+from megaregion.heads import ClassShardedHead, gather_features, portions, tiles
 from megaregion.heads.communication import gather_rows, scatter_sums
 from megaregion.parallel import topology
 
@@ -68,7 +68,7 @@ CASES["scale beyond the bound"] = {
 def on_rank(folder: str) -> None:
     """What every rank does: all cases on all layouts that it belongs to, results to files."""
     dist.init_process_group("gloo")
-    tiles.MIN_ROWS, tiles.TILE_SCORES = 3, 12  # even toy problems become several blocks and tiles
+    tiles.MIN_ROWS, portions.SCORES["processor"] = 3, 12  # even toy problems become several blocks and tiles
     rank = dist.get_rank()
     groups = make_groups()
     dist.barrier()

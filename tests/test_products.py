@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaregion import products
+from megaregion.heads.products import Products
 from megaregion.models.linear import Linear
 from megaregion.products import onednn_is_faster, outer_sum, product
 
@@ -46,6 +47,25 @@ def test_a_sum_of_outer_products_is_exact_in_any_memory_layout(rows: int) -> Non
     for found in (outer_sum(left, right), outer_sum(left.contiguous(), right)):
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
+def test_the_heads_products_are_those_of_their_operands(operand: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, rows = (torch.randn(shape, generator=generator) for shape in ((40, 7), (7, 24)))
+    centers = torch.randn(40, 24, generator=generator)
+    own = Products(operand)
+    narrow = [own.narrow(matrix) for matrix in (scores, rows, centers)]
+    wide = [matrix.double() for matrix in narrow]
+    out = torch.full((40, 7), float("nan"))
+    own.multiply(narrow[2], narrow[1].T, out)
+    torch.testing.assert_close(out.double(), wide[2] @ wide[1].T, rtol=1e-5, atol=1e-5)
+    of_rows, of_centers = torch.ones(7, 24), torch.ones(40, 24)
+    own.add(of_rows, narrow[0].T, narrow[2])
+    own.add(of_centers, narrow[0], narrow[1], 0.5)
+    torch.testing.assert_close(of_rows.double(), 1 + wide[0].T @ wide[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_centers.double(), 1 + 0.5 * wide[0] @ wide[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("either")

@@ -6,7 +6,8 @@ their lengths already. All corrections are linear and the centers stand still du
 made once, when the step ends: the part along the center goes, length and factor come.
 
 One draw's gradients are kept as they are, by class. When a second draw comes, both go into a matrix of all
-local classes with a mark for each that took part: sizes stay unknown to the host, so a GPU never waits.
+local classes with a mark for each that took part: sizes stay unknown to the host until the step ends, which
+asks the device once.
 
 Shapes: K local classes, E embedding width, C classes of a draw, n classes that took part so far.
 """
@@ -17,10 +18,8 @@ import torch
 from torch import Tensor
 
 from megaregion.heads.lengths import inverse_lengths
+from megaregion.heads.portions import lines_at_a_time
 from megaregion.heads.scratch import Scratch
-
-BLOCK = 1 << 17
-"""Elements corrected at a time: they stay in the cache between the passes."""
 
 
 class ClassGradient:
@@ -42,7 +41,7 @@ class ClassGradient:
         self._over_lengths = True
         self._factor: Tensor | None = None
         self._uneven = torch.zeros((), dtype=torch.bool, device=self._weight.device)
-        self._awaited = 0
+        self._awaited = self._factors = 0
         self._squares: Tensor | None = None
 
     def room(self, classes: Tensor | None) -> Tensor:
@@ -74,6 +73,7 @@ class ClassGradient:
     def take_factor(self, factor: Tensor) -> None:
         """Take the derivative of the total by one micro-step's loss, 0-d; it must be the same for all."""
         self._awaited -= 1
+        self._factors += 1
         if self._factor is None:
             self._factor = factor
         self._uneven |= factor != self._factor
@@ -91,12 +91,13 @@ class ClassGradient:
             raise RuntimeError(
                 f"backward was missed (or repeated) for {abs(self._awaited)} losses of this step; zero_grad()"
             )
-        if bool(self._uneven):
+        uneven, marked = self._ask()
+        if uneven:
             raise RuntimeError("the losses of one step must enter the total with the same weight")
         self._squares = torch.zeros((), dtype=torch.float64, device=self._weight.device)
         factor = self._weight.new_ones(()) if self._factor is None else self._factor.to(self._weight.dtype)
-        self._narrow()
-        block = max(1, BLOCK // max(1, self._weight.shape[1]))
+        self._narrow(marked)
+        block = lines_at_a_time(self._weight)
         for start in range(0, len(self.values), block):
             part = slice(start, min(start + block, len(self.values)))
             centers = (
@@ -125,9 +126,17 @@ class ClassGradient:
             self.rows, self.values = None, dense
         return self._marks
 
-    def _narrow(self) -> None:
+    def _ask(self) -> tuple[bool, int]:
+        """Whether the losses' factors differ, and how many classes are marked; waits for the device once."""
+        if self._marks is None and self._factors < 2:
+            return False, 0
+        marked = self._uneven.new_zeros((), dtype=torch.int64) if self._marks is None else self._marks.sum()
+        uneven, count = torch.stack([self._uneven.long(), marked]).tolist()
+        return uneven > 0, count
+
+    def _narrow(self, marked: int) -> None:
         """Keep of a matrix of all classes only those that took part."""
-        if self._marks is None or bool(self._marks.all()):
+        if self._marks is None or marked == len(self._marks):
             return
-        self.rows = self._marks.nonzero().squeeze(1)
+        self.rows = torch.nonzero_static(self._marks, size=marked).squeeze(1)
         self.values = self.values.index_select(0, self.rows)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaregion.heads.portions import lines_at_a_time
+
 
 def unit_scale(rows: Tensor) -> Tensor:
     """The factor that gives each row length 1, [R, 1]: 0 for a row of zeros, NaN for one not finite.
@@ -21,14 +23,9 @@ def unit_scale(rows: Tensor) -> Tensor:
     return torch.where(norm > tiny, norm.reciprocal(), 0.0) + (norm - norm)
 
 
-BLOCK = 1 << 17
-"""Elements scaled at a time: they stay in the cache between the passes."""
-
-
 def make_unit(centers: Tensor) -> Tensor:
     """Divide centers [C, E] by their lengths in place, as ``inverse_lengths`` has them; return them."""
-    block = max(1, BLOCK // max(1, centers.shape[1]))
-    for part in centers.split(block) if len(centers) else ():
+    for part in centers.split(lines_at_a_time(centers)) if len(centers) else ():
         part.mul_(inverse_lengths(part)[:, None])
     return centers
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaregion.products import product, takes_onednn
+
 
 class Products:
     """Products of matrices whose elements are first rounded to one type."""
@@ -24,19 +26,20 @@ class Products:
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write ``left @ right`` of two operands into a wide matrix."""
-        if left.dtype == out.dtype:
-            torch.mm(left, right, out=out)
-        elif out.is_cuda:
+        if out.is_cuda and left.dtype != out.dtype:
             torch.mm(left, right, out_dtype=out.dtype, out=out)
+        elif takes_onednn(out):
+            # The library has a result of its own; copied while it is in the cache.
+            out.copy_(product(left.float(), right.float().T))
         else:
             # A processor has no such product; widened operands give the same rounding, for tests.
             torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
     def add(self, out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
         """Add ``factor * left @ right`` of two operands to a wide matrix."""
-        if left.dtype == out.dtype:
-            out.addmm_(left, right, alpha=factor)
-        elif out.is_cuda:
+        if out.is_cuda and left.dtype != out.dtype:
             torch.addmm(out, left, right, out_dtype=out.dtype, alpha=factor, out=out)
+        elif takes_onednn(out):
+            out.add_(product(left.float(), right.float().T), alpha=factor)
         else:
             out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=factor)

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from megaregion.config import OptimizerConfig
-
-BLOCK = 1 << 17
-"""Elements updated at a time: the rows of one block stay in the cache between the passes."""
+from megaregion.heads.portions import lines_at_a_time
 
 
 class RowAdamW:
@@ -46,7 +44,7 @@ class RowAdamW:
             lr: Learning rate.
             scale: Factor of the gradient (the clip coefficient).
         """
-        block = max(1, BLOCK // max(1, self.weight.shape[1]))
+        block = lines_at_a_time(self.weight)
         for start in range(0, len(gradient), block):
             part = slice(start, min(start + block, len(gradient)))
             scaled = gradient[part] if isinstance(scale, float) and scale == 1.0 else gradient[part] * scale

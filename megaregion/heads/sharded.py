@@ -165,7 +165,10 @@ class ClassShardedHead:
     def draw(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
     ) -> Targets:
-        """As ``prepare``, from labels [R, T] and rows [R] that were gathered already."""
+        """As ``prepare``, from labels [R, T] and rows [R] that were gathered already.
+
+        The draw is made where they are: on the host it asks nothing of a GPU, however much is queued there.
+        """
         targets = build_targets(
             labels,
             rows,
@@ -183,7 +186,7 @@ class ClassShardedHead:
             draw_rows=draw_rows,
         )
         self.sampling.look(targets, len(self.local))
-        return targets
+        return targets.to(self.device)
 
     def loss(
         self,
@@ -236,7 +239,7 @@ class ClassShardedHead:
         sums = score_rows(rows, targets, self.weight, self.gradient, settings, ahead)
         if torch.is_grad_enabled():
             for draw in targets.draws:
-                self.last_positive[draw.positives] = targets.step
+                self.last_positive.index_fill_(0, draw.positives, targets.step)
         return report_loss(sums, targets, self.classes, self.world_group)
 
     def grad_norm_squared(self) -> Tensor:

@@ -29,6 +29,7 @@ from megaregion.heads.exponentials import Kernel, greatest_scores
 from megaregion.heads.lengths import inverse_lengths
 from megaregion.heads.losses import RowTerms, row_terms
 from megaregion.heads.margin import apply_margin
+from megaregion.heads.portions import kind_of_device
 from megaregion.heads.products import Products
 from megaregion.heads.scratch import Scratch
 from megaregion.heads.targets import Draw
@@ -114,6 +115,7 @@ class DrawStream:
             typical_classes=draw.typical_size,
             itemsize=centers.element_size(),
             budget=settings.chunk_bytes // self._in_flight,
+            device=kind_of_device(centers),
         )
         self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
 

@@ -1,7 +1,7 @@
 """Targets of one micro-step: which rows a head scores, their positives, and the classes of each draw.
 
-Everything here follows from labels and numbers alone, not from features. So it can be prepared before
-the encoder runs, and it is the only place where sizes that depend on data become known to the host.
+Everything here follows from labels and numbers alone, not from features, and it is the only place where sizes
+that depend on data must be known to the host. So it is made on the host while a GPU runs the encoder.
 
 Shapes: r rows on this rank, R rows of the head over all data ranks, T labels of a row (padded with -1),
 C classes of a draw on this rank.
@@ -9,7 +9,7 @@ C classes of a draw on this rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,17 @@ class Draw:
     positives: Tensor
     """Distinct positives of the rows on this rank, counted from its first class, int64."""
 
+    def to(self, device: torch.device) -> Draw:
+        """The draw on a device, without waiting for it."""
+        return replace(
+            self,
+            index=send(self.index, device),
+            valid=send(self.valid, device),
+            classes=None if self.classes is None else send(self.classes, device),
+            columns=send(self.columns, device),
+            positives=send(self.positives, device),
+        )
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -72,6 +83,19 @@ class Targets:
     """Groups of rows with their classes; together they are all rows."""
     step: int
     """Optimizer step."""
+
+    def to(self, device: torch.device) -> Targets:
+        """The targets on a device, without waiting for it."""
+        draws = tuple(draw.to(device) for draw in self.draws)
+        return replace(self, index=send(self.index, device), labels=send(self.labels, device), draws=draws)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a GPU that is busy is not waited for."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    # From memory that is not page-locked the copy would wait for all that is queued.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def build_targets(

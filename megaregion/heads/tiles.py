@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megaregion.heads.portions import SCORES
 from megaregion.heads.scratch import Scratch
 
 MIN_ROWS = 128
 """Rows below which a matrix product spends its time on moving centers."""
-TILE_SCORES = 1 << 20
-"""Scores of one tile: what stands between two matrix products should stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ class TilePlan:
             yield slice(start, min(start + self.classes, self.total_classes))
 
 
-def plan_tiles(rows: int, classes: int, typical_classes: int, itemsize: int, budget: int) -> TilePlan:
+def plan_tiles(
+    rows: int, classes: int, typical_classes: int, itemsize: int, budget: int, device: str
+) -> TilePlan:
     """Cut scores so that kept tiles and one more fit a budget.
 
     Args:
@@ -60,12 +61,13 @@ def plan_tiles(rows: int, classes: int, typical_classes: int, itemsize: int, bud
             since their sums meet.
         itemsize: Bytes of a score.
         budget: Bytes for scores.
+        device: processor or gpu.
     """
     scores = max(1, budget // itemsize)
     block = min(max(1, rows), max(MIN_ROWS, scores // max(1, typical_classes)))
     # Equal blocks: a short last one would be as slow as a full one.
     block = -(-rows // -(-rows // block)) if rows else 1
-    tile = max(1, min(classes, TILE_SCORES // block, scores // block))
+    tile = max(1, min(classes, SCORES[device] // block, scores // block))
     tiles = -(-classes // tile)
     fitting = scores // (block * tile)
     kept = tiles if fitting >= tiles else max(0, fitting - 1)

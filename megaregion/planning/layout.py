@@ -178,8 +178,8 @@ class Layout:
         return self.micro_batch * self.data * self.config.data.regions_per_image
 
 
-def lay_out(config: RunConfig, ranks: int, labels: Labels) -> Layout:
-    """Spread a run over ranks.
+def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str = "gpu") -> Layout:
+    """Spread a run over ranks, each a gpu or a processor.
 
     Raises:
         UserError: The ranks do not suit parallel.tensor or the global batch.
@@ -196,7 +196,9 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels) -> Layout:
         "text": (config.head.text, labels.text_classes, labels.text_share),
     }
     heads = {
-        kind: _head(settings, classes, ranks, rows * share, draw_rows * share, config.head.chunk_bytes)
+        kind: _head(
+            settings, classes, ranks, rows * share, draw_rows * share, config.head.chunk_bytes, device
+        )
         for kind, (settings, classes, share) in kinds.items()
         if classes and settings.weight
     }
@@ -218,7 +220,13 @@ def _zero_settings(config: RunConfig, data: int) -> dict[str, Any]:
 
 
 def _head(
-    settings: HeadConfig, classes: int, ranks: int, rows: float, draw_rows: float, chunk: int
+    settings: HeadConfig,
+    classes: int,
+    ranks: int,
+    rows: float,
+    draw_rows: float,
+    chunk: int,
+    device: str,
 ) -> HeadLayout:
     local = -(-classes // ranks)
     sampled = settings.sample_rate < 1 and classes > settings.min_negatives
@@ -227,5 +235,5 @@ def _head(
     drawn = local * (share + (1 - share) * positive)
     budget = chunk // (2 if ranks > 1 else 1)
     count = max(1, round(drawn))
-    tiles = plan_tiles(max(1, round(draw_rows)), count, count, 4, budget)
+    tiles = plan_tiles(max(1, round(draw_rows)), count, count, 4, budget, device)
     return HeadLayout(local, rows, draw_rows, drawn, tiles, sampled)

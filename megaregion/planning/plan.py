@@ -82,7 +82,7 @@ def make_plan(config: RunConfig, hardware: Hardware, labels: Labels, samples: in
     Raises:
         UserError: The ranks do not suit parallel.tensor or the global batch.
     """
-    layout = lay_out(config, hardware.gpus, labels)
+    layout = lay_out(config, hardware.gpus, labels, hardware.device)
     return Plan(
         layout,
         hardware,

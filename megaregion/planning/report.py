@@ -180,7 +180,7 @@ def _time(plan: Plan) -> str:
     if starts >= head > 0.05 * total:
         text += (
             "\n  note: the head waits for the host to start its kernels: one set for each draw"
-            "\n  (head.draw_images) and for each tile of a million scores (heads/tiles.py)"
+            "\n  (head.draw_images) and for each tile of scores (heads/portions.py)"
         )
     return text
 

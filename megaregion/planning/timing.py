@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaregion.heads.portions import ELEMENTS
 from megaregion.models.flops import encoder_flops, head_flops
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers
 
-KERNELS = {"forward": 24, "backward": 44, "draw": 90, "tile": 24, "block of centers": 34}
-"""Kernels of one block's forward and backward pass, of a draw, of a tile, and of updating some centers."""
-CENTERS_AT_A_TIME = 1 << 17
-"""Elements of the centers that the heads update together (heads/row_adamw.py)."""
+KERNELS = {"forward": 24, "backward": 44, "head": 50, "draw": 60, "tile": 33, "block of centers": 34}
+"""Kernels of one block's forward and backward pass, of a head in a micro-step, of a draw, of a tile, and of
+updating some centers. Drawing is the host's, beside the encoder's pass."""
 CHEAP_SHARE = 0.03
 """What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
@@ -149,7 +149,7 @@ def _heads(layout: Layout, hardware: Hardware) -> tuple[float, float]:
         passes = _score_bytes(head, layout, hardware) / (hardware.memory_gbytes * 1e9)
         tiles = -(-head.tiles.total_classes // head.tiles.classes)
         blocks = -(-head.tiles.total_rows // head.tiles.rows)
-        kernels = head.draws * (KERNELS["draw"] + blocks * tiles * KERNELS["tile"])
+        kernels = KERNELS["head"] + head.draws * (KERNELS["draw"] + blocks * tiles * KERNELS["tile"])
         starts = layout.micro_steps * kernels * hardware.launch_us * 1e-6
         seconds += max(layout.micro_steps * (products + passes), starts)
         host += starts
@@ -187,7 +187,7 @@ def _optimizer(layout: Layout, hardware: Hardware) -> float:
     touched = sum(head.touched for head in layout.heads.values())
     # Correction and norm of the gradients, then weight and two moments read, moved and written back.
     moved += touched * dim * 4 * (6 + 14)
-    blocks = touched * dim / CENTERS_AT_A_TIME
+    blocks = touched * dim / ELEMENTS[hardware.device]
     host = blocks * KERNELS["block of centers"] * hardware.launch_us * 1e-6
     return max(moved / (hardware.stream_gbytes or hardware.memory_gbytes) / 1e9, host)
 

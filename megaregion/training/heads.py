@@ -18,10 +18,10 @@ from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.heads.communication import gather_features, gather_rows
+from megaregion.heads.communication import RowsUnderWay, gather_features
 from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.heads.targets import Targets
+from megaregion.heads.targets import Targets, send
 from megaregion.parallel.topology import NodeGroups, Topology
 from megaregion.training.checkpoint import CheckpointReader, Piece
 from megaregion.training.metrics import LOG
@@ -44,6 +44,38 @@ class HeadsLoss:
     """Further numbers by name, 0-d."""
 
 
+class LabelsUnderWay:
+    """Labels of a micro-step's regions on their way from all data ranks to this host."""
+
+    def __init__(
+        self,
+        marked: Tensor,
+        topology: Topology,
+        nodes: NodeGroups | None,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """Send this rank's labels, [B * N, T + 1].
+
+        What a GPU does for it is queued here, ahead of the encoder's pass: the host then waits for the labels
+        while the GPU is busy with the pass. They come back by a stream of their own, since the pass need not
+        wait for the other ranks.
+        """
+        self._rows = RowsUnderWay(send(marked, topology.device), topology.data_group, nodes=nodes)
+        self._stream = stream
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                self._arrived = self._rows.arrive()
+                self._host = marked.new_empty(self._arrived.shape, pin_memory=True)
+                self._host.copy_(self._arrived, non_blocking=True)
+
+    def arrive(self) -> Tensor:
+        """Wait for the labels of all data ranks, [R, T + 1], on the host."""
+        if self._stream is None:
+            return self._rows.arrive()
+        self._stream.synchronize()
+        return self._host
+
+
 class Heads:
     """All heads of a run, trained beside the engine."""
 
@@ -52,6 +84,7 @@ class Heads:
         self._config = config
         self._topology = topology
         self._nodes = _node_groups(config, topology)
+        self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
         classes = {"object": dataset.info.object_classes, "text": dataset.info.text_classes}
         settings = {"object": config.head.object, "text": config.head.text}
         self.by_kind = {
@@ -77,10 +110,20 @@ class Heads:
             centers = np.load(dataset.folder / "centers.npy", allow_pickle=False)
             self.by_kind["object"].start_from(torch.from_numpy(centers))
 
+    def send_labels(self, batch: Batch) -> LabelsUnderWay:
+        """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued.
+
+        Args:
+            batch: This rank's samples, on the host.
+        """
+        marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
+        return LabelsUnderWay(marked, self._topology, self._nodes, self._stream)
+
     def loss(
         self,
         embeddings: Tensor,
-        batch: Batch,
+        labels: LabelsUnderWay,
+        keys: Sequence[str],
         step: int,
         micro_step: int,
         cut: Batching,
@@ -93,7 +136,8 @@ class Heads:
 
         Args:
             embeddings: Region embeddings of this rank, [B, N, E].
-            batch: The samples they came from.
+            labels: What the samples they came from are labelled with.
+            keys: Keys of these samples.
             step: Steps already taken.
             micro_step: Index of the micro-step within the step.
             cut: How the step is cut.
@@ -104,16 +148,15 @@ class Heads:
         """
         leaf = embeddings.detach().requires_grad_()
         place = self._topology
-        marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
-        labels = gather_rows(marked, place.data_group, nodes=self._nodes)
         # While the rows travel, the classes are drawn and the centers fetched.
         rows = gather_features(
             leaf.flatten(0, 1), place.world_group, place.data_group, place.tensor_group, nodes=self._nodes
         )
         each = self._config.data.regions_per_image
         first = micro_step * cut.micro_batch * place.data_size * each
+        marked = labels.arrive()
         targets = {
-            kind: self._draw(kind, labels, step, first, cut.draw_images * each) for kind in self.by_kind
+            kind: self._draw(kind, marked, step, first, cut.draw_images * each) for kind in self.by_kind
         }
         regions = self._config.train.global_batch * each
         sums, counts, metrics = {}, {}, {}
@@ -123,7 +166,7 @@ class Heads:
             try:
                 result = head.score(rows, targets[kind])
             except NonFiniteFeatures as error:
-                for key in self._samples_of(error.rows, batch.keys):
+                for key in self._samples_of(error.rows, keys):
                     LOG.error("features of sample %s are not finite", key)
                 raise
             total = total + result.sum * (self._weights[kind] / regions)

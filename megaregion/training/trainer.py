@@ -236,6 +236,7 @@ class Trainer:
                 self._name_bad(batch)
                 sums.see(batch)
                 self._times.see(batch)
+                labels = self.heads.send_labels(batch)
                 batch = batch.to(self.topology.device)
             self._progress.note("forward", step)
             with self._times.forward():
@@ -246,7 +247,13 @@ class Trainer:
             self._progress.note("head", step)
             with self._times.timed("head"):
                 loss = self.heads.loss(
-                    embeddings, batch, self.state.step, micro_step, cut, refuse=not self._guard.enabled
+                    embeddings,
+                    labels,
+                    batch.keys,
+                    self.state.step,
+                    micro_step,
+                    cut,
+                    refuse=not self._guard.enabled,
                 )
             sums.add(loss)
             gradient = loss.gradient.float()
