@@ -52,7 +52,9 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     """
     if not takes_onednn(left) or not right.numel():
         return left.T @ right
-    # product() would first write the transposed matrix out; this reads both as they lie, after a plain copy.
+    if left.shape[1] < right.shape[1]:
+        return product(left.T, right.T)
+    # product() writes the left matrix out transposed: of a wide one, plain copies of both are faster.
     shape = left.new_empty(left.shape[1], right.shape[1])
     found: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(
         left.to_mkldnn(), right.to_mkldnn(), shape, False

@@ -156,7 +156,7 @@ def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, floa
         "activations": kept + passing_bytes(layout, hardware) * layout.micro_batch,
         "gradients": stored,
         # A processor gives no memory to a buffer before something is written there.
-        "buffers": 0.0 if hardware.device == "processor" else bucket,
+        "buffers": _product_copies(layout) if hardware.device == "processor" else bucket,
     }
     if layout.zero_stage < 3:
         return _greater(begins, {"gradients": growing, "buffers": flattened + bucket})
@@ -169,6 +169,17 @@ def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, floa
         "buffers": layout.itemsize * full * copies,
     }
     return _greater(begins, travelling)
+
+
+def _product_copies(layout: Layout) -> float:
+    """Bytes of the widest linear's weight gradient and of what a processor's library copies for it.
+
+    It copies both operands and the result (megaregion/products.py).
+    """
+    model = layout.config.model
+    width, wide = model.width, model.mlp_width / layout.tensor
+    rows = layout.micro_batch * (1 + model.grid**2)
+    return layout.itemsize * (rows * (width + wide) + 2 * width * wide)
 
 
 def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
