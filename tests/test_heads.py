@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import platform
@@ -359,6 +360,23 @@ def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup
         head.step(1e-3)
     # How many classes took part is asked for with one list, which gives their rows without asking again.
     assert set(watch.waits) <= {"aten.nonzero_static.default"}
+
+
+def test_targets_that_the_host_made_reach_a_device_whole(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a GPU
+    head = make_head(group, 100, 8, torch.float32, sample_rate=0.1)
+    _, labels = make_rows(20, 8, 100, 3, dtype=torch.float32)
+    targets = head.prepare(labels, everyone(labels), 0, draw_rows=5)
+    there = targets.to(torch.device("meta"))
+    for made, moved in ((targets, there), *zip(targets.draws, there.draws, strict=True)):
+        for field in dataclasses.fields(made):
+            one, other = getattr(made, field.name), getattr(moved, field.name)
+            if isinstance(one, Tensor):
+                assert (other.device.type, other.shape, other.dtype) == ("meta", one.shape, one.dtype)
+            elif field.name != "draws":
+                assert other == one
 
 
 def test_draw_is_the_same_for_any_sharding() -> None:
