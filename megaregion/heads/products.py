@@ -32,7 +32,7 @@ class Products:
             # The library has a result of its own; copied while it is in the cache.
             out.copy_(product(left.float(), right.float().T))
         else:
-            # A processor has no such product; widened operands give the same rounding, for tests.
+            # A processor multiplies no narrow operands to wide results; widened ones round alike, for tests.
             torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
     def add(self, out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:

@@ -64,6 +64,7 @@ class LabelsUnderWay:
         self._stream = stream
         if stream is not None:
             with torch.cuda.stream(stream):
+                # Held here, since the copy reads it later.
                 self._arrived = self._rows.arrive()
                 self._host = marked.new_empty(self._arrived.shape, pin_memory=True)
                 self._host.copy_(self._arrived, non_blocking=True)
