@@ -68,7 +68,7 @@ def test_the_activations_are_those_that_autograd_keeps(weights: str, kept_mib: f
     model = dataclasses.replace(MODEL, region_weights=weights)
     config = dataclasses.replace(config, model=model, train=train)
     encoder = RegionEncoder(config.model, 128)
-    layout = lay_out(config, 128, LABELS)
+    layout = lay_out(config, 128, LABELS, "gpu")
     assert layout.micro_batch == 2
     encoder.vit.levels = layout.levels
     kinds = {0: {"keep"}, 0.01: {"full"}, 4: {"full", "cheap"}, 8: {"cheap"}, 11: {"cheap", "keep"}}

@@ -178,7 +178,7 @@ class Layout:
         return self.micro_batch * self.data * self.config.data.regions_per_image
 
 
-def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str = "gpu") -> Layout:
+def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layout:
     """Spread a run over ranks, each a gpu or a processor.
 
     Raises:
