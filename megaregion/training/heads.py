@@ -18,10 +18,11 @@ from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.heads.communication import RowsUnderWay, gather_features
+from megaregion.heads.communication import gather_features
 from megaregion.heads.finite import NonFiniteFeatures
+from megaregion.heads.labels import LabelsUnderWay
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.heads.targets import Targets, send
+from megaregion.heads.targets import Targets
 from megaregion.parallel.topology import NodeGroups, Topology
 from megaregion.training.checkpoint import CheckpointReader, Piece
 from megaregion.training.metrics import LOG
@@ -42,39 +43,6 @@ class HeadsLoss:
     """Rows by kind over all ranks, 0-d."""
     metrics: dict[str, Tensor]
     """Further numbers by name, 0-d."""
-
-
-class LabelsUnderWay:
-    """Labels of a micro-step's regions on their way from all data ranks to this host."""
-
-    def __init__(
-        self,
-        marked: Tensor,
-        topology: Topology,
-        nodes: NodeGroups | None,
-        stream: torch.cuda.Stream | None,
-    ) -> None:
-        """Send this rank's labels, [B * N, T + 1].
-
-        What a GPU does for it is queued here, ahead of the encoder's pass: the host then waits for the labels
-        while the GPU is busy with the pass. They come back by a stream of their own, since the pass need not
-        wait for the other ranks.
-        """
-        self._rows = RowsUnderWay(send(marked, topology.device), topology.data_group, nodes=nodes)
-        self._stream = stream
-        if stream is not None:
-            with torch.cuda.stream(stream):
-                # Held here, since the copy reads it later.
-                self._arrived = self._rows.arrive()
-                self._host = marked.new_empty(self._arrived.shape, pin_memory=True)
-                self._host.copy_(self._arrived, non_blocking=True)
-
-    def arrive(self) -> Tensor:
-        """Wait for the labels of all data ranks, [R, T + 1], on the host."""
-        if self._stream is None:
-            return self._rows.arrive()
-        self._stream.synchronize()
-        return self._host
 
 
 class Heads:
@@ -118,7 +86,8 @@ class Heads:
             batch: This rank's samples, on the host.
         """
         marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
-        return LabelsUnderWay(marked, self._topology, self._nodes, self._stream)
+        place = self._topology
+        return LabelsUnderWay(marked, place.device, place.data_group, self._nodes, self._stream)
 
     def loss(
         self,
