@@ -17,7 +17,7 @@ from launch import free_port, repository
 from pretend_cluster import PretendCluster
 from toy import toy_dataset
 
-from megaregion.training.checkpoint import CheckpointReader, find_checkpoint
+from megaregion.checkpoint.reader import CheckpointReader, find_checkpoint
 
 NODES, STEPS = 8, 30
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import HeadsConfig, ModelConfig, RunConfig
 from megaregion.models import RegionEncoder, initialise, tensor_parallel_plan
-from megaregion.training.checkpoint import Piece
-from megaregion.training.writing import publish, write_pieces
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 

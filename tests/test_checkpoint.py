@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaregion.errors import UserError
-from megaregion.training import folder as format_
-from megaregion.training.checkpoint import (
+from megaregion.checkpoint import format as format_
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import (
     CheckpointReader,
     DamagedCheckpoint,
     Piece,
     find_checkpoint,
     newest_whole,
 )
-from megaregion.training.folder import step_folder
-from megaregion.training.retention import Retention, retire
-from megaregion.training.writing import publish, write_pieces
+from megaregion.checkpoint.retention import Retention, retire
+from megaregion.checkpoint.writer import publish, write_pieces
+from megaregion.errors import UserError
 
 
 def write(checkpoints: Path, step: int, cuts: list[slice] | None = None) -> torch.Tensor:

@@ -22,12 +22,12 @@ from megaregion.evaluation.charts import HEIGHT, WIDTH, lines_chart
 from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import BoxedImage
 from megaregion.evaluation.estimates import share
-from megaregion.evaluation.metrics import Curve
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.published import table_json
 from megaregion.evaluation.runs import joined_tables, read_runs
 from megaregion.evaluation.tables import Column, Table
 from megaregion.export.huggingface import export_checkpoint
+from megaregion.schemas.metrics import Curve
 
 TOOL = Path(__file__).parents[1] / "tools" / "report.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -29,7 +29,6 @@ from megaregion.evaluation.encoding import encode_scenes, open_image
 from megaregion.evaluation.look import Pictures, look
 from megaregion.evaluation.measure import majority_share
 from megaregion.evaluation.measures import MEASURES
-from megaregion.evaluation.metrics import Curve, read_metrics
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import write_report
 from megaregion.evaluation.results import table, to_json
@@ -37,6 +36,7 @@ from megaregion.evaluation.scenes import object_table, pick_scenes, read_scenes,
 from megaregion.evaluation.study import Study, StudyConfig, conduct
 from megaregion.evaluation.vocabulary import open_vocabulary
 from megaregion.models import RegionEncoder, initialise
+from megaregion.schemas.metrics import Curve, read_metrics
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

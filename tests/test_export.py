@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export import ExportOptions, export_checkpoint, open_start
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, VisionTransformer, initialise
-from megaregion.training.writing import publish, write_pieces
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])

@@ -13,11 +13,11 @@ from test_checkpoint import write
 from test_run import command, metrics, pretrain, repository
 from toy import toy_dataset
 
+from megaregion.checkpoint.fence import Fence, claim, read_claim, refusal
+from megaregion.checkpoint.format import step_folder, unfinished_folder
+from megaregion.checkpoint.reader import Piece, find_checkpoint, newest_whole
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.errors import FENCED_EXIT, Fenced
-from megaregion.training.checkpoint import Piece, find_checkpoint, newest_whole
-from megaregion.training.fence import Fence, claim, read_claim, refusal
-from megaregion.training.folder import step_folder, unfinished_folder
-from megaregion.training.writing import publish, write_pieces
 
 
 def publish_as(checkpoints: Path, step: int, fence: Fence, at_the_last_moment: object = None) -> None:

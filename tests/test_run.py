@@ -17,9 +17,9 @@ import yaml
 from launch import free_port, launch, repository
 from toy import toy_config, toy_dataset
 
+from megaregion.checkpoint.reader import find_checkpoint
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.errors import REQUEUE_EXIT, USER_ERROR_EXIT
-from megaregion.training.checkpoint import find_checkpoint
 from megaregion.training.signals import EARLY_EXIT
 
 SMALL = [
@@ -148,7 +148,7 @@ def _full_disk(dataset: str, output: str) -> None:
     from test_training import train
 
     config = toy_config(Path(dataset), Path(output), "full", train__steps=4, checkpoint__every=1)
-    from megaregion.training import saving
+    from megaregion.checkpoint import saver as saving
 
     real, limit = saving.write_pieces, resource.getrlimit(resource.RLIMIT_FSIZE)
 

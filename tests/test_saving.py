@@ -14,9 +14,9 @@ import torch
 from launch import launch
 from toy import toy_config, toy_dataset
 
-from megaregion.training.checkpoint import CheckpointReader
-from megaregion.training.folder import step_folder
-from megaregion.training.retention import Retention, retire
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import CheckpointReader
+from megaregion.checkpoint.retention import Retention, retire
 
 EVERY_OTHER = {"train__steps": 5, "checkpoint__every": 2, "parallel__tensor": 2}
 KINDS = {
@@ -47,7 +47,7 @@ def checksums(output: Path, name: str, step: int) -> dict[str, str]:
 def _two_ranks(dataset: str, output: str) -> None:
     from test_training import train
 
-    from megaregion.training import saving
+    from megaregion.checkpoint import saver as saving
     from megaregion.training.trainer import Trainer
 
     data, runs = Path(dataset), Path(output)
@@ -128,11 +128,11 @@ def test_the_manifest_knows_the_mean_loss_since_the_save_before(two_ranks: Path)
 def _rank_that_never_comes(output: str) -> None:
     from dataclasses import replace
 
+    from megaregion.checkpoint.fence import Fence
+    from megaregion.checkpoint.reader import Piece
+    from megaregion.checkpoint.saver import Save, Saver
     from megaregion.parallel import topology
-    from megaregion.training.checkpoint import Piece
-    from megaregion.training.events import Events
-    from megaregion.training.fence import Fence
-    from megaregion.training.saving import Save, Saver
+    from megaregion.schemas.events import Events
 
     folder = Path(output)
     place = replace(topology.join(1), world_size=2)
@@ -182,7 +182,7 @@ def test_a_latest_that_points_nowhere_is_reported_and_the_newest_is_used(
 ) -> None:
     from test_checkpoint import write
 
-    from megaregion.training.checkpoint import find_checkpoint
+    from megaregion.checkpoint.reader import find_checkpoint
 
     monkeypatch.setattr(logging.getLogger("megaregion"), "propagate", True)
     write(tmp_path, 5)
@@ -194,7 +194,7 @@ def test_a_latest_that_points_nowhere_is_reported_and_the_newest_is_used(
 def test_a_changed_number_in_the_manifest_is_recognised(tmp_path: Path) -> None:
     from test_checkpoint import write
 
-    from megaregion.training.checkpoint import newest_whole
+    from megaregion.checkpoint.reader import newest_whole
 
     write(tmp_path, 5)
     write(tmp_path, 6)

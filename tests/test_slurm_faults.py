@@ -8,7 +8,7 @@ import signal
 import pytest
 from drill import STEPS, Drill, assert_same
 
-from megaregion.training.checkpoint import find_checkpoint
+from megaregion.checkpoint.reader import find_checkpoint
 
 pytestmark = pytest.mark.drill
 

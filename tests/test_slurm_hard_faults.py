@@ -18,8 +18,8 @@ from drill import STEPS, Drill, assert_same
 from islands import IslandCluster
 from pretend_cluster import pretend_cluster
 
-from megaregion.training.checkpoint import find_checkpoint
-from megaregion.training.folder import UNFINISHED
+from megaregion.checkpoint.format import UNFINISHED
+from megaregion.checkpoint.reader import find_checkpoint
 
 pytestmark = pytest.mark.drill
 

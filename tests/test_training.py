@@ -11,8 +11,8 @@ import torch
 from launch import launch
 from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
 
+from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.config import RunConfig, StageConfig
-from megaregion.training.checkpoint import CheckpointReader
 
 FULL = {"head__object__sample_rate": 1.0}
 """Score every class, so that the dense reference needs no draw and AdamW moves every row."""

@@ -12,14 +12,14 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import EvaluateConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
 from megaregion.data.mask import encode_mask
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardWriter, write_dataset
 from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.models import RegionEncoder, initialise
-from megaregion.training.checkpoint import Piece
-from megaregion.training.writing import publish, write_pieces
 
 SIZE = 96
 CLASSES = {"disc": (200, 40, 40), "block": (40, 160, 60), "wedge": (50, 70, 210)}

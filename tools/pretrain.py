@@ -144,8 +144,8 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
     """What puts the weights of --init into the transformer; None without it, or where the run goes on."""
     from functools import partial
 
+    from megaregion.checkpoint.reader import usable_folders
     from megaregion.export.start import begin, open_start
-    from megaregion.training.checkpoint import usable_folders
     from megaregion.training.metrics import LOG
 
     if not config.init or (resume and usable_folders(checkpoints)):

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from megaregion.benchmark.measure import Stopwatch
 from megaregion.benchmark.report import Case
+from megaregion.checkpoint.fence import Fence
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.retention import Retention
+from megaregion.checkpoint.saver import Save, Saver, Snapshot
 from megaregion.errors import UserError
 from megaregion.parallel.topology import Topology
-from megaregion.training.checkpoint import Piece
-from megaregion.training.events import Events
-from megaregion.training.fence import Fence
-from megaregion.training.folder import step_folder
-from megaregion.training.retention import Retention
-from megaregion.training.saving import Save, Saver, Snapshot
+from megaregion.schemas.events import Events
 
 GOAL = 20.0
 """Least ratio of the synchronous save's time to what the asynchronous one blocks: at most 5%."""

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from megaregion.benchmark.report import Case
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.models import RegionEncoder
-from megaregion.training.checkpoint import Piece
-from megaregion.training.folder import step_folder
-from megaregion.training.writing import publish, write_pieces
 
 SHAPES = {
     "B/16": ModelConfig(),

@@ -20,10 +20,10 @@ import torch
 
 from megaregion.benchmark.measure import Stopwatch
 from megaregion.benchmark.report import Case
+from megaregion.checkpoint.fence import Fence
 from megaregion.config import GuardConfig, ModelConfig
 from megaregion.models.encoder import RegionEncoder
 from megaregion.parallel.topology import Topology
-from megaregion.training.fence import Fence
 from megaregion.training.guard import LossGuard, agree
 from megaregion.training.metrics import LOG, Metrics
 from megaregion.training.progress import PHASES, Progress

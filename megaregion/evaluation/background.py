@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+from megaregion.checkpoint.format import MANIFEST, step_folder
 from megaregion.config import RunConfig
 from megaregion.errors import USER_ERROR_EXIT, UserError
-from megaregion.training.folder import MANIFEST, step_folder
 from megaregion.training.metrics import LOG
 
 RESULTS = "evaluations.jsonl"

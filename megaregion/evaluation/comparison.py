@@ -9,13 +9,13 @@ from string import Template
 
 from PIL import Image
 
+from megaregion.checkpoint.format import write_text_atomically
 from megaregion.evaluation.cells import measure_table
 from megaregion.evaluation.charts import lines_chart
-from megaregion.evaluation.metrics import Curve
 from megaregion.evaluation.pictures import data_uri
 from megaregion.evaluation.report import read_part
 from megaregion.evaluation.runs import RunRecord, joined_tables
-from megaregion.training.folder import write_text_atomically
+from megaregion.schemas.metrics import Curve
 
 CURVES = (
     ("loss", "Loss"),

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
@@ -23,8 +25,6 @@ from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, Features
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
-from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint
-from megaregion.training.folder import step_folder
 
 BODY = "body.weight."
 TEXT_CENTERS = "head.text.weight"

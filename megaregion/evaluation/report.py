@@ -9,14 +9,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from megaregion.checkpoint.format import write_text_atomically
 from megaregion.errors import UserError
 from megaregion.evaluation import charts, exhibits, numbers, sheets
 from megaregion.evaluation.cells import measure_cards
 from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.look import Pictures
-from megaregion.evaluation.metrics import Metrics, read_metrics
 from megaregion.evaluation.study import Study
-from megaregion.training.folder import write_text_atomically
+from megaregion.schemas.metrics import Metrics, read_metrics
 
 CURVES = (
     ("loss_object", "Loss on objects", "object", True),

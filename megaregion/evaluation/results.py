@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megaregion.checkpoint.format import write_text_atomically
 from megaregion.evaluation.knn import NEIGHBOURS
 from megaregion.evaluation.measure import majority_share
 from megaregion.evaluation.published import markdown, table_json
 from megaregion.evaluation.study import Study
-from megaregion.training.folder import write_text_atomically
 
 DIGITS = 5
 """Decimals of a share in the JSON: finer than one region in ten thousand."""

@@ -12,8 +12,8 @@ import yaml
 
 from megaregion.errors import UserError
 from megaregion.evaluation.estimates import Estimate
-from megaregion.evaluation.metrics import Metrics, read_metrics
 from megaregion.evaluation.tables import Column, Table
+from megaregion.schemas.metrics import Metrics, read_metrics
 
 TRAINED = "trained"
 

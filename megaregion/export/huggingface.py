@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
 from megaregion.config import ModelConfig, RunConfig, config_from_dict
 from megaregion.errors import UserError
 from megaregion.export.card import CardFacts, model_card
@@ -24,7 +25,6 @@ from megaregion.export.folder import new_folder, refuse_taken, write_json
 from megaregion.export.layouts import LAYOUTS, Layout
 from megaregion.export.weight_files import WeightFiles
 from megaregion.models import RegionEncoder
-from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, find_checkpoint
 
 ENCODER = "body.weight."
 """Start of the names that the trained network's weights have in a checkpoint."""

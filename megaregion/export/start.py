@@ -16,15 +16,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from megaregion.checkpoint.format import step_folder, unfinished_folder
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, Piece
+from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export.encoder_folder import PROJECTION, EncoderFolder, is_encoder_folder
 from megaregion.export.folder import new_folder, refuse_taken
 from megaregion.export.huggingface import BODY, open_checkpoint, run_config
 from megaregion.models import VisionTransformer
-from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, Piece
-from megaregion.training.folder import step_folder, unfinished_folder
-from megaregion.training.writing import publish, write_pieces
 
 GROUP = 256 * 2**20
 """Bytes of weights that one file of a starting checkpoint holds, and that lie in memory at once."""

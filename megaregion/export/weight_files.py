@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megaregion.training.tensor_file import CHUNK, DTYPES
+from megaregion.checkpoint.tensor_file import CHUNK, DTYPES
 
 INDEX = "model.safetensors.index.json"
 

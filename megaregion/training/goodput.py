@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megaregion.errors import UserError
-from megaregion.training.events import EVENTS
+from megaregion.schemas.events import EVENTS
 
 METRICS = "metrics.jsonl"
 

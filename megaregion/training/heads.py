@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megaregion.batching import Batching
+from megaregion.checkpoint.reader import CheckpointReader, Piece
 from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
@@ -24,7 +25,6 @@ from megaregion.heads.labels import LabelsUnderWay
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.heads.targets import Targets
 from megaregion.parallel.topology import NodeGroups, Topology
-from megaregion.training.checkpoint import CheckpointReader, Piece
 from megaregion.training.metrics import LOG
 
 KINDS = {"object": OBJECT, "text": TEXT}

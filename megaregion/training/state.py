@@ -1,7 +1,7 @@
 """What a run carries from step to step, and how it is saved and found again.
 
 A save never leaves a half-written checkpoint behind and never ends a run: if the disk is full, the last
-good one stays, the log says so, and the next save tries again. saving.py does the writing.
+good one stays, the log says so, and the next save tries again. checkpoint/saver.py does the writing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaregion.checkpoint.fence import Fence
+from megaregion.checkpoint.format import step_folder
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, Piece, usable_folders
+from megaregion.checkpoint.retention import Retention
+from megaregion.checkpoint.saver import Save, Saver, Snapshot
 from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
@@ -25,15 +30,10 @@ from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.training.checkpoint import CheckpointReader, DamagedCheckpoint, Piece, usable_folders
-from megaregion.training.events import Events
-from megaregion.training.fence import Fence
-from megaregion.training.folder import step_folder
+from megaregion.schemas.events import Events
 from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
-from megaregion.training.retention import Retention
-from megaregion.training.saving import Save, Saver, Snapshot
 
 
 class TrainingState:

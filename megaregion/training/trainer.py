@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from megaregion.batching import Batching, batching, check_batching
+from megaregion.checkpoint.fence import claim_together
+from megaregion.checkpoint.format import DONE
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
@@ -35,10 +37,8 @@ from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.training.events import Events, process_start
+from megaregion.schemas.events import Events, process_start
 from megaregion.training.faults import Faults
-from megaregion.training.fence import claim_together
-from megaregion.training.folder import DONE
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads

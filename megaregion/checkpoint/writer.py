@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from megaregion.checkpoint.format import LATEST, MANIFEST, UNFINISHED, flush_folder, write_text_atomically
+from megaregion.checkpoint.reader import VERSION, Piece, seal
+from megaregion.checkpoint.tensor_file import copy_file, write_tensors
 from megaregion.errors import Fenced
-from megaregion.training.checkpoint import VERSION, Piece, seal
-from megaregion.training.folder import LATEST, MANIFEST, UNFINISHED, flush_folder, write_text_atomically
-from megaregion.training.tensor_file import copy_file, write_tensors
 
 
 def rank_file(rank: int) -> str:

@@ -10,6 +10,7 @@ rank-NNNNN.json appears. Only :meth:`Saver.wait`, called by the main thread, is 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -24,15 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaregion.checkpoint.fence import Fence
+from megaregion.checkpoint.format import step_folder, unfinished_folder
+from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.retention import Retention, retire
+from megaregion.checkpoint.writer import publish, rank_file, write_pieces
 from megaregion.errors import Fenced
 from megaregion.parallel.topology import Topology
-from megaregion.training.checkpoint import Piece
-from megaregion.training.events import Events
-from megaregion.training.fence import Fence
-from megaregion.training.folder import step_folder, unfinished_folder
-from megaregion.training.metrics import LOG
-from megaregion.training.retention import Retention, retire
-from megaregion.training.writing import publish, rank_file, write_pieces
+from megaregion.schemas.events import Events
+
+LOG = logging.getLogger("megaregion")
 
 OTHERS_SECONDS = 900.0
 """Seconds that rank 0 waits for the other ranks' files before it gives a save up."""

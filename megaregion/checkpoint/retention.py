@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaregion.training.folder import MANIFEST, UNFINISHED, finished_folders, step_folders
+from megaregion.checkpoint.format import MANIFEST, UNFINISHED, finished_folders, step_folders
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 A checkpoint is a folder of safetensors files and one ``manifest.json``. Every tensor is described whole
 (shape, type) together with the pieces that ranks wrote and their place in it, so a reader asks for any
 box of any tensor and never needs to know how many ranks there were. Nothing is pickled.
-folder.py draws the files, writing.py writes them.
+format.py draws the files, writer.py writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megaregion.checkpoint.fence import refusal
+from megaregion.checkpoint.format import LATEST, MANIFEST, step_folders
+from megaregion.checkpoint.tensor_file import file_description
 from megaregion.errors import UserError
-from megaregion.training.fence import refusal
-from megaregion.training.folder import LATEST, MANIFEST, step_folders
-from megaregion.training.metrics import LOG
-from megaregion.training.tensor_file import file_description
+
+LOG = logging.getLogger("megaregion")
 
 VERSION = 1
 

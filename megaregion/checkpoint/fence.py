@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaregion.checkpoint.format import FENCE, MANIFEST, finished_folders, flush_folder, write_aside
 from megaregion.errors import Fenced, UserError
 from megaregion.parallel.topology import Topology, host_name
-from megaregion.training.folder import FENCE, MANIFEST, finished_folders, flush_folder, write_aside
 
 TOKEN = "MEGAREGION_FENCE"
 """Environment variable with the launcher's token, JOBID.RESTARTS under SLURM."""
