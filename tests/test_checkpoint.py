@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaregion.checkpoint import format as format_
 from megaregion.checkpoint.format import step_folder
 from megaregion.checkpoint.reader import (
     CheckpointReader,
@@ -128,21 +127,6 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path: Path)
     assert newest_whole(tmp_path) is None
     with pytest.raises(UserError):
         find_checkpoint(tmp_path)
-
-
-def test_a_small_file_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "latest"
-    file.write_text("step-00000001")
-
-    def full_disk(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(format_.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        format_.write_text_atomically(file, "step-00000002")
-    assert file.read_text() == "step-00000001"
 
 
 def test_the_manifest_is_plain_json_with_shapes_and_checksums(tmp_path: Path) -> None:

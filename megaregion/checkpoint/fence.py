@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaregion.checkpoint.format import FENCE, MANIFEST, finished_folders, flush_folder, write_aside
+from megaregion.checkpoint.format import FENCE, MANIFEST, finished_folders
 from megaregion.errors import Fenced, UserError
+from megaregion.files import write_text
 from megaregion.parallel.topology import Topology, host_name
 
 TOKEN = "MEGAREGION_FENCE"
@@ -114,14 +115,10 @@ def claim(checkpoints: Path, token: str) -> Claim:
         number = max(numbers, default=0) + 1
         made = Claim(number, token, host_name(), time.time(), _published(checkpoints))
         content = {key: value for key, value in vars(made).items() if key != "number"}
-        aside = write_aside(folder / _file(number), json.dumps(content))
         try:
-            os.link(aside, folder / _file(number))
+            write_text(folder / _file(number), json.dumps(content), shared=True, once=True)
         except FileExistsError:
             continue
-        finally:
-            aside.unlink()
-        flush_folder(folder)
         return made
 
 

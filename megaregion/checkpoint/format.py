@@ -11,8 +11,6 @@ A folder without a manifest is one that was never finished.
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -42,34 +40,3 @@ def step_folders(checkpoints: Path) -> list[Path]:
 def finished_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders with a manifest, newest first."""
     return [folder for folder in step_folders(checkpoints) if (folder / MANIFEST).exists()]
-
-
-def write_text_atomically(file: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never a part."""
-    temporary = write_aside(file, text)
-    temporary.replace(file)
-    flush_folder(file.parent)
-
-
-def write_aside(file: Path, text: str) -> Path:
-    """Write a small file under a hidden name beside its own, flushed to the disk; returns that name."""
-    # Ranks of two hosts can have the same process id, so that alone would not be a name of one's own.
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

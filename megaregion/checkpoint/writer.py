@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megaregion.checkpoint.format import LATEST, MANIFEST, UNFINISHED, flush_folder, write_text_atomically
+from megaregion.checkpoint.format import LATEST, MANIFEST, UNFINISHED
 from megaregion.checkpoint.reader import VERSION, Piece, seal
 from megaregion.checkpoint.tensor_file import copy_file, write_tensors
 from megaregion.errors import Fenced
+from megaregion.files import flush_folder, write_text
 
 
 def rank_file(rank: int) -> str:
@@ -58,7 +59,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece], staging: Path
             }
         )
     described = {"files": {file.name: _write(file, tensors, staging)}, "entries": entries}
-    write_text_atomically(folder / rank_file(rank), json.dumps(described))
+    write_text(folder / rank_file(rank), json.dumps(described), shared=True)
 
 
 def _write(file: Path, tensors: dict[str, Tensor], staging: Path | None) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def publish(
             tensor["pieces"].append(entry["piece"])
     manifest = {"version": VERSION, **facts, "files": files, "tensors": tensors}
     manifest["seal"] = seal(manifest)
-    write_text_atomically(folder / MANIFEST, json.dumps(manifest))
+    write_text(folder / MANIFEST, json.dumps(manifest), shared=True)
     for part in parts:
         part.unlink()
     if check is not None:
@@ -113,7 +114,7 @@ def publish(
             replaced.rename(final)
         raise
     flush_folder(final.parent)
-    write_text_atomically(final.parent / LATEST, final.name + "\n")
+    write_text(final.parent / LATEST, final.name + "\n", shared=True)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 

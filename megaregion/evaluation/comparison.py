@@ -9,12 +9,12 @@ from string import Template
 
 from PIL import Image
 
-from megaregion.checkpoint.format import write_text_atomically
 from megaregion.evaluation.cells import measure_table
 from megaregion.evaluation.charts import lines_chart
 from megaregion.evaluation.pictures import data_uri
 from megaregion.evaluation.report import read_part
 from megaregion.evaluation.runs import RunRecord, joined_tables
+from megaregion.files import write_text
 from megaregion.schemas.metrics import Curve
 
 CURVES = (
@@ -59,7 +59,7 @@ def write_comparison(runs: Sequence[RunRecord], path: Path) -> None:
         maps=_maps(runs),
         settings=_settings(runs),
     )
-    write_text_atomically(path, page)
+    write_text(path, page)
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from megaregion.checkpoint.format import write_text_atomically
 from megaregion.errors import UserError
 from megaregion.evaluation import charts, exhibits, numbers, sheets
 from megaregion.evaluation.cells import measure_cards
 from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.look import Pictures
 from megaregion.evaluation.study import Study
+from megaregion.files import write_text
 from megaregion.schemas.metrics import Metrics, read_metrics
 
 CURVES = (
@@ -61,7 +61,7 @@ def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) ->
         facts=_facts(study),
         footer=_footer(study),
     )
-    write_text_atomically(path, page)
+    write_text(path, page)
 
 
 def read_part(name: str) -> str:

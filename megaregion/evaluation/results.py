@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaregion.checkpoint.format import write_text_atomically
 from megaregion.evaluation.knn import NEIGHBOURS
 from megaregion.evaluation.measure import majority_share
 from megaregion.evaluation.published import markdown, table_json
 from megaregion.evaluation.study import Study
+from megaregion.files import write_text
 
 DIGITS = 5
 """Decimals of a share in the JSON: finer than one region in ten thousand."""
@@ -41,13 +41,13 @@ def to_json(study: Study) -> dict[str, Any]:
 
 def write_json(study: Study, path: Path) -> None:
     """Write the numbers, so that a reader sees the old file or the new one."""
-    write_text_atomically(path, json.dumps(to_json(study), indent=1) + "\n")
+    write_text(path, json.dumps(to_json(study), indent=1) + "\n")
 
 
 def write_markdown(study: Study, path: Path) -> None:
     """Write the measures as a page of tables."""
     title = f"{study.run.config.name} after step {study.run.step:,}, {study.config.split} split"
-    write_text_atomically(path, markdown(title, study.tables))
+    write_text(path, markdown(title, study.tables))
 
 
 def table(study: Study) -> str:

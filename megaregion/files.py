@@ -1,0 +1,149 @@
+"""Files and folders that appear whole or not at all, and locks that end with their process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def partial_name(path: Path, shared: bool = False) -> Path:
+    """The hidden name beside its own under which a file or folder is made.
+
+    Args:
+        path: Its own name.
+        shared: Whether several processes may make it at once: then no two calls give the same name. Else all
+            do, so that what a killed process left is overwritten by the next try.
+    """
+    # Ranks of two hosts can have the same process id, so that alone would not be a name of one's own.
+    own = f".{os.getpid()}-{uuid.uuid4().hex[:8]}" if shared else ""
+    return path.with_name(f".{path.name}{own}.partial")
+
+
+@contextlib.contextmanager
+def new_file(
+    path: Path, shared: bool = False, once: bool = False, durable: bool = True
+) -> Iterator[BinaryIO]:
+    """Write a file in a ``with`` block: a reader sees the old one or the new one, never a part.
+
+    If the block raises, the old file stays and no part of the new one is left.
+
+    Args:
+        path: Its name.
+        shared: As in :func:`partial_name`.
+        once: Refuse to replace a file, also one that appears meanwhile.
+        durable: Flush file and name to the disk, so that they outlast a power cut.
+
+    Raises:
+        OSError: The disk is full or gone.
+        FileExistsError: With ``once``: there is such a file.
+    """
+    partial = partial_name(path, shared)
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        if once:
+            os.link(partial, path)
+            partial.unlink()
+        else:
+            partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, shared: bool = False, once: bool = False) -> None:
+    """Write a small file whole, as :func:`new_file` does."""
+    with new_file(path, shared, once) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str, shared: bool = False, once: bool = False) -> None:
+    """Write a small text file whole, as UTF-8, as :func:`new_file` does."""
+    write_bytes(path, text.encode(), shared, once)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Fill a folder beside its place; it takes its place, and an older one's, if the block ends well.
+
+    If the block raises, the old folder stays and no part of the new one is left.
+
+    Args:
+        path: Its name.
+        shared: As in :func:`partial_name`.
+
+    Raises:
+        OSError: The disk is full or gone.
+    """
+    partial = partial_name(path, shared)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move a folder into another's place; a crash in between loses neither.
+
+    Raises:
+        OSError: They lie on two disks, or the disk is gone.
+    """
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Hold a lock file, which is made if missing; what was killed leaves no lock behind.
+
+    Args:
+        path: The file.
+        wait: Wait until it is free.
+        shared: Whether others may hold it too, as long as nobody holds it alone.
+
+    Yields:
+        Whether it is held; False only where another process (or thread) holds it and ``wait`` is off.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
