@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from megaregion.atlas.source import Sample
 from megaregion.atlas.synthetic import SyntheticSource
 from megaregion.curation.tokenizer import read_corpus, train_tokenizer
+from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter, write_dataset
-from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.writer import ShardWriter, write_dataset
 
 CLUSTERS, SAMPLES, PIECE = 70, 40, 16
 WORDS = ("Hotel", "EXIT", "<img src=nothing>", "café")

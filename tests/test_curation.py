@@ -28,9 +28,9 @@ from megaregion.curation.picture import BadImage, read_picture
 from megaregion.curation.settings import settings_from
 from megaregion.curation.store import Output, Store
 from megaregion.curation.summary import Summary
+from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
-from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,8 +17,7 @@ from megaregion.curation.annotations import read_annotations
 from megaregion.curation.inputs import find_images
 from megaregion.curation.picture import BadImage
 from megaregion.curation.tars import scan_tar
-from megaregion.data.mask import decode_mask, encode_mask
-from megaregion.data.sample import parse_sample
+from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 

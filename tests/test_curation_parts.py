@@ -27,8 +27,8 @@ from megaregion.curation.proposer import Proposal, SelectiveSearch
 from megaregion.curation.reader import load_reader
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.tokenizer import default_corpus, train_tokenizer
-from megaregion.data.mask import decode_mask
-from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.info import load_tokenizer, token_set
+from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError
 
 

@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from toy_scenes import MODEL, RUN, write_run, write_scenes, write_shards
 
-from megaregion.data.info import read_info
+from megaregion.data.info import load_tokenizer, read_info, token_set
 from megaregion.data.shards import ShardedDataset
-from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 from megaregion.evaluation import charts, knn, ocr

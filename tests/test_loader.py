@@ -27,12 +27,12 @@ from toy import OBJECT_CLASSES, toy_config, toy_dataset
 
 from megaregion.config import DataConfig
 from megaregion.data.batch import Batch
-from megaregion.data.loader import RegionLoader
+from megaregion.data.loader import LostShard, PatientReader, RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
-from megaregion.data.patience import LostShard, PatientReader
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardedDataset, ShardWriter, write_dataset
+from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
+from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.errors import UserError
 
 SEED = 3
@@ -412,7 +412,7 @@ def test_a_lost_shard_is_tried_again_after_a_while(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / "shards")
-    monkeypatch.setattr("megaregion.data.patience.FORGOTTEN_AFTER", 0.05)
+    monkeypatch.setattr("megaregion.data.loader.FORGOTTEN_AFTER", 0.05)
     reader = PatientReader(ShardedDataset(tmp_path / "shards"), retries=0, pause=0)
     shard, aside = tmp_path / "shards" / "shard-00000.tar", tmp_path / "aside"
     shard.rename(aside)

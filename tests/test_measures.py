@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from megaregion.data.mask import encode_mask
+from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation import knn, ocr, probe
 from megaregion.evaluation.components import fit_basis

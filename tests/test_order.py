@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaregion.data.draws import Purpose, Stream, generator
-from megaregion.data.order import SampleOrder, step_positions
+from megaregion.data.order import Purpose, SampleOrder, Stream, generator, step_positions
 
 SIZES = (7, 3, 11, 5, 1, 8)
 COUNT = sum(SIZES)

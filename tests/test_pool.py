@@ -11,9 +11,9 @@ import torch
 from toy import toy_dataset
 
 from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.batch import GROWTH, Lease, Pool
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder
-from megaregion.data.pool import GROWTH, Lease, Pool
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 

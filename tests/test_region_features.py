@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from megaregion.config import DataConfig, RegionWeights
-from megaregion.data.mask import encode_mask
-from megaregion.data.regions import visibility
-from megaregion.data.view import View
+from megaregion.data.image import View
+from megaregion.data.sample import encode_mask
+from megaregion.data.transforms import visibility
 from megaregion.export import ExportOptions, export_checkpoint
 from megaregion.models import RegionEncoder
 

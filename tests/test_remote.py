@@ -16,11 +16,9 @@ import torch
 from toy import toy_config, toy_dataset
 
 from megaregion.config import DataConfig
-from megaregion.data.ahead import ReadAhead
-from megaregion.data.cache import Cache
 from megaregion.data.loader import RegionLoader
-from megaregion.data.mirror import Mirror, index_bytes
 from megaregion.data.order import SampleOrder
+from megaregion.data.remote import Cache, Mirror, ReadAhead, index_bytes
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from megaregion.data.mask import RLE, decode_mask
+from megaregion.data.sample import RLE, decode_mask
 from megaregion.demo.assets import PACK, Library, load_library, read_cutout
 from megaregion.demo.compose import LEAST_VISIBLE, LETTER_HEIGHTS, WORDS
 from megaregion.demo.folder import identity, is_done, summarise, write_scenes

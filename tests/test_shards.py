@@ -15,9 +15,18 @@ from hypothesis import strategies as st
 from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_dataset
 
 from megaregion.data.info import ShardEntry
-from megaregion.data.mask import RLE, decode_mask, encode_mask
-from megaregion.data.sample import BadSample, RegionRecord, SampleRecord, clip_regions, parse_sample
-from megaregion.data.shards import ShardedDataset, ShardWriter, write_dataset
+from megaregion.data.sample import (
+    RLE,
+    BadSample,
+    RegionRecord,
+    SampleRecord,
+    clip_regions,
+    decode_mask,
+    encode_mask,
+    parse_sample,
+)
+from megaregion.data.shards import ShardedDataset
+from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.errors import UserError
 
 MASK = np.zeros((48, 64), dtype=bool)

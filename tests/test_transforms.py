@@ -18,12 +18,9 @@ from PIL import Image
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, collate, normalise
-from megaregion.data.image import cut, eighths_needed, open_image
-from megaregion.data.mask import decode_mask, encode_mask, mask_area
-from megaregion.data.regions import sample_regions, visibility
-from megaregion.data.sample import BadSample, RegionRecord, SampleRecord
-from megaregion.data.transforms import EvalTransform, Transform
-from megaregion.data.view import View, fitting_grid, random_view
+from megaregion.data.image import View, cut, eighths_needed, fitting_grid, open_image, random_view
+from megaregion.data.sample import BadSample, RegionRecord, SampleRecord, decode_mask, encode_mask, mask_area
+from megaregion.data.transforms import EvalTransform, Transform, sample_regions, visibility
 from megaregion.errors import UserError
 
 MODEL = ModelConfig(image_size=64, patch_size=8)

@@ -21,7 +21,7 @@ from megaregion.config import (
     TrainConfig,
 )
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter, write_dataset
+from megaregion.data.writer import ShardWriter, write_dataset
 
 OBJECT_CLASSES, TEXT_CLASSES = 37, 23
 

@@ -15,10 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from megaregion.checkpoint.reader import Piece
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import EvaluateConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
-from megaregion.data.mask import encode_mask
-from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter, write_dataset
-from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.info import load_tokenizer, token_set
+from megaregion.data.sample import RegionRecord, SampleRecord, encode_mask
+from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.models import RegionEncoder, initialise
 
 SIZE = 96

@@ -20,10 +20,9 @@ from megaregion.curation.records import ImageRegions, read_regions
 from megaregion.curation.stages.assign import COSINES
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.data.image import decode_image
-from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME
+from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, load_tokenizer
 from megaregion.data.sample import BadSample, parse_sample
 from megaregion.data.shards import ShardedDataset
-from megaregion.data.tokens import load_tokenizer
 from megaregion.errors import UserError
 
 BATCH = 4096

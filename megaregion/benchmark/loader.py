@@ -18,14 +18,12 @@ from pathlib import Path
 from megaregion.benchmark.loader_peer import webdataset_batches
 from megaregion.benchmark.report import Case
 from megaregion.config import DataConfig, ModelConfig
-from megaregion.data.draws import Purpose, generator
-from megaregion.data.image import cut, open_image, stay_on_one_core
+from megaregion.data.image import View, cut, open_image, stay_on_one_core
 from megaregion.data.loader import RegionLoader
-from megaregion.data.order import SampleOrder
+from megaregion.data.order import Purpose, SampleOrder, generator
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import RawSample, ShardedDataset
 from megaregion.data.transforms import Transform
-from megaregion.data.view import View
 
 GOAL_WEBDATASET = 2.0
 """Least ratio of plain webdataset's time for an image to ours."""

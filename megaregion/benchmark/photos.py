@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter, write_dataset
+from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.demo.assets import PACK
 
 WIDTH, HEIGHT = 640, 480

@@ -32,7 +32,7 @@ from megaregion.config import (
     TrainConfig,
 )
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter, write_dataset
+from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.errors import UserError
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import Labels

@@ -18,7 +18,7 @@ import numpy as np
 
 from megaregion.curation.picture import BadImage
 from megaregion.curation.proposer import Box, Proposal
-from megaregion.data.mask import RLE
+from megaregion.data.sample import RLE
 
 
 def read_annotations(content: bytes, width: int, height: int) -> tuple[list[Proposal], Counter[str]] | None:

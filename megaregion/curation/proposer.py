@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megaregion.curation.picture import Pixels, resize
 from megaregion.curation.settings import ProposeSettings
-from megaregion.data.mask import RLE
+from megaregion.data.sample import RLE
 
 Box = tuple[float, float, float, float]
 

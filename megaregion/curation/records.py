@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from megaregion.curation.proposer import Box, Proposal
 from megaregion.curation.reader import Word
-from megaregion.data.mask import RLE
+from megaregion.data.sample import RLE
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from megaregion.curation.picture import Pixels, resize
 from megaregion.curation.proposer import Proposal
 from megaregion.curation.weights import device, load_model
-from megaregion.data.mask import encode_mask
+from megaregion.data.sample import encode_mask
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """SAM's statistics of R, G, B on the 0..255 scale."""

@@ -2,7 +2,7 @@
 
 Case stays (EXIT and exit look different); Unicode is normalised by NFKC. Word starts are a piece of their
 own, so that a syllable is one class wherever it stands. The rule that turns a text into its set of classes,
-without the word starts, lies in :mod:`megaregion.data.tokens`, where the evaluation finds it too.
+without the word starts, lies in :mod:`megaregion.data.info`, where the evaluation finds it too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from megaregion.data.tokens import WORD_START
+from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
 
 OTHER_PIECES = 3 + 256 + 1

@@ -1,24 +1,31 @@
-"""A batch: the samples of some positions as tensors.
+"""A batch: the samples of some positions as tensors, in one piece of memory that passes between processes.
+
+A worker process writes samples where the training process will read them, and what travels is the number of
+a piece and the layout. Memory that is fresh for each batch would cost a page fault for every 4 KB on both
+sides, and a file that has to be passed along. Here all files are opened before the workers are forked; they
+lie in no file system, so that a small /dev/shm is no limit.
 
 Shapes: B samples, N regions of each, P patches in row-major order, T label slots, H x W pixels.
 """
 
 from __future__ import annotations
 
+import itertools
+import mmap
+import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from megaregion.data.block import Block
-from megaregion.data.pool import Pool
+from torch.utils.data import get_worker_info
 
 OBJECT, TEXT = 0, 1
 """Values of Batch.kinds."""
@@ -216,3 +223,158 @@ def _rebuild(sent: dict[str, Any]) -> Batch:
 
 def _tensors(block: Block) -> dict[str, Any]:
     return {name: block.tensor(name) for name in TENSORS}
+
+
+ALIGNMENT = 64
+"""Bytes of a cache line; every tensor begins on one."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place in the block."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Memory and the tensors that lie in it."""
+
+    memory: Tensor
+    """uint8 [bytes]."""
+    slots: Mapping[str, Slot]
+    lease: Lease | None = None
+    """How another process opens the memory, if it is a pool's and this process took it."""
+
+    @staticmethod
+    def of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pool: Pool | None = None) -> Block:
+        """Allocate a block with unspecified content.
+
+        Args:
+            shapes: Type and shape of each tensor, by name.
+            pool: Where a worker process takes memory; when all of it is in use the block gets its own,
+                which is copied through the pipe when it is sent.
+        """
+        slots, end = {}, 0
+        for name, (dtype, shape) in shapes.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            slots[name] = Slot(dtype, shape, end, size)
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        worker = get_worker_info()
+        if worker is not None and pool is not None and (taken := pool.take(worker.id, end)) is not None:
+            lease, memory = taken
+            return Block(memory, slots, lease)
+        return Block(torch.empty(end, dtype=torch.uint8), slots)
+
+    def __reduce__(self) -> tuple[Callable[..., Block], tuple[Any, ...]]:
+        if self.lease is None:
+            # A tensor would be copied to /dev/shm; where that is full, the queue's thread only complains on
+            # stderr, and the reader would wait for ever.
+            return _copied, (self.memory.numpy(), self.slots)
+        return _opened, (self.lease, self.slots)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, a view of the block."""
+        slot = self.slots[name]
+        return self.memory[slot.offset : slot.offset + slot.size].view(slot.dtype).view(slot.shape)
+
+    def pin_memory(self) -> Block:
+        """A copy in page-locked memory, from which a GPU copies on its own."""
+        return Block(self.memory.pin_memory(), self.slots)
+
+
+def _copied(memory: NDArray[np.uint8], slots: Mapping[str, Slot]) -> Block:
+    return Block(torch.from_numpy(memory), slots)
+
+
+def _opened(lease: Lease, slots: Mapping[str, Slot]) -> Block:
+    return Block(lease.open(), slots)
+
+
+GROWTH = 1 << 20
+"""Bytes by which a piece grows at least; packed batches differ in length."""
+
+_NUMBERS = itertools.count()
+_POOLS: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
+
+
+class Lease(NamedTuple):
+    """What a process tells another of a piece that it has filled."""
+
+    pool: int
+    """Number of the pool."""
+    piece: int
+    size: int
+    """Bytes in use, from the first on."""
+
+    def open(self) -> Tensor:
+        """The piece's memory, uint8 [size]; it is free again when the last tensor that views it is gone."""
+        return _POOLS[self.pool].open(self)
+
+
+class Pool:
+    """Pieces of shared memory, the same number for each worker.
+
+    A piece is marked as taken by its worker and as free by the process that reads; since each of the two
+    waits for the other's mark, no lock is needed.
+
+    Args:
+        workers: Processes that will be forked from this one.
+        pieces: Pieces of each.
+    """
+
+    def __init__(self, workers: int, pieces: int) -> None:
+        self.number = next(_NUMBERS)
+        self._pieces = pieces
+        self._files = [os.memfd_create("batch") for _ in range(workers * pieces)]
+        self._taken = mmap.mmap(-1, workers * pieces)
+        self._memory: dict[int, mmap.mmap] = {}
+        _POOLS[self.number] = self
+
+    def take(self, worker: int, size: int) -> tuple[Lease, Tensor] | None:
+        """Take a free piece, in the process of a worker.
+
+        Args:
+            worker: Number of this process among the workers.
+            size: Bytes wanted.
+
+        Returns:
+            The piece and its memory, uint8 [size], with unspecified content; None while all are in use.
+        """
+        first = worker * self._pieces
+        piece = self._taken.find(b"\0", first, first + self._pieces)
+        if piece < 0:
+            return None
+        self._taken[piece] = 1
+        if os.fstat(self._files[piece]).st_size < size:
+            os.ftruncate(self._files[piece], -(-size // GROWTH) * GROWTH)
+        return Lease(self.number, piece, size), torch.from_numpy(self._array(piece, size))
+
+    def open(self, lease: Lease) -> Tensor:
+        """The memory of a piece that a worker has filled, in the process that reads."""
+        array = self._array(lease.piece, lease.size)
+        # A tensor's storage holds the array, whatever view of it lives longest.
+        weakref.finalize(array, self._free, lease.piece).atexit = False
+        return torch.from_numpy(array)
+
+    def close(self) -> None:
+        """Close all files; what was opened stays readable."""
+        for file in self._files:
+            os.close(file)
+        self._files.clear()
+        self._memory.clear()
+
+    def _free(self, piece: int) -> None:
+        self._taken[piece] = 0
+
+    def _array(self, piece: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        memory = self._memory.get(piece)
+        if memory is None or len(memory) < size:
+            # All of the file, which may have grown since.
+            memory = self._memory[piece] = mmap.mmap(self._files[piece], 0)
+        return np.frombuffer(memory, dtype=np.uint8, count=size)

@@ -1,19 +1,22 @@
-"""dataset.json: what a dataset holds, its label spaces, and the files that they come from."""
+"""dataset.json: what a dataset holds, its label spaces, and the files that they come from.
+
+Text labels are the distinct tokens of a region's text, by the same rule for shards and for evaluation.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from megaregion.errors import UserError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
 
 VERSION = 1
 """Version of the layout on disk, index included."""
@@ -78,58 +81,6 @@ class DatasetInfo:
         }
 
 
-def write_dataset(
-    folder: Path,
-    shards: Sequence[ShardEntry],
-    object_classes: int,
-    text_classes: int,
-    centers: Path | None = None,
-    tokenizer: Path | None = None,
-) -> DatasetInfo:
-    """Finish a dataset: bring its label files into the folder and write dataset.json last.
-
-    Args:
-        folder: Where the shards already lie.
-        shards: The shards in the order of the dataset.
-        object_classes: Number of centers, K.
-        text_classes: Size of the tokenizer's vocabulary, V; 0 without text.
-        centers: File with the centers, float32 [K, C]; copied to centers.npy.
-        tokenizer: The sentencepiece model; copied to tokenizer.model.
-
-    Raises:
-        UserError: There is no shard, two have one name, or a label lies outside its label space.
-    """
-    folder = Path(folder)
-    if not shards or len({shard.name for shard in shards}) < len(shards):
-        raise UserError(f"{folder} needs shards with distinct names, got {[shard.name for shard in shards]}")
-    for shard in shards:
-        for kind, greatest, classes in (
-            ("object label", shard.max_label, object_classes),
-            ("text token", shard.max_token, text_classes),
-        ):
-            if greatest >= classes:
-                raise UserError(
-                    f"{folder / shard.name}.tar has {kind} {greatest}, outside the label space of "
-                    f"{classes} classes; label the shard again with the centers and tokenizer of this dataset"
-                )
-    if centers is not None:
-        shape = np.load(centers, mmap_mode="r", allow_pickle=False).shape
-        if len(shape) != 2 or shape[0] != object_classes:
-            raise UserError(f"{centers} must hold {object_classes} centers, got an array of shape {shape}")
-    info = DatasetInfo(
-        samples=sum(shard.samples for shard in shards),
-        objects=sum(shard.objects for shard in shards),
-        texts=sum(shard.texts for shard in shards),
-        object_classes=object_classes,
-        text_classes=text_classes,
-        centers_sha256=_bring(centers, folder / CENTERS_NAME),
-        tokenizer_sha256=_bring(tokenizer, folder / TOKENIZER_NAME),
-        shards=tuple(shards),
-    )
-    replace_file(folder / INFO_NAME, json.dumps(info.to_dict(), indent=1).encode())
-    return info
-
-
 def read_info(folder: Path) -> DatasetInfo:
     """Read dataset.json.
 
@@ -189,13 +140,43 @@ def replace_file(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _bring(source: Path | None, target: Path) -> str | None:
-    if source is None:
-        # A file of an earlier run would pass for this dataset's.
-        target.unlink(missing_ok=True)
-        return None
-    if not target.exists() or not target.samefile(source):
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-    return file_sha256(target)
+WORD_START = "▁"
+"""The piece that sentencepiece puts in front of a word; alone, it says nothing about the text."""
+
+
+def load_tokenizer(path: Path) -> SentencePieceProcessor:
+    """Load a sentencepiece model.
+
+    Raises:
+        UserError: The file is missing or is no sentencepiece model.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; tools/curate.py writes it beside the shards")
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} is no sentencepiece model ({error}); write it anew with tools/curate.py"
+        ) from None
+
+
+def token_set(processor: SentencePieceProcessor, text: str) -> tuple[int, ...]:
+    """Tokenize a region's text into the set of classes that are its positives.
+
+    Args:
+        processor: The dataset's tokenizer.
+        text: What the region reads, one word or several.
+
+    Returns:
+        Distinct token ids in order of first appearance, without the bare word-start piece, control
+        pieces and the unknown piece; empty for text that has no other token.
+    """
+    skipped = {processor.piece_to_id(WORD_START)}
+    tokens = dict.fromkeys(processor.encode(text))
+    return tuple(
+        token
+        for token in tokens
+        if token not in skipped and not processor.is_control(token) and not processor.is_unknown(token)
+    )

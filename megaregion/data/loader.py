@@ -1,8 +1,12 @@
 """Batches for a list of positions, prepared by worker processes.
 
 Each worker turns whole batches of positions into tensors; since every sample is a function of its
-position, batches come out the same for any number of workers, none included. A sample that cannot be
-used is replaced, counted and named in its batch; too many stop the run.
+position, batches come out the same for any number of workers, none included.
+
+A sample that cannot be used is replaced by the order's rule, counted and named in its batch; too many stop
+the run. Storage that fails is read again after a pause, then without the shard that stays away: a file server
+that restarts is back within a minute; a shard on a broken disk is not, and a run of weeks must not end over
+it. What is skipped is no longer a function of (seed, position), so it is always told.
 
 Workers ignore the signals that ask a run to save and stop: whoever signals a job reaches all of its
 processes, and a loader that dies first would cost the run its last checkpoint.
@@ -13,22 +17,27 @@ from __future__ import annotations
 import atexit
 import gc
 import signal
+import time
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from megaregion.config import DataConfig
-from megaregion.data.batch import Batch
-from megaregion.data.batcher import Batcher, Failure
-from megaregion.data.image import stay_on_one_core
+from megaregion.data.batch import Batch, Pool, TransformedSample, collate
+from megaregion.data.image import Jpeg, open_image, stay_on_one_core
+from megaregion.data.info import DatasetInfo
 from megaregion.data.order import SampleOrder
-from megaregion.data.pool import Pool
-from megaregion.data.shards import ShardedDataset
-from megaregion.data.transforms import Transform
+from megaregion.data.remote import ReadAhead
+from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_sample
+from megaregion.data.shards import RawSample, ShardedDataset
+from megaregion.data.transforms import Framed, Transform, check_size
 from megaregion.errors import UserError
 from megaregion.heap import keep_freed_memory
 
@@ -191,3 +200,206 @@ def _stop_workers(iterator: Any) -> None:
 def _close(reference: weakref.ref[RegionLoader]) -> None:
     if (loader := reference()) is not None:
         loader.close()
+
+
+MAX_TRIES = 100
+"""Samples tried for one position, the first included."""
+GROUP_BYTES = 16 << 20
+"""Encoded images that are held at a time; a batch of 180 photos of 90 KB."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ends a run, found in a worker; an exception would arrive wrapped in a traceback."""
+
+    text: str
+    storage: bool = False
+    """Whether the storage failed, which a later start may find mended; else it is a user's mistake."""
+
+    def to_error(self) -> UserError | LostShard:
+        """The exception that tells the run."""
+        return (LostShard if self.storage else UserError)(self.text)
+
+
+@dataclass
+class _Finds:
+    """What came to light while a batch was read."""
+
+    bad_keys: list[str] = field(default_factory=list)
+    bad_reasons: list[str] = field(default_factory=list)
+    empty: int = 0
+    dropped_regions: int = 0
+    lost: int = 0
+
+    def bad(self, key: str, reason: Exception) -> None:
+        self.bad_keys.append(key)
+        self.bad_reasons.append(str(reason))
+
+
+@dataclass(frozen=True, eq=False)
+class _Undecoded:
+    """A sample whose pixels are still to be decoded."""
+
+    framed: Framed
+    image: Image.Image | Jpeg
+    size: int
+    """Bytes of the encoded image."""
+    dropped: int
+    """Regions without area inside the image."""
+    tried: int
+    """Samples tried for the position, this one included."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batcher(Dataset[Batch | Failure]):
+    """Makes a batch of the samples at some positions."""
+
+    dataset: ShardedDataset
+    order: SampleOrder
+    transform: Transform
+    config: DataConfig
+    skips_lost: bool
+    """Whether samples of a shard that cannot be read are replaced."""
+    pool: Pool | None = None
+    """Memory for the batches that worker processes send."""
+
+    @cached_property
+    def _reader(self) -> PatientReader:
+        return PatientReader(self.dataset, self.config.read_retries, self.config.read_pause)
+
+    @cached_property
+    def _ahead(self) -> ReadAhead | None:
+        return ReadAhead(self.dataset.mirror, self.order) if self.dataset.mirror is not None else None
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | Failure:
+        """The batch of some positions, or why the run has to end."""
+        finds, config = _Finds(), self.config
+        if self._ahead is not None:
+            self._ahead.reached(positions[0])
+        self.dataset.read_ahead([self.order.sample(position) for position in positions])
+        samples = self._samples(positions, finds)
+        try:
+            batch = collate(samples, len(positions), config.mean, config.std, self.pool)
+        except (UserError, LostShard) as error:
+            return Failure(str(error), storage=isinstance(error, LostShard))
+        return replace(batch, **vars(finds))
+
+    def _samples(self, positions: Sequence[int], finds: _Finds) -> Iterator[TransformedSample]:
+        group: deque[_Undecoded] = deque()
+        size = 0
+        for position in positions:
+            group.append(found := self._undecoded(position, 0, finds))
+            size += found.size
+            if size >= GROUP_BYTES:
+                yield from self._decoded(group, finds)
+                size = 0
+        yield from self._decoded(group, finds)
+
+    def _decoded(self, group: deque[_Undecoded], finds: _Finds) -> Iterator[TransformedSample]:
+        """Empty the group, so that no picture is held longer than it is needed."""
+        while group:
+            found = group.popleft()
+            framed = found.framed
+            try:
+                sample = self.transform.decode(found.image, framed)
+            except BadSample as reason:
+                finds.bad(framed.key, reason)
+                group.appendleft(self._undecoded(framed.position, found.tried, finds))
+            else:
+                finds.dropped_regions += found.dropped
+                yield sample
+
+    def _undecoded(self, position: int, tried: int, finds: _Finds) -> _Undecoded:
+        """The next usable sample for a position, as far as its record and its image's header tell."""
+        for attempt in range(tried, MAX_TRIES):
+            index = self.order.replacement(position, attempt) if attempt else self.order.sample(position)
+            try:
+                raw = self._reader.read(index)
+            except LostShard as reason:
+                if not self.skips_lost or attempt == MAX_TRIES - 1:
+                    raise
+                finds.lost += 1
+                finds.bad(f"sample {index}", reason)
+                continue
+            try:
+                record, dropped = clip_regions(parse_sample(raw.record))
+                check_labels(raw.key, record, self.dataset.info)
+                image = open_image(raw.image)
+                check_size(image, record)
+            except BadSample as reason:
+                finds.bad(raw.key, reason)
+                continue
+            framed = self.transform.frame(record, position, raw.key)
+            if framed is not None:
+                return _Undecoded(framed, image, len(raw.image), dropped, attempt + 1)
+            finds.empty += 1
+        raise UserError(
+            f"{self.dataset.folder} gave no usable sample in {MAX_TRIES} tries for position {position}; "
+            f"bad samples: {', '.join(finds.bad_keys[:5]) or 'none'}; without a region in the crop: "
+            f"{finds.empty} (lower data.min_visible or raise data.crop_scale)"
+        )
+
+
+def check_labels(key: str, record: SampleRecord, info: DatasetInfo) -> None:
+    """Check that every label of a sample is a class of the heads.
+
+    Raises:
+        UserError: A label lies outside its label space; the heads would learn nonsense from it.
+    """
+    for number, region in enumerate(record.regions):
+        greatest = max(region.tokens) if region.label is None else region.label
+        classes = info.text_classes if region.label is None else info.object_classes
+        if greatest >= classes:
+            raise UserError(
+                f"sample {key!r}, region {number}: {region.kind} label {greatest} is outside the label space "
+                f"of {classes} classes that dataset.json names; label and pack the dataset again"
+            )
+
+
+FORGOTTEN_AFTER = 600.0
+"""Seconds after which a lost shard is tried once more."""
+
+
+class LostShard(OSError):
+    """A shard that cannot be read at the moment; its text is one line."""
+
+
+class PatientReader:
+    """Reads samples in spite of storage errors, in one process.
+
+    Args:
+        dataset: Where samples are read.
+        retries: How often a read is tried again before its shard counts as lost.
+        pause: Seconds before the first of these; each later pause is twice as long.
+    """
+
+    def __init__(self, dataset: ShardedDataset, retries: int, pause: float) -> None:
+        self._dataset, self._retries, self._pause = dataset, retries, pause
+        self._lost: dict[int, float] = {}
+
+    def read(self, index: int) -> RawSample:
+        """Read sample `index`.
+
+        Raises:
+            LostShard: Its shard cannot be read, now or a short while ago.
+            UserError: The index of the shard does not fit its tar.
+        """
+        shard = self._dataset.shard_of(index)
+        name = self._dataset.info.shards[shard].name
+        if time.monotonic() < self._lost.get(shard, 0.0):
+            raise LostShard(f"{name} is skipped, it could not be read")
+        tries = 1 if shard in self._lost else 1 + self._retries
+        for attempt in range(tries):
+            try:
+                sample = self._dataset.read(index)
+            except OSError as error:
+                # A descriptor from before the fault may stay stale for ever.
+                self._dataset.close()
+                if attempt == tries - 1:
+                    self._lost[shard] = time.monotonic() + FORGOTTEN_AFTER
+                    raise LostShard(f"{name} is skipped after {tries} tries: {error}") from error
+                time.sleep(self._pause * 2**attempt)
+            else:
+                self._lost.pop(shard, None)
+                return sample
+        raise AssertionError("unreachable: the last attempt returns or raises")

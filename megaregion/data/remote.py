@@ -1,17 +1,45 @@
-"""A folder that is not on this machine: reached through fsspec (s3://, hf:// ...) or a shell command.
+"""A dataset that is not on this machine, as a local folder whose files come and go.
 
-`pipe:COMMAND` is plain webdataset's convention; `{}` in the command stands for the name of a file in the
-folder, as in `pipe:aws s3 cp s3://bucket/shards/{} -`.
+It is reached through fsspec (s3://, hf:// ...) or a shell command: `pipe:COMMAND` is plain webdataset's
+convention; `{}` in the command stands for the name of a file, as in `pipe:aws s3 cp s3://bucket/shards/{} -`.
+
+Files come when they are wanted, into a bounded folder that all processes of a host share. A file appears
+under its name complete and verified, or not at all. What was opened longest ago makes room first; a process
+that still reads it goes on reading it.
+
+    CACHE/.lock                       held for a moment, while room is made
+    CACHE/DATASET/shard-00000.tar     last opened when its time of change says
+    CACHE/DATASET/.shard-00000.tar.lock, .partial     while it is on its way
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
+from megaregion.config import DataConfig
+from megaregion.data.info import (
+    CENTERS_NAME,
+    INFO_NAME,
+    TOKENIZER_NAME,
+    ShardEntry,
+    read_info,
+    replace_file,
+)
+from megaregion.data.order import SampleOrder
 from megaregion.errors import UserError
 
 PIPE = "pipe:"
@@ -117,3 +145,291 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
 def _line(text: object) -> str:
     """The last line of a message, where programs and libraries put what matters."""
     return (str(text).strip().splitlines() or [""])[-1]
+
+
+DEFAULT_CACHE = Path("~/.cache/megaregion/shards")
+
+
+class Mirror:
+    """The local side of a remote dataset.
+
+    Args:
+        url: The dataset's folder, or `pipe:COMMAND`.
+        settings: Folder and size of the cache, and shards of a window.
+
+    Raises:
+        UserError: dataset.json or a label file cannot be had or is damaged, or the cache is too small.
+    """
+
+    def __init__(self, url: str, settings: DataConfig) -> None:
+        self.remote = RemoteFolder(url)
+        root = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE.expanduser()
+        content = self._read_info()
+        # Named by its content: a dataset that is packed anew never mixes with what is left of the old one.
+        self.folder = root / hashlib.sha256(url.encode() + content).hexdigest()[:16]
+        try:
+            self._cache = Cache(root, settings.cache_bytes)
+            self.folder.mkdir(exist_ok=True)
+            replace_file(self.folder / INFO_NAME, content)
+        except OSError as error:
+            raise UserError(
+                f"data.cache {root} cannot be written ({error.strerror}); name another folder"
+            ) from None
+        self.info = read_info(self.folder)
+        self._check(settings.window_shards)
+        self._bring_label_files()
+
+    def shard(self, shard: ShardEntry, wait: bool = True) -> bool:
+        """Bring a shard and its index.
+
+        Args:
+            shard: The shard.
+            wait: Whether to wait while another process brings it.
+
+        Returns:
+            Whether both are there.
+
+        Raises:
+            OSError: The storage fails, or what came is not the shard.
+        """
+        index = self._fetch(f"{shard.name}.index.npy", index_bytes(shard.samples), None, wait)
+        return self._fetch(f"{shard.name}.tar", shard.bytes, shard.sha256, wait) and index
+
+    def fits(self, shards: list[ShardEntry]) -> bool:
+        """Whether the cache can hold all of these shards at once."""
+        return sum(map(_bytes, shards)) <= self._cache.limit
+
+    def _fetch(self, name: str, size: int, sha256: str | None, wait: bool = True) -> bool:
+        try:
+            return self._cache.fetch(self.folder / name, self.remote.read(name), size, sha256, wait)
+        except OSError as error:
+            raise OSError(f"{self.remote.name(name)} cannot be had: {error}") from error
+
+    def _read_info(self) -> bytes:
+        name = self.remote.name(INFO_NAME)
+        try:
+            return b"".join(self.remote.read(INFO_NAME))
+        except FileNotFoundError:
+            way = "data.path must name a dataset that tools/curate.py has finished"
+            raise UserError(f"{name} does not exist; {way}") from None
+        except PermissionError as error:
+            way = "give credentials as the storage's own tools take them (for s3:// AWS_PROFILE or the like)"
+            raise UserError(f"{name} may not be read ({error}); {way}") from None
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error}); check data.path and the network") from None
+
+    def _bring_label_files(self) -> None:
+        """Bring the centers and the tokenizer that the dataset was packed with."""
+        for name, sha256 in (
+            (CENTERS_NAME, self.info.centers_sha256),
+            (TOKENIZER_NAME, self.info.tokenizer_sha256),
+        ):
+            if sha256 is not None:
+                try:
+                    self._fetch(name, 0, sha256)
+                except OSError as error:
+                    raise UserError(f"{error}; copy it to {self.remote.url}") from None
+
+    def _check(self, window: int) -> None:
+        for shard in self.info.shards:
+            if not shard.name or "/" in shard.name or shard.name.startswith("."):
+                raise UserError(
+                    f"{self.remote.name(INFO_NAME)} has a shard {shard.name!r}, which is no file name"
+                )
+        largest = sorted(self.info.shards, key=lambda shard: shard.bytes, reverse=True)[:window]
+        if not self.fits(largest):
+            need = sum(map(_bytes, largest))
+            raise UserError(
+                f"data.cache_bytes must hold the shards that are read at once, {need:,} bytes for "
+                f"data.window_shards {window}, got {self._cache.limit:,}; raise it, best to twice that, or "
+                "lower data.window_shards"
+            )
+
+
+def _bytes(shard: ShardEntry) -> int:
+    return shard.bytes + index_bytes(shard.samples)
+
+
+def index_bytes(samples: int) -> int:
+    """Size of a shard's index file."""
+    header = io.BytesIO()
+    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(header, {**layout, "shape": (samples, 4)})
+    return header.tell() + 4 * 8 * samples
+
+
+KEPT = (".json", ".model", "centers.npy")
+"""Endings of files that are counted but never make room: small ones, and what is read by its path."""
+
+
+class Cache:
+    """The folder and its bound.
+
+    Args:
+        folder: The folder; made when missing.
+        limit: Most bytes of all files, those on their way included.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(
+        self, path: Path, pieces: Iterable[bytes], size: int, sha256: str | None, wait: bool = True
+    ) -> bool:
+        """Bring a file unless it is there; of several processes that want it one brings it.
+
+        Args:
+            path: Its place in a folder of the cache.
+            pieces: Its content; read only if the file is not there.
+            size: Bytes it must have; 0 where that is not known.
+            sha256: Hash it must have, where that is known.
+            wait: Whether to wait while another process brings the file.
+
+        Returns:
+            Whether the file is there.
+
+        Raises:
+            OSError: What came is not the file, or there is no room for it.
+        """
+        if _touch(path):
+            return True
+        with _locked(path.with_name(f".{path.name}.lock"), wait) as mine:
+            if not mine or _touch(path):
+                return mine
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                self._make_room(partial, size)
+                with partial.open("r+b") as file:
+                    _write(file, pieces, size, sha256)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        return True
+
+    def _make_room(self, partial: Path, size: int) -> None:
+        """Reserve a file's bytes, so that files that come at the same time do not pass the bound together."""
+        partial.unlink(missing_ok=True)
+        with _locked(self.folder / ".lock"):
+            files = list(_files(self.folder))
+            used = sum(file.size for file in files)
+            for file in sorted(files, key=lambda file: file.used):
+                if used + size <= self.limit:
+                    break
+                if file.can_go():
+                    file.path.unlink(missing_ok=True)
+                    used -= file.size
+            if used + size > self.limit:
+                raise OSError(
+                    f"{self.folder} has no room for {size:,} bytes more: {used:,} of data.cache_bytes "
+                    f"{self.limit:,} are taken by files that are on their way or cannot go"
+                )
+            with partial.open("wb") as reserved:
+                reserved.truncate(size)
+
+
+@dataclass(frozen=True)
+class _Held:
+    path: Path
+    size: int
+    used: float
+    """Time of last use."""
+
+    def can_go(self) -> bool:
+        """Whether nobody needs the file under its name."""
+        if self.path.name.endswith(".partial"):
+            # One that nobody writes was left by a process that was killed.
+            with _locked(self.path.with_suffix(".lock"), wait=False) as abandoned:
+                return abandoned
+        return not self.path.name.endswith(KEPT)
+
+
+def _files(folder: Path) -> Iterator[_Held]:
+    for path in folder.glob("*/*"):
+        # It may go while it is looked at.
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            if not path.name.endswith(".lock"):
+                yield _Held(path, state.st_size, state.st_mtime)
+
+
+def _touch(path: Path) -> bool:
+    """Note that a file is used; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(file: BinaryIO, pieces: Iterable[bytes], size: int, sha256: str | None) -> None:
+    total, found = 0, hashlib.sha256()
+    for piece in pieces:
+        total += len(piece)
+        if size and total > size:
+            raise OSError(f"more than the {size:,} bytes that belong to it arrived")
+        found.update(piece)
+        file.write(piece)
+    if size and total != size:
+        raise OSError(f"{total:,} bytes arrived, {size:,} belong to it")
+    if sha256 is not None and found.hexdigest() != sha256:
+        raise OSError(
+            f"what arrived is another file (sha256 {found.hexdigest()[:12]}, expected {sha256[:12]})"
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; without waiting, give False if another process (or thread) holds it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+class ReadAhead:
+    """One thread of a reading process; of several processes each brings what no other is bringing.
+
+    Args:
+        mirror: The dataset's local side.
+        order: Which shards a window has.
+    """
+
+    def __init__(self, mirror: Mirror, order: SampleOrder) -> None:
+        self._mirror, self._order = mirror, order
+        self._thread: threading.Thread | None = None
+        self._begun: tuple[int, ...] = ()
+
+    def reached(self, position: int) -> None:
+        """Tell where the process reads; returns at once.
+
+        What cannot be had is not told here: the read that needs it finds out, waits and tells.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return
+        here, following = self._order.windows(position)
+        if here == self._begun:
+            return
+        self._begun = here
+        shards = self._mirror.info.shards
+        # What follows must not push out what is in use.
+        wanted = [shards[number] for number in here]
+        for number in following:
+            if self._mirror.fits([*wanted, shards[number]]):
+                wanted.append(shards[number])
+        # A daemon: the process may end in the middle of a shard, whose part is nobody's then and makes room.
+        self._thread = threading.Thread(target=self._bring, args=(wanted,), name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until what was begun is there."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _bring(self, shards: Sequence[ShardEntry]) -> None:
+        for shard in shards:
+            with contextlib.suppress(OSError, UserError):
+                self._mirror.shard(shard, wait=False)

@@ -24,18 +24,12 @@ from megaregion.config import DataConfig
 from megaregion.data.info import (
     CENTERS_NAME,
     TOKENIZER_NAME,
-    DatasetInfo,
     ShardEntry,
     file_sha256,
     read_info,
-    write_dataset,
 )
-from megaregion.data.mirror import Mirror
-from megaregion.data.remote import is_remote
-from megaregion.data.writer import ShardWriter
+from megaregion.data.remote import Mirror, is_remote
 from megaregion.errors import UserError
-
-__all__ = ["DatasetInfo", "RawSample", "ShardEntry", "ShardWriter", "ShardedDataset", "write_dataset"]
 
 BLOCK = tarfile.BLOCKSIZE
 OPEN_SHARDS = 64

@@ -1,16 +1,27 @@
-"""Writes tar shards that `webdataset` can read, each with the index that finds a sample at once."""
+"""Writes datasets: tar shards that `webdataset` can read, an index for each, and dataset.json last."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from megaregion.data.info import ShardEntry
+from megaregion.data.info import (
+    CENTERS_NAME,
+    INFO_NAME,
+    TOKENIZER_NAME,
+    DatasetInfo,
+    ShardEntry,
+    file_sha256,
+    replace_file,
+)
 from megaregion.data.sample import SampleRecord
 from megaregion.errors import UserError
 
@@ -127,3 +138,67 @@ class ShardWriter:
             max_label=self._greatest["object"],
             max_token=self._greatest["text"],
         )
+
+
+def write_dataset(
+    folder: Path,
+    shards: Sequence[ShardEntry],
+    object_classes: int,
+    text_classes: int,
+    centers: Path | None = None,
+    tokenizer: Path | None = None,
+) -> DatasetInfo:
+    """Finish a dataset: bring its label files into the folder and write dataset.json last.
+
+    Args:
+        folder: Where the shards already lie.
+        shards: The shards in the order of the dataset.
+        object_classes: Number of centers, K.
+        text_classes: Size of the tokenizer's vocabulary, V; 0 without text.
+        centers: File with the centers, float32 [K, C]; copied to centers.npy.
+        tokenizer: The sentencepiece model; copied to tokenizer.model.
+
+    Raises:
+        UserError: There is no shard, two have one name, or a label lies outside its label space.
+    """
+    folder = Path(folder)
+    if not shards or len({shard.name for shard in shards}) < len(shards):
+        raise UserError(f"{folder} needs shards with distinct names, got {[shard.name for shard in shards]}")
+    for shard in shards:
+        for kind, greatest, classes in (
+            ("object label", shard.max_label, object_classes),
+            ("text token", shard.max_token, text_classes),
+        ):
+            if greatest >= classes:
+                raise UserError(
+                    f"{folder / shard.name}.tar has {kind} {greatest}, outside the label space of "
+                    f"{classes} classes; label the shard again with the centers and tokenizer of this dataset"
+                )
+    if centers is not None:
+        shape = np.load(centers, mmap_mode="r", allow_pickle=False).shape
+        if len(shape) != 2 or shape[0] != object_classes:
+            raise UserError(f"{centers} must hold {object_classes} centers, got an array of shape {shape}")
+    info = DatasetInfo(
+        samples=sum(shard.samples for shard in shards),
+        objects=sum(shard.objects for shard in shards),
+        texts=sum(shard.texts for shard in shards),
+        object_classes=object_classes,
+        text_classes=text_classes,
+        centers_sha256=_bring(centers, folder / CENTERS_NAME),
+        tokenizer_sha256=_bring(tokenizer, folder / TOKENIZER_NAME),
+        shards=tuple(shards),
+    )
+    replace_file(folder / INFO_NAME, json.dumps(info.to_dict(), indent=1).encode())
+    return info
+
+
+def _bring(source: Path | None, target: Path) -> str | None:
+    if source is None:
+        # A file of an earlier run would pass for this dataset's.
+        target.unlink(missing_ok=True)
+        return None
+    if not target.exists() or not target.samefile(source):
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    return file_sha256(target)

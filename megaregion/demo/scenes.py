@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megaregion.data.mask import encode_mask
+from megaregion.data.sample import encode_mask
 from megaregion.demo.assets import Library
 from megaregion.demo.compose import OBJECTS, WORDS, Canvas, lay_background, place_object, write_word
 from megaregion.demo.split import PARTS, Part

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megaregion.data.mask import decode_mask
+from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import Encoder
 from megaregion.evaluation.encoding import open_image

@@ -1,6 +1,6 @@
 """OCR token recall@5: does an encoder's feature of a word tell which tokens the word is made of?
 
-The gold tokens of a word are the positives that curation would give it (megaregion.data.tokens). Five
+The gold tokens of a word are the positives that curation would give it (megaregion.data.info). Five
 tokens are predicted; recall = |predicted and gold| / |gold|, averaged over words. A word of more than five
 tokens cannot reach 1: the plain definition, kept because it flatters nobody. Three predictors:
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.data.mask import RLE
+from megaregion.data.sample import RLE
 from megaregion.errors import UserError
 
 Box = tuple[float, float, float, float]

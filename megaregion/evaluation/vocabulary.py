@@ -8,10 +8,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from megaregion.data.info import TOKENIZER_NAME
+from megaregion.data.info import TOKENIZER_NAME, load_tokenizer, token_set
 from megaregion.data.sample import BadSample, parse_sample
 from megaregion.data.shards import ShardedDataset
-from megaregion.data.tokens import load_tokenizer, token_set
 from megaregion.errors import UserError
 from megaregion.evaluation.ocr import Tokens, frequent_tokens
 

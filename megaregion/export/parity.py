@@ -15,9 +15,8 @@ from torch import Tensor
 
 from megaregion.config import DataConfig
 from megaregion.data.batch import normalise
-from megaregion.data.image import cut, open_image
+from megaregion.data.image import View, cut, open_image
 from megaregion.data.sample import BadSample
-from megaregion.data.view import View
 from megaregion.errors import UserError
 from megaregion.export.encoder_folder import EncoderFolder, is_encoder_folder
 from megaregion.export.start import Start, open_start

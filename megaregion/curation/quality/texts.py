@@ -12,7 +12,7 @@ from megaregion.curation.stage import Job
 from megaregion.curation.stages.ocr import WORDS
 from megaregion.curation.stages.tokenizer import MODEL
 from megaregion.curation.store import Piece
-from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.info import load_tokenizer, token_set
 
 KNOWN_TEXTS = 200_000
 """Distinct texts that are counted at once; beyond twice as many, the rarest are forgotten."""

@@ -24,10 +24,9 @@ from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.ocr import WORDS
 from megaregion.curation.stages.tokenizer import MODEL
 from megaregion.curation.store import Output, Piece
-from megaregion.data.info import INFO_NAME
+from megaregion.data.info import INFO_NAME, load_tokenizer, token_set
 from megaregion.data.sample import RegionRecord, SampleRecord
-from megaregion.data.shards import ShardWriter
-from megaregion.data.tokens import load_tokenizer, token_set
+from megaregion.data.writer import ShardWriter
 
 ENTRY = "entry.json"
 

@@ -13,9 +13,8 @@ from megaregion.curation.stages.cluster import CENTERS
 from megaregion.curation.stages.pack import ENTRY, Pack
 from megaregion.curation.stages.tokenizer import MODEL
 from megaregion.curation.store import Output, Piece
-from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME
-from megaregion.data.shards import ShardEntry, write_dataset
-from megaregion.data.tokens import load_tokenizer
+from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, ShardEntry, load_tokenizer
+from megaregion.data.writer import write_dataset
 from megaregion.errors import UserError
 
 
