@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megaregion.checkpoint.pretrained import open_pretrained
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
-from megaregion.export import ExportOptions, export_checkpoint, open_start
+from megaregion.export import ExportOptions, export_checkpoint
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, VisionTransformer, initialise
 
@@ -132,7 +133,7 @@ def test_bf16_export_holds_the_rounded_weights(tmp_path: Path) -> None:
     exported = export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(torch.bfloat16))
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    rounded = load_transformer(open_start(exported.checkpoint), torch.bfloat16)
+    rounded = load_transformer(open_pretrained(exported.checkpoint), torch.bfloat16)
     assert torch.equal(model.post_layernorm.weight.float(), rounded.post_norm.weight)
 
 

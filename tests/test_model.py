@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megaregion.checkpoint.huggingface import mlcd_tensors
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
-from megaregion.export.mlcd import mlcd_config, mlcd_tensors
+from megaregion.export.mlcd import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.attention import Attention
 from megaregion.models.block import Block

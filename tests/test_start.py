@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from launch import launch, repository
 from safetensors.torch import load_file, save_file
 from toy import toy_config, toy_dataset
 
+from megaregion.checkpoint.pretrained import Pretrained, open_pretrained
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.export import ExportOptions, begin, export_checkpoint, open_start, write_start
+from megaregion.export import ExportOptions, export_checkpoint, write_start
 from megaregion.models import RegionEncoder, initialise
 
 SETTINGS = {
@@ -113,8 +113,7 @@ def begin_and_save(folder: str, dataset: str, output: str) -> None:
         place = topology.join(tensor)
         (Path(output) / config.name).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
-        start = open_start(Path(folder))
-        trainer = Trainer(config, place, StopRequest(), begin=partial(begin, start=start))
+        trainer = Trainer(config, place, StopRequest(), begin=open_pretrained(Path(folder)).fill)
         trainer.state.save(Path(output) / config.name / "checkpoints")
         trainer.state.wait()
         for group in (place.data_group, place.tensor_group):
@@ -183,7 +182,7 @@ def test_own_region_weights_begin_as_copies_of_the_blocks(tmp_path: Path) -> Non
     source = write_run(tmp_path / "run").vit
     model = RegionEncoder(dataclasses.replace(MODEL, region_weights="separate", image_size=96), 8)
     initialise(model, seed=9)
-    begin(model.vit, open_start(tmp_path / "run"))
+    open_pretrained(tmp_path / "run").fill(model.vit)
     block = model.vit.blocks[-1]
     assert torch.equal(block.region.mlp.fc1.weight, source.blocks[-1].mlp.fc1.weight)
     assert torch.equal(block.attention.qkv.weight, source.blocks[-1].attention.qkv.weight)
@@ -200,7 +199,7 @@ def test_a_clip_tower_loses_its_positions_with_a_notice(
     out = capsys.readouterr().out
     assert "absolute positions are dropped" in out
     assert "left out" not in out
-    vit = load_transformer(open_start(tmp_path / "start"))
+    vit = load_transformer(open_pretrained(tmp_path / "start"))
     assert vit.config.activation == "quick_gelu"
     theirs = {key.split("vision_model.")[-1]: t for key, t in load_file(folder / "model.safetensors").items()}
     assert torch.equal(vit.blocks[1].mlp.fc2.weight, theirs["encoder.layers.1.mlp.fc2.weight"])
@@ -278,13 +277,11 @@ def test_a_start_of_other_settings_names_them_all() -> None:
     model = RegionEncoder(dataclasses.replace(MODEL, width=32, norm_eps=1e-6), 8)
     start = dataclasses.replace(_nothing(), model=MODEL)
     with pytest.raises(UserError, match=r"model.width 64 and not 32, model.norm_eps 1e-05 and not 1e-06"):
-        begin(model.vit, start)
+        start.fill(model.vit)
 
 
-def _nothing() -> Any:
-    from megaregion.export.start import Start
-
+def _nothing() -> Pretrained:
     class Source:
         folder = Path("somewhere")
 
-    return Start(Source(), MODEL, RunConfig().data, ())  # type: ignore[arg-type]
+    return Pretrained(Source(), MODEL, RunConfig().data)  # type: ignore[arg-type]

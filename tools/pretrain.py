@@ -142,18 +142,16 @@ def train(
 
 def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bool) -> Begin | None:
     """What puts the weights of --init into the transformer; None without it, or where the run goes on."""
-    from functools import partial
-
+    from megaregion.checkpoint.pretrained import open_pretrained
     from megaregion.checkpoint.reader import usable_folders
-    from megaregion.export.start import begin, open_start
     from megaregion.training.metrics import LOG
 
     if not config.init or (resume and usable_folders(checkpoints)):
         return None
-    start = open_start(Path(config.init), verify)
-    for notice in start.advice(config) if verify else ():
+    pretrained = open_pretrained(Path(config.init), verify)
+    for notice in pretrained.advice(config) if verify else ():
         LOG.warning("init %s: %s", config.init, notice)
-    return partial(begin, start=start)
+    return pretrained.fill
 
 
 def report(arguments: list[str]) -> int:

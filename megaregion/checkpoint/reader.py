@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from megaregion.checkpoint.fence import refusal
 from megaregion.checkpoint.format import LATEST, MANIFEST, step_folders
 from megaregion.checkpoint.tensor_file import file_description
+from megaregion.config import RunConfig, config_from_dict
 from megaregion.errors import UserError
 
 LOG = logging.getLogger("megaregion")
@@ -112,6 +114,48 @@ def newest_whole(checkpoints: Path) -> CheckpointReader | None:
             continue
         return reader
     return None
+
+
+def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
+    """Open a whole checkpoint of a run and compare it with its checksums.
+
+    Args:
+        path: A run's folder, its checkpoints folder or one step folder.
+        verify: Whether to compare; of many ranks that open the same files one is enough.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    try:
+        reader = CheckpointReader(folder)
+        if verify:
+            for name in tqdm(reader.files(), desc="verify", unit="file", disable=None):
+                reader.verify([name])
+    except (DamagedCheckpoint, OSError) as error:
+        raise copy_again(error) from error
+    return reader
+
+
+def run_config(reader: CheckpointReader) -> RunConfig:
+    """The settings of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: The manifest holds no settings that this version knows.
+    """
+    try:
+        config: RunConfig = config_from_dict(reader.manifest["config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error}); use the "
+            "version that wrote it"
+        ) from error
+    return config
+
+
+def copy_again(error: Exception) -> UserError:
+    """The mistake that a damaged checkpoint is to whoever named it."""
+    return UserError(f"{error}; give another step folder beside it, or copy the checkpoint again")
 
 
 class CheckpointReader:

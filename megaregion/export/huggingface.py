@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
-from megaregion.config import ModelConfig, RunConfig, config_from_dict
+from megaregion.checkpoint.format import ENCODER
+from megaregion.checkpoint.reader import (
+    CheckpointReader,
+    DamagedCheckpoint,
+    copy_again,
+    open_checkpoint,
+    run_config,
+)
+from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export.card import CardFacts, model_card
 from megaregion.export.evaluation_table import run_tables
@@ -25,12 +32,6 @@ from megaregion.export.folder import new_folder, refuse_taken, write_json
 from megaregion.export.layouts import LAYOUTS, Layout
 from megaregion.export.weight_files import WeightFiles
 from megaregion.models import RegionEncoder
-
-ENCODER = "body.weight."
-"""Start of the names that the trained network's weights have in a checkpoint."""
-
-BODY = "body.weight.vit."
-"""Start of the names that the transformer's weights have in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -115,45 +116,8 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
                     for key, tensor in _tensors(layout, name, reader.read(ENCODER + name), config.model):
                         files.write(key, tensor)
     except DamagedCheckpoint as error:
-        raise _copy_again(error) from error
+        raise copy_again(error) from error
     return Exported(reader.folder, out, reader.step, config.model, parameters, files.size)
-
-
-def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
-    """Open a whole checkpoint of a run and compare it with its checksums.
-
-    Args:
-        path: A run's folder, its checkpoints folder or one step folder.
-        verify: Whether to compare; of many ranks that open the same files one is enough.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
-    folder = find_checkpoint(path)
-    try:
-        reader = CheckpointReader(folder)
-        if verify:
-            for name in tqdm(reader.files(), desc="verify", unit="file", disable=None):
-                reader.verify([name])
-    except (DamagedCheckpoint, OSError) as error:
-        raise _copy_again(error) from error
-    return reader
-
-
-def run_config(reader: CheckpointReader) -> RunConfig:
-    """The settings of the run that wrote a checkpoint.
-
-    Raises:
-        UserError: The manifest holds no settings that this version knows.
-    """
-    try:
-        config: RunConfig = config_from_dict(reader.manifest["config"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error}); use the "
-            "version that wrote it"
-        ) from error
-    return config
 
 
 def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[str]:
@@ -169,7 +133,7 @@ def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[s
         try:
             found = reader.shape(ENCODER + name)
         except DamagedCheckpoint as error:
-            raise _copy_again(error) from error
+            raise copy_again(error) from error
         if found != tuple(parameter.shape):
             raise UserError(
                 f"{reader.folder}: {name} has the shape {list(found)}, its settings say "
@@ -184,7 +148,3 @@ def _tensors(layout: Layout, name: str, tensor: Tensor, config: ModelConfig) -> 
         yield name, tensor
         return
     yield from layout.tensors(name.removeprefix("vit."), tensor, config)
-
-
-def _copy_again(error: Exception) -> UserError:
-    return UserError(f"{error}; give another step folder beside it, or copy the checkpoint again")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaregion.checkpoint.huggingface import PREFIX, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.export.llava import llava_config, llava_processor, llava_tensors
-from megaregion.export.mlcd import PREFIX, REGION, mlcd_config, mlcd_tensors, processor_config
+from megaregion.export.mlcd import mlcd_config, processor_config
 
 REGION_CODE = Path(__file__).parent / "remote" / "modeling_megaregion.py"
 """The class with ``get_region_features``; a copy goes beside the weights."""

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaregion.checkpoint.huggingface import EncoderFolder, is_encoder_folder
+from megaregion.checkpoint.pretrained import Pretrained, open_pretrained
 from megaregion.config import DataConfig
 from megaregion.data.batch import normalise
 from megaregion.data.image import View, cut, open_image
 from megaregion.data.sample import BadSample
 from megaregion.errors import UserError
-from megaregion.export.encoder_folder import EncoderFolder, is_encoder_folder
-from megaregion.export.start import Start, open_start
 from megaregion.models import VisionTransformer
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -57,17 +57,17 @@ class Difference:
     """The largest of the three, each as a share of the largest feature of its kind."""
 
 
-def load_transformer(start: Start, dtype: torch.dtype = torch.float32) -> VisionTransformer:
+def load_transformer(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> VisionTransformer:
     """Build the transformer of some weights, in float32.
 
     Args:
-        start: The weights.
+        pretrained: The weights.
         dtype: Type that the weights are rounded to on the way.
     """
-    vit = VisionTransformer(start.model)
+    vit = VisionTransformer(pretrained.model)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
-            parameter.copy_(start.read(name).to(dtype))
+            parameter.copy_(pretrained.read(name).to(dtype))
     return vit.eval()
 
 
@@ -89,14 +89,14 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
                 "convert it with from-hf and check what was written"
             )
         return Encoder(_theirs(path), folder.model.image_size, folder.model.patch_size, folder.data)
-    start = open_start(path)
-    vit = load_transformer(start, dtype)
+    pretrained = open_pretrained(path)
+    vit = load_transformer(pretrained, dtype)
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit(images).image
         return tokens, vit.pool(tokens[:, 0])
 
-    return Encoder(features, start.model.image_size, start.model.patch_size, start.data)
+    return Encoder(features, pretrained.model.image_size, pretrained.model.patch_size, pretrained.data)
 
 
 def _theirs(path: Path) -> Features:

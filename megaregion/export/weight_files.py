@@ -17,9 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megaregion.checkpoint.huggingface import INDEX
 from megaregion.checkpoint.tensor_file import CHUNK, DTYPES
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
