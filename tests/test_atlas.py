@@ -19,6 +19,7 @@ from atlas_data import CLUSTERS, SAMPLES, DeadlySource, curated_folder
 from launch import repository
 from PIL import Image
 
+from benchmark.browser import Browser, browser, missing_programs
 from megaregion.atlas import neighbours
 from megaregion.atlas.build import Outcome, build_atlas
 from megaregion.atlas.chart import ROOM, seat
@@ -29,7 +30,6 @@ from megaregion.atlas.projection import Places, place_clusters, principal_axes
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.source import Rows, Source
 from megaregion.atlas.synthetic import SyntheticSource
-from megaregion.benchmark.browser import Browser, browser, missing_programs
 from megaregion.errors import UserError
 
 SETTINGS = AtlasSettings(members=4, tile=64, samples=12)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from launch import repository
 
-from megaregion.benchmark.head import HeadSizes, compare
-from megaregion.benchmark.measure import PeakMemory, Stopwatch
-from megaregion.benchmark.report import Case, Report
+from benchmark.head import HeadSizes, compare
+from benchmark.measure import PeakMemory, Stopwatch
+from benchmark.report import Case, Report
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaregion.benchmark.commands import PARTS
-from megaregion.benchmark.crops import gaussian_features, scene_features
+from benchmark.commands import PARTS
+from benchmark.crops import gaussian_features, scene_features
 from megaregion.curation import cost, features
 from megaregion.curation.embedder import unit
 from megaregion.curation.hierarchy import Plan, cluster, evenly, share_out

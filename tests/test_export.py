@@ -402,7 +402,7 @@ def test_check_compares_any_two_encoders_on_images(
 
 def peak_of(work: Callable[[], object]) -> int:
     """Bytes by which a call raised this process's memory at most."""
-    from megaregion.benchmark.measure import PeakMemory
+    from benchmark.measure import PeakMemory
 
     memory = PeakMemory(torch.device("cpu"))
     memory.reset()
@@ -430,7 +430,7 @@ def test_memory_holds_one_parameter_and_not_the_model(tmp_path: Path) -> None:
 
 
 def test_the_conversion_benchmark_runs_at_any_size(tmp_path: Path) -> None:
-    from megaregion.benchmark.convert import measure_conversion
+    from benchmark.convert import measure_conversion
 
     cases = measure_conversion(tmp_path, "little", MODEL, ranks=2, threads=1)
     assert [case.unit for case in cases] == ["s", "MB"] * 3

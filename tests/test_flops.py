@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaregion.benchmark.head import group_of_one
+from benchmark.head import group_of_one
 from megaregion.config import HeadConfig, ModelConfig
 from megaregion.heads import ClassShardedHead
 from megaregion.models import RegionEncoder, initialise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.commands import PARTS
+from benchmark.commands import PARTS
 from megaregion.command_line import run
 from megaregion.errors import UserError
 

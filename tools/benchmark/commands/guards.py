@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Report
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from megaregion.benchmark.guards import compare_guards
+    from benchmark.guards import compare_guards
     from megaregion.parallel import topology
 
     if options.images < 1 or options.repeats < 1 or options.depth < 4 or options.width % 64:

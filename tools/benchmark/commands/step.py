@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Report
 from megaregion.checks import check_model
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
-    from megaregion.benchmark.step import StepSizes
+    from benchmark.step import StepSizes
 
 HELP = "our training step against MLCDVisionModel + AdamW and the matrix rate"
 DESCRIPTION = (
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Measure one size."""
-    from megaregion.benchmark.compare_steps import compare_steps
-    from megaregion.benchmark.step import StepSizes
+    from benchmark.compare_steps import compare_steps
+    from benchmark.step import StepSizes
 
     sizes = step_sizes(options)
     goals = GOALS if sizes == StepSizes() else {}
@@ -62,7 +62,7 @@ def step_sizes(options: argparse.Namespace) -> StepSizes:
     Raises:
         UserError: The sizes do not fit each other.
     """
-    from megaregion.benchmark.step import StepSizes
+    from benchmark.step import StepSizes
 
     if min(options.batch, options.rounds) < 1:
         raise UserError("--batch and --rounds must be at least 1")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "the loader against plain webdataset with Pillow, and against decoding and resizing alone"
@@ -41,8 +41,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from megaregion.benchmark.loader import Clock, compare_loaders, compare_resume
-    from megaregion.benchmark.photos import write_photos
+    from benchmark.loader import Clock, compare_loaders, compare_resume
+    from benchmark.photos import write_photos
 
     if options.workers < 1 or options.repeats < 1 or options.batch < 1:
         raise UserError("--workers, --repeats and --batch must be at least 1")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "time and memory of converting a large checkpoint, in a process of its own"
@@ -33,7 +33,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or the disk has too little room.
     """
-    from megaregion.benchmark.convert import SHAPES, measure_conversion
+    from benchmark.convert import SHAPES, measure_conversion
 
     if options.ranks < 1:
         raise UserError(f"--ranks must be at least 1, got {options.ranks}")

@@ -7,7 +7,7 @@ part is loaded to show the help.
 
 from __future__ import annotations
 
-from megaregion.benchmark.commands import (
+from benchmark.commands import (
     assign,
     atlas,
     checkpoint,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "an atlas of a million clusters against one of ten thousand: build, folder, Chromium's time and memory"
@@ -32,8 +32,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or Chromium is not installed.
     """
-    from megaregion.benchmark.atlas import compare_atlases, measure_atlas
-    from megaregion.benchmark.browser import require_programs
+    from benchmark.atlas import compare_atlases, measure_atlas
+    from benchmark.browser import require_programs
 
     if min(options.clusters, options.peer_clusters) < 1:
         raise UserError("--clusters and --peer-clusters must be 1 or more")

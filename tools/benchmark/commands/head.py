@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from megaregion.benchmark.head import HeadSizes, compare
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Report
+from benchmark.head import HeadSizes, compare
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Report
 
 HELP = "the class-sharded head against a PartialFC-style head and a dense softmax"
 DESCRIPTION = "Ratios are peer / ours: more is better, for times and memory alike."

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Case, Report
+from benchmark.measure import describe_host
+from benchmark.report import Case, Report
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or the file of embeddings is of another kind.
     """
-    from megaregion.benchmark.clusters import compare_kmeans, run_ours
-    from megaregion.benchmark.crops import gaussian_features, scene_features
+    from benchmark.clusters import compare_kmeans, run_ours
+    from benchmark.crops import gaussian_features, scene_features
     from megaregion.curation.hierarchy import Plan
 
     check(options)
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
 
 
 def _project(runs: list[tuple[list[Work], float]], threads: int, options: argparse.Namespace) -> Case:
-    from megaregion.benchmark.clusters import bare_rate
+    from benchmark.clusters import bare_rate
     from megaregion.curation import cost
     from megaregion.curation.hierarchy import Plan
     from megaregion.curation.settings import AssignSettings

@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from megaregion.benchmark.commands.kmeans import add_data_arguments, check
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.commands.kmeans import add_data_arguments, check
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "nearest-center labels by probing against exact search"
@@ -33,8 +33,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or the file of embeddings is of another kind.
     """
-    from megaregion.benchmark.clusters import compare_assign, run_ours
-    from megaregion.benchmark.crops import gaussian_features, scene_features
+    from benchmark.clusters import compare_assign, run_ours
+    from benchmark.crops import gaussian_features, scene_features
     from megaregion.curation.hierarchy import Plan
 
     check(options)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Case, Report
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Case, Report
 from megaregion.errors import UserError
 
 HELP = "EfficientNet-Lite0's crops through ONNX Runtime, against the same network in torch"
@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from megaregion.benchmark.scenes import compose_scenes
+    from benchmark.scenes import compose_scenes
     from megaregion.curation.embedder import Lite0Embedder
     from megaregion.curation.lite0 import load_network
     from megaregion.curation.picture import cut

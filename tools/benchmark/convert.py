@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.report import Case
+from benchmark.report import Case
 from megaregion.checkpoint.format import step_folder
 from megaregion.checkpoint.reader import Piece
 from megaregion.checkpoint.writer import publish, write_pieces
@@ -34,7 +34,7 @@ GOAL_SECONDS = 60.0
 GOAL_BYTES = 3e9
 """What the conversion of an L/14 may take."""
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = Path(__file__).parents[1] / "convert_checkpoint.py"
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, ranks: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megaregion.benchmark.measure import PeakMemory, Stopwatch
+from benchmark.measure import PeakMemory, Stopwatch
 
 Work = Callable[[], object]
 """One step; it leaves everything as the next step wants it."""

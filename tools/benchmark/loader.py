@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megaregion.benchmark.loader_peer import webdataset_batches
-from megaregion.benchmark.report import Case
+from benchmark.loader_peer import webdataset_batches
+from benchmark.report import Case
 from megaregion.config import DataConfig, ModelConfig
 from megaregion.data.image import View, cut, open_image, stay_on_one_core
 from megaregion.data.loader import RegionLoader

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "what an asynchronous save takes from training, against a synchronous one"
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or the disk has too little room.
     """
-    from megaregion.benchmark.checkpoint import compare_saves
+    from benchmark.checkpoint import compare_saves
     from megaregion.parallel import topology
 
     if options.parameters < 1024 or options.repeats < 1:

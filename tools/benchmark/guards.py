@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import Stopwatch
-from megaregion.benchmark.report import Case
+from benchmark.measure import Stopwatch
+from benchmark.report import Case
 from megaregion.checkpoint.fence import Fence
 from megaregion.config import GuardConfig, ModelConfig
 from megaregion.models.encoder import RegionEncoder

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.benchmark.head_peers import DenseHead, PartialFCHead
-from megaregion.benchmark.measure import PeakMemory, Stopwatch
-from megaregion.benchmark.report import Case
+from benchmark.head_peers import DenseHead, PartialFCHead
+from benchmark.measure import PeakMemory, Stopwatch
+from benchmark.report import Case
 from megaregion.config import HeadConfig, LossName
 from megaregion.heads import ClassShardedHead
 from megaregion.products import product

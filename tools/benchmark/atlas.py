@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmark.browser import browser
+from benchmark.report import Case
 from megaregion.atlas.build import build_atlas
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.synthetic import SyntheticSource
-from megaregion.benchmark.browser import browser
-from megaregion.benchmark.report import Case
 from megaregion.errors import UserError
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megaregion.benchmark.measure import PeakMemory, describe_host
-from megaregion.benchmark.report import Case, Report
+from benchmark.measure import PeakMemory, describe_host
+from benchmark.report import Case, Report
 from megaregion.errors import UserError
 
 HELP = "peak memory of every stage of curation when the input grows"
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or an input has too few regions for the clusters.
     """
-    from megaregion.benchmark.scenes import copy_some, scene_folder
+    from benchmark.scenes import copy_some, scene_folder
 
     if options.images < 8 or options.factor < 2:
         raise UserError("--images must be at least 8 and --factor at least 2")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.benchmark.measure import describe_host
-from megaregion.benchmark.report import Report
+from benchmark.measure import describe_host
+from benchmark.report import Report
 from megaregion.errors import UserError
 
 HELP = "the planner's memory and step time against real training on this machine"
@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from megaregion.benchmark.plan import MODELS, compare_plan, training_run
+    from benchmark.plan import MODELS, compare_plan, training_run
 
     if options.batch < 1 or options.steps < 2:
         raise UserError("--batch must be at least 1 and --steps at least 2")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megaregion.benchmark.report import Case
+from benchmark.report import Case
 from megaregion.curation.cost import Work, work_of
 from megaregion.curation.hierarchy import Plan, cluster, in_chunks, in_order
 from megaregion.curation.kmeans import Clustering, Vectors, find_centers, nearest

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megaregion.benchmark.contestant import Contestant, take_turns
-from megaregion.benchmark.measure import Stopwatch
-from megaregion.benchmark.report import Case
-from megaregion.benchmark.step import (
+from benchmark.contestant import Contestant, take_turns
+from benchmark.measure import Stopwatch
+from benchmark.report import Case
+from benchmark.step import (
     PRODUCT_SIDE,
     StepSizes,
     native_grids,

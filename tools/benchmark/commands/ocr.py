@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Case, Report
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Case, Report
 from megaregion.errors import UserError
 
 HELP = "OCR of composed scenes: time, and words read exactly, against the engine's defaults"
@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from megaregion.benchmark.scenes import compose_scenes
+    from benchmark.scenes import compose_scenes
     from megaregion.curation.quality.truth import READABLE
     from megaregion.curation.rapid import RapidReader
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megaregion.benchmark.plan_probe import settings_file
-from megaregion.benchmark.report import Case
+from benchmark.plan_probe import settings_file
+from benchmark.report import Case
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -40,6 +40,7 @@ from megaregion.planning.plan import Plan, make_plan
 
 OBJECT_CLASSES, TEXT_CLASSES = 20_000, 2_000
 SAMPLES, REGIONS = 64, 12
+TOOLS = Path(__file__).parents[1]
 MEMORY_GOAL, TIME_GOAL = 1 / 1.05, 1 / 1.15
 """The plan within 5% and within 15%."""
 MODELS = {
@@ -129,17 +130,10 @@ def _measure(config: RunConfig, ranks: int, threads: int, clock: str, folder: Pa
     """
     settings, out = settings_file(config, folder / "run.json"), folder / "found.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
-    rank = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "megaregion.benchmark.plan_probe",
-        str(settings),
-        str(out),
-        clock,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    rank = [sys.executable, "-W", "ignore", "-m", "benchmark.plan_probe", str(settings), str(out), clock]
+    # The ranks find this package beside the tools, and whatever else this process was told to find.
+    paths = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, *launcher, *rank], capture_output=True, text=True, env=environment, check=False
     )

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaregion.benchmark.measure import Stopwatch
-from megaregion.benchmark.report import Case
+from benchmark.measure import Stopwatch
+from benchmark.report import Case
 from megaregion.checkpoint.fence import Fence
 from megaregion.checkpoint.format import step_folder
 from megaregion.checkpoint.reader import Piece

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaregion.benchmark.contestant import Work
+from benchmark.contestant import Work
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.models.recompute import Level, everywhere
 from megaregion.products import product

@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from megaregion.benchmark.commands.step import add_arguments, step_sizes
-from megaregion.benchmark.measure import Stopwatch, describe_host
-from megaregion.benchmark.report import Report
+from benchmark.commands.step import add_arguments, step_sizes
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Report
 
 HELP = "our transformer alone against MLCDVisionModel and the matrix rate"
 DESCRIPTION = "Ratios are peer / ours. Every contestant has a process of its own, and they take turns."
@@ -18,7 +18,7 @@ __all__ = ["DESCRIPTION", "HELP", "add_arguments", "measure"]
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Measure one size, forward alone and with backward."""
-    from megaregion.benchmark.compare_steps import compare_models
+    from benchmark.compare_steps import compare_models
 
     watch = Stopwatch(device, processor=options.clock == "processor")
     cases = compare_models(step_sizes(options), watch, options.rounds, options.compile)

@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.benchmark.machine_probe import Clock, MachineProbe
-from megaregion.benchmark.measure import PeakMemory
+from benchmark.machine_probe import Clock, MachineProbe
+from benchmark.measure import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.heap import keep_freed_memory, return_freed_memory
 from megaregion.models.recompute import watch_kept
