@@ -25,7 +25,6 @@ from megaregion.evaluation import charts, knn, ocr
 from megaregion.evaluation.curated import curation_card
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, centred_pixels, crop, raw_pixels
 from megaregion.evaluation.encoding import encode_scenes, open_image
-from megaregion.evaluation.look import Pictures, look
 from megaregion.evaluation.measure import majority_share
 from megaregion.evaluation.measures import MEASURES
 from megaregion.evaluation.network import open_run
@@ -33,6 +32,7 @@ from megaregion.evaluation.report import write_report
 from megaregion.evaluation.results import table, to_json
 from megaregion.evaluation.scenes import object_table, pick_scenes, read_scenes, word_table
 from megaregion.evaluation.study import Study, StudyConfig, conduct
+from megaregion.evaluation.visualise import Pictures, visualise
 from megaregion.evaluation.vocabulary import open_vocabulary
 from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.metrics import Curve, read_metrics
@@ -65,7 +65,7 @@ def study(place: Workplace) -> Study:
 
 @pytest.fixture(scope="module")
 def pictures(study: Study) -> Pictures:
-    return look(study)
+    return visualise(study)
 
 
 def rows(*values: tuple[float, ...]) -> NDArray[np.float32]:
@@ -433,7 +433,7 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
     for row in to_json(study)["rows"]:
         assert row["region_knn"] > 0
         assert {row[key] for key in row if key.startswith("ocr")} == {None}
-    write_report(study, look(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
+    write_report(study, visualise(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 
 

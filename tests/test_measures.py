@@ -12,7 +12,6 @@ from PIL import Image
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation import knn, ocr, probe
-from megaregion.evaluation.components import fit_basis
 from megaregion.evaluation.correspondence import (
     Pair,
     correspondence_table,
@@ -24,6 +23,7 @@ from megaregion.evaluation.encoders import CropEncoder, centred_pixels, pixel_ma
 from megaregion.evaluation.estimates import area_under_curve, estimate, mean_iou, ratio, share
 from megaregion.evaluation.images import image_table, read_image_folder
 from megaregion.evaluation.maps import IGNORED, TRUTH, SceneMap, SceneTruth, coverage, pooled, read_truth
+from megaregion.evaluation.pca_maps import fit_basis
 from megaregion.evaluation.published import markdown, plain, scalars, table_json, write_board
 from megaregion.evaluation.recognition import Labelled, draw_scenes, recognise, recognition_table
 from megaregion.evaluation.retrieval import DEPTHS, retrieval_table

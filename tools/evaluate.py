@@ -24,13 +24,13 @@ from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder
-from megaregion.evaluation.look import look, save_pictures
 from megaregion.evaluation.measures import MEASURES, QUICK
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.published import plain, write_board
 from megaregion.evaluation.report import write_report
 from megaregion.evaluation.results import table, write_json, write_markdown
 from megaregion.evaluation.study import StudyConfig, conduct
+from megaregion.evaluation.visualise import save_pictures, visualise
 
 STRIDE = 32
 """Pixels along each side of a place of the curation encoder's map."""
@@ -59,7 +59,7 @@ def main() -> None:
     with tqdm(unit="image", disable=None) as bar:
         progress = partial(_show_progress, bar)
         study = conduct(opened, config, others, progress)
-        pictures = look(study, arguments.frames, arguments.map_side, progress)
+        pictures = visualise(study, arguments.frames, arguments.map_side, progress)
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
     numbers, page = opened.folder / f"evaluation{suffix}.json", opened.folder / f"report{suffix}.html"

@@ -12,8 +12,8 @@ from PIL import Image
 
 from megaregion.evaluation.clusters import Confusion, sample_image
 from megaregion.evaluation.encoders import crop
-from megaregion.evaluation.look import Pictures, Watched
 from megaregion.evaluation.pictures import CROP_SIDE, data_uri
+from megaregion.evaluation.visualise import Pictures, Watched
 
 FRAME_SIDE = 384
 """Longest side of a frame in the page, in pixels."""
@@ -57,7 +57,10 @@ def _watched_card(watched: Watched) -> str:
     shown = []
     for region in range(min(REGIONS, len(names))):
         box = watched.scene.boxes[region]
-        for kind, weights in (("reads", watched.looks.inside), ("would read", watched.looks.anywhere)):
+        for kind, weights in (
+            ("reads", watched.attention.inside),
+            ("would read", watched.attention.anywhere),
+        ):
             image = overlay(watched.image, weights[region], box)
             shown.append(
                 f'<div><img src="{data_uri(image, FRAME_SIDE)}" alt="attention of {escape(names[region])}">'

@@ -13,8 +13,8 @@ from megaregion.errors import UserError
 from megaregion.evaluation import charts, exhibits, numbers, sheets
 from megaregion.evaluation.cells import measure_cards
 from megaregion.evaluation.curated import curation_card
-from megaregion.evaluation.look import Pictures
 from megaregion.evaluation.study import Study
+from megaregion.evaluation.visualise import Pictures
 from megaregion.files import write_text
 from megaregion.schemas.metrics import Metrics, read_metrics
 
@@ -35,7 +35,7 @@ def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) ->
 
     Args:
         study: What was found.
-        pictures: Maps, attention and clusters, see look.py.
+        pictures: Maps, attention and clusters, see visualise.py.
         metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
         path: The page; readers see the old one or the new one.
     """

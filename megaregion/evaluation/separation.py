@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation import probe
-from megaregion.evaluation.components import fit_basis
 from megaregion.evaluation.estimates import Estimate, area_under_curve, estimate
 from megaregion.evaluation.maps import SceneMap, SceneTruth, coverage, resized
+from megaregion.evaluation.pca_maps import fit_basis
 from megaregion.evaluation.segmentation import Mapped
 from megaregion.evaluation.tables import Column, Table
 

@@ -1,4 +1,10 @@
-"""Everything of a run that is a picture: PCA maps, attention of regions, confusion of clusters."""
+"""What a run's network sees, as pictures: PCA maps, the attention of regions, the confusion of clusters.
+
+A region token reads only patches of its region. What it reads of them shows what the region is known by;
+the same query over the whole image shows what else looks like it.
+
+Shapes: N regions of one image, P patches, h x w of them.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +12,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from megaregion.data.shards import ShardedDataset
-from megaregion.evaluation.attention import Looks, region_attention
 from megaregion.evaluation.clusters import Confusion, confuse
 from megaregion.evaluation.encoding import open_image
-from megaregion.evaluation.frames import Frame, Painted, fitting_size, paint, read_frames
 from megaregion.evaluation.network import NetworkEncoder
+from megaregion.evaluation.pca_maps import Frame, Painted, fitting_size, paint, read_frames
 from megaregion.evaluation.scenes import Scene
 from megaregion.evaluation.study import Study
+from megaregion.models import RegionEncoder
 
 FRAMES = 6
 """Held-out scenes that are painted where no frames are named."""
@@ -27,13 +37,22 @@ WATCHED = 4
 Progress = Callable[[str, int, int], None]
 
 
+class Attention(NamedTuple):
+    """Attention over patches, mean over heads, [N, h, w] each; an image's weights sum to at most 1."""
+
+    inside: NDArray[np.float32]
+    """As the network computes it: zero outside of the region."""
+    anywhere: NDArray[np.float32]
+    """The same query without its mask."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """A scene and where its regions look."""
 
     scene: Scene
     image: Image.Image
-    looks: Looks
+    attention: Attention
     """Of the scene's objects, then its words."""
 
 
@@ -51,7 +70,7 @@ class Pictures:
     shards: ShardedDataset
 
 
-def look(
+def visualise(
     study: Study,
     frames: Path | None = None,
     side: int = 0,
@@ -89,12 +108,7 @@ def look(
 
 
 def save_pictures(pictures: Pictures, folder: Path) -> None:
-    """Write the frames and the trained network's maps as files, replacing older ones.
-
-    Args:
-        pictures: What was made.
-        folder: The run's folder of pictures.
-    """
+    """Write the frames and the trained network's maps as files into a folder, replacing older ones."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -105,6 +119,44 @@ def save_pictures(pictures: Pictures, folder: Path) -> None:
         own.save(partial / f"{frame.name}.map.jpg", quality=90)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+@torch.inference_mode()
+def region_attention(model: RegionEncoder, pixels: Tensor, visible: Tensor) -> Attention:
+    """Attention of the region tokens of one image in the last block.
+
+    Args:
+        model: The network.
+        pixels: One normalised image, [1, 3, H, W].
+        visible: What each region sees, [1, N, P].
+    """
+    last: Any = model.vit.blocks[-1]
+    seen: dict[str, Any] = {}
+    hooks = [
+        last.register_forward_pre_hook(lambda block, inputs: seen.update(inputs=inputs)),
+        last.register_forward_hook(lambda block, inputs, outputs: seen.update(image=outputs[0])),
+    ]
+    try:
+        model.vit(pixels, visible)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    image, regions, angles, mask, _ = seen["inputs"]
+    # A copy of the block for regions reads what the block has written, shared weights what enters it.
+    block, image = (last, image) if last.region is None else (last.region, seen["image"])
+    query = block.attention.project_regions(block.norm1(regions), angles, visible.shape[:2])
+    _, key, _ = block.attention.project(block.norm1(image), angles)
+    scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
+    patch = model.vit.config.patch_size
+    grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    return Attention(_weights(scores + mask, grid), _weights(scores, grid))
+
+
+def _weights(scores: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """Attention scores [1, heads, N, 1 + P] as weights of the patches, [N, h, w]."""
+    weights = scores.float().softmax(dim=-1).mean(dim=1)[0, :, 1:]
+    array: NDArray[np.float32] = weights.unflatten(1, grid).cpu().numpy()
+    return array
 
 
 def _watch(encoder: NetworkEncoder, scene: Scene, side: int) -> Watched:
