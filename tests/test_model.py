@@ -12,10 +12,9 @@ from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.export.mlcd import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
-from megaregion.models.attention import Attention
-from megaregion.models.block import Block
 from megaregion.models.recompute import choose_levels, kept_bytes
 from megaregion.models.rotary import Rotation, rotation, split_and_turn
+from megaregion.models.vit import Attention, Block
 
 SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
 SEPARATE = replace(SMALL, region_weights="separate")

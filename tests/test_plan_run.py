@@ -16,8 +16,8 @@ from launch import repository
 from megaregion.command_line import parse_run, run_parser
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megaregion.errors import UserError
-from megaregion.models.encoder import RegionEncoder
 from megaregion.models.recompute import watch_kept
+from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero.setup import deepspeed_config
 from megaregion.planning import memory
 from megaregion.planning.activations import activation_bytes

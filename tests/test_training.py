@@ -83,8 +83,8 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     from megaregion.data.order import SampleOrder
     from megaregion.data.shards import ShardedDataset
     from megaregion.data.transforms import Transform
-    from megaregion.models.encoder import RegionEncoder, decays
     from megaregion.models.initialisation import initialise
+    from megaregion.models.vit import RegionEncoder, decays
     from megaregion.training.schedule import learning_rate
 
     dataset = ShardedDataset(config.data.path)

@@ -2,18 +2,17 @@
 
 One noun a file:
 
-    vit             VisionTransformer: image tokens, and region tokens that ride along
-    block           one pre-norm block
-    attention       queries, keys and values; image attention and region attention
+    vit             the encoder, from patches to region embeddings
     rotary          2D rotary angles
-    encoder         RegionEncoder: the transformer with the projection that the heads read
+    linear          a linear layer, as each kind of device does it fastest
     initialisation  weights as a function of (seed, parameter name)
     plan            which linear is cut by columns and which by rows
+    recompute       what the backward pass computes again instead of keeping
+    flops           operations counted from sizes alone
 """
 
-from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.initialisation import initialise
 from megaregion.models.plan import tensor_parallel_plan
-from megaregion.models.vit import Tokens, VisionTransformer
+from megaregion.models.vit import RegionEncoder, Tokens, VisionTransformer, decays
 
 __all__ = ["RegionEncoder", "Tokens", "VisionTransformer", "decays", "initialise", "tensor_parallel_plan"]

@@ -3,22 +3,27 @@
 No weight depends on the order in which modules are built, nor on ranks: whoever holds a part of a
 tensor can make the whole one and keep its part.
 
-Shapes: D width, L depth, d head width.
+Shapes: D width, L depth, d head width, p pixels along a patch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
 
 from megaregion.config import ModelConfig
-from megaregion.models.encoder import RegionEncoder
-from megaregion.models.filters import cosine_filters
+from megaregion.models.vit import RegionEncoder
 
 LIKENESS_GAIN = 0.6
 """Gain of queries and keys under structured weights: a token's score with itself is about 2.5, not 7."""
+
+OPPONENTS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+"""Brightness, red against blue, green against both: nearly uncorrelated in natural images."""
+CHROMA = 3.0
+"""Brightness varies about this many times as much as the colour axes do."""
 
 
 @torch.no_grad()
@@ -89,3 +94,40 @@ def _std(kind: list[str], shape: torch.Size, config: ModelConfig) -> float:
 
 def _stable_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+
+
+def cosine_filters(count: int, patch: int) -> Tensor:
+    """The filters with the most power in natural images, whitened, float32 [D, 3, p, p].
+
+    A trained patch embedding looks like smooth colour blobs and gratings, the principal components of natural
+    patches, and those are close to a cosine basis. A long run finds them by itself; a run of minutes should
+    not have to. Power falls with the square of the frequency, so each filter is multiplied by its frequency.
+    Beyond the 3 p^2 filters there are, the list starts again.
+
+    Args:
+        count: D.
+        patch: p.
+    """
+    basis = _cosines(patch)
+    axes = [(u, v, c) for u in range(patch) for v in range(patch) for c in range(3)]
+    axes.sort(key=lambda axis: (_gain(*axis), axis))
+    filters = torch.empty(count, 3, patch, patch)
+    for index in range(count):
+        u, v, c = axes[index % len(axes)]
+        colour = torch.tensor(OPPONENTS[c])
+        plane = torch.outer(basis[u], basis[v])
+        filters[index] = (colour / colour.norm())[:, None, None] * plane * _gain(u, v, c) / patch
+    return filters
+
+
+def _gain(u: int, v: int, c: int) -> float:
+    return (1.0 + math.hypot(u, v)) * (CHROMA if c else 1.0)
+
+
+def _cosines(patch: int) -> Tensor:
+    """Orthonormal cosines, [p frequencies, p pixels]."""
+    position = (torch.arange(patch) + 0.5) * math.pi / patch
+    basis = torch.cos(torch.arange(patch)[:, None] * position[None, :])
+    basis *= math.sqrt(2 / patch)
+    basis[0] *= math.sqrt(0.5)
+    return basis

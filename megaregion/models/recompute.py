@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megaregion.config import ModelConfig
+from megaregion.config import ModelConfig, RunConfig
 
 Level = Literal["keep", "cheap", "full"]
 LEVELS: tuple[Level, ...] = ("keep", "cheap", "full")
+GIB = 2**30
 
 
 def remade(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
@@ -120,3 +121,23 @@ def choose_levels(
 def everywhere(level: Level, blocks: int) -> tuple[Level, ...]:
     """One level for so many blocks."""
     return tuple(level for _ in range(blocks))
+
+
+def recompute_levels(config: RunConfig, micro_batch: int, image_size: int) -> tuple[Level, ...]:
+    """The level of each block by train.recompute and train.activation_gib.
+
+    Args:
+        config: The run.
+        micro_batch: Images that a rank passes through the model at once.
+        image_size: Their side, in pixels.
+    """
+    if config.train.recompute:
+        return everywhere("full", config.model.depth)
+    return choose_levels(
+        config.model,
+        micro_batch * (1 + (image_size // config.model.patch_size) ** 2),
+        2 if config.train.precision == "bf16" else 4,
+        config.train.activation_gib * GIB,
+        config.parallel.tensor,
+        config.parallel.tensor if config.parallel.tokens_cut else 1,
+    )

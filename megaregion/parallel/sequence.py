@@ -25,7 +25,7 @@ from megaregion.products import outer_sum, product
 
 
 class CutStream:
-    """Tokens cut over the tensor ranks; it takes the place of a model's own stream (models/stream.py)."""
+    """Tokens cut over the tensor ranks; it takes the place of a model's own stream (models/vit.py)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.models.encoder import RegionEncoder, decays
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.recompute import watch_kept
+from megaregion.models.vit import RegionEncoder, decays
 from megaregion.parallel.topology import Topology
 from megaregion.planning.activations import activation_bytes
 from megaregion.planning.hardware import GIB, Hardware

@@ -16,8 +16,7 @@ from megaregion.batching import batching
 from megaregion.config import HeadConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
-from megaregion.models.recompute import Level
-from megaregion.training.levels import recompute_levels
+from megaregion.models.recompute import Level, recompute_levels
 
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
-from megaregion.models.encoder import RegionEncoder
+from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Group, Topology, host_group, host_name
 

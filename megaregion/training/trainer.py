@@ -28,11 +28,11 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, UserError
 from megaregion.heap import keep_freed_memory
-from megaregion.models.encoder import RegionEncoder, decays
-from megaregion.models.float8 import use_float8
 from megaregion.models.initialisation import initialise
+from megaregion.models.linear import use_float8
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
-from megaregion.models.vit import VisionTransformer
+from megaregion.models.recompute import recompute_levels
+from megaregion.models.vit import RegionEncoder, VisionTransformer, decays
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.texts import gather_texts
 from megaregion.parallel.topology import Topology
@@ -42,7 +42,6 @@ from megaregion.training.faults import Faults
 from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, LossGuard, agree, write_refusal
 from megaregion.training.heads import Heads
-from megaregion.training.levels import recompute_levels
 from megaregion.training.metrics import LOG, Metrics
 from megaregion.training.profiling import StepProfiler
 from megaregion.training.progress import Progress

@@ -22,7 +22,7 @@ from benchmark.measure import Stopwatch
 from benchmark.report import Case
 from megaregion.checkpoint.fence import Fence
 from megaregion.config import GuardConfig, ModelConfig
-from megaregion.models.encoder import RegionEncoder
+from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Topology
 from megaregion.training.guard import LossGuard, agree
 from megaregion.training.metrics import LOG, Metrics
