@@ -13,13 +13,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from megaregion.data.sample import RLE, decode_mask
-from megaregion.demo.assets import PACK, Library, load_library, read_cutout
+from megaregion.demo.assets import PACK, PARTS, Library, load_library, read_cutout, split_names
 from megaregion.demo.compose import LEAST_VISIBLE, LETTER_HEIGHTS, WORDS
 from megaregion.demo.folder import identity, is_done, summarise, write_scenes
-from megaregion.demo.lettering import FACES, font_folder
 from megaregion.demo.scenes import SceneMaker, SceneSettings
-from megaregion.demo.split import PARTS, split_names
-from megaregion.demo.words import load_vocabulary
+from megaregion.demo.words import FACES, font_folder, load_vocabulary
 from megaregion.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_scenes.py"

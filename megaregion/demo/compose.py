@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
 from megaregion.demo.assets import Assets, Cutout, read_background, read_cutout
-from megaregion.demo.lettering import Lettering, draw_style, letter
-from megaregion.demo.words import Vocabulary
+from megaregion.demo.words import Lettering, Vocabulary, draw_style, letter
 
 OBJECTS = (2, 4)
 """Fewest and most cut-outs of a scene."""

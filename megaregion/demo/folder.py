@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megaregion.demo.assets import Library
+from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
-from megaregion.demo.split import Part
 from megaregion.errors import UserError
 
 VERSION = 1

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from megaregion.data.sample import encode_mask
-from megaregion.demo.assets import Library
+from megaregion.demo.assets import PARTS, Library, Part
 from megaregion.demo.compose import OBJECTS, WORDS, Canvas, lay_background, place_object, write_word
-from megaregion.demo.split import PARTS, Part
 from megaregion.demo.words import load_vocabulary
 from megaregion.errors import UserError
 
