@@ -27,7 +27,7 @@ from toy import OBJECT_CLASSES, toy_config, toy_dataset
 
 from megaregion.config import DataConfig
 from megaregion.data.batch import Batch
-from megaregion.data.loader import LostShard, PatientReader, RegionLoader
+from megaregion.data.loader import LostShard, RegionLoader, RetryingReader
 from megaregion.data.order import SampleOrder, step_positions
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.shards import ShardedDataset
@@ -412,8 +412,8 @@ def test_a_lost_shard_is_tried_again_after_a_while(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / "shards")
-    monkeypatch.setattr("megaregion.data.loader.FORGOTTEN_AFTER", 0.05)
-    reader = PatientReader(ShardedDataset(tmp_path / "shards"), retries=0, pause=0)
+    monkeypatch.setattr("megaregion.data.loader.RETRY_LOST_AFTER", 0.05)
+    reader = RetryingReader(ShardedDataset(tmp_path / "shards"), retries=0, pause=0)
     shard, aside = tmp_path / "shards" / "shard-00000.tar", tmp_path / "aside"
     shard.rename(aside)
     with pytest.raises(LostShard, match="after 1 tries"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaregion.data.order import Purpose, SampleOrder, Stream, generator, step_positions
+from megaregion.data.order import Purpose, SampleOrder, SeededRng, seeded_rng, step_positions
 
 SIZES = (7, 3, 11, 5, 1, 8)
 COUNT = sum(SIZES)
@@ -60,11 +60,11 @@ def test_position_ten_to_the_twelve_is_found_without_a_replay() -> None:
     assert len({order.sample(10**12 + p) for p in range(1_000)}) == 1_000
 
 
-def test_a_stream_of_draws_is_the_generator_of_each_position() -> None:
-    stream = Stream(3, Purpose.AUGMENTATION)
+def test_a_seeded_rng_gives_the_numbers_of_each_position() -> None:
+    reused = SeededRng(3, Purpose.AUGMENTATION)
     for position in (5, 0, 2**63, 5):
-        fresh = generator(3, Purpose.AUGMENTATION, position)
-        again = stream.at(position)
+        fresh = seeded_rng(3, Purpose.AUGMENTATION, position)
+        again = reused.at(position)
         for _ in range(3):
             # An odd number of halves leaves one over, which the next position must not see.
             assert again.integers(7, dtype=np.uint32) == fresh.integers(7, dtype=np.uint32)

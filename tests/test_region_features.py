@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megaregion.config import DataConfig, RegionWeights
-from megaregion.data.image import View
+from megaregion.data.image import Crop
 from megaregion.data.sample import encode_mask
 from megaregion.data.transforms import visibility
 from megaregion.export import ExportOptions, export_checkpoint
@@ -55,8 +55,8 @@ def expected(encoder: RegionEncoder, image: Tensor, boxes: Any, masks: Any) -> T
     """The trainer's embeddings of one image's regions, by the trainer's own rule of who sees what."""
     corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     rows, columns = HEIGHT // MODEL.patch_size, WIDTH // MODEL.patch_size
-    view = View(0, 0, WIDTH, HEIGHT)
-    visible = visibility(corners, masks, view, rows, columns, DataConfig().patch_coverage)
+    crop = Crop(0, 0, WIDTH, HEIGHT)
+    visible = visibility(corners, masks, crop, rows, columns, DataConfig().patch_coverage)
     with torch.no_grad():
         return encoder(image[None], torch.from_numpy(visible)[None])[0]
 

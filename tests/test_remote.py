@@ -18,7 +18,7 @@ from toy import toy_config, toy_dataset
 from megaregion.config import DataConfig
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder
-from megaregion.data.remote import Cache, Mirror, ReadAhead, index_bytes
+from megaregion.data.remote import Cache, Mirror, Prefetcher, index_bytes
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import UserError
@@ -90,9 +90,9 @@ def test_only_what_is_read_is_brought_and_the_next_window_with_it(folder: Path, 
     assert not list(tmp_path.glob("*/*.tar"))
     order = SampleOrder(dataset.info.shard_sizes, SEED, 2)
     assert dataset.mirror is not None
-    ahead = ReadAhead(dataset.mirror, order)
-    ahead.reached(0)
-    ahead.join()
+    prefetcher = Prefetcher(dataset.mirror, order)
+    prefetcher.reached(0)
+    prefetcher.join()
     here, following = order.windows(0)
     names = {f"{dataset.info.shards[number].name}.tar" for number in (*here, *following)}
     assert {path.name for path in tmp_path.glob("*/*.tar")} == names

@@ -18,7 +18,7 @@ from PIL import Image
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, collate, normalise
-from megaregion.data.image import View, cut, eighths_needed, fitting_grid, open_image, random_view
+from megaregion.data.image import Crop, decode_crop, eighths_needed, fitting_grid, open_image, random_crop
 from megaregion.data.sample import BadSample, RegionRecord, SampleRecord, decode_mask, encode_mask, mask_area
 from megaregion.data.transforms import EvalTransform, Transform, sample_regions, visibility
 from megaregion.errors import UserError
@@ -184,12 +184,12 @@ def test_every_image_gives_exactly_n_regions(kept: int, n: int, seed: int) -> No
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
 def test_a_crop_lies_inside_its_image(width: int, height: int, seed: int) -> None:
-    view = random_view(np.random.default_rng(seed), width, height, (0.05, 1.0), (0.75, 4 / 3))
-    assert 0 <= view.x0 < view.x1 <= width
-    assert 0 <= view.y0 < view.y1 <= height
+    crop = random_crop(np.random.default_rng(seed), width, height, (0.05, 1.0), (0.75, 4 / 3))
+    assert 0 <= crop.x0 < crop.x1 <= width
+    assert 0 <= crop.y0 < crop.y1 <= height
 
 
-WHOLE = View(0, 0, 32, 24)
+WHOLE = Crop(0, 0, 32, 24)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_mirrored_view_mirrors_visibility_also_of_the_nearest_patch() -> None:
     boxes = np.array([(0, 0, 16, 8), (1, 9, 2, 10), (18, 3, 32, 21)], dtype=float)
     masks = [None, None, encode_mask(np.tril(np.ones((24, 32), dtype=bool)))]
     plain, mirrored = (
-        visibility(boxes, masks, View(0, 0, 32, 24, flipped), 3, 4, 0.5).reshape(3, 3, 4)
+        visibility(boxes, masks, Crop(0, 0, 32, 24, flipped), 3, 4, 0.5).reshape(3, 3, 4)
         for flipped in (False, True)
     )
     assert np.array_equal(plain[:, :, ::-1], mirrored)
@@ -286,10 +286,10 @@ def photo(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize(("width", "eighths"), [(240, 8), (330, 8), (360, 5), (448, 4), (900, 2), (1500, 2)])
 def test_decoding_a_photo_near_the_wanted_size_gives_the_same_picture(width: int, eighths: int) -> None:
     content = encode(photo(1603, 1011))
-    view = View(56, 24, 56 + width, 24 + min(width, 960)).on_blocks(1603, 1011)
-    assert eighths_needed(view, 224, 224) == eighths
-    fast = cut(open_image(content), view, 224, 224, shrink=True).astype(float)
-    exact = cut(open_image(content), view, 224, 224).astype(float)
+    crop = Crop(56, 24, 56 + width, 24 + min(width, 960)).on_blocks(1603, 1011)
+    assert eighths_needed(crop, 224, 224) == eighths
+    fast = decode_crop(open_image(content), crop, 224, 224, shrink=True).astype(float)
+    exact = decode_crop(open_image(content), crop, 224, 224).astype(float)
     assert np.abs(fast - exact).mean() < 3, "mean difference on the scale of 0..255"
     assert np.corrcoef(fast.ravel(), exact.ravel())[0, 1] > 0.995
 
@@ -301,31 +301,31 @@ def test_an_edge_stays_where_it_is_however_small_the_photo_is_decoded(data: st.D
     edge = data.draw(st.integers(width // 3, width // 2))
     image = Image.new("RGB", (width, height), (250, 250, 250))
     image.paste((5, 5, 5), (0, 0, edge, height))
-    crop = random_view(
+    crop = random_crop(
         np.random.default_rng(data.draw(st.integers(0, 99))), width, height, (0.7, 1), (0.7, 1.4)
     )
-    view = crop.on_blocks(width, height) if data.draw(st.booleans()) else crop
-    view = dataclasses.replace(view, flipped=data.draw(st.booleans()))
-    expected = (edge - view.x0) / (view.x1 - view.x0) * 64
+    crop = crop.on_blocks(width, height) if data.draw(st.booleans()) else crop
+    crop = dataclasses.replace(crop, flipped=data.draw(st.booleans()))
+    expected = (edge - crop.x0) / (crop.x1 - crop.x0) * 64
     # A narrow crop may leave the edge out.
     assume(1 < expected < 63)
-    pixels = cut(open_image(encode(image)), view, 64, 64, shrink=True)[..., 0].astype(float)
+    pixels = decode_crop(open_image(encode(image)), crop, 64, 64, shrink=True)[..., 0].astype(float)
     found = ((250 - pixels) / 245).sum(axis=1)
     assert np.abs(found - expected).max() < 0.25, "a quarter of a pixel of the result"
-    assert (pixels[:, 0] > pixels[:, -1]).all() == view.flipped
+    assert (pixels[:, 0] > pixels[:, -1]).all() == crop.flipped
 
 
 def test_the_borders_of_a_view_move_to_blocks_inside_the_image() -> None:
-    view = View(3, 5, 431, 300, True).on_blocks(431, 303)
-    assert view == View(0, 8, 424, 296, True)
+    crop = Crop(3, 5, 431, 300, True).on_blocks(431, 303)
+    assert crop == Crop(0, 8, 424, 296, True)
 
 
 def test_a_jpeg_that_the_strict_decoder_refuses_but_pillow_reads_is_read() -> None:
     content = encode(noise(64, 64))
     stray = content[:-2] + b"\x00\x13\x77" + content[-2:]
     assert np.array_equal(
-        cut(open_image(stray), View(0, 0, 64, 64), 64, 64, shrink=True),
-        cut(open_image(content), View(0, 0, 64, 64), 64, 64),
+        decode_crop(open_image(stray), Crop(0, 0, 64, 64), 64, 64, shrink=True),
+        decode_crop(open_image(content), Crop(0, 0, 64, 64), 64, 64),
     )
 
 
@@ -333,7 +333,7 @@ def test_a_jpeg_that_the_strict_decoder_refuses_but_pillow_reads_is_read() -> No
 def test_any_colour_mode_becomes_rgb(mode: str) -> None:
     image = Image.new("RGB", (20, 10), RED).convert("L" if mode == "I;16" else mode)
     content = encode(image.convert(mode), "JPEG" if mode in ("L", "CMYK") else "PNG")
-    assert cut(open_image(content), View(0, 0, 20, 10), 8, 8).shape == (8, 8, 3)
+    assert decode_crop(open_image(content), Crop(0, 0, 20, 10), 8, 8).shape == (8, 8, 3)
 
 
 def test_the_evaluation_transform_shows_the_whole_image_at_any_size() -> None:
@@ -435,7 +435,7 @@ def test_a_damaged_image_is_a_bad_sample_or_an_image_and_nothing_else(data: st.D
     try:
         image = open_image(bytes(content))
         if image.width * image.height < 10**6:
-            cut(image, View(0, 0, image.width, image.height), 8, 8, shrink=True)
+            decode_crop(image, Crop(0, 0, image.width, image.height), 8, 8, shrink=True)
     except BadSample:
         pass
 
@@ -450,7 +450,7 @@ def test_a_native_grid_keeps_the_shape_and_leaves_few_patches_unused(most: int) 
     used = []
     for step in range(-30, 31):
         shape = 3 ** (step / 30)
-        rows, columns = fitting_grid(View(0, 0, 500 / shape, 500), most)
+        rows, columns = fitting_grid(Crop(0, 0, 500 / shape, 500), most)
         assert rows * columns <= most
         assert abs(math.log(rows / columns / shape)) < 0.35
         used.append(rows * columns / most)

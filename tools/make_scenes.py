@@ -13,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaregion.command_line import run
-from megaregion.demo.assets import load_library
+from megaregion.demo.assets import Part, load_library
 from megaregion.demo.folder import PartSummary, identity, is_done, summarise, write_scenes
 from megaregion.demo.scenes import SceneSettings
-from megaregion.demo.split import Part
 from megaregion.errors import UserError
 
 

@@ -33,6 +33,12 @@ OBJECT, TEXT = 0, 1
 TENSORS = ("positions", "pixels", "visible", "kinds", "labels")
 """Fields of a batch that are tensors."""
 
+ALIGNMENT = 64
+"""Bytes of a cache line; every tensor begins on one."""
+
+GROWTH = 1 << 20
+"""Bytes by which a piece grows at least; packed batches differ in length."""
+
 Color = tuple[float, float, float]
 
 
@@ -119,11 +125,16 @@ class Batch:
         if self.block is None:
             return self._each(Tensor.pin_memory)
         block = self.block.pin_memory()
-        return replace(self, block=block, **_tensors(block))
+        return replace(self, block=block, **block.tensors())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
+        changed: Any = {name: change(getattr(self, name)) for name in TENSORS}
         return replace(self, block=None, **changed)
+
+
+def _rebuild(sent: dict[str, Any]) -> Batch:
+    block: Block | None = sent["block"]
+    return Batch(**sent, **({} if block is None else block.tensors()))
 
 
 def collate(
@@ -162,7 +173,7 @@ def collate(
         },
         pool,
     )
-    tensors = _tensors(block)
+    tensors = block.tensors()
     keys = _write(samples, {name: tensor.numpy() for name, tensor in tensors.items()})
     return Batch(keys=keys, mean=mean, std=std, grids=grids, block=block, **tensors)
 
@@ -189,8 +200,8 @@ def _pack(
     """Write patches from `start` on into pixels [S, 3, p, p] and visible [N, S]; returns their end."""
     (rows, columns), side = _grid(sample), sample.patch
     place = slice(start, start + rows * columns)
-    cut = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
-    pixels[place] = cut.reshape(rows * columns, 3, side, side)
+    patches = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    pixels[place] = patches.reshape(rows * columns, 3, side, side)
     visible[:, place] = sample.visible
     return place.stop
 
@@ -216,34 +227,17 @@ def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:
     return pixels.to(torch.float32).sub_(shift).div_(deviation)
 
 
-def _rebuild(sent: dict[str, Any]) -> Batch:
-    block: Block | None = sent["block"]
-    return Batch(**sent, **({} if block is None else _tensors(block)))
-
-
-def _tensors(block: Block) -> dict[str, Any]:
-    return {name: block.tensor(name) for name in TENSORS}
-
-
-ALIGNMENT = 64
-"""Bytes of a cache line; every tensor begins on one."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor's place in the block."""
+class Slot(NamedTuple):
+    """One tensor's place in a block."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    """First byte."""
-    size: int
-    """Bytes."""
+    bytes: slice
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Memory and the tensors that lie in it."""
+    """One piece of memory and the tensors that lie in it."""
 
     memory: Tensor
     """uint8 [bytes]."""
@@ -263,7 +257,7 @@ class Block:
         slots, end = {}, 0
         for name, (dtype, shape) in shapes.items():
             size = torch.Size(shape).numel() * dtype.itemsize
-            slots[name] = Slot(dtype, shape, end, size)
+            slots[name] = Slot(dtype, shape, slice(end, end + size))
             end += -(-size // ALIGNMENT) * ALIGNMENT
         worker = get_worker_info()
         if worker is not None and pool is not None and (taken := pool.take(worker.id, end)) is not None:
@@ -272,32 +266,25 @@ class Block:
         return Block(torch.empty(end, dtype=torch.uint8), slots)
 
     def __reduce__(self) -> tuple[Callable[..., Block], tuple[Any, ...]]:
-        if self.lease is None:
-            # A tensor would be copied to /dev/shm; where that is full, the queue's thread only complains on
-            # stderr, and the reader would wait for ever.
-            return _copied, (self.memory.numpy(), self.slots)
-        return _opened, (self.lease, self.slots)
+        # A tensor would be copied to /dev/shm; where that is full, the queue's thread only complains on
+        # stderr, and the reader would wait for ever.
+        return _received, (self.lease or self.memory.numpy(), self.slots)
 
-    def tensor(self, name: str) -> Tensor:
-        """One of the tensors, a view of the block."""
-        slot = self.slots[name]
-        return self.memory[slot.offset : slot.offset + slot.size].view(slot.dtype).view(slot.shape)
+    def tensors(self) -> dict[str, Any]:
+        """The tensors by name, as views of the block."""
+        return {
+            name: self.memory[slot.bytes].view(slot.dtype).view(slot.shape)
+            for name, slot in self.slots.items()
+        }
 
     def pin_memory(self) -> Block:
         """A copy in page-locked memory, from which a GPU copies on its own."""
         return Block(self.memory.pin_memory(), self.slots)
 
 
-def _copied(memory: NDArray[np.uint8], slots: Mapping[str, Slot]) -> Block:
-    return Block(torch.from_numpy(memory), slots)
+def _received(memory: Lease | NDArray[np.uint8], slots: Mapping[str, Slot]) -> Block:
+    return Block(memory.open() if isinstance(memory, Lease) else torch.from_numpy(memory), slots)
 
-
-def _opened(lease: Lease, slots: Mapping[str, Slot]) -> Block:
-    return Block(lease.open(), slots)
-
-
-GROWTH = 1 << 20
-"""Bytes by which a piece grows at least; packed batches differ in length."""
 
 _NUMBERS = itertools.count()
 _POOLS: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()

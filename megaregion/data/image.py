@@ -31,28 +31,122 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 LINEAR_UP_TO = 1.5
 """Greatest reduction by linear interpolation, which reads two pixels a side; beyond it detail would turn into
 false patterns, and Pillow's antialiased bicubic filter takes over."""
+JPEG_BLOCK = 8
+"""Side of a JPEG's blocks, in pixels."""
+CROP_TRIES = 10
+"""Random sizes and shapes of a crop before the largest allowed crop in the middle is taken."""
 
 Pixels = NDArray[np.uint8]
 
 
-class _Scratch(threading.local):
-    """Memory for one decoded image; a new piece each time would cost a page fault for every 4 KB."""
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of the stored image, in pixels, that is stretched to the model's input."""
 
-    memory = np.empty(0, dtype=np.uint8)
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    flipped: bool = False
+    """Whether left and right change places."""
 
-    def of(self, size: int) -> Pixels:
-        """At least `size` bytes, which the next call gives out again."""
-        if self.memory.size < size:
-            self.memory = np.empty(size, dtype=np.uint8)
-        return self.memory
+    def edges(self, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Borders of a grid over the crop, in pixels of the stored image and before the mirror.
+
+        Returns:
+            Borders of the columns, [columns + 1], and of the rows, [rows + 1].
+        """
+        # As linspace does, which takes ten times as long for the few numbers of a patch grid.
+        x_edges = self.x0 + np.arange(columns + 1, dtype=np.float64) * ((self.x1 - self.x0) / columns)
+        y_edges = self.y0 + np.arange(rows + 1, dtype=np.float64) * ((self.y1 - self.y0) / rows)
+        x_edges[-1], y_edges[-1] = self.x1, self.y1
+        return x_edges, y_edges
+
+    def on_blocks(self, width: int, height: int) -> Crop:
+        """Move each border to the nearest one of a JPEG's blocks, by at most 4 pixels, 7 at an image's end.
+
+        Decoded at any number of eighths of its size, the image then still has the crop on whole pixels.
+
+        Args:
+            width: Width of the image, in pixels.
+            height: Height of the image, in pixels.
+        """
+
+        def near(edge: float, length: int) -> float:
+            return min(round(edge / JPEG_BLOCK), length // JPEG_BLOCK) * JPEG_BLOCK
+
+        return replace(
+            self,
+            x0=near(self.x0, width),
+            y0=near(self.y0, height),
+            x1=near(self.x1, width),
+            y1=near(self.y1, height),
+        )
+
+    def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of each box's area that lies inside the crop, [R]; 0 for a box without area."""
+        x0, y0, x1, y1 = boxes.T
+        wide = np.minimum(x1, self.x1) - np.maximum(x0, self.x0)
+        high = np.minimum(y1, self.y1) - np.maximum(y0, self.y0)
+        inside = np.maximum(wide, 0.0) * np.maximum(high, 0.0)
+        area = np.maximum(x1 - x0, 0.0) * np.maximum(y1 - y0, 0.0)
+        return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
 
 
-_SCRATCH = _Scratch()
+def random_crop(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flipped: bool = False,
+) -> Crop:
+    """A random resized crop on whole pixels.
+
+    Args:
+        rng: Generator of this sample.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+        scale: Least and greatest share of the image's area.
+        ratio: Least and greatest width / height; drawn evenly on a logarithmic scale.
+        flipped: Whether the crop is mirrored.
+    """
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            x0, y0 = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return Crop(x0, y0, x0 + w, y0 + h, flipped)
+    # None of them fits a very long image: take as much of its middle as the ratio allows.
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    x0, y0 = (width - w) // 2, (height - h) // 2
+    return Crop(x0, y0, x0 + w, y0 + h, flipped)
+
+
+def fitting_grid(crop: Crop, most: int) -> tuple[int, int]:
+    """Rows and columns of patches for a crop: about its aspect ratio, and nearly as many as `most`."""
+    shape = (crop.y1 - crop.y0) / (crop.x1 - crop.x0)
+    tall = min(float(most), max(1.0, math.sqrt(most * shape)))
+    grids = [
+        (rows, columns)
+        for rows in (math.floor(tall), math.ceil(tall))
+        for columns in (math.floor(most / tall), math.ceil(most / tall), most // rows)
+        if 0 < rows * columns <= most
+    ]
+
+    def cost(grid: tuple[int, int]) -> float:
+        # Rounding stretches the image by some percent; leaving patches unused costs resolution.
+        rows, columns = grid
+        return abs(math.log(rows / columns / shape)) + math.log(most / (rows * columns))
+
+    return min(grids, key=cost)
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG whose header has been read; any cut decodes it anew."""
+    """A JPEG whose header has been read; each crop decodes it anew."""
 
     content: bytes
     width: int
@@ -95,12 +189,14 @@ def decode_image(content: bytes) -> Image.Image:
     return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
 
 
-def cut(image: Image.Image | Jpeg, view: View, width: int, height: int, shrink: bool = False) -> Pixels:
-    """Decode a view of an image at a given size; decoding, crop and scaling are one step.
+def decode_crop(
+    image: Image.Image | Jpeg, crop: Crop, width: int, height: int, shrink: bool = False
+) -> Pixels:
+    """Decode a crop of an image at a given size; decoding, cropping and scaling are one step.
 
     Args:
         image: An image whose pixels may not have been decoded yet; it stays as it is.
-        view: The part to take, in pixels of the stored image.
+        crop: The part to take.
         width: Columns of the result.
         height: Rows of the result.
         shrink: Take the fast way for a JPEG: decode it no larger than needed and interpolate linearly. The
@@ -112,10 +208,10 @@ def cut(image: Image.Image | Jpeg, view: View, width: int, height: int, shrink: 
     Raises:
         BadSample: The image is truncated or damaged.
     """
-    eighths = eighths_needed(view, width, height) if shrink and isinstance(image, Jpeg) else 8
+    eighths = eighths_needed(crop, width, height) if shrink and isinstance(image, Jpeg) else 8
     pixels, eighths = _decode(image, eighths)
     scale = eighths / 8
-    box = (view.x0 * scale, view.y0 * scale, view.x1 * scale, view.y1 * scale)
+    box = (crop.x0 * scale, crop.y0 * scale, crop.x1 * scale, crop.y1 * scale)
     reduction = ((box[2] - box[0]) / width, (box[3] - box[1]) / height)
     linear = shrink and min(reduction) >= 1 and max(reduction) <= LINEAR_UP_TO
     # OpenCV crops at whole pixels only.
@@ -125,18 +221,18 @@ def cut(image: Image.Image | Jpeg, view: View, width: int, height: int, shrink: 
     else:
         picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         result = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
-    # OpenCV's mirror is twenty times as fast as a copy of numpy's reversed view.
-    return cv2.flip(result, 1) if view.flipped else result
+    # OpenCV's mirror is twenty times as fast as a copy of numpy's reversed array.
+    return cv2.flip(result, 1) if crop.flipped else result
 
 
-def eighths_needed(view: View, width: int, height: int) -> int:
-    """Choose at how many eighths of its size a JPEG is decoded for a view of width x height pixels.
+def eighths_needed(crop: Crop, width: int, height: int) -> int:
+    """Choose at how many eighths of its size a JPEG is decoded for a crop of width x height pixels.
 
     Returns:
-        The least N of 1 to 8 that leaves the view enough pixels; 8 also where linear interpolation may do
+        The least N of 1 to 8 that leaves the crop enough pixels; 8 also where linear interpolation may do
         the rest, for blocks of 5 to 7 pixels have no vector code and cost more than whole ones.
     """
-    columns, rows = view.x1 - view.x0, view.y1 - view.y0
+    columns, rows = crop.x1 - crop.x0, crop.y1 - crop.y0
     if max(columns / width, rows / height) <= LINEAR_UP_TO:
         return 8
     return next((n for n in range(1, 8) if columns * n >= 8 * width and rows * n >= 8 * height), 8)
@@ -158,150 +254,47 @@ def _read_header(content: bytes) -> Jpeg | None:
     return Jpeg(content, width, height)
 
 
+class _Scratch(threading.local):
+    """Memory for one decoded image; a new piece each time would cost a page fault for every 4 KB."""
+
+    memory = np.empty(0, dtype=np.uint8)
+
+    def of(self, size: int) -> Pixels:
+        """At least `size` bytes, which the next call gives out again."""
+        if self.memory.size < size:
+            self.memory = np.empty(size, dtype=np.uint8)
+        return self.memory
+
+
+_SCRATCH = _Scratch()
+
+
 def _decode(image: Image.Image | Jpeg, eighths: int) -> tuple[Pixels | Image.Image, int]:
     """Decode to RGB; returns the pixels and the number of eighths at which they came out."""
-    if isinstance(image, Jpeg):
-        width, height = (-(-edge * eighths // 8) for edge in image.size)
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                image.content,
-                "RGB",
-                min_width=width,
-                min_height=height,
-                buffer=_SCRATCH.of(3 * width * height),
-            )
-        except ValueError:
-            # It is strict, and much of what it refuses (stray bytes between markers) is a good picture.
-            return _decode_by_pillow(image.content), 8
+    if not isinstance(image, Jpeg):
+        return _decode_by_pillow(image), 8
+    width, height = (-(-edge * eighths // 8) for edge in image.size)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            image.content,
+            "RGB",
+            min_width=width,
+            min_height=height,
+            buffer=_SCRATCH.of(3 * width * height),
+        )
         if pixels.shape[:2] == (height, width):
             return pixels, eighths
-        return _decode_by_pillow(image.content), 8
+    except ValueError:
+        # It is strict, and much of what it refuses (stray bytes between markers) is a good picture.
+        pass
+    return np.asarray(_decode_by_pillow(image)), 8
+
+
+def _decode_by_pillow(image: Image.Image | Jpeg) -> Image.Image:
     try:
+        if isinstance(image, Jpeg):
+            image = Image.open(io.BytesIO(image.content), formats=FORMATS)
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB"), 8
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from None
-
-
-def _decode_by_pillow(content: bytes) -> Pixels:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:
-        raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from None
-
-
-CROP_TRIES = 10
-"""Draws of a crop's size and shape before the largest allowed crop in the middle is taken."""
-BLOCK = 8
-"""Side of a JPEG's blocks, in pixels."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A rectangle of the stored image, in pixels, that is stretched to the model's input."""
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    flipped: bool = False
-    """Whether left and right change places."""
-
-    def edges(self, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Borders of a grid over the view, in pixels of the stored image and before the mirror.
-
-        Returns:
-            Borders of the columns, [columns + 1], and of the rows, [rows + 1].
-        """
-        # As linspace does, which takes ten times as long for the few numbers of a patch grid.
-        x_edges = self.x0 + np.arange(columns + 1, dtype=np.float64) * ((self.x1 - self.x0) / columns)
-        y_edges = self.y0 + np.arange(rows + 1, dtype=np.float64) * ((self.y1 - self.y0) / rows)
-        x_edges[-1], y_edges[-1] = self.x1, self.y1
-        return x_edges, y_edges
-
-    def on_blocks(self, width: int, height: int) -> View:
-        """Move each border to the nearest one of a JPEG's blocks, by at most 4 pixels, 7 at an image's end.
-
-        Decoded at any number of eighths of its size, the image then still has the view on whole pixels.
-
-        Args:
-            width: Width of the image, in pixels.
-            height: Height of the image, in pixels.
-        """
-
-        def near(edge: float, length: int) -> float:
-            return min(round(edge / BLOCK), length // BLOCK) * BLOCK
-
-        return replace(
-            self,
-            x0=near(self.x0, width),
-            y0=near(self.y0, height),
-            x1=near(self.x1, width),
-            y1=near(self.y1, height),
-        )
-
-    def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Share of each box's area that lies inside the view, [R]; 0 for a box without area."""
-        x0, y0, x1, y1 = boxes.T
-        wide = np.minimum(x1, self.x1) - np.maximum(x0, self.x0)
-        high = np.minimum(y1, self.y1) - np.maximum(y0, self.y0)
-        inside = np.maximum(wide, 0.0) * np.maximum(high, 0.0)
-        area = np.maximum(x1 - x0, 0.0) * np.maximum(y1 - y0, 0.0)
-        return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
-
-
-def random_view(
-    rng: np.random.Generator,
-    width: int,
-    height: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flipped: bool = False,
-) -> View:
-    """A random resized crop on whole pixels.
-
-    Args:
-        rng: Generator of this sample.
-        width: Width of the image, in pixels.
-        height: Height of the image, in pixels.
-        scale: Least and greatest share of the image's area.
-        ratio: Least and greatest width / height; drawn evenly on a logarithmic scale.
-        flipped: Whether the view is mirrored.
-    """
-    for _ in range(CROP_TRIES):
-        area = width * height * rng.uniform(*scale)
-        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < w <= width and 0 < h <= height:
-            x0, y0 = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return View(x0, y0, x0 + w, y0 + h, flipped)
-    # No draw fits a very long image: take as much of its middle as the ratio allows.
-    w = min(width, max(1, round(height * ratio[1])))
-    h = min(height, max(1, round(width / ratio[0])))
-    x0, y0 = (width - w) // 2, (height - h) // 2
-    return View(x0, y0, x0 + w, y0 + h, flipped)
-
-
-def fitting_grid(view: View, most: int) -> tuple[int, int]:
-    """Rows and columns of patches for a view: about its aspect ratio, and nearly as many as allowed.
-
-    Args:
-        view: The part of the image.
-        most: Most patches.
-    """
-    shape = (view.y1 - view.y0) / (view.x1 - view.x0)
-    tall = min(float(most), max(1.0, math.sqrt(most * shape)))
-    grids = [
-        (rows, columns)
-        for rows in (math.floor(tall), math.ceil(tall))
-        for columns in (math.floor(most / tall), math.ceil(most / tall), most // rows)
-        if 0 < rows * columns <= most
-    ]
-
-    def cost(grid: tuple[int, int]) -> float:
-        # Rounding stretches the image by some percent; leaving patches unused costs resolution.
-        rows, columns = grid
-        return abs(math.log(rows / columns / shape)) + math.log(most / (rows * columns))
-
-    return min(grids, key=cost)

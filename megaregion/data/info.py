@@ -67,6 +67,12 @@ class DatasetInfo:
         """Samples of each shard, in the order of the dataset's indices."""
         return tuple(shard.samples for shard in self.shards)
 
+    @property
+    def label_files(self) -> dict[str, str]:
+        """SHA-256 of each file that the labels come from, by name."""
+        files = {CENTERS_NAME: self.centers_sha256, TOKENIZER_NAME: self.tokenizer_sha256}
+        return {name: sha256 for name, sha256 in files.items() if sha256 is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """The content of dataset.json."""
         return {

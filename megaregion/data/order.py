@@ -4,8 +4,8 @@ Epoch p // n shuffles the shards, cuts them into windows of a few shards, and sh
 each window, so that reads stay near each other on disk while neighbours in the stream are mixed. Nothing
 is replayed on resume, and ranks and workers only choose which positions they take.
 
-Random numbers are functions of what they are for: of the run's seed, a purpose and up to three numbers
-(position, epoch, window ...), never of the process that makes them or of what was drawn before.
+Random numbers follow the same rule: they depend on the run's seed, a purpose and up to three numbers
+(position, epoch, window ...), never on the process that draws them or on what was drawn before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,48 @@ CACHED_EPOCHS, CACHED_WINDOWS = 2, 4
 """A step touches one window, or two at a border; prefetching workers may be a little ahead."""
 
 Indices = NDArray[np.int64]
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers are for; two purposes never share a sequence."""
+
+    SHARDS = 1
+    WINDOW = 2
+    REPLACEMENT = 3
+    AUGMENTATION = 4
+
+
+def seeded_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
+    """A generator of its own for (seed, purpose, numbers): at most three numbers below 2**64."""
+    words = _words(seed, purpose, *numbers)
+    return np.random.Generator(np.random.Philox(key=words[:2], counter=words[2:]))
+
+
+class SeededRng:
+    """The generators of :func:`seeded_rng` for one seed and purpose, one object set anew each time.
+
+    Making a generator asks the system for entropy that nobody wants, which takes longer than all random
+    numbers of a sample.
+    """
+
+    def __init__(self, seed: int, purpose: Purpose) -> None:
+        self._seed, self._purpose = seed, purpose
+        self._philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
+        self._generator = np.random.Generator(self._philox)
+        self._state: Any = self._philox.state
+
+    def at(self, *numbers: int) -> np.random.Generator:
+        """The generator of (seed, purpose, numbers); the next call sets the same object anew."""
+        words = _words(self._seed, self._purpose, *numbers)
+        state: Any = {**self._state, "state": {"key": words[:2], "counter": words[2:]}}
+        self._philox.state = state
+        return self._generator
+
+
+def _words(seed: int, purpose: Purpose, *numbers: int) -> NDArray[np.uint64]:
+    # Philox counts up from the lowest word, so sequences that differ in a higher word never meet.
+    counter = [0, *numbers, *[0] * (3 - len(numbers))]
+    return np.array([seed % 2**64, purpose, *counter], dtype=np.uint64)
 
 
 class SampleOrder:
@@ -53,10 +95,8 @@ class SampleOrder:
 
     def sample(self, position: int) -> int:
         """Index in the dataset of the sample at a position, 0 <= position < 2**64."""
-        epoch, place = divmod(position, self.samples)
-        _, window_starts = self._epoch(epoch)
-        window = bisect_right(window_starts, place) - 1
-        return int(self._window(epoch, window)[place - window_starts[window]])
+        epoch, window, place = self._find(position)
+        return int(self._window(epoch, window)[place])
 
     def replacement(self, position: int, attempt: int) -> int:
         """Index of the sample that stands in, at this attempt, when that of a position cannot be used.
@@ -67,17 +107,23 @@ class SampleOrder:
         original = self.sample(position)
         if self.samples == 1:
             return original
-        rng = generator(self._seed, Purpose.REPLACEMENT, position, attempt)
+        rng = seeded_rng(self._seed, Purpose.REPLACEMENT, position, attempt)
         other = int(rng.integers(self.samples - 1))
         return other + (other >= original)
 
     def windows(self, position: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shards of the window that holds a position, and of the next, which may be the next epoch's."""
-        epoch, place = divmod(position, self.samples)
-        _, starts = self._epoch(epoch)
-        window = bisect_right(starts, place) - 1
-        following = (epoch, window + 1) if window + 1 < len(starts) else (epoch + 1, 0)
+        epoch, window, _ = self._find(position)
+        last = window + 1 == len(self._epoch(epoch)[1])
+        following = (epoch + 1, 0) if last else (epoch, window + 1)
         return self._shards_of(epoch, window), self._shards_of(*following)
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """Epoch, window and place inside the window."""
+        epoch, place = divmod(position, self.samples)
+        starts = self._epoch(epoch)[1]
+        window = bisect_right(starts, place) - 1
+        return epoch, window, place - starts[window]
 
     def _shards_of(self, epoch: int, window: int) -> tuple[int, ...]:
         first = window * self._window_shards
@@ -85,7 +131,7 @@ class SampleOrder:
 
     def _shuffle_shards(self, epoch: int) -> tuple[Indices, list[int]]:
         """Shards of an epoch in order, [shards], and the place where each window begins, [windows]."""
-        shards = generator(self._seed, Purpose.SHARDS, epoch).permutation(self._sizes.size)
+        shards = seeded_rng(self._seed, Purpose.SHARDS, epoch).permutation(self._sizes.size)
         ends = np.cumsum(self._sizes[shards])
         return shards, (ends - self._sizes[shards])[:: self._window_shards].tolist()
 
@@ -95,7 +141,7 @@ class SampleOrder:
             np.arange(self._starts[shard], self._starts[shard] + self._sizes[shard])
             for shard in self._shards_of(epoch, window)
         ]
-        return generator(self._seed, Purpose.WINDOW, epoch, window).permutation(np.concatenate(indices))
+        return seeded_rng(self._seed, Purpose.WINDOW, epoch, window).permutation(np.concatenate(indices))
 
 
 def step_positions(
@@ -114,7 +160,7 @@ def step_positions(
         data_ranks: Number of data-parallel ranks.
 
     Raises:
-        ValueError: The global batch cannot be cut into equal slices.
+        ValueError: The global batch cannot be divided into equal slices.
     """
     images, rest = divmod(global_batch, micro_steps * data_ranks)
     if rest or not images:
@@ -123,55 +169,3 @@ def step_positions(
         )
     start = step * global_batch + (micro_step * data_ranks + data_rank) * images
     return range(start, start + images)
-
-
-class Purpose(enum.IntEnum):
-    """What a draw is for; two purposes never share a stream."""
-
-    SHARDS = 1
-    WINDOW = 2
-    REPLACEMENT = 3
-    AUGMENTATION = 4
-
-
-def generator(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
-    """A generator of its own for (seed, purpose, numbers).
-
-    Args:
-        seed: The run's seed.
-        purpose: What the draw is for.
-        numbers: At most three numbers below 2**64 that tell this draw from others.
-    """
-    words = _words(seed, purpose, *numbers)
-    return np.random.Generator(np.random.Philox(key=words[:2], counter=words[2:]))
-
-
-class Stream:
-    """The same draws as :func:`generator`, one generator set anew each time.
-
-    Making a generator asks the system for entropy that nobody wants, which takes longer than all draws of a
-    sample.
-
-    Args:
-        seed: The run's seed.
-        purpose: What the draws are for.
-    """
-
-    def __init__(self, seed: int, purpose: Purpose) -> None:
-        self._seed, self._purpose = seed, purpose
-        self._philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
-        self._generator = np.random.Generator(self._philox)
-        self._state: Any = self._philox.state
-
-    def at(self, *numbers: int) -> np.random.Generator:
-        """The generator of (seed, purpose, numbers), this stream's only one: draw before the next call."""
-        words = _words(self._seed, self._purpose, *numbers)
-        state: Any = {**self._state, "state": {"key": words[:2], "counter": words[2:]}}
-        self._philox.state = state
-        return self._generator
-
-
-def _words(seed: int, purpose: Purpose, *numbers: int) -> NDArray[np.uint64]:
-    # Philox counts up from the lowest word, so streams that differ in a higher word never meet.
-    counter = [0, *numbers, *[0] * (3 - len(numbers))]
-    return np.array([seed % 2**64, purpose, *counter], dtype=np.uint64)

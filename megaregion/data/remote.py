@@ -32,9 +32,7 @@ import numpy as np
 
 from megaregion.config import DataConfig
 from megaregion.data.info import (
-    CENTERS_NAME,
     INFO_NAME,
-    TOKENIZER_NAME,
     ShardEntry,
     read_info,
     replace_file,
@@ -46,10 +44,119 @@ PIPE = "pipe:"
 CHUNK = 8 * 2**20
 """Bytes of one request."""
 
+DEFAULT_CACHE = Path("~/.cache/megaregion/shards")
+
+KEPT = (".json", ".model", "centers.npy")
+"""Endings of files that are counted but never make room: small ones, and what is read by its path."""
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URL or a command, and no folder of this machine."""
     return path.startswith(PIPE) or "://" in path
+
+
+class Mirror:
+    """The local side of a remote dataset.
+
+    Args:
+        url: The dataset's folder, or `pipe:COMMAND`.
+        settings: Folder and size of the cache, and shards of a window.
+
+    Raises:
+        UserError: dataset.json or a label file cannot be had or is damaged, or the cache is too small.
+    """
+
+    def __init__(self, url: str, settings: DataConfig) -> None:
+        self.remote = RemoteFolder(url)
+        root = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE.expanduser()
+        content = self._read_info()
+        # Named by its content: a dataset that is packed anew never mixes with what is left of the old one.
+        self.folder = root / hashlib.sha256(url.encode() + content).hexdigest()[:16]
+        try:
+            self._cache = Cache(root, settings.cache_bytes)
+            self.folder.mkdir(exist_ok=True)
+            replace_file(self.folder / INFO_NAME, content)
+        except OSError as error:
+            raise UserError(
+                f"data.cache {root} cannot be written ({error.strerror}); name another folder"
+            ) from None
+        self.info = read_info(self.folder)
+        self._check(settings.window_shards)
+        self._fetch_label_files()
+
+    def shard(self, shard: ShardEntry, wait: bool = True) -> bool:
+        """Fetch a shard and its index.
+
+        Args:
+            shard: The shard.
+            wait: Whether to wait while another process fetches it.
+
+        Returns:
+            Whether both are there.
+
+        Raises:
+            OSError: The storage fails, or what came is not the shard.
+        """
+        index = self._fetch(f"{shard.name}.index.npy", index_bytes(shard.samples), None, wait)
+        return self._fetch(f"{shard.name}.tar", shard.bytes, shard.sha256, wait) and index
+
+    def fits(self, shards: list[ShardEntry]) -> bool:
+        """Whether the cache can hold all of these shards at once."""
+        return sum(map(_bytes, shards)) <= self._cache.limit
+
+    def _fetch(self, name: str, size: int, sha256: str | None, wait: bool = True) -> bool:
+        try:
+            return self._cache.fetch(self.folder / name, self.remote.read(name), size, sha256, wait)
+        except OSError as error:
+            raise OSError(f"{self.remote.name(name)} cannot be had: {error}") from error
+
+    def _read_info(self) -> bytes:
+        name = self.remote.name(INFO_NAME)
+        try:
+            return b"".join(self.remote.read(INFO_NAME))
+        except FileNotFoundError:
+            way = "data.path must name a dataset that tools/curate.py has finished"
+            raise UserError(f"{name} does not exist; {way}") from None
+        except PermissionError as error:
+            way = "give credentials as the storage's own tools take them (for s3:// AWS_PROFILE or the like)"
+            raise UserError(f"{name} may not be read ({error}); {way}") from None
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error}); check data.path and the network") from None
+
+    def _fetch_label_files(self) -> None:
+        """Fetch the centers and the tokenizer that the dataset was packed with."""
+        for name, sha256 in self.info.label_files.items():
+            try:
+                self._fetch(name, 0, sha256)
+            except OSError as error:
+                raise UserError(f"{error}; copy it to {self.remote.url}") from None
+
+    def _check(self, window: int) -> None:
+        for shard in self.info.shards:
+            if not shard.name or "/" in shard.name or shard.name.startswith("."):
+                raise UserError(
+                    f"{self.remote.name(INFO_NAME)} has a shard {shard.name!r}, which is no file name"
+                )
+        largest = sorted(self.info.shards, key=lambda shard: shard.bytes, reverse=True)[:window]
+        if not self.fits(largest):
+            need = sum(map(_bytes, largest))
+            raise UserError(
+                f"data.cache_bytes must hold the shards that are read at once, {need:,} bytes for "
+                f"data.window_shards {window}, got {self._cache.limit:,}; raise it, best to twice that, or "
+                "lower data.window_shards"
+            )
+
+
+def _bytes(shard: ShardEntry) -> int:
+    return shard.bytes + index_bytes(shard.samples)
+
+
+def index_bytes(samples: int) -> int:
+    """Size of a shard's index file."""
+    header = io.BytesIO()
+    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(header, {**layout, "shape": (samples, 4)})
+    return header.tell() + 4 * 8 * samples
 
 
 class RemoteFolder:
@@ -64,13 +171,12 @@ class RemoteFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        if url.startswith(PIPE):
-            if "{}" not in url:
-                raise UserError(
-                    f"data.path {url} must have {{}} in place of the file's name, as in 'pipe:cat /data/{{}}'"
-                )
-        else:
+        if not url.startswith(PIPE):
             self._filesystem(url)
+        elif "{}" not in url:
+            raise UserError(
+                f"data.path {url} must have {{}} in place of the file's name, as in 'pipe:cat /data/{{}}'"
+            )
 
     def name(self, file: str) -> str:
         """How a message names one of the files."""
@@ -147,123 +253,8 @@ def _line(text: object) -> str:
     return (str(text).strip().splitlines() or [""])[-1]
 
 
-DEFAULT_CACHE = Path("~/.cache/megaregion/shards")
-
-
-class Mirror:
-    """The local side of a remote dataset.
-
-    Args:
-        url: The dataset's folder, or `pipe:COMMAND`.
-        settings: Folder and size of the cache, and shards of a window.
-
-    Raises:
-        UserError: dataset.json or a label file cannot be had or is damaged, or the cache is too small.
-    """
-
-    def __init__(self, url: str, settings: DataConfig) -> None:
-        self.remote = RemoteFolder(url)
-        root = Path(settings.cache).expanduser() if settings.cache else DEFAULT_CACHE.expanduser()
-        content = self._read_info()
-        # Named by its content: a dataset that is packed anew never mixes with what is left of the old one.
-        self.folder = root / hashlib.sha256(url.encode() + content).hexdigest()[:16]
-        try:
-            self._cache = Cache(root, settings.cache_bytes)
-            self.folder.mkdir(exist_ok=True)
-            replace_file(self.folder / INFO_NAME, content)
-        except OSError as error:
-            raise UserError(
-                f"data.cache {root} cannot be written ({error.strerror}); name another folder"
-            ) from None
-        self.info = read_info(self.folder)
-        self._check(settings.window_shards)
-        self._bring_label_files()
-
-    def shard(self, shard: ShardEntry, wait: bool = True) -> bool:
-        """Bring a shard and its index.
-
-        Args:
-            shard: The shard.
-            wait: Whether to wait while another process brings it.
-
-        Returns:
-            Whether both are there.
-
-        Raises:
-            OSError: The storage fails, or what came is not the shard.
-        """
-        index = self._fetch(f"{shard.name}.index.npy", index_bytes(shard.samples), None, wait)
-        return self._fetch(f"{shard.name}.tar", shard.bytes, shard.sha256, wait) and index
-
-    def fits(self, shards: list[ShardEntry]) -> bool:
-        """Whether the cache can hold all of these shards at once."""
-        return sum(map(_bytes, shards)) <= self._cache.limit
-
-    def _fetch(self, name: str, size: int, sha256: str | None, wait: bool = True) -> bool:
-        try:
-            return self._cache.fetch(self.folder / name, self.remote.read(name), size, sha256, wait)
-        except OSError as error:
-            raise OSError(f"{self.remote.name(name)} cannot be had: {error}") from error
-
-    def _read_info(self) -> bytes:
-        name = self.remote.name(INFO_NAME)
-        try:
-            return b"".join(self.remote.read(INFO_NAME))
-        except FileNotFoundError:
-            way = "data.path must name a dataset that tools/curate.py has finished"
-            raise UserError(f"{name} does not exist; {way}") from None
-        except PermissionError as error:
-            way = "give credentials as the storage's own tools take them (for s3:// AWS_PROFILE or the like)"
-            raise UserError(f"{name} may not be read ({error}); {way}") from None
-        except OSError as error:
-            raise UserError(f"{name} cannot be read ({error}); check data.path and the network") from None
-
-    def _bring_label_files(self) -> None:
-        """Bring the centers and the tokenizer that the dataset was packed with."""
-        for name, sha256 in (
-            (CENTERS_NAME, self.info.centers_sha256),
-            (TOKENIZER_NAME, self.info.tokenizer_sha256),
-        ):
-            if sha256 is not None:
-                try:
-                    self._fetch(name, 0, sha256)
-                except OSError as error:
-                    raise UserError(f"{error}; copy it to {self.remote.url}") from None
-
-    def _check(self, window: int) -> None:
-        for shard in self.info.shards:
-            if not shard.name or "/" in shard.name or shard.name.startswith("."):
-                raise UserError(
-                    f"{self.remote.name(INFO_NAME)} has a shard {shard.name!r}, which is no file name"
-                )
-        largest = sorted(self.info.shards, key=lambda shard: shard.bytes, reverse=True)[:window]
-        if not self.fits(largest):
-            need = sum(map(_bytes, largest))
-            raise UserError(
-                f"data.cache_bytes must hold the shards that are read at once, {need:,} bytes for "
-                f"data.window_shards {window}, got {self._cache.limit:,}; raise it, best to twice that, or "
-                "lower data.window_shards"
-            )
-
-
-def _bytes(shard: ShardEntry) -> int:
-    return shard.bytes + index_bytes(shard.samples)
-
-
-def index_bytes(samples: int) -> int:
-    """Size of a shard's index file."""
-    header = io.BytesIO()
-    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(header, {**layout, "shape": (samples, 4)})
-    return header.tell() + 4 * 8 * samples
-
-
-KEPT = (".json", ".model", "centers.npy")
-"""Endings of files that are counted but never make room: small ones, and what is read by its path."""
-
-
 class Cache:
-    """The folder and its bound.
+    """A bounded folder of files that came from elsewhere.
 
     Args:
         folder: The folder; made when missing.
@@ -277,14 +268,14 @@ class Cache:
     def fetch(
         self, path: Path, pieces: Iterable[bytes], size: int, sha256: str | None, wait: bool = True
     ) -> bool:
-        """Bring a file unless it is there; of several processes that want it one brings it.
+        """Fetch a file unless it is there; of several processes that want it one fetches it.
 
         Args:
             path: Its place in a folder of the cache.
             pieces: Its content; read only if the file is not there.
             size: Bytes it must have; 0 where that is not known.
             sha256: Hash it must have, where that is known.
-            wait: Whether to wait while another process brings the file.
+            wait: Whether to wait while another process fetches the file.
 
         Returns:
             Whether the file is there.
@@ -390,8 +381,10 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
-class ReadAhead:
-    """One thread of a reading process; of several processes each brings what no other is bringing.
+class Prefetcher:
+    """Fetches the shards of the next window while those of the window in use are read.
+
+    It is one thread of a reading process; of several processes each fetches what no other is fetching.
 
     Args:
         mirror: The dataset's local side.
@@ -421,7 +414,7 @@ class ReadAhead:
             if self._mirror.fits([*wanted, shards[number]]):
                 wanted.append(shards[number])
         # A daemon: the process may end in the middle of a shard, whose part is nobody's then and makes room.
-        self._thread = threading.Thread(target=self._bring, args=(wanted,), name="read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._fetch, args=(wanted,), name="prefetch", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
@@ -429,7 +422,7 @@ class ReadAhead:
         if self._thread is not None:
             self._thread.join()
 
-    def _bring(self, shards: Sequence[ShardEntry]) -> None:
+    def _fetch(self, shards: Sequence[ShardEntry]) -> None:
         for shard in shards:
             with contextlib.suppress(OSError, UserError):
                 self._mirror.shard(shard, wait=False)

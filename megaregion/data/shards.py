@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from megaregion.config import DataConfig
 from megaregion.data.info import (
-    CENTERS_NAME,
-    TOKENIZER_NAME,
     ShardEntry,
     file_sha256,
     read_info,
@@ -79,8 +77,8 @@ class ShardedDataset:
             for shard in self.info.shards:
                 self._check_sizes(shard)
         if check_labels:
-            self._check_hash(CENTERS_NAME, self.info.centers_sha256)
-            self._check_hash(TOKENIZER_NAME, self.info.tokenizer_sha256)
+            for name, sha256 in self.info.label_files.items():
+                self._check_hash(name, sha256)
 
     def __len__(self) -> int:
         return self.info.samples
@@ -213,9 +211,7 @@ class ShardedDataset:
                 "copy or pack it again"
             )
 
-    def _check_hash(self, name: str, expected: str | None) -> None:
-        if expected is None:
-            return
+    def _check_hash(self, name: str, expected: str) -> None:
         path = self.folder / name
         if not path.is_file():
             raise UserError(f"{path} does not exist, but the dataset was packed with it; copy it again")

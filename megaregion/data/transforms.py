@@ -3,7 +3,7 @@
 :class:`Transform` is for training: a random crop, perhaps mirrored, of image and regions together, all
 drawn from (seed, position). :class:`EvalTransform` is for measuring: the whole image, no randomness.
 
-A region stays if enough of its box lies inside the crop; what sticks out is cut off. An image with text
+A region stays if enough of its box lies inside the crop; what sticks out is left out. An image with text
 is never mirrored, whether or not the text is inside the crop, because mirrored letters are other letters.
 
 Shapes: N regions of a sample, R regions of a record, T label slots, P = rows * columns patches in row-major
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
-from megaregion.data.image import Jpeg, View, cut, eighths_needed, fitting_grid, random_view
-from megaregion.data.order import Purpose, Stream
+from megaregion.data.image import Crop, Jpeg, decode_crop, eighths_needed, fitting_grid, random_crop
+from megaregion.data.order import Purpose, SeededRng
 from megaregion.data.sample import RLE, BadSample, Box, RegionRecord, SampleRecord, mask_area, overlap
 from megaregion.errors import UserError
 
@@ -34,11 +34,11 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 
 class Framed(NamedTuple):
-    """A sample without its pixels: the part of the image that will be seen, and the regions in it."""
+    """A sample without its pixels: the crop and the regions in it."""
 
     key: str
     position: int
-    view: View
+    crop: Crop
     rows: int
     """Patches from top to bottom."""
     columns: int
@@ -70,8 +70,8 @@ class Transform:
     stages: tuple[StageConfig, ...] = ()
 
     @cached_property
-    def _draws(self) -> Stream:
-        return Stream(self.seed, Purpose.AUGMENTATION)
+    def _rng(self) -> SeededRng:
+        return SeededRng(self.seed, Purpose.AUGMENTATION)
 
     def __call__(
         self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
@@ -81,7 +81,7 @@ class Transform:
         Args:
             image: The image, decoded or not; it stays as it is.
             record: Its size and regions.
-            position: The sample's place in the stream, which seeds every draw.
+            position: The sample's place in the stream, which seeds its random numbers.
             key: Name of the sample.
 
         Returns:
@@ -95,25 +95,16 @@ class Transform:
         return None if framed is None else self.decode(image, framed)
 
     def frame(self, record: SampleRecord, position: int, key: str = "") -> Framed | None:
-        """Draw and find all of a sample but its pixels.
-
-        Args:
-            record: The image's size and regions.
-            position: The sample's place in the stream, which seeds every draw.
-            key: Name of the sample.
-
-        Returns:
-            What is known without the pixels, or None if no region is left in the crop.
-        """
+        """Draw and find all of a sample but its pixels; None if no region is left in the crop."""
         if not record.regions:
             return None
         grid = self._grid(position)
         data, native = self.data, self.data.packing == "native"
-        rng = self._draws.at(position)
-        view = self.view(record, rng, grid)
-        rows, columns = fitting_grid(view, grid**2) if native else (grid, grid)
+        rng = self._rng.at(position)
+        crop = self.draw_crop(record, rng, grid)
+        rows, columns = fitting_grid(crop, grid**2) if native else (grid, grid)
         boxes = np.array([region.box for region in record.regions], dtype=np.float64)
-        share = view.share_inside(boxes)
+        share = crop.share_inside(boxes)
         kept = np.flatnonzero((share > 0) & (share >= data.min_visible))
         if not kept.size:
             return None
@@ -123,11 +114,11 @@ class Transform:
         return Framed(
             key=key,
             position=position,
-            view=view,
+            crop=crop,
             rows=rows,
             columns=columns,
             factors=_jitter_factors(data.color_jitter, rng),
-            visible=visibility(boxes[places], masks, view, rows, columns, data.patch_coverage),
+            visible=visibility(boxes[places], masks, crop, rows, columns, data.patch_coverage),
             kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
             labels=pad_labels(chosen, data.max_text_tokens),
         )
@@ -135,15 +126,11 @@ class Transform:
     def decode(self, image: Image.Image | Jpeg, framed: Framed) -> TransformedSample:
         """Decode the pixels of a sample.
 
-        Args:
-            image: The image, decoded or not; it stays as it is.
-            framed: All else of the sample.
-
         Raises:
             BadSample: The image cannot be decoded.
         """
         patch = self.model.patch_size
-        pixels = cut(image, framed.view, framed.columns * patch, framed.rows * patch, shrink=True)
+        pixels = decode_crop(image, framed.crop, framed.columns * patch, framed.rows * patch, shrink=True)
         return TransformedSample(
             key=framed.key,
             position=framed.position,
@@ -154,8 +141,8 @@ class Transform:
             patch=patch if self.data.packing == "native" else 0,
         )
 
-    def view(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> View:
-        """Draw the part of an image that is seen, and whether it is mirrored.
+    def draw_crop(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> Crop:
+        """Draw the crop of an image, and whether it is mirrored.
 
         Args:
             record: The image's size and regions.
@@ -167,10 +154,10 @@ class Transform:
         # In packed mode an image keeps its own shape.
         own = record.width / record.height if data.packing == "native" else 1.0
         ratio = data.crop_ratio[0] * own, data.crop_ratio[1] * own
-        view = random_view(rng, record.width, record.height, data.crop_scale, ratio, mirrored)
-        if data.packing != "native" and eighths_needed(view, side, side) < 8:
-            view = view.on_blocks(record.width, record.height)
-        return view
+        crop = random_crop(rng, record.width, record.height, data.crop_scale, ratio, mirrored)
+        if data.packing != "native" and eighths_needed(crop, side, side) < 8:
+            crop = crop.on_blocks(record.width, record.height)
+        return crop
 
     def _grid(self, position: int) -> int:
         passed = [stage.image_size for stage in self.stages if stage.from_image <= position]
@@ -214,12 +201,12 @@ class EvalTransform:
         Raises:
             BadSample: The image cannot be decoded.
         """
-        view = View(0, 0, image.width, image.height)
+        crop = Crop(0, 0, image.width, image.height)
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         rows, columns = self.height // self.patch, self.width // self.patch
         shapes = masks or [None] * len(corners)
-        visible = visibility(corners, shapes, view, rows, columns, self.data.patch_coverage)
-        pixels = torch.from_numpy(cut(image, view, self.width, self.height).transpose(2, 0, 1).copy())
+        visible = visibility(corners, shapes, crop, rows, columns, self.data.patch_coverage)
+        pixels = torch.from_numpy(decode_crop(image, crop, self.width, self.height).transpose(2, 0, 1).copy())
         return normalise(pixels, self.data.mean, self.data.std), torch.from_numpy(visible.copy())
 
 
@@ -301,7 +288,7 @@ def sample_regions(kept: int, n: int, rng: np.random.Generator) -> NDArray[np.in
 def visibility(
     boxes: NDArray[np.float64],
     masks: Sequence[RLE | None],
-    view: View,
+    crop: Crop,
     rows: int,
     columns: int,
     coverage: float,
@@ -314,7 +301,7 @@ def visibility(
     Args:
         boxes: Boxes in pixels of the stored image, [N, 4].
         masks: Exact shapes where known; a region with a mask is judged by it and not by its box.
-        view: The part of the stored image that the patches divide.
+        crop: The part of the stored image that the patches divide.
         rows: Patches from top to bottom.
         columns: Patches from left to right.
         coverage: Least share of a patch that a region must cover.
@@ -322,7 +309,7 @@ def visibility(
     Returns:
         True where region n sees patch p, bool [N, P].
     """
-    x_edges, y_edges = view.edges(rows, columns)
+    x_edges, y_edges = crop.edges(rows, columns)
     width, height = x_edges[1] - x_edges[0], y_edges[1] - y_edges[0]
     x_share = overlap(x_edges, boxes[:, 0], boxes[:, 2])
     y_share = overlap(y_edges, boxes[:, 1], boxes[:, 3])
@@ -335,11 +322,11 @@ def visibility(
     visible = share >= max(coverage - TOLERANCE, np.nextafter(0, 1))
     blind = np.flatnonzero(~visible.reshape(len(boxes), rows * columns).any(axis=1))
     for n in blind.tolist():
-        x, y = _middle(boxes[n], share[n] if masks[n] is not None else None, view, x_edges, y_edges)
+        x, y = _middle(boxes[n], share[n] if masks[n] is not None else None, crop, x_edges, y_edges)
         column = min(max(int(np.searchsorted(x_edges, x, side="right")) - 1, 0), columns - 1)
         row = min(max(int(np.searchsorted(y_edges, y, side="right")) - 1, 0), rows - 1)
         visible[n, row, column] = True
-    if view.flipped:
+    if crop.flipped:
         visible = visible[:, :, ::-1]
     return visible.reshape(len(boxes), rows * columns)
 
@@ -347,14 +334,14 @@ def visibility(
 def _middle(
     box: NDArray[np.float64],
     share: NDArray[np.float64] | None,
-    view: View,
+    crop: Crop,
     x_edges: NDArray[np.float64],
     y_edges: NDArray[np.float64],
 ) -> tuple[float, float]:
-    """Center of the part of a region that is in the view: of its mask, if that has any area there."""
+    """Center of the part of a region that is in the crop: of its mask, if that has any area there."""
     if share is not None and (total := share.sum()) > 0:
         x = share.sum(axis=0) @ (x_edges[:-1] + x_edges[1:]) / 2 / total
         y = share.sum(axis=1) @ (y_edges[:-1] + y_edges[1:]) / 2 / total
         return float(x), float(y)
-    x0, y0, x1, y1 = np.clip(box, (view.x0, view.y0) * 2, (view.x1, view.y1) * 2).tolist()
+    x0, y0, x1, y1 = np.clip(box, (crop.x0, crop.y0) * 2, (crop.x1, crop.y1) * 2).tolist()
     return (x0 + x1) / 2, (y0 + y1) / 2

@@ -17,7 +17,7 @@ from megaregion.checkpoint.huggingface import EncoderFolder, is_encoder_folder
 from megaregion.checkpoint.pretrained import Pretrained, open_pretrained
 from megaregion.config import DataConfig
 from megaregion.data.batch import normalise
-from megaregion.data.image import View, cut, open_image
+from megaregion.data.image import Crop, decode_crop, open_image
 from megaregion.data.sample import BadSample
 from megaregion.errors import UserError
 from megaregion.models import VisionTransformer
@@ -163,7 +163,7 @@ def _pixels(pictures: Sequence[Path], height: int, width: int, data: DataConfig)
     for picture in pictures:
         try:
             image = open_image(picture.read_bytes())
-            pixels = cut(image, View(0, 0, image.width, image.height), width, height)
+            pixels = decode_crop(image, Crop(0, 0, image.width, image.height), width, height)
         except (BadSample, OSError) as error:
             raise UserError(f"--images: {picture}: {error}; take it out of the folder") from error
         images.append(normalise(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), data.mean, data.std))

@@ -18,9 +18,9 @@ from pathlib import Path
 from benchmark.loader_peer import webdataset_batches
 from benchmark.report import Case
 from megaregion.config import DataConfig, ModelConfig
-from megaregion.data.image import View, cut, open_image, stay_on_one_core
+from megaregion.data.image import Crop, decode_crop, open_image, stay_on_one_core
 from megaregion.data.loader import RegionLoader
-from megaregion.data.order import Purpose, SampleOrder, generator
+from megaregion.data.order import Purpose, SampleOrder, seeded_rng
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import RawSample, ShardedDataset
 from megaregion.data.transforms import Transform
@@ -34,7 +34,7 @@ FAR = 10**9
 SEED = 0
 MODEL = ModelConfig()
 
-Share = list[tuple[bytes, View]]
+Share = list[tuple[bytes, Crop]]
 """Encoded images and what is cut from them."""
 
 
@@ -136,12 +136,12 @@ def _drain(batches: Iterable[object], close: Callable[[], None] | None = None) -
 
 
 def _encoded(dataset: ShardedDataset, order: SampleOrder, transform: Transform) -> Share:
-    """Every image with the view of its position."""
+    """Every image with the crop of its position."""
     found = []
     for position in range(len(dataset)):
         raw = dataset.read(order.sample(position))
-        rng = generator(SEED, Purpose.AUGMENTATION, position)
-        found.append((raw.image, transform.view(parse_sample(raw.record), rng, transform.model.grid)))
+        rng = seeded_rng(SEED, Purpose.AUGMENTATION, position)
+        found.append((raw.image, transform.draw_crop(parse_sample(raw.record), rng, transform.model.grid)))
     return found
 
 
@@ -157,5 +157,5 @@ def _alone(shares: Sequence[Share]) -> None:
 
 def _decode(share: Share) -> None:
     stay_on_one_core()
-    for content, view in share:
-        cut(open_image(content), view, MODEL.image_size, MODEL.image_size, shrink=True)
+    for content, crop in share:
+        decode_crop(open_image(content), crop, MODEL.image_size, MODEL.image_size, shrink=True)

@@ -143,10 +143,10 @@ SHAPES = (1 / 3, 0.42, 0.5, 0.62, 0.75, 0.9, 1.0, 1.0, 1.1, 1.33, 1.5, 1.6, 1.78
 
 def native_grids(sizes: StepSizes) -> tuple[tuple[int, int], ...]:
     """Rows and columns of patches of the mix, each about as many as the model's square has."""
-    from megaregion.data.image import View, fitting_grid
+    from megaregion.data.image import Crop, fitting_grid
 
     shapes = [SHAPES[image * len(SHAPES) // sizes.batch] for image in range(sizes.batch)]
-    return tuple(fitting_grid(View(0, 0, 1000, 1000 * shape), sizes.model.grid**2) for shape in shapes)
+    return tuple(fitting_grid(Crop(0, 0, 1000, 1000 * shape), sizes.model.grid**2) for shape in shapes)
 
 
 def our_packed_step(sizes: StepSizes, device: str, padded: bool = False) -> Work:
