@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.curation.pipeline import curate
+from megaregion.curation.runner.pipeline import curate
+from megaregion.curation.runner.summary import Summary
 from megaregion.curation.settings import settings_from
-from megaregion.curation.summary import Summary
 
 WORDS = ("EXIT", "Hotel", "SALE", "Books")
 

@@ -15,18 +15,27 @@ import torch
 
 from benchmark.commands import PARTS
 from benchmark.crops import gaussian_features, scene_features
-from megaregion.curation import cost, features
-from megaregion.curation.embedder import unit
-from megaregion.curation.hierarchy import Plan, cluster, evenly, share_out
-from megaregion.curation.inputs import find_images
-from megaregion.curation.kmeans import Vectors, find_centers, nearest, nearest_centers
-from megaregion.curation.pipeline import Pipeline
-from megaregion.curation.probing import build_probing
-from megaregion.curation.refinement import climb, find_neighbours, gather, refine, split_large
+from megaregion.curation.inputs.find import find_images
+from megaregion.curation.kmeans import cost, features
+from megaregion.curation.kmeans.hierarchy import (
+    Plan,
+    climb,
+    cluster,
+    evenly,
+    find_neighbours,
+    gather,
+    refine,
+    share_out,
+    split_large,
+)
+from megaregion.curation.kmeans.kmeans import Vectors, find_centers, nearest, nearest_centers
+from megaregion.curation.kmeans.probing import build_probing
+from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.settings import settings_from
-from megaregion.curation.stage import Job
 from megaregion.curation.stages.embed import FEATURES, Embed
-from megaregion.curation.store import Output, Store
+from megaregion.curation.stages.stage import Job
+from megaregion.curation.stages.store import Output, Store
+from megaregion.curation.types import unit
 from megaregion.errors import UserError
 
 IMAGES, PER_IMAGE, CHANNELS = 40, 30, 24
@@ -49,7 +58,7 @@ def inertia(vectors: Vectors, centers: Vectors) -> float:
 def test_cells_with_refinement_come_near_flat_k_means_where_cells_alone_do_not(
     spread: float, limit: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaregion.curation.hierarchy.WHOLE_CENTERS", most)
+    monkeypatch.setattr("megaregion.curation.kmeans.hierarchy.WHOLE_CENTERS", most)
     vectors = gaussian_features(4000, 64, 400, spread)
     flat = inertia(vectors, find_centers(vectors, 400, 25, 0).centers)
     refined = cluster(vectors, Plan.of(400, 10, 0, 10), threads=1)
@@ -132,7 +141,7 @@ def test_evenly_spaced_rows_are_different_and_reach_across() -> None:
 def test_nearest_centers_are_those_of_all_scores_whatever_the_tiles(
     tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaregion.curation.kmeans.TILE", tile)
+    monkeypatch.setattr("megaregion.curation.kmeans.kmeans.TILE", tile)
     rng = np.random.default_rng(0)
     vectors, centers = (unit(rng.standard_normal((n, 16), dtype=np.float32)) for n in (40, 23))
     scores = vectors @ centers.T
@@ -147,7 +156,7 @@ def test_nearest_centers_are_those_of_all_scores_whatever_the_tiles(
 def test_of_equally_near_centers_the_first_is_chosen(
     tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaregion.curation.kmeans.TILE", tile)
+    monkeypatch.setattr("megaregion.curation.kmeans.kmeans.TILE", tile)
     # Cosines of such unit vectors are multiples of 1/16, exact in whatever order one adds: many are equal.
     vectors, centers = (
         np.random.default_rng(n).choice([-0.25, 0.25], (n, 16)).astype(np.float32) for n in (40, 23)
@@ -302,10 +311,10 @@ def test_no_more_rows_than_the_memory_setting_allows_are_worked_on_at_once(
     def few(memory: int, channels: int) -> int:
         return 50 * memory
 
-    for module in ("coarse", "split", "assign"):
+    for module in ("cells", "assign"):
         monkeypatch.setattr(f"megaregion.curation.stages.{module}.to_unit", watched)
     monkeypatch.setattr(features, "to_unit", watched)
-    monkeypatch.setattr("megaregion.curation.stages.coarse.rows_in", few)
+    monkeypatch.setattr("megaregion.curation.stages.cells.rows_in", few)
     monkeypatch.setattr("megaregion.curation.stages.assign.rows_in", few)
     # The sample that coarse takes is bounded by the number of cells.
     run(tmp_path / "a", stop="coarse", chunk_memory=1)

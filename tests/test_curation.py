@@ -23,11 +23,11 @@ from curation_scenes import contents, save_tiny_clip, save_tiny_sam, scene, work
 from PIL import Image
 
 from megaregion.curation.boxes import iou
-from megaregion.curation.inputs import find_images
+from megaregion.curation.inputs.find import find_images
 from megaregion.curation.picture import BadImage, read_picture
+from megaregion.curation.runner.summary import Summary
 from megaregion.curation.settings import settings_from
-from megaregion.curation.store import Output, Store
-from megaregion.curation.summary import Summary
+from megaregion.curation.stages.store import Output, Store
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
@@ -368,7 +368,7 @@ def test_single_stages_in_order_give_the_same_dataset(
 
 
 def test_two_runs_in_one_folder_are_refused(images: Path, tmp_path: Path) -> None:
-    from megaregion.curation.lock import locked
+    from megaregion.curation.runner.lock import locked
 
     with locked(tmp_path), pytest.raises(UserError, match=r"in use by process .* choose another folder"):
         run(images, tmp_path)
@@ -483,7 +483,7 @@ def test_clip_embeddings_run_through_the_stages(
 def test_a_region_whose_embedding_is_not_finite_gets_no_label(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megaregion.curation.embedder import Lite0Embedder
+    from megaregion.curation.engines.lite0 import Lite0Embedder
 
     real = Lite0Embedder.embed
 
@@ -515,7 +515,7 @@ def test_without_any_text_the_dataset_has_no_text_classes(images: Path, tmp_path
 
 
 def test_a_manifest_of_another_layout_counts_as_missing(copy: Path) -> None:
-    from megaregion.curation.store import Piece
+    from megaregion.curation.stages.store import Piece
 
     path = copy / "stages" / "ocr" / "00000" / "manifest.json"
     content = json.loads(path.read_text())

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from curation_scenes import contents, run, scene
 
-from megaregion.curation.annotations import read_annotations
-from megaregion.curation.inputs import find_images
+from megaregion.curation.inputs.annotations import read_annotations
+from megaregion.curation.inputs.find import find_images
+from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import BadImage
-from megaregion.curation.tars import scan_tar
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError

@@ -13,14 +13,12 @@ from curation_scenes import contents, run, scene, silent
 from drill import Drill
 from launch import repository
 
-from megaregion.curation.claim import claimed
-from megaregion.curation.jobs import job_lines
-from megaregion.curation.lock import locked
-from megaregion.curation.pipeline import Share, curate_share, open_job
-from megaregion.curation.run_record import recorded_run
+from megaregion.curation.runner.holder import held
+from megaregion.curation.runner.lock import locked
+from megaregion.curation.runner.pipeline import Share, curate_share, job_lines, open_job, recorded_run
+from megaregion.curation.runner.status import read_progress, table
 from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages import NAMES
-from megaregion.curation.status import read_progress, table
 from megaregion.errors import UserError
 
 FEW = {"clusters": 4, "vocab": 384, "piece_images": 2, "samples_per_shard": 3, "crop_side": 96}
@@ -80,11 +78,11 @@ def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
             run(images, at_once, **FEW)
     with locked(at_once), pytest.raises(UserError, match="in use by process"):
         share(images, at_once, "ocr", 0, 2)
-    monkeypatch.setattr("megaregion.curation.claim.PATIENCE", 0.3)
+    monkeypatch.setattr("megaregion.curation.runner.holder.PATIENCE", 0.3)
     stage = tmp_path / "stages" / "ocr"
     holder = (
-        "import sys, time; from pathlib import Path; from megaregion.curation.claim import claimed\n"
-        f"with claimed(Path({str(stage)!r}), 3, lambda: None): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from megaregion.curation.runner.holder import held\n"
+        f"with held(Path({str(stage)!r}), 3, lambda: None): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=repository())
     try:
@@ -92,15 +90,15 @@ def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
         process.stdout.readline()
         with (
             pytest.raises(UserError, match=f"piece 3 of stage ocr is in use by process {process.pid} on "),
-            claimed(stage, 3, lambda: None),
+            held(stage, 3, lambda: None),
         ):
             pass
-        with claimed(stage, 4, lambda: None):
+        with held(stage, 4, lambda: None):
             pass
     finally:
         process.kill()
         process.wait()
-    with claimed(stage, 3, lambda: None):
+    with held(stage, 3, lambda: None):
         pass
 
 
@@ -114,11 +112,11 @@ def test_the_status_tells_done_running_failed_and_what_is_left(
     run(images, out, stage="list", **FEW)
     share(images, out, "propose", 0, 4)
     folder = out / "stages" / "propose"
-    with pytest.raises(OSError, match="lost"), claimed(folder, 2, lambda: None):
+    with pytest.raises(OSError, match="lost"), held(folder, 2, lambda: None):
         raise OSError("lost")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    with claimed(folder, 3, lambda: None) as tick:
+    with held(folder, 3, lambda: None) as tick:
         tick()
         while not (folder / ".running" / "00003").exists():
             time.sleep(0.01)
@@ -188,5 +186,5 @@ def _of(out: Path) -> tuple[Path, Path, CurationSettings]:
     return images, out, settings
 
 
-def _process(claim: str) -> str:
-    return str(json.loads(claim)["process"])
+def _process(holder: str) -> str:
+    return str(json.loads(holder)["process"])

@@ -17,16 +17,15 @@ from paddle_models import save_paddle_models
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.boxes import diverse, iou
-from megaregion.curation.distinct import DistinctTexts
-from megaregion.curation.embedder import load_embedder
-from megaregion.curation.filters import choose, rank
-from megaregion.curation.kmeans import find_centers, nearest_centers
-from megaregion.curation.objectness import Objectness
+from megaregion.curation.engines import load_embedder, load_reader
+from megaregion.curation.engines.objectness import Objectness
+from megaregion.curation.engines.selective_search import SelectiveSearch
+from megaregion.curation.engines.tokenizer import DistinctTexts, default_corpus, train_tokenizer
+from megaregion.curation.kmeans.kmeans import find_centers, nearest_centers
 from megaregion.curation.picture import cut
-from megaregion.curation.proposer import Proposal, SelectiveSearch
-from megaregion.curation.reader import load_reader
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
-from megaregion.curation.tokenizer import default_corpus, train_tokenizer
+from megaregion.curation.stages.filters import choose, rank
+from megaregion.curation.types import Proposal
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError
@@ -93,7 +92,7 @@ def test_selective_search_proposes_boxes_inside_the_image() -> None:
 
 
 def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
-    from megaregion.curation.sam import SamProposer
+    from megaregion.curation.engines.pretrained import SamProposer
 
     pixels = np.asarray(scene(2, 100))[:70]
     found = SamProposer(sam, grid=3, min_iou=-np.inf, min_stability=0.0).propose(pixels)
@@ -111,7 +110,7 @@ def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
 def test_prompts_in_batches_of_any_size_give_the_same_masks(
     sam: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megaregion.curation import sam as room
+    from megaregion.curation.engines import pretrained as room
 
     pixels = np.asarray(scene(4, 96))
     proposer = room.SamProposer(sam, grid=4, min_iou=-np.inf, min_stability=0.5)
@@ -226,7 +225,7 @@ def test_the_real_paddleocr_reads_from_local_folders(tmp_path: Path) -> None:
         scene(number).save(tmp_path / f"{number}.png")
     script = (
         "import sys, numpy; from pathlib import Path; from PIL import Image\n"
-        "from megaregion.curation.paddle import PaddleReader\n"
+        "from megaregion.curation.engines.ocr import PaddleReader\n"
         "reader = PaddleReader(Path(sys.argv[1]))\n"
         "for path in sys.argv[2:]:\n"
         "    print('READ', [word.text for word in reader.read(numpy.asarray(Image.open(path)))])"

@@ -12,8 +12,8 @@ import pytest
 from curation_scenes import WORDS, run, scene
 from launch import repository
 
-from megaregion.curation.quality.agreement import nmi
-from megaregion.curation.stages.balance import keep_evenly
+from megaregion.curation.quality.clusters import nmi
+from megaregion.curation.stages.assign import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 

@@ -17,14 +17,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaregion.command_line import run
-from megaregion.curation.jobs import job_lines
-from megaregion.curation.pipeline import LIST, Pipeline, Share, curate, curate_share, open_job
 from megaregion.curation.quality.report import report
 from megaregion.curation.quality.truth import TrueImage
-from megaregion.curation.run_record import recorded_run
+from megaregion.curation.runner.pipeline import (
+    LIST,
+    Pipeline,
+    Share,
+    curate,
+    curate_share,
+    job_lines,
+    open_job,
+    recorded_run,
+)
+from megaregion.curation.runner.status import read_progress, table
 from megaregion.curation.settings import setting_groups, settings_from
 from megaregion.curation.stages import NAMES
-from megaregion.curation.status import read_progress, table
 from megaregion.errors import UserError
 from megaregion.evaluation.scenes import Scene, read_scenes
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megaregion.command_line import run
-from megaregion.curation.embedder import load_embedder
-from megaregion.curation.lite0 import Lite0
-from megaregion.curation.picture import Pixels, resize
+from megaregion.curation.engines import load_embedder
+from megaregion.curation.engines.lite0 import Lite0
+from megaregion.curation.picture import resize
+from megaregion.curation.types import Pixels
 from megaregion.errors import UserError
 from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder

@@ -13,7 +13,7 @@ from typing import Any
 
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.source import Source
-from megaregion.curation.lock import locked
+from megaregion.curation.runner.lock import locked
 from megaregion.errors import UserError
 
 VERSION = 1

@@ -5,11 +5,21 @@ Shapes: R and S boxes, [R, 4], as x0, y0, x1, y1 in pixels; x1 and y1 exclusive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels; x1 and y1 exclusive."""
+
 Boxes = NDArray[np.float64]
 """[R, 4]"""
+
+
+def as_array(boxes: Sequence[Box]) -> Boxes:
+    """Boxes as an array, [R, 4], also when there is none."""
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
 
 
 def area(boxes: Boxes) -> NDArray[np.float64]:

@@ -12,13 +12,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megaregion.curation.types import Pixels
 from megaregion.data.image import FORMATS
-
-Pixels = NDArray[np.uint8]
-"""RGB, uint8 [h, w, 3]."""
 
 ORIENTATION = 0x0112
 """EXIF tag of how the camera was held; 1 is upright."""

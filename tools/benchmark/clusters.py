@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmark.report import Case
-from megaregion.curation.cost import Work, work_of
-from megaregion.curation.hierarchy import Plan, cluster, in_chunks, in_order
-from megaregion.curation.kmeans import Clustering, Vectors, find_centers, nearest
-from megaregion.curation.probing import build_probing
+from megaregion.curation.kmeans.cost import Work, work_of
+from megaregion.curation.kmeans.hierarchy import Plan, cluster, in_chunks, in_order
+from megaregion.curation.kmeans.kmeans import Clustering, Vectors, find_centers, nearest
+from megaregion.curation.kmeans.probing import build_probing
 
 FLAT_ITERATIONS = 25
 """Faiss's own default; it ends earlier where nothing moves any more."""

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from megaregion.curation.embedder import load_embedder, unit
-from megaregion.curation.picture import Pixels, cut
+from megaregion.curation.engines import load_embedder
+from megaregion.curation.picture import cut
+from megaregion.curation.types import Pixels, unit
 from megaregion.demo.assets import load_library
 from megaregion.demo.scenes import Scene, SceneMaker, SceneSettings
 from megaregion.errors import UserError

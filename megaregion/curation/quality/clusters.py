@@ -5,17 +5,19 @@ Shapes: m regions of a sample, K clusters, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.kmeans import find_centers, nearest_centers
-from megaregion.curation.quality.agreement import nmi
-from megaregion.curation.quality.regions import LabelledRegions, Sample
-from megaregion.curation.stage import Job
+from megaregion.curation.kmeans.kmeans import find_centers, nearest_centers
+from megaregion.curation.stages.assign import COSINES, LABELS
 from megaregion.curation.stages.cluster import CENTERS
-from megaregion.curation.store import Piece
+from megaregion.curation.stages.embed import FEATURES
+from megaregion.curation.stages.stage import Job
+from megaregion.curation.stages.store import Piece
+from megaregion.curation.types import unit
 
 NEAR = 0.97
 """Cosine from which two regions count as near-duplicates."""
@@ -126,3 +128,89 @@ def _stability(sample: Sample, clusters: int, iterations: int, seed: int) -> flo
         found = find_centers(sample.vectors, clusters, iterations, each)
         labels.append(nearest_centers(sample.vectors, found.centers)[0])
     return nmi(labels[0], labels[1])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some regions."""
+
+    vectors: NDArray[np.float32]
+    """Unit vectors, [m, C]."""
+    labels: NDArray[np.int64]
+    """[m]"""
+
+
+class LabelledRegions:
+    """What stages embed and assign left of every region with a label."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def labels(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+        """Slice, labels [r] and cosines to the center [r]; -1 is a region without label."""
+        for number in range(self._job.source.slices):
+            folder = self._job.store.folder(Piece("assign", number))
+            labels, cosines = (np.load(folder / name, allow_pickle=False) for name in (LABELS, COSINES))
+            yield number, labels, cosines
+
+    def sample(self, size: int) -> Sample:
+        """At most this many regions, evenly over the run."""
+        total = sum(int((labels >= 0).sum()) for _, labels, _ in self.labels())
+        step = max(1.0, total / max(1, size))
+        wanted = np.unique((np.arange(min(size, total)) * step).astype(np.int64))
+        vectors, kept, start = [], [], 0
+        for number, labels, _ in self.labels():
+            rows = np.flatnonzero(labels >= 0)
+            mine = wanted[(wanted >= start) & (wanted < start + len(rows))] - start
+            start += len(rows)
+            if len(mine):
+                vectors.append(self._vectors(number, rows[mine]))
+                kept.append(labels[rows[mine]])
+        return Sample(np.concatenate(vectors), np.concatenate(kept))
+
+    def members(self, clusters: NDArray[np.int64], most: int) -> dict[int, NDArray[np.float32]]:
+        """Unit vectors of the first regions, at most so many, of each of some clusters."""
+        found: dict[int, list[NDArray[np.float32]]] = {int(cluster): [] for cluster in clusters}
+        have = dict.fromkeys(found, 0)
+        for number, labels, _ in self.labels():
+            rows = np.flatnonzero(np.isin(labels, clusters))
+            if not len(rows):
+                continue
+            vectors = self._vectors(number, rows)
+            for cluster in np.unique(labels[rows]).tolist():
+                some = vectors[labels[rows] == cluster][: most - have[cluster]]
+                have[cluster] += len(some)
+                found[cluster].append(some)
+        return {cluster: np.concatenate(parts) for cluster, parts in found.items() if parts}
+
+    def _vectors(self, number: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        folder = self._job.store.folder(Piece("embed", number))
+        stored = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        return unit(np.asarray(stored[rows]).astype(np.float32))
+
+
+def nmi(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
+    """Normalised mutual information, with the mean of both entropies below.
+
+    Args:
+        some: Labels, [n].
+        others: Other labels of the same things, [n].
+
+    Returns:
+        0 for independent labellings, 1 for equal ones whatever the names; 1 if neither tells anything apart.
+    """
+    if not len(some):
+        return 1.0
+    _, rows = np.unique(some, return_inverse=True)
+    _, columns = np.unique(others, return_inverse=True)
+    pairs, counts = np.unique(rows * (columns.max() + 1) + columns, return_counts=True)
+    joint = counts / len(some)
+    first, second = np.bincount(rows) / len(some), np.bincount(columns) / len(some)
+    cells = first[pairs // len(second)] * second[pairs % len(second)]
+    shared = float((joint * np.log(joint / cells)).sum())
+    mean = (_entropy(first) + _entropy(second)) / 2
+    return shared / mean if mean > 0 else 1.0
+
+
+def _entropy(shares: NDArray[np.float64]) -> float:
+    return float(-(shares * np.log(shares)).sum())

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megaregion.curation.pipeline import Pipeline
 from megaregion.curation.quality.clusters import NEAR, ClusterQuality, cluster_quality
 from megaregion.curation.quality.texts import TextQuality, text_quality
 from megaregion.curation.quality.truth import MATCH, READABLE, TIGHT, TrueImage, TruthQuality, truth_quality
-from megaregion.curation.stage import Job
-from megaregion.curation.summary import Summary, summarise
+from megaregion.curation.runner.pipeline import Pipeline
+from megaregion.curation.runner.summary import Summary, summarise
+from megaregion.curation.stages.stage import Job
 from megaregion.data.info import replace_file
 from megaregion.errors import UserError
 

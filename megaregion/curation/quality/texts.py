@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaregion.curation.records import read_words
-from megaregion.curation.stage import Job
-from megaregion.curation.stages.ocr import WORDS
-from megaregion.curation.stages.tokenizer import MODEL
-from megaregion.curation.store import Piece
+from megaregion.curation.stages.records import read_words
+from megaregion.curation.stages.stage import Job
+from megaregion.curation.stages.store import Piece
+from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.data.info import load_tokenizer, token_set
 
 KNOWN_TEXTS = 200_000

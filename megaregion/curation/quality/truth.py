@@ -14,17 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.boxes import Boxes, iou
-from megaregion.curation.filters import as_array
-from megaregion.curation.proposer import Box
-from megaregion.curation.quality.agreement import nmi
-from megaregion.curation.quality.regions import LabelledRegions
-from megaregion.curation.records import read_regions, read_words
-from megaregion.curation.stage import Job
+from megaregion.curation.boxes import Box, Boxes, as_array, iou
+from megaregion.curation.quality.clusters import LabelledRegions, nmi
 from megaregion.curation.stages.embed import REGIONS
-from megaregion.curation.stages.ocr import WORDS
 from megaregion.curation.stages.propose import CANDIDATES
-from megaregion.curation.store import Piece
+from megaregion.curation.stages.records import read_regions, read_words
+from megaregion.curation.stages.stage import Job
+from megaregion.curation.stages.store import Piece
+from megaregion.curation.stages.text import WORDS
 from megaregion.errors import UserError
 
 MATCH = 0.5

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from megaregion.curation.stage import Job, Stage
-from megaregion.curation.stages.assign import Assign
-from megaregion.curation.stages.balance import Balance
+from megaregion.curation.stages.assign import Assign, Balance
+from megaregion.curation.stages.cells import PASSES, Coarse, Route, Split
 from megaregion.curation.stages.cluster import Cluster
-from megaregion.curation.stages.coarse import Coarse, Route
 from megaregion.curation.stages.embed import Embed
-from megaregion.curation.stages.ocr import Ocr
-from megaregion.curation.stages.pack import Pack
+from megaregion.curation.stages.pack import Pack, Publish
 from megaregion.curation.stages.propose import Propose
-from megaregion.curation.stages.publish import Publish
-from megaregion.curation.stages.refine import PASSES
-from megaregion.curation.stages.split import Split
-from megaregion.curation.stages.tokenizer import Tokenizer
+from megaregion.curation.stages.stage import Job, Stage
+from megaregion.curation.stages.text import Ocr, Tokenizer
 
 STAGES: tuple[type[Stage], ...] = (
     Propose, Ocr, Embed, Coarse, Route, Split, *PASSES, Cluster, Assign, Balance, Tokenizer, Pack, Publish,

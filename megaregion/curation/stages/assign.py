@@ -5,6 +5,7 @@ Shapes: r regions of the piece, K centers, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.features import open_rows, rows_in, to_unit
-from megaregion.curation.hierarchy import in_chunks
-from megaregion.curation.kmeans import Vectors, nearest_centers
-from megaregion.curation.probing import Probing
-from megaregion.curation.stage import Stage
+from megaregion.curation.kmeans.features import open_rows, rows_in, to_unit
+from megaregion.curation.kmeans.hierarchy import in_chunks
+from megaregion.curation.kmeans.kmeans import Vectors, nearest_centers
+from megaregion.curation.kmeans.probing import Probing
 from megaregion.curation.stages.cluster import CELLS, CENTERS, FIRST, NEIGHBOURS
 from megaregion.curation.stages.embed import FEATURES
-from megaregion.curation.store import Output, Piece
+from megaregion.curation.stages.stage import Stage
+from megaregion.curation.stages.store import Output, Piece
 
 LABELS, COSINES = "labels.npy", "cosines.npy"
 
@@ -72,3 +73,79 @@ class Assign(Stage):
 def _load(path: Path) -> NDArray[Any]:
     found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return found
+
+
+KEPT, STARTS = "kept.npy", "starts.npy"
+
+
+class Balance(Stage):
+    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
+
+    Without a cap there is nothing to do.
+    """
+
+    name = "balance"
+    whole = True
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"cluster_cap": self.job.settings.pack.cluster_cap}
+
+    @override
+    def pieces(self) -> int:
+        return int(self.job.settings.pack.cluster_cap > 0)
+
+    @override
+    def needs(self, number: int) -> list[Piece]:
+        return [Piece("assign", piece) for piece in range(self.slices())]
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        sizes = np.zeros(self.job.settings.cluster.clusters, dtype=np.int64)
+        starts = [0]
+        for labels in self._labels():
+            sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
+            starts.append(starts[-1] + len(labels))
+        with output.file(STARTS) as file:
+            np.save(file, np.array(starts, dtype=np.int64), allow_pickle=False)
+        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
+        seen = np.zeros_like(sizes)
+        with output.file(KEPT) as file:
+            header = {"descr": "|b1", "fortran_order": False, "shape": (starts[-1],)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for labels in self._labels():
+                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
+        output.counts["clusters capped"] = int((sizes > caps).sum())
+        output.counts["regions over the cap"] = int((sizes - caps).sum())
+        output.tick()
+
+    def _labels(self) -> Iterator[NDArray[np.int64]]:
+        for piece in self.needs(0):
+            yield np.load(self.path(piece, LABELS), allow_pickle=False)
+
+
+def keep_evenly(
+    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
+
+    Args:
+        labels: Clusters, -1 for none, int64 [r].
+        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
+        sizes: Regions of each cluster in the whole run, int64 [K].
+        caps: How many of them stay, int64 [K].
+
+    Returns:
+        bool [r]; over all pieces exactly caps[k] of cluster k are True.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    clusters = labels[order]
+    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
+    lengths = np.diff(firsts, append=len(clusters))
+    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
+    kept = np.zeros(len(labels), dtype=bool)
+    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
+    kept[order] = (place + 1) * share // whole > place * share // whole
+    seen[clusters[firsts]] += lengths
+    return kept

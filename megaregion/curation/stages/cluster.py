@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from megaregion.curation.features import count_broken, open_rows, to_unit
-from megaregion.curation.kmeans import Vectors, find_centers
-from megaregion.curation.probing import ALL, build_probing
-from megaregion.curation.stages.coarse import ClusterStage
+from megaregion.curation.kmeans.features import count_broken, open_rows, to_unit
+from megaregion.curation.kmeans.kmeans import Vectors, find_centers
+from megaregion.curation.kmeans.probing import ALL, build_probing
+from megaregion.curation.stages.cells import ClusterStage, before, gathered
 from megaregion.curation.stages.embed import FEATURES
-from megaregion.curation.stages.refine import before, gathered
-from megaregion.curation.store import Output, Piece
+from megaregion.curation.stages.store import Output, Piece
 
 CENTERS, CELLS, FIRST, NEIGHBOURS = "centers.npy", "cells.npy", "first.npy", "neighbours.npy"
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from megaregion.curation import lite0
-from megaregion.curation.embedder import Embedder, load_embedder
-from megaregion.curation.filters import choose
+from megaregion.curation.engines import lite0, load_embedder
+from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture, cut
-from megaregion.curation.records import ImageRegions, read_regions, read_words, write_regions
-from megaregion.curation.source import ImageFile
-from megaregion.curation.stage import Stage, plain
-from megaregion.curation.stages.ocr import WORDS
+from megaregion.curation.stages.filters import choose
 from megaregion.curation.stages.propose import CANDIDATES
-from megaregion.curation.store import Output, Piece
+from megaregion.curation.stages.records import ImageRegions, read_regions, read_words, write_regions
+from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.text import WORDS
+from megaregion.curation.types import Embedder
 
 REGIONS, FEATURES = "regions.jsonl", "features.npy"
 
@@ -37,7 +37,7 @@ class Embed(Stage):
         values = plain(settings, self.job.settings.image)
         values["min_confidence"] = self.job.settings.tokenizer.min_confidence
         if settings.embedder == "clip":
-            from megaregion.curation.weights import describe
+            from megaregion.curation.engines.pretrained import describe
 
             values["clip"] = describe(Path(settings.clip))
         else:

@@ -9,16 +9,16 @@ from typing import Any
 
 from typing_extensions import override
 
-from megaregion.curation import lite0
-from megaregion.curation.annotations import read_annotations
-from megaregion.curation.filters import rank
-from megaregion.curation.objectness import Objectness
+from megaregion.curation.engines import lite0, load_proposer
+from megaregion.curation.engines.objectness import Objectness
+from megaregion.curation.inputs.annotations import read_annotations
+from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
-from megaregion.curation.proposer import Proposal, Proposer, load_proposer
-from megaregion.curation.records import ImageRegions, write_regions
-from megaregion.curation.source import ImageFile
-from megaregion.curation.stage import Stage, plain
-from megaregion.curation.store import Output
+from megaregion.curation.stages.filters import rank
+from megaregion.curation.stages.records import ImageRegions, write_regions
+from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.store import Output
+from megaregion.curation.types import Proposal, Proposer
 
 CANDIDATES = "candidates.jsonl"
 
@@ -37,7 +37,7 @@ class Propose(Stage):
         settings = self.job.settings.propose
         values = plain(settings, self.job.settings.image) | {"objectness": lite0.fingerprint()}
         if settings.proposer == "sam":
-            from megaregion.curation.weights import describe
+            from megaregion.curation.engines.pretrained import describe
 
             values["sam"] = describe(Path(settings.sam))
         return values

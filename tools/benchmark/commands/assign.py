@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """
     from benchmark.clusters import compare_assign, run_ours
     from benchmark.crops import gaussian_features, scene_features
-    from megaregion.curation.hierarchy import Plan
+    from megaregion.curation.kmeans.hierarchy import Plan
 
     check(options)
     if options.probes < 1 or options.passes < 0 or not 16 <= options.clusters <= options.crops:

@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
 
 def _peaks(images: Path, out: Path, clusters: int) -> dict[str, int]:
     """Peak resident memory of each stage, in bytes, by name."""
-    from megaregion.curation.pipeline import LIST
+    from megaregion.curation.runner.pipeline import LIST
     from megaregion.curation.stages import NAMES
 
     values = {"clusters": clusters, "vocab": 384, "piece_images": 8, "samples_per_shard": 32}
@@ -80,7 +80,7 @@ def _peaks(images: Path, out: Path, clusters: int) -> dict[str, int]:
 
 def _run(pipe: Connection, images: Path, out: Path, values: dict[str, Any], stage: str) -> None:
     """One stage, as a job of a cluster does it; sends the peak, or what went wrong."""
-    from megaregion.curation.pipeline import LIST, Share, curate, curate_share
+    from megaregion.curation.runner.pipeline import LIST, Share, curate, curate_share
     from megaregion.curation.settings import settings_from
 
     settings = settings_from(values)

@@ -33,8 +33,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         UserError: A flag is out of range.
     """
     from benchmark.scenes import compose_scenes
-    from megaregion.curation.embedder import Lite0Embedder
-    from megaregion.curation.lite0 import load_network
+    from megaregion.curation.engines.lite0 import Lite0Embedder, load_network
     from megaregion.curation.picture import cut
 
     if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
@@ -68,7 +67,7 @@ def _in_torch(network: Any, crops: list[Any], side: int) -> torch.Tensor:
     """The same features from the package's own network."""
     import numpy as np
 
-    from megaregion.curation.embedder import BATCH
+    from megaregion.curation.engines.lite0 import BATCH
     from megaregion.curation.picture import resize
 
     found = []

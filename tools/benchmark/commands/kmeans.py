@@ -13,7 +13,7 @@ from benchmark.report import Case, Report
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
-    from megaregion.curation.cost import Work
+    from megaregion.curation.kmeans.cost import Work
 
 HELP = "hierarchical k-means against flat Faiss k-means, and a projection to 2 billion regions"
 DESCRIPTION = (
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """
     from benchmark.clusters import compare_kmeans, run_ours
     from benchmark.crops import gaussian_features, scene_features
-    from megaregion.curation.hierarchy import Plan
+    from megaregion.curation.kmeans.hierarchy import Plan
 
     check(options)
     if options.passes < 1 or options.iterations < 1 or not 1 <= options.clusters <= options.crops:
@@ -102,8 +102,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
 
 def _project(runs: list[tuple[list[Work], float]], threads: int, options: argparse.Namespace) -> Case:
     from benchmark.clusters import bare_rate
-    from megaregion.curation import cost
-    from megaregion.curation.hierarchy import Plan
+    from megaregion.curation.kmeans import cost
+    from megaregion.curation.kmeans.hierarchy import Plan
     from megaregion.curation.settings import AssignSettings
 
     fitted, bare, fleet = cost.fit(runs, threads), bare_rate(768, threads), cost.Fleet()

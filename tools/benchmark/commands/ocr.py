@@ -35,8 +35,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         UserError: A flag is out of range.
     """
     from benchmark.scenes import compose_scenes
+    from megaregion.curation.engines.ocr import RapidReader
     from megaregion.curation.quality.truth import READABLE
-    from megaregion.curation.rapid import RapidReader
 
     if options.scenes < 1 or options.ocr_side < 32:
         raise UserError("--scenes must be at least 1 and --ocr-side at least 32")
@@ -86,7 +86,7 @@ def _engine() -> Callable[[Any], Sequence[Any]]:
     import cv2
     from rapidocr import RapidOCR
 
-    from megaregion.curation.reader import to_words
+    from megaregion.curation.types import to_words
 
     threads = "EngineConfig.onnxruntime"
     engine: Any = RapidOCR(

@@ -1,0 +1,78 @@
+"""The engines that find regions and text and embed crops, by the name that a setting gives.
+
+Every heavy dependency has one file and is imported when it is first needed: OpenCV's selective search
+selective_search.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr.py,
+sentencepiece's trainer tokenizer.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megaregion.curation.settings import OcrSettings, ProposeSettings
+from megaregion.curation.types import Embedder, Pixels, Proposer, Reader, Word
+from megaregion.errors import UserError
+
+
+class NoReader:
+    """Reads nothing, for data sets that are wanted without text."""
+
+    def read(self, image: Pixels) -> list[Word]:
+        """No words."""
+        return []
+
+
+def load_reader(settings: OcrSettings) -> Reader:
+    """The reader that the settings name.
+
+    Raises:
+        UserError: The engine is not installed or its models are missing.
+    """
+    if settings.ocr == "none":
+        return NoReader()
+    if settings.ocr == "paddleocr":
+        from megaregion.curation.engines.ocr import PaddleReader
+
+        return PaddleReader(Path(settings.paddle))
+    from megaregion.curation.engines.ocr import RapidReader
+
+    return RapidReader(settings.ocr_side)
+
+
+def load_proposer(settings: ProposeSettings) -> Proposer:
+    """The proposer that the settings name.
+
+    Raises:
+        UserError: SAM's weights cannot be loaded.
+    """
+    if settings.proposer == "sam":
+        from megaregion.curation.engines.pretrained import SamProposer
+
+        return SamProposer(Path(settings.sam), settings.sam_grid)
+    from megaregion.curation.engines.selective_search import SelectiveSearch
+
+    return SelectiveSearch(settings.proposal_sides, settings.proposal_scales)
+
+
+def load_embedder(name: str = "lite0", path: str | Path | None = None, side: int = 224) -> Embedder:
+    """Load an embedder by name.
+
+    Args:
+        name: lite0 or clip.
+        path: Folder with CLIP's weights.
+        side: Lite0 only: side, in pixels, to which a crop is resized; a multiple of 32.
+
+    Raises:
+        UserError: The name is unknown or the weights cannot be loaded.
+    """
+    if name == "lite0":
+        from megaregion.curation.engines.lite0 import Lite0Embedder
+
+        return Lite0Embedder(side)
+    if name == "clip":
+        from megaregion.curation.engines.pretrained import ClipEmbedder
+
+        if path is None:
+            raise UserError("embedder clip needs the folder with its weights")
+        return ClipEmbedder(Path(path))
+    raise UserError(f"embedder must be lite0 or clip, got {name!r}")

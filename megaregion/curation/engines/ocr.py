@@ -1,0 +1,108 @@
+"""rapidocr, the light OCR engine: its models come inside its package and run on ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import yaml
+
+from megaregion.curation.types import Pixels, Word, to_words
+from megaregion.errors import UserError
+
+
+class RapidReader:
+    """Reads with PP-OCR's small models on one CPU core.
+
+    Args:
+        side: Longest side, in pixels, at which text is looked for; recognition sees the full image.
+
+    Raises:
+        UserError: rapidocr is not installed.
+    """
+
+    def __init__(self, side: int) -> None:
+        try:
+            from rapidocr import RapidOCR
+        except ImportError:
+            raise UserError(
+                "rapidocr is not installed; pip install rapidocr==3.10.0, or use --ocr none"
+            ) from None
+        threads = "EngineConfig.onnxruntime"
+        self._engine: Any = RapidOCR(
+            params={
+                # Confidence is judged later, so that another limit costs no new reading.
+                "Global.text_score": 0.0,
+                # Text upside down is rare, and asking costs a network pass per line.
+                "Global.use_cls": False,
+                "Global.log_level": "critical",
+                "Det.limit_side_len": side,
+                "Det.limit_type": "max",
+                f"{threads}.intra_op_num_threads": 1,
+                f"{threads}.inter_op_num_threads": 1,
+            }
+        )
+        logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
+
+    def read(self, image: Pixels) -> list[Word]:
+        """Read an image, see :class:`megaregion.curation.types.Reader`."""
+        result = self._engine(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        if result.boxes is None or result.txts is None:
+            return []
+        return to_words(result.boxes, result.txts, result.scores, image)
+
+
+class PaddleReader:
+    """Reads with PP-OCR models through paddleocr.
+
+    Args:
+        folder: Folder with the model folders det and rec.
+
+    Raises:
+        UserError: paddleocr is not installed, or a model is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        names = {part: _model_name(folder / part) for part in ("det", "rec")}
+        # It must be set before the import, or paddleocr looks for a hub.
+        os.environ["PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK"] = "True"
+        try:
+            from paddleocr import PaddleOCR
+        except ImportError:
+            raise UserError(
+                "paddleocr is not installed; pip install paddleocr==3.7.0 into an environment of its own (it "
+                "brings another OpenCV), or use --ocr rapidocr"
+            ) from None
+        self._engine: Any = PaddleOCR(
+            text_detection_model_name=names["det"],
+            text_detection_model_dir=str(folder / "det"),
+            text_recognition_model_name=names["rec"],
+            text_recognition_model_dir=str(folder / "rec"),
+            engine="onnxruntime",
+            device="cpu",
+            use_doc_orientation_classify=False,
+            use_doc_unwarping=False,
+            use_textline_orientation=False,
+            text_rec_score_thresh=0.0,
+        )
+
+    def read(self, image: Pixels) -> list[Word]:
+        """Read an image, see :class:`megaregion.curation.types.Reader`."""
+        words: list[Word] = []
+        for page in self._engine.predict(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+            words += to_words(page["rec_polys"], page["rec_texts"], page["rec_scores"], image)
+        return words
+
+
+def _model_name(folder: Path) -> str:
+    model, settings = folder / "inference.onnx", folder / "inference.yml"
+    for path in (model, settings):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; --paddle needs det and rec, each with an exported model")
+    try:
+        return str(yaml.safe_load(settings.read_text(encoding="utf-8"))["Global"]["model_name"])
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{settings} has no Global.model_name; export the model again") from None

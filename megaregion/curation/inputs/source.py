@@ -1,0 +1,324 @@
+"""The images of a run, in slices: parts of a folder's listing, or of one tar each.
+
+What :func:`megaregion.curation.inputs.find.find_images` found lies on disk; a process holds the slice that it
+works on. Slices are numbered: first the loose files of the folder, sorted by path, then tar after tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.curation.inputs.tars import Member, scan_tar
+from megaregion.data.writer import MAX_KEY_BYTES
+from megaregion.errors import UserError
+
+FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
+"""Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
+
+VERSION = 2
+"""Version of these files' layout."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image of the input."""
+
+    key: str
+    """Name of the sample, unique in the dataset."""
+    path: str
+    """Where it lies, relative to the folder of images; TAR/NAME for a member of a tar."""
+    size: int
+    """In bytes."""
+    changed: int = 0
+    """Time of the file's last change, in nanoseconds."""
+    sha256: str = ""
+    """Hash of the content; empty for a member of a tar."""
+    annotation: str = ""
+    """Hash of the JSON file of the same name beside it; empty without one, or in a tar."""
+    member: Member | None = None
+    """Its place in its tar."""
+
+
+class Source:
+    """All images of a run; cheap to hand to another process.
+
+    Args:
+        folder: Folder of the input.
+        place: Folder with the listings.
+        slice_size: Most images of one slice.
+
+    Raises:
+        UserError: There are no listings of this folder.
+    """
+
+    def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
+        self.folder, self.place, self.slice_size = folder, place, slice_size
+        try:
+            self._found: dict[str, Any] = json.loads((place / INPUTS).read_bytes())
+        except (OSError, ValueError):
+            self._found = {}
+        if self._found.get("version") != VERSION or self._found.get("folder") != str(folder.resolve()):
+            raise UserError(
+                f"{place.parent} has no list of the images in {folder}; "
+                "run tools/curate.py --stage list first"
+            )
+        self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (self.folder, self.place, self.slice_size)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def files(self) -> int:
+        """Images that were found, duplicates included."""
+        return len(self) + self.duplicates
+
+    @property
+    def duplicates(self) -> int:
+        """Images left out: the same content as another file's, or the same name in a tar."""
+        return int(self._found["duplicates"])
+
+    @property
+    def others(self) -> int:
+        """Files that are no images by their ending."""
+        return int(self._found["others"])
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that slices depend on."""
+        return f"{self._found['digest']}-{self.slice_size}"
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Damaged tars by path, and why."""
+        return dict(self._found["bad"])
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Position of each slice's first image among all images, and their number, [slices + 1]."""
+        images = np.concatenate([[len(self._files)], self._tar_counts])
+        slices = -(-images // self.slice_size)
+        sizes = np.full(slices.sum(), self.slice_size, dtype=np.int64)
+        last = (np.cumsum(slices) - 1)[slices > 0]
+        sizes[last] = (images - (slices - 1) * self.slice_size)[slices > 0]
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return len(self.starts) - 1
+
+    def count(self, number: int) -> int:
+        """Images of a slice."""
+        return int(self.starts[number + 1] - self.starts[number])
+
+    def images(self, number: int) -> list[ImageFile]:
+        """The images of a slice."""
+        tar, first = self._place_of(number)
+        if tar is None:
+            return [ImageFile(**row) for row in self._files.rows(first, first + self.slice_size)]
+        return self._members(tar)[first : first + self.slice_size]
+
+    def identity(self, number: int) -> list[Any]:
+        """What the outcome for a slice depends on; JSON."""
+        tar, first = self._place_of(number)
+        if tar is not None:
+            row = self._tar(tar)
+            return [row["path"], row["size"], row["changed"], first, self.count(number)]
+        return [
+            (image.key, image.sha256, image.annotation) if image.annotation else (image.key, image.sha256)
+            for image in self.images(number)
+        ]
+
+    def overlapping(self, first: int, last: int) -> range:
+        """Slices that hold the images at positions first to last - 1."""
+        begin, end = np.searchsorted(self.starts, [first, last - 1], side="right") - 1
+        return range(int(begin), int(end) + 1)
+
+    def between(self, first: int, last: int) -> Iterator[ImageFile]:
+        """The images at positions first to last - 1."""
+        for number in self.overlapping(first, last):
+            start = int(self.starts[number])
+            yield from self.images(number)[max(first - start, 0) : last - start]
+
+    def read(self, image: ImageFile) -> bytes:
+        """The content of an image.
+
+        Raises:
+            UserError: It is gone or not what it was when it was listed.
+        """
+        if image.member is not None:
+            return self._part(image, image.member.image)
+        return self._content(self.folder / image.path, image.sha256)
+
+    def annotation(self, image: ImageFile) -> bytes | None:
+        """The JSON file of the same name, or None; raises as :meth:`read`."""
+        if image.member is not None:
+            part = image.member.annotation
+            return None if part is None else self._part(image, part)
+        if not image.annotation:
+            return None
+        return self._content((self.folder / image.path).with_suffix(".json"), image.annotation)
+
+    def _content(self, path: Path, sha256: str) -> bytes:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{path} changed while curation ran; run again")
+        return content
+
+    def _part(self, image: ImageFile, part: tuple[int, int]) -> bytes:
+        path, (offset, size) = self._tar_path(image), part
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
+        if len(content) != size:
+            raise UserError(f"{path} changed while curation ran; run again")
+        return content
+
+    def _tar_path(self, image: ImageFile) -> Path:
+        assert image.member is not None
+        return self.folder / image.path[: -len(image.member.name) - 1]
+
+    @cached_property
+    def _tar_counts(self) -> NDArray[np.int64]:
+        rows = self._tars.rows(0, len(self._tars))
+        return np.fromiter((row["images"] for row in rows), dtype=np.int64, count=len(self._tars))
+
+    @cached_property
+    def _tar_starts(self) -> NDArray[np.int64]:
+        """First slice of each tar."""
+        loose = -(-len(self._files) // self.slice_size)
+        return loose + np.concatenate([[0], np.cumsum(-(-self._tar_counts // self.slice_size))])
+
+    def _place_of(self, number: int) -> tuple[int | None, int]:
+        """Tar of a slice, None for loose files, and its first image there."""
+        if number < self._tar_starts[0]:
+            return None, number * self.slice_size
+        tar = int(np.searchsorted(self._tar_starts, number, side="right")) - 1
+        return tar, (number - int(self._tar_starts[tar])) * self.slice_size
+
+    def _tar(self, tar: int) -> dict[str, Any]:
+        [row] = self._tars.rows(tar, tar + 1)
+        return row
+
+    def _members(self, tar: int) -> list[ImageFile]:
+        """All images of a tar; those of the tar that was read last are remembered."""
+        if self._scanned[0] != tar:
+            row = self._tar(tar)
+            path = self.folder / row["path"]
+            try:
+                state = path.stat()
+                members = scan_tar(path).members
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
+            if (state.st_size, state.st_mtime_ns, len(members)) != (
+                row["size"], row["changed"], row["images"],
+            ):  # fmt: skip
+                raise UserError(f"{path} changed while curation ran; run again")
+            keys = sample_keys([member.name for member in members], row["key"] + "_")
+            self._scanned = (
+                tar,
+                [
+                    ImageFile(key, f"{row['path']}/{member.name}", member.image.size, member=member)
+                    for key, member in zip(keys, members, strict=True)
+                ],
+            )
+        return self._scanned[1]
+
+    _scanned: tuple[int, list[ImageFile]] = (-1, [])
+
+
+def plain_key(name: str) -> str:
+    """Sample key of a name without its ending: a/b becomes a_b; it may be shared and too long."""
+    return re.sub(r"[^\w-]", "_", name)
+
+
+def sample_keys(names: Sequence[str], prefix: str = "") -> list[str]:
+    """Sample keys of names without their endings, with a hash where a key is not unique or too long."""
+    plain = [prefix + plain_key(name) for name in names]
+    count = Counter(plain)
+    return [
+        mark_key(key, prefix + name) if count[key] > 1 or len(key.encode()) > MAX_KEY_BYTES else key
+        for name, key in zip(names, plain, strict=True)
+    ]
+
+
+def mark_key(key: str, name: str) -> str:
+    """A key made unique by the hash of the full name, and short enough."""
+    mark = "-" + hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+    return key.encode()[: MAX_KEY_BYTES - len(mark)].decode(errors="ignore") + mark
+
+
+class Listing:
+    """Reads any part of a listing; a process holds no more than that part.
+
+    Args:
+        path: The file of lines; where they begin lies beside it as PATH.offsets.npy.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Lines start to stop - 1, in order."""
+        stop = min(stop, len(self))
+        if start >= stop:
+            return
+        with self.path.open("rb") as file:
+            file.seek(int(self._offsets[start]))
+            for _ in range(stop - start):
+                yield json.loads(file.readline())
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        offsets: NDArray[np.int64] = np.load(_beside(self.path), mmap_mode="r", allow_pickle=False)
+        return offsets
+
+
+def write_listing(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a listing; it takes its name when it is complete.
+
+    Args:
+        path: The file of lines.
+        rows: JSON objects; 8 bytes of memory are spent on each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offsets = array("q", [0])
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        for row in rows:
+            line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+            file.write(line)
+            offsets.append(offsets[-1] + len(line))
+    beside = path.with_name(f".{path.name}.offsets.partial")
+    with beside.open("wb") as file:
+        np.save(file, np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
+    partial.replace(path)
+    beside.replace(_beside(path))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.offsets.npy")

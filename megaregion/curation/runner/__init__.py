@@ -1,0 +1,1 @@
+"""Runs the stages: which pieces are to do, who does them, how far a run is and what it found."""

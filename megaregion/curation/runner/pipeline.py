@@ -1,0 +1,305 @@
+"""Runs stages: finds out which pieces are missing or stale, has them done, and says what there is.
+
+A run does everything in one call; a share does its part of one stage's pieces beside other processes, on this
+or other machines, and looks at no more than it needs for that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from megaregion.curation.inputs.find import find_images
+from megaregion.curation.inputs.source import Source
+from megaregion.curation.runner.lock import locked
+from megaregion.curation.runner.summary import Summary, summarise
+from megaregion.curation.runner.workers import Task, Workers
+from megaregion.curation.settings import CurationSettings, settings_from
+from megaregion.curation.stages import NAMES, make_stages
+from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
+from megaregion.curation.stages.store import Manifest, Piece, Store, enough_space
+from megaregion.data.info import replace_file
+from megaregion.errors import UserError
+
+LIST = "list"
+"""The step before all stages: finding the images."""
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+"""Opens a progress bar for a stage and a number of images; what it gives is called for each."""
+
+
+class Share(NamedTuple):
+    """Part i of n of a stage's pieces: neighbours, so that a tar is read by few."""
+
+    number: int
+    of: int
+
+    def pieces(self, count: int) -> range:
+        """Which of so many pieces; every piece is in one share."""
+        return range(count * self.number // self.of, count * (self.number + 1) // self.of)
+
+
+class Outcome(NamedTuple):
+    """What became of a share."""
+
+    pieces: range
+    done: int
+    """Pieces that were done now; the others had been done before."""
+
+
+def curate(
+    images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str = "all", workers: int = 2
+) -> Summary:
+    """Turn a folder of images into a dataset, or do one stage of it; what is done already stays.
+
+    Args:
+        images: Folder of images or WebDataset tars, searched recursively.
+        out: Folder of the run; the dataset will be OUT/shards.
+        settings: Settings of all stages.
+        bar: Shows progress.
+        stage: One stage, or all; list only finds the images.
+        workers: Processes; the outcome does not depend on their number.
+
+    Returns:
+        What was found, kept and dropped, as far as stages are done.
+
+    Raises:
+        UserError: Something that the user can mend; what is done stays done.
+    """
+    with locked(out), enough_space(out):
+        pipeline = Pipeline(_list_images(images, out, settings, workers), bar, workers)
+        # Not by shares: they run beside each other.
+        pipeline.prune()
+        try:
+            for name in _names(stage):
+                pipeline.run(name)
+        finally:
+            pipeline.close()
+        return summarise(pipeline.job, pipeline.finished())
+
+
+def curate_share(
+    images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str, share: Share, workers: int = 2
+) -> Outcome:
+    """Do a share of one stage; other shares may run at the same time, anywhere.
+
+    Args:
+        images: As the list of images was made from.
+        out: Folder of the run.
+        settings: Settings of all stages.
+        bar: Shows progress.
+        stage: Which stage.
+        share: Which part of its pieces.
+        workers: Processes.
+
+    Raises:
+        UserError: The images are not listed, an earlier stage is not done, a run holds the folder, or
+            something else that the user can mend.
+    """
+    if stage not in NAMES:
+        raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
+    with locked(out, shared=True), enough_space(out):
+        pipeline = Pipeline(open_job(images, out, settings), bar, workers, share)
+        try:
+            outcome = pipeline.run(stage)
+        finally:
+            pipeline.close()
+        if stage == NAMES[-1] and outcome.pieces:
+            # The last share of all leaves the summary that a run in one call leaves.
+            summarise(pipeline.job, pipeline.finished())
+        return outcome
+
+
+def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
+    """A run whose images are listed.
+
+    Raises:
+        UserError: They are not.
+    """
+    return Job(settings, Source(images, out / "stages", settings.image.piece_images), Store(out))
+
+
+class Pipeline:
+    """The stages of one run and the pieces that are done.
+
+    Args:
+        job: The run.
+        bar: Shows progress.
+        workers: Processes.
+        share: Part of the pieces to do; all if None.
+    """
+
+    def __init__(self, job: Job, bar: Bar, workers: int, share: Share | None = None) -> None:
+        self.job = job
+        self._bar, self._share = bar, share
+        self._stages = make_stages(job)
+        self._workers = Workers(job, workers)
+        # Digests only: a manifest is a kilobyte, and there may be a hundred thousand of them.
+        self._done: dict[Piece, str] = {}
+
+    def run(self, name: str) -> Outcome:
+        """Do the pieces of a stage that are missing or stale.
+
+        Raises:
+            UserError: An earlier stage is not done, or a piece failed.
+        """
+        stage = self._stages[name]
+        share = self._share or Share(0, 1)
+        pieces = share.pieces(stage.pieces())
+        tasks = self._missing(stage, pieces)
+        if tasks:
+            stage.prepare()
+            for task in tasks:
+                self._done.pop(task.piece, None)
+            images = sum(stage.count(task.piece.number) for task in tasks)
+            with self._bar(name, images) as tick:
+                self._workers.run(tasks, tick)
+        return Outcome(pieces, len(tasks))
+
+    def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
+        """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""
+        for name, stage in self._stages.items():
+            recipes = recipes_of(name, self._stages)
+            if all(manifest is not None and manifest.recipes == recipes for manifest in self._read(stage)):
+                yield name, (manifest for manifest in self._read(stage) if manifest is not None)
+
+    def prune(self) -> None:
+        """Remove what a run with more pieces left, of every stage."""
+        for name, stage in self._stages.items():
+            self.job.store.prune(name, stage.pieces())
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._workers.close()
+
+    def _read(self, stage: Stage) -> Iterator[Manifest | None]:
+        for number in range(stage.pieces()):
+            yield self.job.store.read(Piece(stage.name, number), thorough=False)
+
+    def _missing(self, stage: Stage, pieces: Sequence[int]) -> list[Task]:
+        tasks = []
+        for number in pieces:
+            piece = Piece(stage.name, number)
+            key = self._key(stage, number)
+            if key is None:
+                first = next(need for need in stage.needs(number) if self._digest(need, stage) is None)
+                raise UserError(
+                    f"--stage {stage.name} needs piece {first.number} of stage {first.stage}, which is not "
+                    f"done for these images and settings; run --stage {first.stage} or --stage all first"
+                )
+            if self._digest(piece) is None:
+                tasks.append(Task(piece, key, recipes_of(stage.name, self._stages)))
+        return tasks
+
+    def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
+        """Digest of a piece that is done and made from what there is now.
+
+        Args:
+            piece: Which one.
+            reader: Stage that wants to know because it needs the piece.
+        """
+        if piece not in self._done:
+            stage = self._stages[piece.stage]
+            # A share must not look at everything before it: what one piece made for all is known by its
+            # recipes, and a reader of all pieces trusts their sizes.
+            brief = self._share is not None and reader is not None
+            wide = not stage.sliced or (reader is not None and not reader.sliced)
+            manifest = self.job.store.read(piece, thorough=not (brief and wide))
+            if manifest is None:
+                return None
+            recipes = recipes_of(stage.name, self._stages)
+            if brief and not stage.sliced:
+                if manifest.recipes != recipes:
+                    return None
+            elif manifest.key != self._key(stage, piece.number):
+                return None
+            elif manifest.recipes != recipes:
+                # Other settings before it, or other images elsewhere, led to the same input.
+                self.job.store.write(piece, replace(manifest, recipes=recipes))
+            self._done[piece] = manifest.digest
+        return self._done[piece]
+
+    def _key(self, stage: Stage, number: int) -> str | None:
+        digests = [self._digest(need, stage) for need in stage.needs(number)]
+        if any(digest is None for digest in digests):
+            return None
+        return stage.key(number, [digest for digest in digests if digest is not None])
+
+
+def _list_images(images: Path, out: Path, settings: CurationSettings, workers: int) -> Job:
+    size = settings.image.piece_images
+    source = find_images(images, out / "stages", out, size, workers)
+    record_run(out, images, settings)
+    return Job(settings, source, Store(out))
+
+
+def _names(stage: str) -> Sequence[str]:
+    """What to run: packing without publishing would leave shards that are no dataset."""
+    if stage == "all":
+        return NAMES
+    if stage == LIST:
+        return ()
+    if stage not in NAMES:
+        raise UserError(f"--stage must be all, {LIST} or one of {', '.join(NAMES)}, got {stage!r}")
+    return ("pack", "publish") if stage == "pack" else (stage,)
+
+
+def job_lines(settings: CurationSettings) -> Sequence[str]:
+    """A line for each job, in an order in which they can be submitted.
+
+    Returns:
+        ``STAGE many|one EARLIER,EARLIER``: whether pieces can be shared, and the stages to wait for, or
+        ``list`` where there is none.
+    """
+    stages = make_stages(Job(settings, cast("Source", _OneImage()), Store(Path())))
+    lines = []
+    for name, stage in stages.items():
+        if stage.pieces():
+            earlier = [other for other in stages if other in stages_before(stage)]
+            lines.append(f"{name} {'one' if stage.whole else 'many'} {','.join(earlier) or 'list'}")
+    return lines
+
+
+class _OneImage:
+    """As much of a source as the order of stages depends on: one slice of one image."""
+
+    slices = 1
+
+    def __len__(self) -> int:
+        return 1
+
+    def overlapping(self, first: int, last: int) -> range:
+        return range(1)
+
+
+RUN = "run.json"
+
+
+def record_run(out: Path, images: Path, settings: CurationSettings) -> None:
+    """Write the record."""
+    content = {"images": str(images.absolute()), "settings": asdict(settings)}
+    replace_file(out / RUN, json.dumps(content, indent=1).encode())
+
+
+def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
+    """Folder of images and settings of a run.
+
+    Raises:
+        UserError: The folder holds no run, or one of another version.
+    """
+    try:
+        content = json.loads((out / RUN).read_bytes())
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for group in content["settings"].values()
+            for key, value in group.items()
+        }
+        return Path(content["images"]), settings_from(values)
+    except OSError:
+        raise UserError(f"--out {out} holds no run of tools/curate.py; give the folder of one") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{out / RUN} is damaged; run tools/curate.py --stage list again") from None

@@ -1,0 +1,121 @@
+"""How far a run is: pieces done, running and failed of every stage, its speed and the time that is left.
+
+Read from the run's folder alone, on any machine that sees it; nothing is locked or changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megaregion.curation.runner.holder import Holder, last_failure, read_holder
+from megaregion.curation.stages import make_stages
+from megaregion.curation.stages.stage import Job, Stage, recipes_of
+from megaregion.curation.stages.store import Piece
+
+NAMED = 10
+"""Failed pieces that are named."""
+
+
+@dataclass
+class Progress:
+    """One stage's state."""
+
+    stage: str
+    pieces: int
+    counts_images: bool
+    """Whether the pieces are slices of the images; else one piece is one step."""
+    done: int = 0
+    running: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    """Pieces whose last try ended without an outcome, and why."""
+    images: int = 0
+    """Images of all pieces."""
+    images_done: int = 0
+    """Images of pieces that are done, and of those that are running so far."""
+    seconds: float = 0.0
+    """Work that these took, summed over workers."""
+
+    @property
+    def speed(self) -> float | None:
+        """Images a second of one worker."""
+        return self.images_done / self.seconds if self.images_done and self.seconds else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the stage is done with the workers that it has now, or with one if it has none."""
+        if self.done == self.pieces:
+            return 0.0
+        if self.speed is None:
+            return None
+        return (self.images - self.images_done) / self.speed / max(1, self.running)
+
+
+def read_progress(job: Job, now: float) -> list[Progress]:
+    """State of every stage that has pieces.
+
+    Args:
+        job: The run.
+        now: Seconds since 1970.
+    """
+    stages = make_stages(job)
+    found = [_progress(job, stage, recipes_of(stage.name, stages), now) for stage in stages.values()]
+    return [progress for progress in found if progress.pieces]
+
+
+def table(stages: Sequence[Progress]) -> str:
+    """The state as aligned lines, failed pieces below."""
+    head = ("stage", "pieces", "done", "running", "failed", "images", "img/s a worker", "time left")
+    lines = [head, *(_cells(stage) for stage in stages)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rows = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    failed = [f"failed: {s.stage} {number}: {why}" for s in stages for number, why in s.failed.items()]
+    if len(failed) > NAMED:
+        failed[NAMED:] = [f"failed: {len(failed) - NAMED} more"]
+    return "\n".join([*rows, *failed])
+
+
+def _progress(job: Job, stage: Stage, recipes: dict[str, str], now: float) -> Progress:
+    pieces = stage.pieces()
+    progress = Progress(stage.name, pieces, stage.sliced)
+    for number in range(pieces):
+        piece, size = Piece(stage.name, number), stage.count(number)
+        progress.images += size
+        manifest = job.store.read(piece, thorough=False)
+        holder = read_holder(job.store.folder(piece).parent, number)
+        if manifest is not None and manifest.recipes == recipes:
+            progress.done += 1
+            progress.images_done += size
+            progress.seconds += manifest.seconds
+        elif isinstance(holder, Holder):
+            progress.running += 1
+            progress.images_done += min(holder.images, size)
+            progress.seconds += max(0.0, now - holder.began)
+        elif holder is not None:
+            progress.failed[number] = holder
+        else:
+            reason = last_failure(job.store.folder(piece).parent, number)
+            progress.failed.update({number: reason} if reason else {})
+    return progress
+
+
+def _cells(stage: Progress) -> tuple[str, ...]:
+    images = f"{stage.images_done}/{stage.images}" if stage.counts_images else ""
+    speed = f"{stage.speed:.3g}" if stage.speed is not None and stage.counts_images else ""
+    numbers = (stage.pieces, stage.done, stage.running, len(stage.failed))
+    return (stage.stage, *map(str, numbers), images, speed, _time(stage.left))
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds == 0:
+        return "done"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -1,0 +1,217 @@
+"""The processes that do the pieces: started once for a run, each on one CPU core."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
+
+from megaregion.curation.runner.holder import held
+from megaregion.curation.stages import make_stages
+from megaregion.curation.stages.stage import Job, Stage
+from megaregion.curation.stages.store import Piece, enough_space
+from megaregion.errors import UserError
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Read by the numeric libraries when they are loaded."""
+
+
+LOG = logging.getLogger("megaregion.curation")
+
+MAX_DEATHS = 3
+"""Workers that one piece may cost before the run ends."""
+
+
+class Task(NamedTuple):
+    """A piece to do, and what its manifest will say of its origin."""
+
+    piece: Piece
+    key: str
+    """Hash of what it will be made from."""
+    recipes: dict[str, str]
+    """Hash of the settings of its stage and of those before it."""
+
+
+class Message(NamedTuple):
+    """What a worker reports: one more image, a finished piece, a user's mistake, or a fault of ours."""
+
+    kind: str
+    text: str = ""
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+class _Died(Exception):
+    """A worker ended in the middle of a piece."""
+
+
+class Workers:
+    """Does pieces in parallel.
+
+    Args:
+        job: The run.
+        workers: Processes; 0 works in this one.
+    """
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self._job, self._count = job, workers
+        self._workers: list[_Worker] = []
+
+    def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        """Do tasks, in any order; a worker that dies is replaced, and its piece done again.
+
+        Args:
+            tasks: What to do.
+            tick: Called in this process for every image that is done.
+
+        Raises:
+            UserError: A mistake that a user can mend ended a piece, or a piece killed several workers.
+        """
+        if self._count == 0:
+            stages = make_stages(self._job)
+            for task in tasks:
+                _do(task, self._job, stages, tick)
+            return
+        waiting, busy, deaths = list(reversed(tasks)), dict[Connection, Task](), Counter[Piece]()
+        while len(self._workers) < min(self._count, len(tasks)):
+            self._workers.append(_start(self._job))
+        for worker in self._workers:
+            _hand_out(worker.pipe, waiting, busy)
+        while busy:
+            for pipe in _ready(busy):
+                try:
+                    message = _receive(pipe)
+                except _Died:
+                    task = busy.pop(pipe)
+                    deaths[task.piece] += 1
+                    waiting.append(task)
+                    _hand_out(self._replace(pipe, task.piece, deaths[task.piece]).pipe, waiting, busy)
+                    continue
+                if message.kind == "image":
+                    tick()
+                elif message.kind == "mistake":
+                    raise UserError(message.text)
+                elif message.kind == "fault":
+                    raise RuntimeError(f"a worker failed:\n{message.text}")
+                else:
+                    del busy[pipe]
+                    _hand_out(pipe, waiting, busy)
+
+    def close(self) -> None:
+        """End the processes, also in the middle of a piece: it counts as not done."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+
+    def _replace(self, pipe: Connection, piece: Piece, deaths: int) -> _Worker:
+        """Start a worker in a dead one's place, unless its piece has killed too many."""
+        worker = next(worker for worker in self._workers if worker.pipe is pipe)
+        worker.process.join()
+        self._workers.remove(worker)
+        pipe.close()
+        died = (
+            f"the worker for piece {piece.number} of stage {piece.stage} died (exit code "
+            f"{worker.process.exitcode}; -9 is often lack of memory)"
+        )
+        if deaths >= MAX_DEATHS:
+            raise UserError(f"{died} {deaths} times; run again to continue, perhaps with fewer --workers")
+        LOG.warning("%s; the piece is done again", died)
+        self._workers.append(_start(self._job))
+        return self._workers[-1]
+
+
+def _receive(pipe: Connection) -> Message:
+    try:
+        message: Message = pipe.recv()
+    except (EOFError, OSError):
+        raise _Died from None
+    return message
+
+
+def _ready(busy: dict[Connection, Task]) -> list[Connection]:
+    """Workers that have something to say, or died."""
+    return [pipe for pipe in wait(list(busy)) if isinstance(pipe, Connection)]
+
+
+def _start(job: Job) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with _environment(ONE_THREAD):
+        process = context.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=True)
+        process.start()
+    # Only the worker may hold its end, or its death would not be seen here.
+    theirs.close()
+    return _Worker(process, ours)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _hand_out(pipe: Connection, waiting: list[Task], busy: dict[Connection, Task]) -> None:
+    if waiting and pipe not in busy:
+        busy[pipe] = waiting.pop()
+        # A worker that is dead already will be seen to be when it is listened to.
+        with suppress(OSError):
+            pipe.send(busy[pipe])
+
+
+def _serve(pipe: Connection, job: Job, parent: int) -> None:
+    """A worker's life: tasks until the other end closes."""
+    # Ctrl-C reaches the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stages = make_stages(job)
+
+    def tick() -> None:
+        # A worker that outlives its run could write into the folder of the next one.
+        if os.getppid() != parent:
+            os._exit(1)
+        pipe.send(Message("image"))
+
+    while True:
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            _do(task, job, stages, tick)
+            answer = Message("done")
+        except UserError as error:
+            answer = Message("mistake", str(error))
+        except Exception:
+            answer = Message("fault", traceback.format_exc())
+        pipe.send(answer)
+
+
+def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
+    began = time.monotonic()
+    piece = task.piece
+    with enough_space(job.store.root), held(job.store.folder(piece).parent, piece.number, tick) as count:
+        output = job.store.begin(piece, count)
+        stages[piece.stage].work(piece.number, output)
+        job.store.finish(piece, task.key, output, began, task.recipes)

@@ -1,0 +1,170 @@
+"""A stage: one step of curation, cut into pieces that need nothing of each other.
+
+A piece is a pure function of the stage's settings, of its slice of the images and of the finished pieces
+that it needs; so a piece can run anywhere and at any time, and is done again when one of these changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megaregion.curation.inputs.source import ImageFile, Source
+from megaregion.curation.picture import BadImage, Picture, read_picture
+from megaregion.curation.settings import CurationSettings
+from megaregion.curation.stages.store import Output, Piece, Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all stages of a run share."""
+
+    settings: CurationSettings
+    source: Source
+    store: Store
+
+    @property
+    def shards(self) -> Path:
+        """The dataset's folder."""
+        return self.store.root / "shards"
+
+    def read(self, image: ImageFile) -> Picture:
+        """Decode an image.
+
+        Raises:
+            BadImage: It cannot be used.
+            UserError: The file is gone or changed.
+        """
+        settings = self.settings.image
+        return read_picture(self.source.read(image), settings.max_image_pixels, settings.min_image_side)
+
+
+class Stage(ABC):
+    """One step of curation.
+
+    Args:
+        job: The run.
+    """
+
+    name: str
+    """Unique, short; the name of its folder."""
+    whole = False
+    """One piece for the whole run, which reads earlier pieces only; else one for every slice of images."""
+    version = 1
+    """Raised when the same input would give another outcome, so that old pieces are done again."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What, besides images and earlier pieces, the outcome depends on; JSON."""
+
+    @abstractmethod
+    def work(self, number: int, output: Output) -> None:
+        """Do one piece.
+
+        Args:
+            number: Which piece.
+            output: Takes files, counts and the images that could not be used.
+        """
+
+    def slices(self) -> int:
+        """Number of slices that the images are cut into."""
+        return self.job.source.slices
+
+    @property
+    def sliced(self) -> bool:
+        """Whether piece i covers slice i of the images, or at least images of its own."""
+        return not self.whole
+
+    def pieces(self) -> int:
+        """Number of pieces."""
+        return 1 if self.whole else self.slices()
+
+    def images(self, number: int) -> Sequence[ImageFile]:
+        """The slice of images that a piece covers."""
+        return () if self.whole else self.job.source.images(number)
+
+    def count(self, number: int) -> int:
+        """How often a piece ticks: the images that it covers, 1 without any."""
+        return self.job.source.count(number) if self.sliced else 1
+
+    def needs(self, number: int) -> list[Piece]:
+        """Earlier pieces that a piece reads."""
+        return []
+
+    def prepare(self) -> None:
+        """Called once before pieces run, in the process that hands them out."""
+        return
+
+    def key(self, number: int, needed: Sequence[str]) -> str:
+        """Hash of all that a piece's outcome depends on.
+
+        Args:
+            number: Which piece.
+            needed: Digests of what :meth:`needs` names, in its order.
+        """
+        content = [self.name, self.version, self._settings_text, list(needed)]
+        return _hash([*content, self.identity(number)])
+
+    def identity(self, number: int) -> list[Any]:
+        """What a piece's outcome depends on among the images; JSON."""
+        return self.job.source.identity(number) if self.sliced else []
+
+    @cached_property
+    def recipe(self) -> str:
+        """Hash of what all pieces depend on alike: the stage itself and its settings."""
+        return _hash([self.name, self.version, self._settings_text])
+
+    def path(self, piece: Piece, name: str) -> Path:
+        """Where a file of a finished piece lies."""
+        return self.job.store.folder(piece) / name
+
+    def for_each(self, number: int, output: Output, use: Callable[[ImageFile, Picture | None], None]) -> None:
+        """Decode every image of a piece; a bad one is counted, named, and handed on as None.
+
+        BadImage raised by ``use`` counts likewise, and ``use`` is called again with None.
+        """
+        for image in self.images(number):
+            try:
+                use(image, self.job.read(image))
+            except BadImage as bad:
+                output.bad[image.path] = str(bad)
+                use(image, None)
+            output.tick()
+
+    @cached_property
+    def _settings_text(self) -> str:
+        return json.dumps(self.settings(), sort_keys=True)
+
+
+def _hash(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def recipes_of(name: str, stages: Mapping[str, Stage]) -> dict[str, str]:
+    """Hash of the settings of a stage and of each before it, by name, and of the list of images."""
+    recipes = {"images": stages[name].job.source.digest}
+    waiting = [name]
+    while waiting:
+        stage = stages[waiting.pop()]
+        recipes[stage.name] = stage.recipe
+        waiting += stages_before(stage) - recipes.keys()
+    return dict(sorted(recipes.items()))
+
+
+def stages_before(stage: Stage) -> set[str]:
+    """Stages that a stage reads from."""
+    return {need.stage for need in stage.needs(0)} if stage.pieces() else set()
+
+
+def plain(*groups: Any) -> dict[str, Any]:
+    """Settings of several groups as one JSON object."""
+    return {key: value for group in groups for key, value in asdict(group).items()}
