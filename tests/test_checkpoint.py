@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import newest_whole
 
-from megaregion.checkpoint.format import step_folder
-from megaregion.checkpoint.reader import (
-    CheckpointReader,
-    DamagedCheckpoint,
-    Piece,
-    find_checkpoint,
-    newest_whole,
-)
-from megaregion.checkpoint.retention import Retention, retire
+from megaregion.checkpoint.format import Piece, step_folder
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
+from megaregion.checkpoint.saver import Retention, retire
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.errors import UserError
 

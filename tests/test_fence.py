@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_checkpoint import write
 from test_run import command, metrics, pretrain, repository
-from toy import toy_dataset
+from toy import newest_whole, toy_dataset
 
 from megaregion.checkpoint.fence import Fence, claim, read_claim, refusal
-from megaregion.checkpoint.format import step_folder, unfinished_folder
-from megaregion.checkpoint.reader import Piece, find_checkpoint, newest_whole
+from megaregion.checkpoint.format import Piece, step_folder, unfinished_folder
+from megaregion.checkpoint.reader import find_checkpoint
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.errors import FENCED_EXIT, Fenced
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch
-from toy import toy_config, toy_dataset
+from toy import newest_whole, toy_config, toy_dataset
 
 from megaregion.checkpoint.format import step_folder
 from megaregion.checkpoint.reader import CheckpointReader
-from megaregion.checkpoint.retention import Retention, retire
+from megaregion.checkpoint.saver import Retention, retire
 
 EVERY_OTHER = {"train__steps": 5, "checkpoint__every": 2, "parallel__tensor": 2}
 KINDS = {
@@ -129,7 +129,7 @@ def _rank_that_never_comes(output: str) -> None:
     from dataclasses import replace
 
     from megaregion.checkpoint.fence import Fence
-    from megaregion.checkpoint.reader import Piece
+    from megaregion.checkpoint.format import Piece
     from megaregion.checkpoint.saver import Save, Saver
     from megaregion.parallel import topology
     from megaregion.schemas.events import Events
@@ -193,8 +193,6 @@ def test_a_latest_that_points_nowhere_is_reported_and_the_newest_is_used(
 
 def test_a_changed_number_in_the_manifest_is_recognised(tmp_path: Path) -> None:
     from test_checkpoint import write
-
-    from megaregion.checkpoint.reader import newest_whole
 
     write(tmp_path, 5)
     write(tmp_path, 6)

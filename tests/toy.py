@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -70,6 +71,18 @@ def toy_config(dataset: Path, output: Path, name: str = "toy", **changes: object
     for key, value in changes.items():
         config = _replace(config, key.split("__"), value)
     return config
+
+
+def newest_whole(checkpoints: Path) -> CheckpointReader | None:
+    """The newest checkpoint that may be used and whose files match their checksums."""
+    for folder in usable_folders(checkpoints):
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify()
+        except DamagedCheckpoint:
+            continue
+        return reader
+    return None
 
 
 def _replace(config: object, path: list[str], value: object) -> object:

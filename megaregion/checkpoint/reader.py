@@ -1,18 +1,10 @@
-"""One distributed checkpoint for body, moments and heads, readable on any topology and in one process.
-
-A checkpoint is a folder of safetensors files and one ``manifest.json``. Every tensor is described whole
-(shape, type) together with the pieces that ranks wrote and their place in it, so a reader asks for any
-box of any tensor and never needs to know how many ranks there were. Nothing is pickled.
-format.py draws the files, writer.py writes them.
-"""
+"""Reading a checkpoint: any box of any tensor, on any topology and in one process."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megaregion.checkpoint.fence import refusal
-from megaregion.checkpoint.format import LATEST, MANIFEST, step_folders
-from megaregion.checkpoint.tensor_file import file_description
+from megaregion.checkpoint.format import LATEST, MANIFEST, VERSION, file_description, seal, step_folders
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.errors import UserError
 
 LOG = logging.getLogger("megaregion")
 
-VERSION = 1
-
 
 class DamagedCheckpoint(Exception):
     """A checkpoint folder that cannot be trusted; its text says which file and why."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a tensor that one rank holds."""
-
-    name: str
-    """Name of the full tensor."""
-    full_shape: tuple[int, ...]
-    """Shape of the full tensor."""
-    offset: tuple[int, ...]
-    """Where the part begins in the full tensor."""
-    tensor: Tensor
-    """The part."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -101,19 +76,6 @@ def usable_folders(checkpoints: Path) -> list[Path]:
         else:
             usable.append(folder)
     return usable
-
-
-def newest_whole(checkpoints: Path) -> CheckpointReader | None:
-    """The newest checkpoint whose files match their checksums; what is skipped is logged with its reason."""
-    for folder in usable_folders(checkpoints):
-        try:
-            reader = CheckpointReader(folder)
-            reader.verify()
-        except DamagedCheckpoint as error:
-            LOG.warning("skipped %s: %s", folder, error)
-            continue
-        return reader
-    return None
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
@@ -268,12 +230,6 @@ class CheckpointReader:
                 return file.get_slice(piece["key"])[box] if box else file.get_tensor(piece["key"])
         except (SafetensorError, OSError) as error:
             raise DamagedCheckpoint(f"{self.folder / piece['file']} cannot be read: {error}") from error
-
-
-def seal(manifest: dict[str, Any]) -> str:
-    """Checksum of a manifest's content, without the seal itself."""
-    content = {key: value for key, value in manifest.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _size(file: Path) -> int | None:

@@ -10,6 +10,7 @@ rank-NNNNN.json appears. Only :meth:`Saver.wait`, called by the main thread, is 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -26,9 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import step_folder, unfinished_folder
-from megaregion.checkpoint.reader import Piece
-from megaregion.checkpoint.retention import Retention, retire
+from megaregion.checkpoint.format import (
+    MANIFEST,
+    UNFINISHED,
+    Piece,
+    finished_folders,
+    step_folder,
+    step_folders,
+    step_of,
+    unfinished_folder,
+)
 from megaregion.checkpoint.writer import publish, rank_file, write_pieces
 from megaregion.errors import Fenced
 from megaregion.parallel.topology import Topology
@@ -74,6 +82,30 @@ class Snapshot:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
             self._buffers[key] = buffer
         return buffer
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints a run keeps: those that any part of the rule wants."""
+
+    last: int
+    """Newest checkpoints that stay."""
+    every: int = 0
+    """Steps that are multiples of this stay for ever; 0 for none."""
+    best: int = 0
+    """Checkpoints with the lowest mean loss that stay; 0 for none."""
+
+    def kept(self, losses: dict[int, float | None]) -> set[int]:
+        """Steps that stay.
+
+        Args:
+            losses: Mean loss since the previous save by step; None where it is not known.
+        """
+        steps = sorted(losses, reverse=True)
+        known = [(loss, -step) for step, loss in losses.items() if loss is not None]
+        kept = set(steps[: self.last])
+        kept |= {step for step in steps if self.every and step % self.every == 0}
+        return kept | {-step for _, step in sorted(known)[: self.best]}
 
 
 @dataclass(frozen=True)
@@ -250,3 +282,27 @@ class Saver:
                 f"incarnation {self._fence.number} ends and saves nothing: a newer start owns the run"
             )
         return int(worst) == Outcome.SAVED
+
+
+def retire(checkpoints: Path, rule: Retention) -> None:
+    """Delete checkpoints that the rule lets go, and unfinished ones that are no newer than the newest."""
+    finished = {step_of(folder): folder for folder in finished_folders(checkpoints)}
+    if not finished:
+        return
+    kept = rule.kept({step: _loss(folder) if rule.best else None for step, folder in finished.items()})
+    for step, folder in finished.items():
+        if step not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    unfinished = [f for f in checkpoints.glob(f"step-*{UNFINISHED}*") if f.is_dir()]
+    abandoned = [f for f in step_folders(checkpoints) if not (f / MANIFEST).exists()]
+    for folder in (*unfinished, *abandoned):
+        if step_of(folder) <= max(finished):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _loss(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / MANIFEST).read_text()).get("loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(loss) if isinstance(loss, int | float) else None

@@ -11,9 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from megaregion.checkpoint.format import LATEST, MANIFEST, UNFINISHED
-from megaregion.checkpoint.reader import VERSION, Piece, seal
-from megaregion.checkpoint.tensor_file import copy_file, write_tensors
+from megaregion.checkpoint.format import (
+    LATEST,
+    MANIFEST,
+    UNFINISHED,
+    VERSION,
+    Piece,
+    copy_file,
+    seal,
+    write_tensors,
+)
 from megaregion.errors import Fenced
 from megaregion.files import flush_folder, write_text
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megaregion.checkpoint.format import CHUNK, tensor_header
 from megaregion.checkpoint.huggingface import INDEX
-from megaregion.checkpoint.tensor_file import CHUNK, DTYPES
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,8 @@ class WeightFiles:
 
     def _open(self, number: int) -> None:
         self._stream = (self.folder / self._name(number)).open("wb")
-        head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for entry in self._groups[number]:
-            begin, end = end, end + entry.size
-            head[entry.key] = {
-                "dtype": DTYPES[self.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(head).encode()
-        text += b" " * (-len(text) % 8)
-        self._stream.write(len(text).to_bytes(8, "little") + text)
+        described = [(entry.key, self.dtype, entry.shape) for entry in self._groups[number]]
+        self._stream.write(tensor_header(described, {"format": "pt"}))
 
     def _close(self) -> None:
         if self._stream is not None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megaregion.batching import Batching
-from megaregion.checkpoint.reader import CheckpointReader, Piece
+from megaregion.checkpoint.format import Piece
+from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset

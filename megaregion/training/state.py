@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import step_folder
-from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, Piece, usable_folders
-from megaregion.checkpoint.retention import Retention
-from megaregion.checkpoint.saver import Save, Saver, Snapshot
+from megaregion.checkpoint.format import Piece, step_folder
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
+from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError

@@ -20,10 +20,8 @@ from torch import Tensor
 from benchmark.measure import Stopwatch
 from benchmark.report import Case
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import step_folder
-from megaregion.checkpoint.reader import Piece
-from megaregion.checkpoint.retention import Retention
-from megaregion.checkpoint.saver import Save, Saver, Snapshot
+from megaregion.checkpoint.format import Piece, step_folder
+from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.errors import UserError
 from megaregion.parallel.topology import Topology
 from megaregion.schemas.events import Events

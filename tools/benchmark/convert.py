@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmark.report import Case
-from megaregion.checkpoint.format import step_folder
-from megaregion.checkpoint.reader import Piece
+from megaregion.checkpoint.format import Piece, step_folder
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.models import RegionEncoder
