@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megaregion.config import RunConfig, StageConfig
@@ -93,7 +94,8 @@ def fitting_nodes(config: RunConfig, nodes: int, ranks_per_node: int) -> int:
 
 def divisors(number: int) -> list[int]:
     """All divisors, rising."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _largest_divisor(number: int, limit: int) -> int:

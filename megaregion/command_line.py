@@ -1,80 +1,185 @@
-"""What all command lines share: a run's settings from files and flags, and one clear line for a mistake."""
+"""What all command lines share: flags from settings, one clear line for a mistake, and how a process ends."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
-import dataclasses
-import difflib
+import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
+from megaregion.bounds import Choice, Kind, Misfit, Several, Switch, Text, did_you_mean, kind_of, shown
 from megaregion.checks import check_config
-from megaregion.config import RunConfig, setting_names
+from megaregion.config import RunConfig
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
+from megaregion.settings import check, parse_yaml, read_settings, read_yaml, sections, to_yaml, unknown
 
 INTERRUPTED_EXIT = 130
 """Exit code after Ctrl-C, as shells give it."""
+TRACEBACK = "MEGAREGION_TRACEBACK"
+"""Environment variable that shows where an error of the machine came from."""
+
+T = TypeVar("T")
 
 
-def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
-    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2.
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses in one line: the flag, the value and the way out."""
 
-    A run that was taken over by a newer start of itself ends with one line too, and exit code 86.
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **options})
+        # argparse takes -5 for a value but -1e30 and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an unknown flag is refused first, for its value would be taken for a command."""
+        words = list(sys.argv[1:] if args is None else args)
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        for word in words:
+            if word == "--" or any(word in action.choices for action in commands):
+                break
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                raise unknown(flag[2:], [known.lstrip("-") for known in self._option_string_actions])
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            UserError: Always.
+        """
+        text = " ".join(re.sub(r"^argument ([^\s:]+): ", r"\1 ", message).split())
+        choice = re.match(r"(\S+) invalid choice: '?(.*?)'? \(choose from (.*)\)", text)
+        if choice:
+            words = choice[3].replace("'", "").split(", ")
+            hint = did_you_mean(choice[2], words)
+            text = f"{choice[1]} must be {' or '.join(words)}, got {shown(choice[2])}{hint}"
+        elif " must " not in text:
+            text += "; --help shows how"
+        raise UserError(text)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.default is None or action.default is False or action.default == []
+        return action.help if unsaid else super()._get_help_string(action)
+
+
+def flag(kind: Any) -> Callable[[str], Any]:
+    """A ``type=`` of argparse that takes what a field of this type of bounds.py takes."""
+    of = kind_of(kind)
+
+    def read(text: str) -> Any:
+        try:
+            value = of.read(text)
+            of.check(value)
+        except Misfit as misfit:
+            raise argparse.ArgumentTypeError(str(misfit)) from None
+        return value
+
+    return read
+
+
+def flag_name(key: str) -> str:
+    """The flag of a setting in a class whose flags have no dots."""
+    return f"--{key.rpartition('.')[2].replace('_', '-')}"
+
+
+def add_settings(parser: argparse.ArgumentParser, defaults: Any, flat: bool = False) -> None:
+    """Add ``--config``, ``--print_config`` and a flag for every setting; see :func:`chosen_settings`.
 
     Args:
-        main: The command; returns its exit code.
-        teardown: Whether the interpreter takes itself down; see :func:`end_process`.
+        parser: Parser of the command.
+        defaults: Settings with their default values.
+        flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
     """
-    try:
-        code = main() or 0
-    except UserError as error:
-        print(f"megaregion: {error}", file=sys.stderr)
-        code = USER_ERROR_EXIT
-    except Fenced as error:
-        print(f"megaregion: {error}", file=sys.stderr)
-        code = FENCED_EXIT
-    except BrokenPipeError:
-        # Whoever read our output, `head` for one, has seen enough; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except KeyboardInterrupt:
-        print("megaregion: interrupted", file=sys.stderr)
-        code = INTERRUPTED_EXIT
-    if teardown:
-        sys.exit(code)
-    end_process(code)
+    add = parser.add_argument
+    add("--config", metavar="FILE", type=Path, action="append", default=[],
+        help="YAML file of settings; several are merged in order, and flags win")  # fmt: skip
+    add("--print_config", "--print-config", action="store_true", help="print all settings as YAML and end")
+    for section in sections(defaults):
+        name = f"{section.key}: " if section.key and not flat else ""
+        group = parser.add_argument_group(f"{name}{section.told.rstrip('.')}")
+        if section.key and not flat:
+            group.add_argument(
+                f"--{section.key}", metavar="YAML", action=_Change, key=section.key,
+                help="the settings of this section, a file or as {name: value}",
+            )  # fmt: skip
+        for one in section.settings:
+            several = isinstance(one.kind, Several)
+            words = isinstance(one.kind, (Choice, Switch, Text))
+            told = one.told.rstrip(".") + (" (" if words else f" ({one.kind.told}; ")
+            told += f"default: {written(one.default)})"
+            group.add_argument(
+                flag_name(one.key) if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
+                key=one.key, kind=one.kind, nargs="+" if several else None, help=told.replace("%", "%%"),
+            )  # fmt: skip
 
 
-def end_process(code: int) -> NoReturn:
-    """Run the exit hooks, then end at once.
+def chosen_settings(flags: argparse.Namespace, defaults: T) -> T:
+    """The settings of a command line with the flags of :func:`add_settings`; prints them if it is asked to.
 
-    Threads inside torch and gloo may ask for the interpreter while it is taken down, which aborts the
-    process now and then: a rank that had done its work would look like one that died.
+    Raises:
+        UserError: A file cannot be read, or a value does not fit.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    settings = defaults
+    for file in flags.config:
+        values = read_yaml(file)
+        try:
+            settings = read_settings(settings, values)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    for key, value in getattr(flags, _Change.CHANGES, ()):
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        settings = read_settings(settings, value)
+    check(settings)
+    if flags.print_config:
+        print(to_yaml(settings), end="")
+        sys.exit(0)
+    return settings
 
 
-def run_parser(description: str) -> Any:
-    """A jsonargparse parser with every setting of a run; add a command's own flags to it."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+class _Change(argparse.Action):
+    """Notes a setting that a flag changes, in the order of the command line."""
 
-    # The sentence under each field of config.py is the text of --help.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
-    parser.add_argument(
-        "--config", action="config", help="YAML file of settings; several are merged in order"
-    )
-    parser.add_class_arguments(RunConfig, nested_key=None, as_group=True)
+    CHANGES = "changed_settings"
+
+    def __init__(self, *names: Any, key: str, kind: Kind | None = None, **options: Any) -> None:
+        super().__init__(*names, **{**options, "dest": self.CHANGES, "default": argparse.SUPPRESS})
+        self._key, self._kind = key, kind
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            # Several values are words of their own, or one word with commas between them.
+            value = self._read(values[0] if isinstance(values, list) and len(values) == 1 else values)
+        except Misfit as misfit:
+            raise argparse.ArgumentError(self, str(misfit)) from None
+        setattr(namespace, self.CHANGES, [*getattr(namespace, self.CHANGES, ()), (self._key, value)])
+
+    def _read(self, text: Any) -> Any:
+        if self._kind is None:
+            return parse_yaml(text) if text.lstrip().startswith("{") else read_yaml(Path(text))
+        value = self._kind.read(text)
+        self._kind.check(value)
+        return value
+
+
+def run_parser(description: str) -> Parser:
+    """A parser with every setting of a training run; add a command's own flags to it."""
+    parser = Parser(description=description)
+    add_settings(parser, RunConfig())
     return parser
 
 
-def parse_run(parser: Any, argv: Sequence[str] | None = None) -> tuple[RunConfig, Any]:
+def parse_run(parser: Parser, argv: Sequence[str] | None = None) -> tuple[RunConfig, argparse.Namespace]:
     """Read a run's settings and check them.
 
     Args:
@@ -87,42 +192,88 @@ def parse_run(parser: Any, argv: Sequence[str] | None = None) -> tuple[RunConfig
     Raises:
         UserError: An unknown key (the nearest known one is named), or a value that does not fit.
     """
-    from jsonargparse import ArgumentError
-
-    try:
-        namespace = parser.parse_args(list(argv) if argv is not None else None)
-        built = parser.instantiate_classes(namespace)
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_clear(str(error))) from error
-    names = [f.name for f in dataclasses.fields(RunConfig)]
-    config = RunConfig(**{name: getattr(built, name) for name in names})
+    flags = parser.parse_args(argv)
+    config = chosen_settings(flags, RunConfig())
     check_config(config)
-    return config, namespace
+    return config, flags
 
 
-def _clear(message: str) -> str:
-    """The parser's message in one line, with the nearest known key where the key is unknown."""
-    text = " ".join(message.split())
-    for pattern in _UNKNOWN_KEY:
-        unknown = re.search(pattern, text)
-        if unknown:
-            return _with_nearest(".".join(unknown.groups()))
-    return text
+def written(value: Any) -> str:
+    """A default as a user writes it."""
+    if isinstance(value, tuple):
+        return " ".join(written(one) for one in value) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.12g}" if isinstance(value, float) else str(value) or "empty"
 
 
-_UNKNOWN_KEY = (
-    r"[Uu]nrecognized arguments: -*([\w.]+)",
-    r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-    r"[Kk]ey ['\"]?([\w.]+)['\"]? is not expected",
-    r"Option '([\w.]+)' is not accepted",
-)
-"""How jsonargparse words an unknown key, by where it stands."""
+def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
+    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2.
+
+    A run that a newer start of itself took over ends with one line too, and exit code 86; so does what the
+    machine refuses, with exit code 1 where another start may be luckier.
+
+    Args:
+        main: The command; returns its exit code.
+        teardown: Whether the interpreter takes itself down; see :func:`end_process`.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        code = _say(error, USER_ERROR_EXIT)
+    except Fenced as error:
+        code = _say(error, FENCED_EXIT)
+    except BrokenPipeError:
+        # Whoever read our output, `head` for one, has seen enough; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        code = _say("interrupted", INTERRUPTED_EXIT)
+    except (OSError, MemoryError, OverflowError, RuntimeError) as error:
+        code = _of_the_machine(error)
+    if teardown:
+        sys.exit(code)
+    end_process(code)
 
 
-def _with_nearest(key: str) -> str:
-    names = setting_names()
-    leaf = {name.rsplit(".", 1)[-1]: name for name in names}
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    near = near or [leaf[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.5)]
-    hint = f"; did you mean {near[0]}?" if near else "; --help lists all settings"
-    return f"unknown setting {key}{hint}"
+def _say(told: object, code: int) -> int:
+    print(f"megaregion: {told}", file=sys.stderr)
+    return code
+
+
+def _of_the_machine(error: Exception) -> int:
+    """Say in a line what the machine refused; what is a mistake of ours is raised again."""
+    told = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"(out of|not enough|allocate) memory", told):
+        line, code = f"not enough memory ({told[:200] or 'of the host'}); take less at once", 1
+    elif isinstance(error, OverflowError):
+        line, code = f"a number is too large for the machine ({told}); give a smaller one", USER_ERROR_EXIT
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        line, code = f"{place}{error.strerror or told}", USER_ERROR_EXIT if error.errno in _MENDABLE else 1
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            line += "; raise the limit on open files (ulimit -n) or take fewer workers"
+    else:
+        raise error
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    return _say(f"{line} ({TRACEBACK}=1 shows where)", code)
+
+
+_MENDABLE = (
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""Errors that stay the same until a person does something; after others, another start may be luckier."""
+
+
+def end_process(code: int) -> NoReturn:
+    """Run the exit hooks, then end at once.
+
+    Threads inside torch and gloo may ask for the interpreter while it is taken down, which aborts the
+    process now and then: a rank that had done its work would look like one that died.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

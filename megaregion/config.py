@@ -1,15 +1,35 @@
 """Every setting of a training run; imports nothing heavy.
 
 A run is one :class:`RunConfig`: YAML files merged in order, then dotted overrides
-(``--optimizer.lr 5e-4``). Field docstrings are the text of ``--help``. checks.py judges the values.
+(``--optimizer.lr 5e-4``). settings.py turns the fields into flags and refuses what is out of their bounds;
+checks.py judges settings that must fit each other.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
-from megaregion.errors import UserError
+from megaregion.bounds import (
+    COUNT,
+    LARGE,
+    Bytes,
+    Count,
+    FolderName,
+    Images,
+    OptionalPlace,
+    Pixels,
+    Place,
+    PositiveInt,
+    Real,
+    Seconds,
+    Seed,
+    Share,
+    Steps,
+    Whole,
+    Workers,
+)
+from megaregion.settings import check, read_settings
 
 Precision = Literal["fp32", "bf16"]
 Activation = Literal["gelu", "quick_gelu"]
@@ -23,30 +43,40 @@ Packing = Literal["square", "native"]
 Hierarchical = Literal["auto", "on", "off"]
 EvaluateSplit = Literal["val", "test"]
 
+CropShare = Annotated[float, Real(1e-4, 1, "SHARE")]
+AspectRatio = Annotated[float, Real(0.01, 100)]
+Mean = Annotated[float, Real(-10, 10, advice="pixels are on the 0..1 scale")]
+Deviation = Annotated[float, Real(0, 10, above=True, advice="pixels are on the 0..1 scale")]
+SampleRate = Annotated[float, Real(0, 1, "SHARE", above=True, advice="use 1.0 to score every class")]
+Decay = Annotated[float, Real(0, 1000)]
+StepsOrNone = Annotated[int, Whole(0, COUNT, "STEPS")]
+SlowFactor = Annotated[float, Real(1, 10**6, above=True, zero="off")]
+Bandwidth = Annotated[float, Real(0, 10**6, "GB/S")]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The vision transformer; the defaults are ViT-B/16."""
 
-    image_size: int = 224
+    image_size: Pixels = 224
     """Side of the square training crop, in pixels; a multiple of patch_size."""
-    patch_size: int = 16
+    patch_size: Annotated[int, Whole(1, 1024, "PX")] = 16
     """Side of a patch, in pixels."""
-    width: int = 768
+    width: Annotated[int, Whole(1, 65_536)] = 768
     """Width D of a token."""
-    depth: int = 12
+    depth: Annotated[int, Whole(1, 1000)] = 12
     """Number of transformer blocks."""
-    heads: int = 12
+    heads: Annotated[int, Whole(1, 1024)] = 12
     """Attention heads of a block; divides width, and parallel.tensor divides it."""
-    mlp_width: int = 3072
+    mlp_width: Annotated[int, Whole(1, 10**6)] = 3072
     """Hidden width of a block's MLP."""
     activation: Activation = "gelu"
     """Non-linearity of the MLP, named as in transformers' hidden_act."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Real(0, 1, above=True)] = 1e-5
     """Epsilon of every layer norm."""
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Real(1, 10**9)] = 10_000.0
     """Base of the 2D rotary frequencies."""
-    region_layers: int = 4
+    region_layers: Annotated[int, Whole(1, 1000)] = 4
     """Number of last blocks in which region tokens attend to their own patches."""
     region_weights: RegionWeights = "shared"
     """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
@@ -69,50 +99,50 @@ class ModelConfig:
 class DataConfig:
     """Where the shards are, and how an image becomes a training sample."""
 
-    path: str = "data/shards"
+    path: Place = "data/shards"
     """Folder with dataset.json and its shards, as tools/curate.py writes it; or its URL (s3://, hf:// ...),
     or pipe:COMMAND with {} for the name of a file."""
-    cache: str = ""
+    cache: OptionalPlace = ""
     """Folder for the shards of a remote dataset, on the host's own disk; empty for one in the user's home."""
-    cache_bytes: int = 256 * 10**9
+    cache_bytes: Bytes = 256 * 10**9
     """Most bytes in the cache; with room for two windows of data.window_shards shards, the next one comes
     while the last is read."""
-    regions_per_image: int = 10
+    regions_per_image: Annotated[int, Whole(1, 10_000)] = 10
     """Regions N that every image gives; fewer are resampled, more are subsampled."""
-    max_text_tokens: int = 16
+    max_text_tokens: Annotated[int, Whole(1, 10_000)] = 16
     """Most distinct tokens kept as positives of one text region."""
-    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_scale: tuple[CropShare, CropShare] = (0.5, 1.0)
     """Least and greatest share of the image's area in a random crop."""
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 4 / 3)
     """Least and greatest aspect ratio (width / height) of a random crop."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a horizontal flip; images with text are never flipped."""
-    color_jitter: float = 0.0
+    color_jitter: Share = 0.0
     """Strength of random brightness, contrast and saturation, as a share of 1."""
-    min_visible: float = 0.5
+    min_visible: Share = 0.5
     """A region stays if at least this share of its box lies inside the crop."""
-    patch_coverage: float = 0.5
+    patch_coverage: Share = 0.5
     """A patch belongs to a region that covers at least this share of it."""
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    mean: tuple[Mean, Mean, Mean] = (0.48145466, 0.4578275, 0.40821073)
     """Mean subtracted from each of R, G, B on the 0..1 scale (CLIP's)."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation that divides each of R, G, B (CLIP's)."""
     packing: Packing = "square"
     """square stretches every crop to image_size; native keeps its aspect ratio at no more patches than a
     square has, and the patches of a micro-batch's images share one sequence without padding (crop_ratio is
     then relative to the image's own)."""
-    workers: int = 2
+    workers: Workers = 2
     """Processes of one rank that read and decode; 0 decodes in the training process."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Whole(1, 10_000, "BATCHES")] = 2
     """Batches that each worker prepares ahead."""
-    window_shards: int = 8
+    window_shards: Annotated[int, Whole(1, 10**6, "SHARDS")] = 8
     """Shards whose samples are shuffled together."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """Share of unreadable samples above which the run stops."""
-    read_retries: int = 5
+    read_retries: Annotated[int, Whole(0, 20)] = 5
     """Tries after a storage error before a shard is skipped; with parallel.tensor above 1 the run ends
     instead, for ranks that share a model must read the same."""
-    read_pause: float = 1.0
+    read_pause: Annotated[float, Real(0, 3600, "SECONDS")] = 1.0
     """Seconds before the first of these tries; each later pause is twice as long."""
 
 
@@ -122,17 +152,19 @@ class HeadConfig:
 
     loss: LossName = "separated"
     """separated: RICE's two-term loss; softmax: sampled softmax (UNICOM, PartialFC), the baseline."""
-    margin: float = 0.3
+    margin: Annotated[float, Real(0, 1, below=True)] = 0.3
     """Margin m of a positive: cosine - m (cosface) or angle + m (arcface)."""
     margin_kind: MarginName = "cosface"
     """Where the margin acts."""
-    scale: float = 64.0
+    scale: Annotated[float, Real(0, 10_000, above=True)] = 64.0
     """Factor s of the cosine similarities."""
-    sample_rate: float = 0.1
+    sample_rate: Annotated[float, Real(0, 1, "SHARE", above=True, advice="use 1.0 to score every class")] = (
+        0.1
+    )
     """Share of negative classes that enter the loss of one draw; 1.0 scores every class."""
-    min_negatives: int = 64
+    min_negatives: Count = 64
     """Random negatives that are always drawn (all of them when there are fewer classes)."""
-    weight: float = 1.0
+    weight: Annotated[float, Real(0, 10**6)] = 1.0
     """Weight of this head's loss in the sum."""
 
 
@@ -140,11 +172,11 @@ class HeadConfig:
 class HeadsConfig:
     """The heads for objects and for text, and what they share."""
 
-    embedding_dim: int = 512
+    embedding_dim: Annotated[int, Whole(1, 65_536)] = 512
     """Width E of region embeddings and class centers."""
-    chunk_bytes: int = 256 * 2**20
+    chunk_bytes: Bytes = 256 * 2**20
     """Memory for one chunk of logits, in bytes; the full matrix never exists."""
-    draw_images: int = 0
+    draw_images: Annotated[int, Whole(0, COUNT, "IMAGES")] = 0
     """Images that share one draw of negatives; divides the images of a micro-step over all ranks.
     0 takes the whole micro-step, so that the draw then depends on train.micro_batch and on the
     number of data-parallel ranks. Without a meaning where both heads' sample_rate is 1."""
@@ -155,39 +187,44 @@ class HeadsConfig:
     hierarchical: Hierarchical = "auto"
     """Whether features and their gradients cross the network node by node, so that each row enters a node
     once: auto does so on several nodes of equally many ranks, on refuses to start where that cannot be."""
-    census_every: int = 1_000
+    census_every: StepsOrNone = 1_000
     """Steps between looks for idle classes and near-duplicate centers; 0 never looks."""
-    idle_steps: int = 10_000
+    idle_steps: Steps = 10_000
     """Steps without a positive after which a class counts as idle."""
     object: HeadConfig = field(default_factory=HeadConfig)
     """Objects: one positive, the region's cluster."""
     text: HeadConfig = field(default_factory=lambda: HeadConfig(sample_rate=1.0))
     """Text: several positives, the tokens of the region's words."""
 
+    @property
+    def by_kind(self) -> dict[str, HeadConfig]:
+        """Settings of each kind of label's head, in the order of the heads."""
+        return {"object": self.object, "text": self.text}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay, over body and heads alike."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, Real(0, 10, above=True)] = 1e-3
     """Peak learning rate."""
-    min_lr_ratio: float = 0.01
+    min_lr_ratio: Share = 0.01
     """Learning rate at the last step, as a share of the peak."""
-    warmup_steps: int = 2_000
+    warmup_steps: StepsOrNone = 2_000
     """Steps of linear warm-up from 0."""
-    weight_decay: float = 0.2
+    weight_decay: Decay = 0.2
     """Decoupled weight decay of matrices; biases, norms and single tokens have none."""
-    head_weight_decay: float = 0.0
+    head_weight_decay: Decay = 0.0
     """Decoupled weight decay of class centers (their norm does not matter to the loss)."""
     head_moments: Precision = "fp32"
     """Type of the class centers' AdamW moments; bf16 halves their memory."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Real(0, 1, below=True)] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.98
+    beta2: Annotated[float, Real(0, 1, below=True)] = 0.98
     """Decay of the second moment."""
-    eps: float = 1e-6
+    eps: Annotated[float, Real(0, 1, above=True)] = 1e-6
     """Term added to the root of the second moment."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Real(0, 10**9)] = 1.0
     """Bound on the global gradient norm over body and heads together; 0 turns clipping off."""
 
 
@@ -195,12 +232,12 @@ class OptimizerConfig:
 class ParallelConfig:
     """How the model is spread over ranks; all other ranks are data-parallel."""
 
-    tensor: int = 1
+    tensor: Annotated[int, Whole(1, 1024, "RANKS")] = 1
     """Ranks that share one copy of the model (tensor parallel)."""
     sequence: bool = True
     """Where tensor is above 1, cut the tokens between the linears over its ranks too: less memory for
     activations, norms not repeated on every rank; the same result."""
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Whole(0, 3)] = 1
     """DeepSpeed ZeRO stage: 0 to 3; 0 only in fp32."""
 
     @property
@@ -213,51 +250,61 @@ class ParallelConfig:
 class TrainConfig:
     """Length and shape of the run."""
 
-    steps: int = 1_000
+    steps: Steps = 100_000
     """Optimizer steps."""
-    global_batch: int = 4096
+    global_batch: Images = 4096
     """Images of one optimizer step, over all ranks; stays the same when the ranks change."""
-    micro_batch: int = 64
+    micro_batch: Images = 64
     """Most images that one rank passes through the model at once; a rank's share of global_batch is cut
     into equal parts of at most as many."""
     precision: Precision = "bf16"
     """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    activation_gib: float = 0.0
+    activation_gib: Annotated[float, Real(0, 10**6, "GIB")] = 0.0
     """Most memory for what the blocks keep of a micro-batch for the backward pass, in GiB: as many blocks as
     needed then recompute norms and GELU, and where that is not enough, everything; 0 sets no bound."""
     fp8: bool = False
     """Multiply in 8-bit floats in the blocks' linears, on GPUs from Ada and Hopper on (bf16, tensor 1)."""
     compile: bool = False
     """Compile each block with torch.compile; a start takes minutes longer, and on a CPU it does not pay."""
-    log_every: int = 1
+    log_every: Steps = 1
     """Steps between log lines."""
-    slow_factor: float = 1.5
+    slow_factor: SlowFactor = 1.5
     """How many times the median one rank's own time (data, forward) may take before the log names it with its
     host; 0 turns the report off."""
-    watchdog_seconds: float = 1800.0
+    watchdog_seconds: Seconds = 1800.0
     """Stand-still of any rank, in seconds, after which the run ends with exit code 87 and names the rank;
     start-up, saving and loading may take three times as long; 0 turns the watchdog off."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the body computes in bf16."""
+        return self.precision == "bf16"
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a parameter or an activation of the body."""
+        return 2 if self.bf16 else 4
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When a run saves, and what it keeps."""
 
-    every: int = 1_000
+    every: Steps = 1_000
     """Save after this many steps; a preempted run and the last step also save."""
     asynchronous: bool = True
     """Go on with training while a checkpoint is written, from a copy in host memory as large as this
     rank's share of it; false waits until it is written."""
-    local: str = ""
+    local: OptionalPlace = ""
     """Folder on every host's own disk where ranks write first, before they copy to the run's folder; empty
     writes to the run's folder at once."""
-    keep_last: int = 3
+    keep_last: PositiveInt = 3
     """Newest checkpoints kept; older ones are deleted unless another rule keeps them."""
-    keep_every: int = 0
+    keep_every: StepsOrNone = 0
     """Checkpoints at multiples of this many steps are never deleted; 0 for none."""
-    keep_best: int = 0
+    keep_best: Count = 0
     """Checkpoints kept for their low loss, the mean of what was logged since the one before; 0 for none."""
 
 
@@ -268,14 +315,14 @@ class GuardConfig:
     enabled: bool = True
     """Skip steps whose loss or gradient norm is not finite or whose loss is a spike; off, the first one that
     is not finite ends the run."""
-    window: int = 128
+    window: Annotated[int, Whole(1, 10**6, "STEPS")] = 128
     """Accepted steps whose losses set the bound; until there are as many, only finiteness is judged."""
-    spike: float = 10.0
+    spike: Annotated[float, Real(0, 10**6)] = 10.0
     """Deviations above the window's median (by its median absolute deviation) at which a loss is a spike;
     0 judges finiteness alone."""
-    rollback_after: int = 3
+    rollback_after: Steps = 3
     """Refused steps in a row after which the run goes back to its last checkpoint."""
-    max_rollbacks: int = 3
+    max_rollbacks: Count = 3
     """Returns to a checkpoint after which the run ends."""
 
 
@@ -283,15 +330,15 @@ class GuardConfig:
 class EvaluateConfig:
     """The look at held-out scenes while a run trains, by a process of its own beside rank 0."""
 
-    every: int = 0
+    every: StepsOrNone = 0
     """Steps between looks, a multiple of checkpoint.every, for saved weights are looked at; 0 never looks."""
-    scenes: str = ""
+    scenes: OptionalPlace = ""
     """Scene set of tools/make_scenes.py, with train and the split that is asked about."""
     split: EvaluateSplit = "val"
     """Split that is asked about: val, or test for numbers that no setting was chosen by."""
-    limit: int = 500
+    limit: Count = 500
     """Training objects in the gallery, drawn as whole scenes; 0 takes all."""
-    threads: int = 1
+    threads: Annotated[int, Whole(1, 1024)] = 1
     """Processor threads that the look takes on rank 0's host, at the lowest priority."""
 
 
@@ -299,15 +346,15 @@ class EvaluateConfig:
 class MachinesConfig:
     """What the machines must give before a start, with --preflight."""
 
-    slow_factor: float = 1.5
+    slow_factor: SlowFactor = 1.5
     """How many times the median one rank's matrix product may take; 0 judges none."""
-    inside_gbytes: float = 0.0
+    inside_gbytes: Bandwidth = 0.0
     """Least bus bandwidth of an all-reduce inside every host, in GB/s; 0 only measures it."""
-    across_gbytes: float = 0.0
+    across_gbytes: Bandwidth = 0.0
     """Least bus bandwidth of an all-reduce over all ranks, in GB/s; 0 only measures it."""
-    clock_skew: float = 5.0
+    clock_skew: Seconds = 5.0
     """Seconds that a host's clock may be off the others'."""
-    free_checkpoints: int = 2
+    free_checkpoints: Annotated[int, Whole(0, 1000)] = 2
     """Checkpoints that must still fit on the disk."""
 
 
@@ -315,13 +362,13 @@ class MachinesConfig:
 class StageConfig:
     """Another resolution, from some image of the run on."""
 
-    image_size: int = 224
+    image_size: Pixels = 224
     """Side of the square training crop, in pixels; a multiple of model.patch_size."""
-    from_image: int = 0
+    from_image: Annotated[int, Whole(0, LARGE, "IMAGES")] = 0
     """Images seen before it begins; a multiple of train.global_batch."""
-    lr_scale: float = 1.0
+    lr_scale: Annotated[float, Real(0, 1000, above=True)] = 1.0
     """Factor of the learning rate that the schedule gives."""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, Whole(0, COUNT, "IMAGES")] = 0
     """Most images that one rank passes through the model at once at this size; 0 keeps train.micro_batch."""
 
 
@@ -329,13 +376,13 @@ class StageConfig:
 class RunConfig:
     """One training run."""
 
-    name: str = "run"
+    name: FolderName = "run"
     """Name of the run; its folder is output/name."""
-    output: str = "runs"
+    output: Place = "runs"
     """Folder of all runs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, order, augmentation and negatives."""
-    init: str = ""
+    init: OptionalPlace = ""
     """Checkpoint, run or HuggingFace folder (MLCD, RICE, CLIP) whose transformer the run begins with; step,
     moments, projection and heads are new. Empty draws the weights. A resumed run does not look at it."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -358,7 +405,7 @@ class RunConfig:
     """The look at held-out scenes while the run trains."""
     machines: MachinesConfig = field(default_factory=MachinesConfig)
     """The look at the machines before a start."""
-    stages: tuple[StageConfig, ...] = field(default=(), metadata={"items": StageConfig})
+    stages: tuple[StageConfig, ...] = field(default=())
     """Resolutions that follow on model.image_size, in their order; a run resumes in the middle of any."""
 
     def stage(self, position: int) -> StageConfig:
@@ -372,34 +419,15 @@ class RunConfig:
         return replace(self.model, image_size=size)
 
 
-def setting_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
-    names = []
-    for item in fields(cls):
-        default = item.default_factory() if item.default_factory is not MISSING else None
-        names.append(f"{prefix}{item.name}")
-        if is_dataclass(default):
-            names.extend(setting_names(type(default), f"{prefix}{item.name}."))
-    return names
-
-
-def config_from_dict(values: dict[str, Any], cls: type = RunConfig) -> Any:
+def config_from_dict(values: object) -> RunConfig:
     """Rebuild settings from ``dataclasses.asdict`` as a checkpoint or config.yaml holds them.
 
+    Only the model must lie within its bounds, for it will be built; the rest is how the run once was.
+
     Raises:
-        UserError: A key that no setting has, as an older or newer version may have written.
+        UserError: A key that no setting has, as an older or newer version may have written, or a value of
+            another kind.
     """
-    known = {item.name: item for item in fields(cls)}
-    built = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"setting {key!r} of {cls.__name__} is unknown to this version of megaregion")
-        item = known[key]
-        if item.default_factory is not MISSING:
-            value = config_from_dict(value, type(item.default_factory()))
-        elif "items" in item.metadata:
-            value = tuple(config_from_dict(one, item.metadata["items"]) for one in value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[key] = value
-    return cls(**built)
+    config = read_settings(RunConfig(), values)
+    check(config.model, "model")
+    return config

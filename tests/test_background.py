@@ -107,8 +107,8 @@ def test_a_run_that_is_stopped_leaves_no_look_behind(place: Path, tmp_path: Path
     [
         ({"every": 1500, "scenes": "s"}, r"multiple of checkpoint.every 1000, got 1500; use 2000"),
         ({"every": 1000}, r"evaluate.scenes names no scene set"),
-        ({"every": -1000, "scenes": "s"}, r"evaluate.every must be at least 0"),
-        ({"threads": 0}, r"evaluate.threads must be at least 1"),
+        ({"every": -1000, "scenes": "s"}, r"evaluate.every must lie in \[0, 1e9\]"),
+        ({"threads": 0}, r"evaluate.threads must lie in \[1, 1024\]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_way_out(

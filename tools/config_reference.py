@@ -1,4 +1,4 @@
-"""Write the reference of all settings of a run, configs/README.md, from the dataclasses that define them.
+"""Write the reference of all settings, configs/README.md, from the dataclasses that define them.
 
 python tools/config_reference.py
 python tools/config_reference.py --check     say whether it is up to date, and change nothing
@@ -6,39 +6,61 @@ python tools/config_reference.py --check     say whether it is up to date, and c
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megaregion.command_line import run
+from megaregion.command_line import Parser, run, written
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.reference import page
+from megaregion.settings import Section, Setting, sections
 
 PAGE = Path(__file__).resolve().parents[1] / "configs" / "README.md"
 
+HEAD = """# Settings of a run
+
+Written by `python tools/config_reference.py` from `megaregion/config.py`; a test holds the two together.
+
+A run is one set of settings: YAML files merged in order, then flags with dots:
+
+    python tools/pretrain.py --config configs/demo.yaml --optimizer.lr 5e-4 --name try-5e-4
+
+`--print_config` prints all settings of a command line as YAML. An unknown key is refused, and the nearest
+known one is named. The files beside this page are examples: `demo.yaml` for two cores, the others for GPUs.
+"""
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write the reference of all settings of a run from the dataclasses that define them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Write the reference of all settings from the dataclasses that define them.")
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="the page, Markdown")
     parser.add_argument("--check", action="store_true", help="exit with 2 if the page is not up to date")
     arguments = parser.parse_args()
     text = page()
-    if arguments.check:
-        if not arguments.out.is_file() or arguments.out.read_text(encoding="utf-8") != text:
-            raise UserError(
-                f"{arguments.out} is not up to date with megaregion/config.py; run tools/config_reference.py"
-            )
-        print(f"{arguments.out} is up to date")
-        return
-    try:
+    if not arguments.check:
         arguments.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{arguments.out} cannot be written ({error}); name another file with --out"
-        ) from None
-    print(f"{arguments.out}: {text.count(chr(10) + '| `')} settings")
+        print(f"{arguments.out}: {text.count(chr(10) + '| `')} settings")
+    elif arguments.out.is_file() and arguments.out.read_text(encoding="utf-8") == text:
+        print(f"{arguments.out} is up to date")
+    else:
+        raise UserError(f"{arguments.out} is not up to date with the code; run tools/config_reference.py")
+
+
+def page() -> str:
+    """The reference as Markdown."""
+    return "\n".join([HEAD, *(_table(section) for section in sections(RunConfig()))])
+
+
+def _table(section: Section) -> str:
+    title = f"`{section.key}`" if section.key else "The run itself"
+    rows = [_row(setting) for setting in section.settings]
+    head = ["| setting | values | default | effect |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}", "", section.told, "", *head, *rows, ""])
+
+
+def _row(setting: Setting) -> str:
+    kind = setting.kind.told.removeprefix("a ")
+    default = written(setting.default)
+    shown = default if default in ("empty", "none") else f"`{default}`"
+    cells = (f"`{setting.key}`", kind, shown, setting.told)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 if __name__ == "__main__":

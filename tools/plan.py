@@ -50,12 +50,12 @@ def plan_run(arguments: list[str]) -> int:
     add("--dry-run", type=int, metavar="RANK", help="also build this rank, and compare it with the plan")
     add("--json", action="store_true", help="print JSON instead of tables")
     config, flags = parse_run(parser, arguments)
-    changes = {item.name: flags.get(item.name) for item in dataclasses.fields(Hardware)}
+    changes = {item.name: getattr(flags, item.name, None) for item in dataclasses.fields(Hardware)}
     changes["name"] = None
     hardware = load_hardware(flags.cluster, {k: v for k, v in changes.items() if k != "device"})
     for name in ("samples", "classes", "vocabulary"):
-        if flags[name] is not None and flags[name] < 1:
-            raise UserError(f"--{name} must be at least 1, got {flags[name]}")
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     return show_plan(config, hardware, flags)
 
 
