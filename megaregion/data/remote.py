@@ -15,7 +15,6 @@ that still reads it goes on reading it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -31,14 +30,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from megaregion.config import DataConfig
-from megaregion.data.info import (
-    INFO_NAME,
-    ShardEntry,
-    read_info,
-    replace_file,
-)
+from megaregion.data.info import INFO_NAME, ShardEntry, read_info
 from megaregion.data.order import SampleOrder
 from megaregion.errors import UserError
+from megaregion.files import locked, partial_name, write_bytes
 
 PIPE = "pipe:"
 CHUNK = 8 * 2**20
@@ -75,7 +70,9 @@ class Mirror:
         try:
             self._cache = Cache(root, settings.cache_bytes)
             self.folder.mkdir(exist_ok=True)
-            replace_file(self.folder / INFO_NAME, content)
+            info = self.folder / INFO_NAME
+            if not info.is_file() or info.read_bytes() != content:
+                write_bytes(info, content, shared=True)
         except OSError as error:
             raise UserError(
                 f"data.cache {root} cannot be written ({error.strerror}); name another folder"
@@ -285,10 +282,10 @@ class Cache:
         """
         if _touch(path):
             return True
-        with _locked(path.with_name(f".{path.name}.lock"), wait) as mine:
+        with locked(path.with_name(f".{path.name}.lock"), wait) as mine:
             if not mine or _touch(path):
                 return mine
-            partial = path.with_name(f".{path.name}.partial")
+            partial = partial_name(path)
             try:
                 self._make_room(partial, size)
                 with partial.open("r+b") as file:
@@ -301,7 +298,7 @@ class Cache:
     def _make_room(self, partial: Path, size: int) -> None:
         """Reserve a file's bytes, so that files that come at the same time do not pass the bound together."""
         partial.unlink(missing_ok=True)
-        with _locked(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             files = list(_files(self.folder))
             used = sum(file.size for file in files)
             for file in sorted(files, key=lambda file: file.used):
@@ -330,7 +327,7 @@ class _Held:
         """Whether nobody needs the file under its name."""
         if self.path.name.endswith(".partial"):
             # One that nobody writes was left by a process that was killed.
-            with _locked(self.path.with_suffix(".lock"), wait=False) as abandoned:
+            with locked(self.path.with_suffix(".lock"), wait=False) as abandoned:
                 return abandoned
         return not self.path.name.endswith(KEPT)
 
@@ -367,18 +364,6 @@ def _write(file: BinaryIO, pieces: Iterable[bytes], size: int, sha256: str | Non
         raise OSError(
             f"what arrived is another file (sha256 {found.hexdigest()[:12]}, expected {sha256[:12]})"
         )
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file; without waiting, give False if another process (or thread) holds it."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 class Prefetcher:

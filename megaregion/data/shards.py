@@ -21,15 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.config import DataConfig
-from megaregion.data.info import (
-    ShardEntry,
-    file_sha256,
-    read_info,
-)
+from megaregion.data.info import ShardEntry, read_info
 from megaregion.data.remote import Mirror, is_remote
 from megaregion.errors import UserError
+from megaregion.files import file_sha256
 
-BLOCK = tarfile.BLOCKSIZE
+HEADER = tarfile.BLOCKSIZE
+"""Bytes in front of each member of a tar, its name among them."""
 OPEN_SHARDS = 64
 """Shards that one process keeps open; more than any sensible data.window_shards."""
 
@@ -98,7 +96,7 @@ class ShardedDataset:
         number = self.shard_of(index)
         shard = self._shard(number)
         image, image_size, record, record_size = shard.rows[index - self._starts[number]].tolist()
-        start = image - BLOCK
+        start = image - HEADER
         wanted = record + record_size - start
         content = os.pread(shard.file, wanted, start)
         if len(content) != wanted:
@@ -111,7 +109,7 @@ class ShardedDataset:
             )
         return RawSample(
             name.removesuffix(b".jpg").decode(),
-            content[BLOCK : BLOCK + image_size],
+            content[HEADER : HEADER + image_size],
             content[record - start :],
         )
 
@@ -127,7 +125,7 @@ class ShardedDataset:
                     continue  # It may be far away, and what is asked for must not wait.
                 shard = self._shard(number)
                 image, _, record, size = shard.rows[index - self._starts[number]].tolist()
-                start = image - BLOCK
+                start = image - HEADER
                 os.posix_fadvise(shard.file, start, record + size - start, os.POSIX_FADV_WILLNEED)
 
     def shard_of(self, index: int) -> int:

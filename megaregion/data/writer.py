@@ -19,11 +19,10 @@ from megaregion.data.info import (
     TOKENIZER_NAME,
     DatasetInfo,
     ShardEntry,
-    file_sha256,
-    replace_file,
 )
 from megaregion.data.sample import SampleRecord
 from megaregion.errors import UserError
+from megaregion.files import file_sha256, new_file, partial_name, write_text
 
 MAX_KEY_BYTES = 95
 """KEY.json must fit the 100 bytes of a tar header's name."""
@@ -44,9 +43,8 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = Path(folder), name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._tar = self.folder / f".{name}.tar.partial"
-        self._index = self.folder / f".{name}.index.npy.partial"
-        self._file = self._tar.open("wb")
+        self._partial = partial_name(self.folder / f"{name}.tar")
+        self._file = self._partial.open("wb")
         self._hash = hashlib.sha256()
         self._size = 0
         self._rows: list[tuple[int, int, int, int]] = []
@@ -98,8 +96,7 @@ class ShardWriter:
                 self._finish()
         finally:
             self._file.close()
-            self._tar.unlink(missing_ok=True)
-            self._index.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
 
     def _member(self, name: str, content: bytes) -> int:
         header = tarfile.TarInfo(name)
@@ -122,12 +119,9 @@ class ShardWriter:
         self._write(bytes(-self._size % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
-        with self._index.open("wb") as file:
+        with new_file(self.folder / f"{self.name}.index.npy") as file:
             np.save(file, np.array(self._rows, dtype=np.int64), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        self._index.replace(self.folder / f"{self.name}.index.npy")
-        self._tar.replace(self.folder / f"{self.name}.tar")
+        self._partial.replace(self.folder / f"{self.name}.tar")
         self._entry = ShardEntry(
             name=self.name,
             samples=len(self._rows),
@@ -184,21 +178,21 @@ def write_dataset(
         texts=sum(shard.texts for shard in shards),
         object_classes=object_classes,
         text_classes=text_classes,
-        centers_sha256=_bring(centers, folder / CENTERS_NAME),
-        tokenizer_sha256=_bring(tokenizer, folder / TOKENIZER_NAME),
+        centers_sha256=_copy_label_file(centers, folder / CENTERS_NAME),
+        tokenizer_sha256=_copy_label_file(tokenizer, folder / TOKENIZER_NAME),
         shards=tuple(shards),
     )
-    replace_file(folder / INFO_NAME, json.dumps(info.to_dict(), indent=1).encode())
+    write_text(folder / INFO_NAME, json.dumps(info.to_dict(), indent=1))
     return info
 
 
-def _bring(source: Path | None, target: Path) -> str | None:
+def _copy_label_file(source: Path | None, target: Path) -> str | None:
     if source is None:
         # A file of an earlier run would pass for this dataset's.
         target.unlink(missing_ok=True)
         return None
     if not target.exists() or not target.samefile(source):
-        partial = target.with_name(f".{target.name}.partial")
+        partial = partial_name(target)
         shutil.copyfile(source, partial)
         partial.replace(target)
     return file_sha256(target)
