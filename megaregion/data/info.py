@@ -5,9 +5,7 @@ Text labels are the distinct tokens of a region's text, by the same rule for sha
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,9 @@ VERSION = 1
 """Version of the layout on disk, index included."""
 
 INFO_NAME, CENTERS_NAME, TOKENIZER_NAME = "dataset.json", "centers.npy", "tokenizer.model"
+
+WORD_START = "▁"
+"""The piece that sentencepiece puts in front of a word; alone, it says nothing about the text."""
 
 
 @dataclass(frozen=True)
@@ -128,26 +129,6 @@ def read_info(folder: Path) -> DatasetInfo:
     if not info.shards or total != info.samples:
         raise UserError(f"{path} names {info.samples} samples, but its shards hold {total}; pack it again")
     return info
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-WORD_START = "▁"
-"""The piece that sentencepiece puts in front of a word; alone, it says nothing about the text."""
 
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:

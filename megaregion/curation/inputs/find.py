@@ -33,9 +33,9 @@ from megaregion.curation.inputs.source import (
     write_listing,
 )
 from megaregion.curation.inputs.tars import scan_tar
-from megaregion.data.info import file_sha256, replace_file
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
+from megaregion.files import file_sha256, write_bytes
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 """Files that are taken for images, in lower or upper case."""
@@ -87,7 +87,7 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
         "version": VERSION, "folder": str(folder.resolve()), "duplicates": seen.duplicates + twice,
         "others": seen.others, "bad": bad, "digest": _digest(place),
     }  # fmt: skip
-    replace_file(place / INPUTS, json.dumps(summary, indent=1).encode())
+    write_bytes(place / INPUTS, json.dumps(summary, indent=1).encode())
     return Source(folder, place, slice_size)
 
 

@@ -13,8 +13,8 @@ from megaregion.curation.quality.truth import MATCH, READABLE, TIGHT, TrueImage,
 from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.runner.summary import Summary, summarise
 from megaregion.curation.stages.stage import Job
-from megaregion.data.info import replace_file
 from megaregion.errors import UserError
+from megaregion.files import write_bytes
 
 REPORT = "report.json"
 
@@ -63,7 +63,7 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None =
         text_quality(job),
         None if truth is None else truth_quality(job, truth),
     )
-    replace_file(Path(job.store.root) / REPORT, json.dumps(asdict(found), indent=1).encode())
+    write_bytes(Path(job.store.root) / REPORT, json.dumps(asdict(found), indent=1).encode())
     return found
 
 

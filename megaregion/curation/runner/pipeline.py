@@ -22,8 +22,8 @@ from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages import NAMES, make_stages
 from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
 from megaregion.curation.stages.store import Manifest, Piece, Store, enough_space
-from megaregion.data.info import replace_file
 from megaregion.errors import UserError
+from megaregion.files import write_bytes
 
 LIST = "list"
 """The step before all stages: finding the images."""
@@ -282,7 +282,7 @@ RUN = "run.json"
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:
     """Write the record."""
     content = {"images": str(images.absolute()), "settings": asdict(settings)}
-    replace_file(out / RUN, json.dumps(content, indent=1).encode())
+    write_bytes(out / RUN, json.dumps(content, indent=1).encode())
 
 
 def recorded_run(out: Path) -> tuple[Path, CurationSettings]:

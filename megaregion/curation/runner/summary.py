@@ -13,7 +13,7 @@ import numpy as np
 from megaregion.curation.stages.assign import LABELS
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Manifest, Piece
-from megaregion.data.info import replace_file
+from megaregion.files import write_bytes
 
 SUMMARY = "summary.json"
 
@@ -127,7 +127,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
         clusters=_cluster_sizes(job) if "assign" in seconds else None,
         seconds={name: round(total, 1) for name, total in seconds.items()},
     )
-    replace_file(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
+    write_bytes(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     return summary
 
 

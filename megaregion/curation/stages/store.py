@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megaregion.data.info import file_sha256, replace_file
 from megaregion.errors import UserError
+from megaregion.files import file_sha256, write_bytes
 
 VERSION = 1
 """Version of the manifest's layout."""
@@ -164,7 +164,7 @@ class Store:
 
     def write(self, piece: Piece, manifest: Manifest) -> None:
         """Write a piece's manifest."""
-        replace_file(self.folder(piece) / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+        write_bytes(self.folder(piece) / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
 
     def prune(self, stage: str, pieces: int) -> None:
         """Remove what a run with more pieces left."""

@@ -16,7 +16,7 @@ from megaregion.curation.stages.records import ImageWords, read_words, write_wor
 from megaregion.curation.stages.stage import Stage, plain
 from megaregion.curation.stages.store import Output, Piece
 from megaregion.curation.types import Reader
-from megaregion.data.info import file_sha256
+from megaregion.files import file_sha256
 
 WORDS = "words.jsonl"
 
