@@ -64,16 +64,16 @@ def test_a_run_on_two_ranks_is_evaluated_at_every_second_save_and_at_its_end(pla
 
 def test_a_look_at_a_saved_step_measures_what_the_tool_measures(place: Path) -> None:
     from megaregion.evaluation.network import open_run
-    from megaregion.evaluation.study import StudyConfig, conduct
+    from megaregion.evaluation.study import StudyConfig, evaluate
 
     dataset = place / "shards"
     folder = place / "runs" / "looked"
-    evaluate = EvaluateConfig(40, str(place / "scenes"), "test", 16)
-    write_run(folder, dataset, read_info(dataset).text_classes, evaluate=evaluate)
+    settings = EvaluateConfig(40, str(place / "scenes"), "test", 16)
+    write_run(folder, dataset, read_info(dataset).text_classes, evaluate=settings)
     look(folder, 40)
     look(folder, 40)
     assert list(recorded_steps(folder)) == [40]
-    study = conduct(open_run(folder), StudyConfig(place / "scenes", dataset, limit=16, measures=("region",)))
+    study = evaluate(open_run(folder), StudyConfig(place / "scenes", dataset, limit=16, measures=("region",)))
     expected = study.tables[0].estimate("trained", "knn")
     assert expected is not None
     assert recorded_steps(folder)[40]["region/knn"] == pytest.approx(expected.mean, abs=1e-4)

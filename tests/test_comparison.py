@@ -23,10 +23,9 @@ from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import BoxedImage
 from megaregion.evaluation.estimates import share
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.published import table_json
 from megaregion.evaluation.runs import joined_tables, read_runs
-from megaregion.evaluation.tables import Column, Table
 from megaregion.export.huggingface import export_checkpoint
+from megaregion.schemas.evaluation import Column, Evaluation, Table
 from megaregion.schemas.metrics import Curve
 
 TOOL = Path(__file__).parents[1] / "tools" / "report.py"
@@ -55,7 +54,8 @@ def leave_run(folder: Path, accuracy: float, lr: float, told: str = "8 objects")
     right = np.arange(40) < 40 * accuracy
     columns = (Column("knn", "5-NN", 0.1),)
     table = Table("region", "Naming regions", told, columns, {"trained": (share(right, range(40)),)})
-    (folder / "evaluation.json").write_text(json.dumps({"step": 20, "measures": [table_json(table)]}))
+    evaluation = Evaluation(folder.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)
+    (folder / "evaluation.json").write_text(evaluation.to_json())
     for kind in ("map", "frame"):
         Image.new("RGB", (30, 20), (90, 30, 200)).save(folder / "pictures" / f"scene-1.{kind}.jpg")
     return folder

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from launch import repository
 
+from megaregion.schemas.evaluation import read_evaluation
+
 SETTINGS = """
 model: {image_size: 64, patch_size: 16, width: 32, depth: 2, heads: 2, mlp_width: 64, region_layers: 1}
 data: {regions_per_image: 4, workers: 1}
@@ -37,16 +39,17 @@ def test_images_become_an_encoder_that_transformers_loads(tmp_path: Path) -> Non
     assert "resumed from" in done.stdout
     assert "MLCDVisionModel {'last_hidden_state': (4, 17, 32), 'pooler_output': (4, 32)}" in done.stdout
 
-    result = json.loads((run / "evaluation.json").read_text())
-    rows = {row["encoder"]: row for row in result["rows"]}
-    assert set(rows) == {"trained", "untrained", "pixels", "curation"}
-    assert all(0 <= row["region_knn"] <= 1 for row in rows.values())
-    assert rows["curation"]["region_knn"] > rows["untrained"]["region_knn"]
-    assert rows["pixels"]["ocr_recall_at_5"] is None
-    assert 0 <= rows["trained"]["ocr_prior"] <= 1
-    assert result["test_regions"] > 0
-    assert result["seconds"]["demo: total"] > 0
-    assert result["demo_peak_memory_bytes"] > 200e6, "four ranks alone need more"
+    evaluation = read_evaluation(run / "evaluation.json")
+    summary = evaluation.table("summary")
+    assert set(summary.rows) == {"trained", "untrained", "pixels", "curation"}
+    knn = {encoder: summary.estimate(encoder, "region_knn") for encoder in summary.rows}
+    assert all(share is not None and 0 <= share.mean <= 1 for share in knn.values())
+    assert knn["curation"].mean > knn["untrained"].mean
+    assert summary.estimate("pixels", "ocr_recall_at_5") is None
+    assert 0 <= {column.key: column.chance for column in summary.columns}["ocr_recall_at_5"] <= 1
+    assert evaluation.test_regions > 0
+    assert evaluation.seconds["demo: total"] > 0
+    assert evaluation.demo_peak_memory_bytes > 200e6, "four ranks alone need more"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert "<html" in (run / "report.html").read_text()

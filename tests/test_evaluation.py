@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,20 +22,30 @@ from megaregion.data.info import load_tokenizer, read_info, token_set
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation import charts, knn, ocr
+from megaregion.evaluation import charts, knn
 from megaregion.evaluation.curated import curation_card
-from megaregion.evaluation.encoders import BoxedImage, CropEncoder, centred_pixels, crop, raw_pixels
-from megaregion.evaluation.encoding import encode_scenes, open_image
-from megaregion.evaluation.measure import majority_share
+from megaregion.evaluation.encoders import BoxedImage, CropEncoder, Features, centred_pixels, crop, raw_pixels
+from megaregion.evaluation.encoding import encode_scenes
+from megaregion.evaluation.estimates import share
 from megaregion.evaluation.measures import MEASURES
+from megaregion.evaluation.measures.reading import judged, neighbour_tokens, word_recall
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import write_report
-from megaregion.evaluation.results import table, to_json
-from megaregion.evaluation.scenes import object_table, pick_scenes, read_scenes, word_table
-from megaregion.evaluation.study import Study, StudyConfig, conduct
+from megaregion.evaluation.scenes import (
+    Scene,
+    TrueWord,
+    Truth,
+    object_table,
+    open_image,
+    pick_scenes,
+    read_scenes,
+    word_table,
+)
+from megaregion.evaluation.study import Study, StudyConfig, evaluate
 from megaregion.evaluation.visualise import Pictures, visualise
-from megaregion.evaluation.vocabulary import open_vocabulary
+from megaregion.evaluation.vocabulary import frequent_tokens, open_vocabulary
 from megaregion.models import RegionEncoder, initialise
+from megaregion.schemas.evaluation import Evaluation, read_evaluation, text
 from megaregion.schemas.metrics import Curve, read_metrics
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
@@ -60,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def study(place: Workplace) -> Study:
     config = StudyConfig(place.scenes, place.dataset, batch=5)
-    return conduct(open_run(place.run), config, [CropEncoder("curation", centred_pixels)])
+    return evaluate(open_run(place.run), config, [CropEncoder("curation", centred_pixels)])
 
 
 @pytest.fixture(scope="module")
@@ -124,40 +135,54 @@ def test_the_largest_scores_are_those_of_a_full_sort_also_over_blocks_of_queries
 
 
 def test_an_interval_is_wide_when_few_cut_outs_stand_in_many_scenes() -> None:
-    true = ["cat"] * 200
-    predicted = ["cat", "dog"] * 100
-    alone = [str(i) for i in range(200)]
-    low, high = knn.interval(predicted, true, alone)
-    assert low == pytest.approx(0.43, abs=0.03)
-    assert high == pytest.approx(0.57, abs=0.03)
-    two_cut_outs = ["a", "b"] * 100
-    assert knn.interval(predicted, true, two_cut_outs) == (0.0, 1.0)
-    assert knn.interval(true, true, two_cut_outs) == (1.0, 1.0)
+    right = np.array([True, False] * 100)
+    alone, two_cut_outs = share(right, range(200)), share(right, ["a", "b"] * 100)
+    assert alone is not None
+    assert alone.low == pytest.approx(0.43, abs=0.03)
+    assert alone.high == pytest.approx(0.57, abs=0.03)
+    assert two_cut_outs is not None
+    assert (two_cut_outs.low, two_cut_outs.high) == (0.0, 1.0)
+    certain = share(np.ones(200, bool), ["a", "b"] * 100)
+    assert certain is not None
+    assert (certain.low, certain.high) == (1.0, 1.0)
 
 
 # ---- OCR -------------------------------------------------------------------------------------------
 
 
 def test_recall_is_the_mean_share_of_gold_tokens_and_skips_words_without_any() -> None:
-    predicted = [(1, 2, 3, 4, 5), (1, 2, 3, 4, 5), (9,)]
-    assert ocr.recall(predicted, [(1, 7), (2, 3, 4), ()]) == pytest.approx(0.75)
-    assert ocr.recall([(1,)], [()]) is None
+    words = tuple(TrueWord(text, (0, 0, 5, 5)) for text in ("one", "two", "bare"))
+    scenes = [Scene("s", Path("none.jpg"), 9, 9, (), words)]
+    named = [(1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 5), (9,)]
+    found = judged([named], Truth(scenes, ((1, 7), (2, 3, 4), ())), word_recall)
+    assert found is not None
+    assert found.mean == pytest.approx(0.75)
+    assert judged([named], Truth(scenes, ((), (), ())), word_recall) is None
 
 
 def test_the_prior_is_the_tokens_that_most_training_regions_hold() -> None:
     regions = [(4, 9), (9, 2), (9, 4), (1, 2), (8,), (7,), (6,)]
-    assert ocr.frequent_tokens(regions) == (9, 2, 4, 1, 6)
+    assert frequent_tokens(regions) == (9, 2, 4, 1, 6)
 
 
-def test_the_head_names_the_nearest_centers_whatever_their_length() -> None:
-    centers = np.eye(7, dtype=np.float32) * np.arange(1, 8, dtype=np.float32)[:, None]
-    embedding = rows((0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.0))
-    assert ocr.head_tokens(embedding, centers) == [(1, 3, 5, 4, 2)]
+def test_the_head_names_the_nearest_centers_whatever_their_length(place: Workplace) -> None:
+    class Reader(CropEncoder):
+        text_centers = np.eye(7, dtype=np.float32) * np.arange(1, 8, dtype=np.float32)[:, None]
+
+        def encode(self, images: Sequence[BoxedImage]) -> Features:
+            embedding = rows((0.1, 0.9, 0.2, 0.8, 0.3, 0.7, -0.1)).repeat(
+                sum(len(i.boxes) for i in images), 0
+            )
+            return Features(embedding, embedding)
+
+    scenes = read_scenes(place.scenes / "test")
+    found = encode_scenes(scenes, [Reader("reader", raw_pixels)], 8, 1, {})["reader"]
+    assert found.read == [(1, 3, 5, 4, 2, 0, 6)] * 4
 
 
 def test_neighbours_name_their_most_common_tokens_and_the_nearer_ones_break_ties() -> None:
     neighbours = knn.Neighbours(np.array([[0, 1, 2, -1, -1]]), rows((0.9, 0.8, 0.7, -np.inf, -np.inf)))
-    assert ocr.neighbour_tokens(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5)]
+    assert neighbour_tokens(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5, 6)]
 
 
 def test_gold_tokens_are_distinct_and_hold_no_bare_word_start(place: Workplace) -> None:
@@ -182,7 +207,7 @@ def test_the_prior_is_counted_in_the_training_shards(place: Workplace) -> None:
     vocabulary = open_vocabulary(ShardedDataset(place.dataset), {})
     assert vocabulary is not None
     words = word_table(read_scenes(place.scenes / "train")).names
-    assert vocabulary.prior == ocr.frequent_tokens(vocabulary.tokens(word) for word in words)
+    assert vocabulary.prior == frequent_tokens(vocabulary.tokens(word) for word in words)
 
 
 def test_another_tokenizer_than_the_runs_own_is_refused(place: Workplace) -> None:
@@ -248,7 +273,7 @@ def test_an_image_that_is_missing_damaged_or_of_another_size_is_named(
 def test_a_missing_split_is_answered_with_the_splits_that_exist(place: Workplace, tmp_path: Path) -> None:
     shutil.copytree(place.scenes / "train", tmp_path / "train")
     with pytest.raises(UserError, match=r"has only train"):
-        conduct(open_run(place.run), StudyConfig(tmp_path, place.dataset))
+        evaluate(open_run(place.run), StudyConfig(tmp_path, place.dataset))
 
 
 # ---- encoders --------------------------------------------------------------------------------------
@@ -332,7 +357,7 @@ def test_features_come_back_in_the_order_of_the_tables_for_any_batch(place: Work
         found = encode_scenes(scenes, [encoder], batch, 2, {})["sizes"]
         assert found.objects.tolist() == np.round(objects[:, [3, 2]] - objects[:, [1, 0]]).tolist()
         assert found.words.shape == (12, 2)
-        assert found.word_embeddings is None
+        assert found.read is None
 
 
 def test_a_checkpoint_that_does_not_fit_its_settings_is_refused(place: Workplace) -> None:
@@ -360,23 +385,34 @@ def test_a_changed_byte_in_the_checkpoint_is_noticed(place: Workplace, tmp_path:
 # ---- the study -------------------------------------------------------------------------------------
 
 
-def test_a_study_has_all_four_encoders_and_shares_between_0_and_1(study: Study) -> None:
-    numbers = to_json(study)
-    assert [row["encoder"] for row in numbers["rows"]] == ["trained", "untrained", "pixels", "curation"]
-    assert (numbers["test_regions"], numbers["test_words"]) == (8, 4)
-    assert numbers["seconds"].keys() >= {"read", "trained", "untrained", "curation"}
-    for row in numbers["rows"]:
-        for key, value in row.items():
-            if key not in ("encoder", "variant", "region_knn_interval"):
-                assert value is None or 0 <= value <= 1, (key, value)
-        low, high = row["region_knn_interval"]
-        assert 0 <= low <= row["region_knn"] <= high <= 1
-        has_head = row["encoder"] in ("trained", "untrained")
-        assert (row["ocr_recall_at_5"] is not None) == has_head
-        assert (row["ocr_train_recall_at_5"] is not None) == has_head
-        assert row["ocr_knn_recall_at_5"] is not None
-        assert row["ocr_prior"] == numbers["rows"][0]["ocr_prior"]
-    assert json.loads(json.dumps(numbers)) == numbers
+def mean(study: Study, encoder: str, column: str) -> float | None:
+    found = study.summary.estimate(encoder, column)
+    return None if found is None else found.mean
+
+
+def test_a_study_has_all_four_encoders_and_shares_between_0_and_1(study: Study, tmp_path: Path) -> None:
+    found = study.evaluation()
+    assert [table.key for table in found.tables] == ["summary", *MEASURES]
+    assert (found.test_regions, found.test_words) == (8, 4)
+    assert found.seconds.keys() >= {"read", "trained", "untrained", "curation"}
+    assert list(study.summary.rows) == ["trained", "untrained", "pixels", "curation"]
+    for table in found.tables:
+        assert list(table.rows)[:3] == ["trained", "untrained", "pixels"]
+        for cell in (cell for cells in table.rows.values() for cell in cells if cell is not None):
+            assert 0 <= cell.low <= cell.mean <= cell.high <= 1
+        assert all(column.chance is None or 0 <= column.chance <= 1 for column in table.columns)
+    for encoder in study.summary.rows:
+        has_head = encoder in ("trained", "untrained")
+        assert (mean(study, encoder, "ocr_recall_at_5") is not None) == has_head
+        assert (mean(study, encoder, "ocr_train_recall_at_5") is not None) == has_head
+        assert mean(study, encoder, "ocr_knn_recall_at_5") is not None
+    (tmp_path / "evaluation.json").write_text(found.to_json())
+    assert rounded(read_evaluation(tmp_path / "evaluation.json")) == rounded(found)
+
+
+def rounded(found: Evaluation) -> object:
+    """All numbers and words of an evaluation, as exact as its file is."""
+    return json.loads(found.to_json())
 
 
 def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: Study) -> None:
@@ -385,9 +421,10 @@ def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: S
     for name, embed in (("raw", raw_pixels), ("centred", centred_pixels)):
         known, asked = (encode_scenes(s, [CropEncoder("p", embed)], 8, 1, {})["p"].objects for s in scenes)
         gallery, queries = map(object_table, scenes)
-        accuracies[name] = knn.accuracy(knn.vote(knn.nearest(asked, known), gallery.names), queries.names)
-    row = study.judgement("pixels").row
-    assert row.region_knn == max(accuracies.values()) == accuracies[str(row.variant)]
+        named = knn.vote(knn.nearest(asked, known), gallery.names)
+        accuracies[name] = np.mean(np.asarray(named) == queries.names)
+    form = study.summary.notes["pixels"].removeprefix("crops at 32 x 32, ")
+    assert mean(study, "pixels", "region_knn") == max(accuracies.values()) == accuracies[form]
 
 
 def test_features_that_tell_the_class_give_perfect_accuracy_and_constant_ones_the_majority(
@@ -400,39 +437,34 @@ def test_features_that_tell_the_class_give_perfect_accuracy_and_constant_ones_th
         CropEncoder("oracle", colour),
         CropEncoder("blind", lambda crops: np.ones((len(crops), 2), np.float32)),
     ]
-    study = conduct(open_run(place.run), StudyConfig(place.scenes, place.dataset), others)
-    oracle, blind = study.judgement("oracle").row, study.judgement("blind").row
-    assert oracle.region_knn == oracle.region_knn_train == 1.0
-    assert blind.region_knn < 1.0
-    assert majority_share(study.gallery.objects, study.queries.objects) < 1.0
+    study = evaluate(open_run(place.run), StudyConfig(place.scenes, place.dataset), others)
+    assert mean(study, "oracle", "region_knn") == mean(study, "oracle", "region_knn_train") == 1.0
+    assert mean(study, "blind", "region_knn") < 1.0
+    assert study.summary.columns[0].chance < 1.0
 
 
 def test_a_diverged_network_is_refused_and_not_measured(place: Workplace) -> None:
     nan = CropEncoder("lost", lambda crops: np.full((len(crops), 2), np.nan, np.float32))
     with pytest.raises(UserError, match=r"encoder lost gives features that are not finite"):
-        conduct(open_run(place.run), StudyConfig(place.scenes, place.dataset), [nan])
+        evaluate(open_run(place.run), StudyConfig(place.scenes, place.dataset), [nan])
 
 
 def test_the_table_is_aligned_and_says_what_it_compares(study: Study) -> None:
-    lines = table(study).splitlines()
-    body = lines[1 : lines.index("")]
-    assert {len(line) for line in body if line.strip("-")} == {len(body[0])}
-    assert [line.split()[0] for line in body if not line.startswith(("-", " "))][1:5] == [
-        "trained",
-        "untrained",
-        "pixels",
-        "curation",
-    ]
-    assert "8 objects and 4 words of 4 test scenes" in table(study)
+    lines = text([study.summary], intervals=False).splitlines()
+    assert {len(line) for line in lines[:-1]} == {len(lines[0])}
+    assert [line.split()[0] for line in lines[2:6]] == ["trained", "untrained", "pixels", "curation"]
+    assert lines[0].split("  ")[-1] == "OCR recall@5, 5-NN"
+    assert "8 objects and 4 words of 4 test scenes" in study.summary.told
 
 
 def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_path: Path) -> None:
     dataset = write_shards(tmp_path / "shards", place.scenes, text=False)
     write_run(tmp_path / "run", dataset, text_classes=0)
-    study = conduct(open_run(tmp_path / "run"), StudyConfig(place.scenes, dataset))
-    for row in to_json(study)["rows"]:
-        assert row["region_knn"] > 0
-        assert {row[key] for key in row if key.startswith("ocr")} == {None}
+    study = evaluate(open_run(tmp_path / "run"), StudyConfig(place.scenes, dataset))
+    assert "ocr" not in [table.key for table in study.tables]
+    for encoder, cells in study.summary.rows.items():
+        assert mean(study, encoder, "region_knn") > 0
+        assert set(cells[2:]) == {None}
     write_report(study, visualise(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 
@@ -565,11 +597,11 @@ class Page(HTMLParser):
 
 
 def test_the_tool_writes_numbers_with_all_four_encoders_and_a_page(evaluated: Path) -> None:
-    numbers = json.loads((evaluated / "evaluation.json").read_text())
-    assert [row["encoder"] for row in numbers["rows"]] == ["trained", "untrained", "pixels", "curation"]
-    assert numbers["gallery_regions"] == 16
-    assert numbers["seconds"]["total"] > 0
-    assert [table["key"] for table in numbers["measures"]] == list(MEASURES)
+    found = read_evaluation(evaluated / "evaluation.json")
+    assert list(found.table("summary").rows) == ["trained", "untrained", "pixels", "curation"]
+    assert found.gallery_regions == 16
+    assert found.seconds["total"] > 0
+    assert [table.key for table in found.tables] == ["summary", *MEASURES]
     assert "## Naming regions" in (evaluated / "evaluation.md").read_text()
     assert any((evaluated / "tensorboard" / "evaluation" / "trained").iterdir())
     assert len(list((evaluated / "pictures").glob("*.map.jpg"))) == 4
@@ -609,9 +641,9 @@ def test_the_validation_split_leaves_the_test_numbers_alone(evaluated: Path, pla
     before = (evaluated / "evaluation.json").read_bytes()
     assert run_tool(place.run, "--scenes", place.scenes, "--split", "val", "--curation", "none") == 0
     assert (evaluated / "evaluation.json").read_bytes() == before
-    numbers = json.loads((evaluated / "evaluation_val.json").read_text())
-    assert numbers["split"] == "val"
-    assert len(numbers["rows"]) == 3
+    found = read_evaluation(evaluated / "evaluation_val.json")
+    assert found.split == "val"
+    assert len(found.table("summary").rows) == 3
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(

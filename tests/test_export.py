@@ -19,11 +19,16 @@ from export_runs import MODEL, convert, noise, pieces, write_run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from toy_scenes import write_run as write_toy_run
+from toy_scenes import write_scenes, write_shards
 
 from megaregion.checkpoint.pretrained import open_pretrained
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
+from megaregion.data.info import read_info
 from megaregion.errors import UserError
+from megaregion.evaluation.network import open_run
+from megaregion.evaluation.study import StudyConfig, evaluate
 from megaregion.export import ExportOptions, export_checkpoint
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, VisionTransformer, initialise
@@ -85,29 +90,52 @@ def test_the_code_of_the_model_card_runs_as_it_stands(
     torch.testing.assert_close(scope["features"].last_hidden_state, ours, atol=1e-5, rtol=1e-5)
 
 
-def test_the_card_tells_the_run_its_numbers_and_its_licence(tmp_path: Path) -> None:
+def test_the_card_tells_the_run_and_its_licence(tmp_path: Path) -> None:
     write_run(tmp_path / "run", ranks=2)
-    rows = [
-        {"encoder": "trained", "region_knn": 0.5, "variant": "x"},
-        {"encoder": "pixels", "region_knn": None},
-    ]
-    numbers = {"step": 12, "split": "test", "rows": rows}
-    estimate = {"mean": 0.25, "low": 0.2, "high": 0.3, "seeds": [0.25]}
-    table = {"title": "Probe", "columns": [{"key": "miou", "title": "mIoU"}], "rows": {"trained": [estimate]}}
-    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**numbers, "tables": [table]}))
     export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(license="cc-by-4.0"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for told in (
         "license: cc-by-4.0", "run `little`, step 12", "1,234 images, 37 object clusters", "cccccccccccc",
-        "12 of 1,000", "1.5 (mean", "2 tensor x 1 data", "Measured at step 12 on the `test` split",
-        "| trained | 50.0% |", "| pixels |  |", "**Probe**", "| trained | 25.0% (20.0% to 30.0%) |",
+        "12 of 100,000", "1.5 (mean", "2 tensor x 1 data", "has not been evaluated",
     ):  # fmt: skip
         assert told in card, told
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--evaluation: .*bad.json .*holds no table"):
-        export_checkpoint(tmp_path / "run", tmp_path / "x", ExportOptions(evaluation=tmp_path / "bad.json"))
-    (tmp_path / "run" / "evaluation.json").write_text("[]")
+
+
+def test_every_table_of_a_real_evaluation_arrives_in_the_card_with_its_intervals(tmp_path: Path) -> None:
+    dataset = write_shards(tmp_path / "shards", write_scenes(tmp_path / "scenes"))
+    run = tmp_path / "run"
+    write_toy_run(run, dataset, read_info(dataset).text_classes)
+    evaluation = evaluate(open_run(run), StudyConfig(tmp_path / "scenes", dataset)).evaluation()
+    (run / "evaluation.json").write_text(evaluation.to_json())
+    export_checkpoint(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Measured at step 40 on the `test` split" in card
+    sections = dict(re.findall(r"### (.*?)\n(.*?)(?=\n###|\Z)", card, re.S))
+    assert list(sections) == [table.title for table in evaluation.tables]
+    intervals = 0
+    for table in evaluation.tables:
+        lines = re.findall(r"^\| (.*) \|$", sections[table.title], re.M)
+        shown = {name: cells for name, *cells in (line.split(" | ") for line in lines)}
+        for encoder, cells in table.rows.items():
+            for told, cell in zip(shown[encoder], cells, strict=True):
+                ends = None if cell is None else [100 * end for end in (cell.mean, cell.low, cell.high)]
+                assert told == ("-" if ends is None else "{:.1f} [{:.1f}, {:.1f}]".format(*ends))
+                intervals += cell is not None
+    assert intervals > 50
+
+
+def test_an_evaluation_that_cannot_be_read_ends_an_export_only_if_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    bad = tmp_path / "run" / "evaluation.json"
+    for content, reason in (("{}", "lacks run"), ("[]", "must be an object, got []")):
+        bad.write_text(content)
+        with pytest.raises(UserError, match=rf"--evaluation: .*{re.escape(reason)}"):
+            export_checkpoint(tmp_path / "run", tmp_path / "x", ExportOptions(evaluation=bad))
+    assert convert("to-hf", tmp_path / "run", tmp_path / "x", "--evaluation", bad) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
     export_checkpoint(tmp_path / "run", tmp_path / "y")
     assert "could not be read" in (tmp_path / "y" / "README.md").read_text()
 

@@ -10,19 +10,20 @@ runs/demo/report.html, runs/demo/evaluation.json and the exported encoder in run
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from megaregion.command_line import run
 from megaregion.errors import UserError
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation
 
 
 def main() -> int:
@@ -118,12 +119,17 @@ def _shared_size(process: psutil.Process) -> int:
 
 def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) -> int:
     """Add the demo's times and peak memory to evaluation.json, say what was reached, and judge the gate."""
-    file = goal / "evaluation.json"
-    result = json.loads(file.read_text())
-    result["seconds"] = {**result.get("seconds", {}), **{f"demo: {k}": v for k, v in seconds.items()}}
-    result["demo_peak_memory_bytes"] = memory
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    knn = {row["encoder"]: row["region_knn"] for row in result["rows"]}
+    file = goal / EVALUATION
+    evaluation = read_evaluation(file)
+    evaluation = replace(
+        evaluation,
+        seconds={**evaluation.seconds, **{f"demo: {step}": value for step, value in seconds.items()}},
+        demo_peak_memory_bytes=memory,
+    )
+    file.write_text(evaluation.to_json())
+    summary = evaluation.table(SUMMARY)
+    found = {encoder: summary.estimate(encoder, "region_knn") for encoder in summary.rows}
+    knn = {encoder: share.mean for encoder, share in found.items() if share is not None}
     print("\n== done ==")
     for name, value in seconds.items():
         print(f"{name:<34}{value:>8.1f} s")

@@ -27,11 +27,11 @@ from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder
 from megaregion.evaluation.measures import MEASURES, QUICK
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.published import plain, write_board
 from megaregion.evaluation.report import write_report
-from megaregion.evaluation.results import table, write_json, write_markdown
-from megaregion.evaluation.study import StudyConfig, conduct
+from megaregion.evaluation.study import StudyConfig, evaluate
 from megaregion.evaluation.visualise import save_pictures, visualise
+from megaregion.files import write_text
+from megaregion.schemas.evaluation import FOOTNOTE, markdown, text, write_board
 
 STRIDE = 32
 """Pixels along each side of a place of the curation encoder's map."""
@@ -59,21 +59,25 @@ def main() -> None:
     others = _others(arguments, device, opened.config.model.grid)
     with tqdm(unit="image", disable=None) as bar:
         progress = partial(_show_progress, bar)
-        study = conduct(opened, config, others, progress)
+        study = evaluate(opened, config, others, progress)
         pictures = visualise(study, arguments.frames, arguments.map_side, progress)
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
-    numbers, page = opened.folder / f"evaluation{suffix}.json", opened.folder / f"report{suffix}.html"
-    write_json(study, numbers)
-    text = opened.folder / f"evaluation{suffix}.md"
-    write_markdown(study, text)
+    numbers, tables, page = (
+        opened.folder / name.format(suffix)
+        for name in ("evaluation{}.json", "evaluation{}.md", "report{}.html")
+    )
+    evaluation = study.evaluation()
+    write_text(numbers, evaluation.to_json())
+    title = f"# {evaluation.run} after step {evaluation.step:,}, {evaluation.split} split"
+    write_text(tables, f"{title}\n\n{markdown(evaluation.tables)}")
     write_board(opened.folder / "tensorboard", opened.step, study.tables)
     save_pictures(pictures, opened.folder / f"pictures{suffix}")
     write_report(study, pictures, opened.folder / "metrics.jsonl", page)
-    print(table(study))
+    print(f"{text([study.summary], intervals=False)}\n\n{study.summary.told}")
     if study.tables:
-        print(f"\n{plain(study.tables)}\n\npercent, and the 95% interval over seeds and test groups")
-    print(f"\n{numbers}\n{text}\n{page}")
+        print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")
+    print(f"\n{numbers}\n{tables}\n{page}")
 
 
 def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Encoder]:
@@ -98,9 +102,8 @@ def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Enco
 
 
 def _measures(text: str) -> tuple[str, ...]:
-    chosen = (
-        MEASURES if text == "all" else tuple(name for name in text.split(",") if name not in ("", "none"))
-    )
+    names = MEASURES if text == "all" else text.split(",")
+    chosen = tuple(name for name in names if name not in ("", "none"))
     for name in chosen:
         if name not in MEASURES:
             raise UserError(f"--measures knows {', '.join(MEASURES)}, all and none, got {name!r}")

@@ -13,8 +13,8 @@ from pathlib import Path
 from megaregion.command_line import run
 from megaregion.errors import UserError
 from megaregion.evaluation.comparison import write_comparison
-from megaregion.evaluation.published import plain
 from megaregion.evaluation.runs import joined_tables, read_runs
+from megaregion.schemas.evaluation import FOOTNOTE, text
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     write_comparison(runs, arguments.out)
     tables = joined_tables(runs)
     if tables:
-        print(f"{plain(tables)}\n\npercent, and the 95% interval over seeds and test groups")
+        print(f"{text(tables)}\n\n{FOOTNOTE}")
     print(f"\n{arguments.out}")
 
 

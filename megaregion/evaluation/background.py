@@ -158,14 +158,14 @@ def look(folder: Path, step: int) -> None:
         UserError: The checkpoint never came, or scenes and dataset cannot be used.
     """
     from megaregion.evaluation.network import open_run
-    from megaregion.evaluation.published import scalars, write_board
-    from megaregion.evaluation.study import StudyConfig, conduct
+    from megaregion.evaluation.study import StudyConfig, evaluate
+    from megaregion.schemas.evaluation import scalars, write_board
 
     _wait_for(step_folder(folder / "checkpoints", step) / MANIFEST)
     began = time.monotonic()
     run = open_run(folder, step)
     settings = run.config.evaluate
-    study = conduct(
+    study = evaluate(
         run,
         StudyConfig(
             scenes=Path(settings.scenes),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from megaregion.evaluation.estimates import Estimate
-from megaregion.evaluation.tables import Column, Table
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 KNOWN_STYLES = ("trained", "untrained", "pixels", "curation")
 

@@ -20,8 +20,9 @@ from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, Box, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.encoders import BoxedImage, Encoder
-from megaregion.evaluation.estimates import Estimate, share
-from megaregion.evaluation.knn import largest
+from megaregion.evaluation.estimates import share
+from megaregion.evaluation.knn import nearest, unit
+from megaregion.schemas.evaluation import Estimate
 
 SAMPLES = 300
 """Images of the shards that are asked about."""
@@ -99,8 +100,8 @@ def confuse(
     parts = [part for part in embeddings if part is not None]
     if not parts:
         return None
-    unit = centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-12)
-    return _summary(regions, largest(np.concatenate(parts) @ unit.T, 5), unit)
+    named = nearest(np.concatenate(parts), centers, neighbours=5).index
+    return _summary(regions, named, centers)
 
 
 def sample_image(shards: ShardedDataset, sample: int) -> Image.Image:
@@ -153,9 +154,9 @@ def like_order(clusters: Sequence[int], centers: NDArray[np.float32]) -> list[in
 
     Args:
         clusters: Clusters to order.
-        centers: Unit centers of all clusters, [K, E].
+        centers: Centers of all clusters, [K, E].
     """
-    own = centers[list(clusters)]
+    own = unit(centers[list(clusters)])
     centred = own - own.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     along = centred @ directions[0]

@@ -47,6 +47,8 @@ class HuggingFaceEncoder:
         device: Where the model computes.
     """
 
+    text_centers = None
+
     def __init__(self, name: str, model: Any, transform: EvalTransform, device: str = "cpu") -> None:
         self.name = name
         self._model = model.to(device).eval()

@@ -45,7 +45,7 @@ def write_comparison(runs: Sequence[RunRecord], path: Path) -> None:
     cards = "".join(
         f'<div class="card measure">{measure_table(each, styles=styles)}</div>' for each in tables
     )
-    missing = [run.name for run in runs if not (run.evaluation or {}).get("measures")]
+    missing = [run.name for run in runs if not run.tables]
     if missing:
         told = f"Not evaluated: {escape(', '.join(missing))}; see tools/evaluate.py."
         cards += f'<div class="card missing">{told}</div>'
@@ -66,8 +66,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     parts = []
     for run in runs:
         trained = f"{run.metrics.last_step:,} steps" if run.metrics else "nothing logged"
-        step = (run.evaluation or {}).get("step")
-        evaluated = f", evaluated after {step:,}" if step is not None else ""
+        evaluated = f", evaluated after {run.evaluation.step:,}" if run.evaluation else ""
         parts.append(f"<b>{escape(run.name)}</b>: {trained}{evaluated}")
     return "; ".join(parts) + "."
 

@@ -1,7 +1,7 @@
 """What every compared encoder is to the evaluation: features of regions, of places and of whole images.
 
 Shapes: n boxes of one image, R regions of several images one after another, B images, C feature width, E
-embedding width, h x w pixels of a crop or cells of a map.
+embedding width, V text classes, h x w pixels of a crop or cells of a map.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Encoder(Protocol):
         """Name in the table."""
         ...
 
+    @property
+    def text_centers(self) -> NDArray[np.float32] | None:
+        """Weight of the text head, [V, E]; None without one."""
+        ...
+
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Encode all regions of a batch of images, image by image."""
         ...
@@ -75,6 +80,8 @@ class CropEncoder:
         see: From a whole image, uint8 RGB [h, w, 3], to its feature map; None if the encoder has none.
     """
 
+    text_centers = None
+
     def __init__(
         self,
         name: str,
@@ -86,6 +93,10 @@ class CropEncoder:
         self._embed = embed
         self._threads = threads
         self._see = see
+
+    def renamed(self, name: str) -> CropEncoder:
+        """The same encoder under another name."""
+        return CropEncoder(name, self._embed, self._threads, self._see)
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Cut out every region and embed the crops of all images together."""

@@ -1,22 +1,26 @@
 """One pass over scenes: every image is read once and goes through every encoder.
 
-Shapes: n objects and m words of all scenes, C feature width, E embedding width.
+Shapes: n objects and m words of all scenes, C feature width.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, Encoder, Features
-from megaregion.evaluation.scenes import Scene
+from megaregion.evaluation.knn import nearest
+from megaregion.evaluation.scenes import Scene, Truth, open_image
+from megaregion.evaluation.vocabulary import NAMED, Tokens
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is encoded, images done and images in all."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,16 @@ class SceneFeatures:
     """[n, C]."""
     words: NDArray[np.float32]
     """[m, C]."""
-    word_embeddings: NDArray[np.float32] | None
-    """[m, E]; None for an encoder without heads."""
+    read: list[Tokens] | None = None
+    """Tokens that the text head names for each word, most similar first; None without a text head."""
+
+
+@dataclass(frozen=True)
+class EncodedScenes:
+    """The scenes of one split, and what each encoder says of them, by its name."""
+
+    truth: Truth
+    features: Mapping[str, SceneFeatures]
 
 
 def encode_scenes(
@@ -53,7 +65,8 @@ def encode_scenes(
         Features by encoder name.
 
     Raises:
-        UserError: An image is missing, cannot be decoded, or has another size than its truth says.
+        UserError: An image is missing, cannot be decoded, or has another size than its truth says; or a
+            feature is not finite.
     """
     parts: dict[str, list[Features]] = {encoder.name: [] for encoder in encoders}
     start = time.perf_counter()
@@ -66,26 +79,7 @@ def encode_scenes(
     is_word = np.concatenate(
         [np.repeat([False, True], [len(scene.objects), len(scene.words)]) for scene in scenes]
     )
-    return {name: _split(features, is_word) for name, features in parts.items()}
-
-
-def open_image(scene: Scene) -> Image.Image:
-    """Read a scene's image as RGB.
-
-    Raises:
-        UserError: It is missing, cannot be decoded, or has another size than the truth says.
-    """
-    try:
-        with Image.open(scene.path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{scene.path} cannot be read ({error}); make the scenes again") from None
-    if image.size != (scene.width, scene.height):
-        raise UserError(
-            f"{scene.path} has {image.width} x {image.height} pixels, its truth says "
-            f"{scene.width} x {scene.height}; make the scenes again"
-        )
-    return image
+    return {encoder.name: _joined(encoder, parts[encoder.name], is_word) for encoder in encoders}
 
 
 def _read_ahead(scenes: Sequence[Scene], batch: int, workers: int) -> Iterator[list[BoxedImage]]:
@@ -108,11 +102,15 @@ def _add(seconds: dict[str, float], name: str, start: float) -> float:
     return now
 
 
-def _split(parts: Sequence[Features], is_word: NDArray[np.bool_]) -> SceneFeatures:
+def _joined(encoder: Encoder, parts: Sequence[Features], is_word: NDArray[np.bool_]) -> SceneFeatures:
     region = np.concatenate([part.region for part in parts])
+    if not np.isfinite(region).all():
+        raise UserError(f"encoder {encoder.name} gives features that are not finite; the run has diverged")
     embeddings = [part.embedding for part in parts if part.embedding is not None]
-    return SceneFeatures(
-        objects=region[~is_word],
-        words=region[is_word],
-        word_embeddings=np.concatenate(embeddings)[is_word] if embeddings else None,
-    )
+    read = None
+    if embeddings and encoder.text_centers is not None and is_word.any():
+        words = np.concatenate(embeddings)[is_word]
+        # Centers of the text head are its classes: the most similar ones are the tokens that it names.
+        named = nearest(words, encoder.text_centers, neighbours=NAMED).index
+        read = [tuple(token for token in row if token >= 0) for row in named.tolist()]
+    return SceneFeatures(region[~is_word], region[is_word], read)

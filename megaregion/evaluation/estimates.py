@@ -10,30 +10,17 @@ Shapes: S seeds, G groups, K numbers that a statistic is made of, B draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megaregion.schemas.evaluation import Estimate
 
 DRAWS = 1000
 """Bootstrap draws behind an interval."""
 
 Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """From sums over groups, [..., K], to the statistic, [...]; nan where it cannot be said."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic on test data."""
-
-    mean: float
-    """Mean over the seeds."""
-    low: float
-    """Lower end of the 95% interval."""
-    high: float
-    """Upper end of the 95% interval."""
-    seeds: tuple[float, ...]
-    """The statistic under each seed; one where nothing is drawn."""
 
 
 def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estimate | None:
@@ -59,8 +46,8 @@ def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estim
     drawn = np.stack([reduce(counts @ part) for part in parts])
     chosen = rng.integers(seeds, size=(seeds, DRAWS))
     means = np.take_along_axis(drawn, chosen, axis=0).mean(axis=0)
-    low, high = np.nanquantile(means, (0.025, 0.975)) if np.isfinite(means).any() else (np.nan, np.nan)
     mean = float(values.mean())
+    low, high = np.nanquantile(means, (0.025, 0.975)) if np.isfinite(means).any() else (mean, mean)
     # A draw can miss what few groups hold, so that the plain quantiles would leave the estimate outside.
     return Estimate(mean, min(float(low), mean), max(float(high), mean), tuple(values.tolist()))
 
@@ -88,35 +75,3 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     with np.errstate(invalid="ignore", divide="ignore"):
         quotient: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
     return quotient
-
-
-def mean_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean intersection over union of the classes that occur.
-
-    From confusions [..., C * C], the true class first, to [...].
-    """
-    classes = round(sums.shape[-1] ** 0.5)
-    confusion = sums.reshape(*sums.shape[:-1], classes, classes)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - hits
-    with np.errstate(invalid="ignore", divide="ignore"):
-        each = np.where(confusion.sum(axis=-1) > 0, hits / union, np.nan)
-        # A class without a true pixel in the draw says nothing of the class.
-        counted = np.isfinite(each)
-        mean: NDArray[np.float64] = np.where(counted, each, 0).sum(axis=-1) / counted.sum(axis=-1)
-    return mean
-
-
-def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Area under the ROC curve from histograms over the same bins, [..., 2 * bins] to [...].
-
-    The first half counts the negatives of each bin, from the lowest score to the highest, the second the
-    positives; a pair in one bin counts half.
-    """
-    negative, positive = np.split(sums, 2, axis=-1)
-    below = np.cumsum(negative, axis=-1) - negative / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area: NDArray[np.float64] = (positive * below).sum(axis=-1) / (
-            positive.sum(axis=-1) * negative.sum(axis=-1)
-        )
-    return area

@@ -1,12 +1,7 @@
 """Region k-NN: name a region after its nearest neighbours among named ones.
 
 Cosine similarity, k neighbours, majority vote; of classes with equally many votes, the one whose votes
-are the more similar in sum. Two numbers stand side by side:
-
-- test: regions of held-out scenes (cut-outs never trained on) against a gallery of training regions;
-- train: the gallery's regions against the gallery itself, each without the regions of its own scene.
-  The same cut-out stands in other training scenes and stays in: a network that has merely memorised its
-  cut-outs scores high here and low on the test. The gap between the two is the memorising.
+are the more similar in sum.
 
 Shapes: Q queries, G gallery regions, C feature width, K neighbours.
 """
@@ -24,10 +19,6 @@ NEIGHBOURS = 5
 
 BLOCK_ROWS = 1024
 """Queries whose similarities to the whole gallery are in memory at once."""
-
-
-BOOTSTRAPS = 1000
-"""Draws behind an interval."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ def nearest(
     Returns:
         Rows and cosines, [Q, K].
     """
-    queries, gallery = _normalise(queries), _normalise(gallery)
+    queries, gallery = unit(queries), unit(gallery)
     index = np.full((len(queries), neighbours), -1, np.int64)
     similarity = np.full((len(queries), neighbours), -np.inf, np.float32)
     for start in range(0, len(queries), BLOCK_ROWS):
@@ -112,38 +103,11 @@ def vote(neighbours: Neighbours, names: Sequence[str]) -> list[str]:
     ]
 
 
-def accuracy(predicted: Sequence[str], true: Sequence[str]) -> float:
-    """Share of names that are right; 0 when there are none."""
-    return float(np.mean([p == t for p, t in zip(predicted, true, strict=True)])) if true else 0.0
-
-
-def interval(
-    predicted: Sequence[str], true: Sequence[str], groups: Sequence[str], seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of the accuracy, as it would vary over other test cut-outs.
-
-    The same few cut-outs stand in many test scenes, so regions are not independent: whole groups are
-    drawn with replacement (bootstrap), never single regions.
-
-    Args:
-        predicted: Names given, Q of them.
-        true: True names.
-        groups: The cut-out that each region shows.
-        seed: Of the draws.
-
-    Returns:
-        Lower and upper end.
-    """
-    _, group = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
-    right = np.asarray([p == t for p, t in zip(predicted, true, strict=True)], np.float64)
-    if not len(right):
-        return 0.0, 0.0
-    hits, sizes = np.bincount(group, right), np.bincount(group)
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    drawn = rng.integers(len(sizes), size=(BOOTSTRAPS, len(sizes)))
-    shares = hits[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(shares, (0.025, 0.975))
-    return float(low), float(high)
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors [..., C] at length 1; zeros stay zeros."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    scaled: NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
+    return scaled
 
 
 def _elect(names: Sequence[str], similarity: NDArray[np.float32]) -> str:
@@ -152,8 +116,3 @@ def _elect(names: Sequence[str], similarity: NDArray[np.float32]) -> str:
         count, total = votes.get(name, (0, 0.0))
         votes[name] = (count + 1, total + float(cosine))
     return max(votes, key=lambda name: votes[name], default="")
-
-
-def _normalise(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norm, 1e-12)

@@ -1,4 +1,4 @@
-"""Feature maps of whole scenes, and what is truly where in them.
+"""Feature maps of whole scenes, and the places of the truth that their cells cover.
 
 Everything lies on the unit square of a scene that was stretched to a square: a map of any encoder has its
 own h x w cells, the truth has TRUTH x TRUTH. Scores, never features, are brought from one to the other.
@@ -9,7 +9,7 @@ Shapes: C channels, h x w cells of a map, T x T cells of the truth (T = TRUTH).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,51 +17,21 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import Encoder
-from megaregion.evaluation.encoding import open_image
-from megaregion.evaluation.scenes import Scene
-
-TRUTH = 96
-"""Cells along each side of the truth: scenes have some 256 pixels, maps 12 to 37 cells."""
-IGNORED = -1
-"""Owner of a place that belongs to a word: neither object nor background."""
+from megaregion.evaluation.scenes import TRUTH, Scene, TruthMap, open_image
 
 SceneMap = NDArray[np.float32]
 """Features of one image, [h, w, C]."""
 
 
 @dataclass(frozen=True)
-class SceneTruth:
-    """What is where in one scene."""
+class MappedScenes:
+    """Scenes of one split with their truth, and their maps by the name of each encoder that has them."""
 
-    owner: NDArray[np.int16]
-    """[T, T]: 0 background, 1 + the object's place in the scene, IGNORED under words."""
-    names: tuple[str, ...]
-    """Class of each object."""
-
-    def labels(self, classes: Sequence[str]) -> NDArray[np.int16]:
-        """Class of each cell, [T, T]: 0 background, 1 + place in ``classes``, IGNORED for any other."""
-        numbers = {name: place + 1 for place, name in enumerate(classes)}
-        table = [0, *(numbers.get(name, IGNORED) for name in self.names), IGNORED]
-        return np.asarray(table, np.int16)[self.owner]
-
-
-def read_truth(scene: Scene) -> SceneTruth | None:
-    """What is where in a scene; None if an object of it has no mask."""
-    height, width = scene.height, scene.width
-    rows = ((np.arange(TRUTH) + 0.5) / TRUTH * height).astype(np.int64)
-    columns = ((np.arange(TRUTH) + 0.5) / TRUTH * width).astype(np.int64)
-    owner = np.zeros((TRUTH, TRUTH), np.int16)
-    for word in scene.words:
-        x0, y0, x1, y1 = word.box
-        owner[np.ix_((rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1))] = IGNORED
-    for number, item in enumerate(scene.objects, start=1):
-        if item.mask is None:
-            return None
-        owner[decode_mask(item.mask)[np.ix_(rows, columns)]] = number
-    return SceneTruth(owner, tuple(item.name for item in scene.objects))
+    scenes: Sequence[Scene]
+    truths: Sequence[TruthMap]
+    maps: Mapping[str, Sequence[SceneMap]]
 
 
 def encode_maps(
@@ -122,10 +92,3 @@ def pooled(scene_map: SceneMap, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     total = float(weight.sum())
     mean: NDArray[np.float32] = np.einsum("hwc,hw->c", scene_map, weight) / np.float32(max(total, 1e-9))
     return mean
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors [..., C] at length 1; zeros stay zeros."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    scaled: NDArray[np.float32] = vectors / np.maximum(length, 1e-12)
-    return scaled

@@ -40,6 +40,7 @@ class NetworkEncoder:
         transform: Resizes whole images, as the model expects them.
         device: Where the model computes, e.g. "cpu".
         projected: Compare regions by the heads' embeddings instead of the exported features.
+        text_centers: Weight of the text head, [V, E]; None without one.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class NetworkEncoder:
         transform: EvalTransform,
         device: str = "cpu",
         projected: bool = False,
+        text_centers: NDArray[np.float32] | None = None,
     ) -> None:
         self.name = name
+        self.text_centers = text_centers
         self._model = model.to(device).eval()
         self._transform = transform
         self._device = device
@@ -176,13 +179,13 @@ class TrainedRun:
                         f"ask for {list(parameter.shape)}; the checkpoint and its config do not match"
                     )
                 parameter.copy_(value)
-        return self._encoder("trained", model, device, projected)
+        return self._encoder("trained", model, device, projected, self.text_centers())
 
     def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The same network with the weights that the run began with."""
         model = self._model()
         initialise(model, self.config.seed)
-        return self._encoder("untrained", model, device, projected)
+        return self._encoder("untrained", model, device, projected, self.first_text_centers())
 
     def object_centers(self) -> NDArray[np.float32] | None:
         """Weight of the object head, [K, E]; None if the run has none."""
@@ -208,9 +211,16 @@ class TrainedRun:
     def _model(self) -> RegionEncoder:
         return RegionEncoder(self.config.model, self.config.head.embedding_dim)
 
-    def _encoder(self, name: str, model: RegionEncoder, device: str, projected: bool) -> NetworkEncoder:
+    def _encoder(
+        self,
+        name: str,
+        model: RegionEncoder,
+        device: str,
+        projected: bool,
+        text_centers: NDArray[np.float32] | None,
+    ) -> NetworkEncoder:
         transform = EvalTransform(self.config.data, self.config.model)
-        return NetworkEncoder(name, model, transform, device, projected)
+        return NetworkEncoder(name, model, transform, device, projected, text_centers)
 
     def _read(self, name: str) -> Tensor:
         try:

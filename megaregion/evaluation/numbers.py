@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from html import escape
 
 from megaregion.evaluation import charts
-from megaregion.evaluation.measure import Row, majority_share
 from megaregion.evaluation.study import Study
 
 MOST_CLASSES = 40
@@ -15,30 +15,29 @@ MOST_CLASSES = 40
 
 def tiles(study: Study) -> str:
     """The four numbers to read first."""
-    trained = study.judgement("trained").row
-    objects = study.queries.objects
-    low, high = trained.region_knn_interval
+    summary, objects = study.summary, study.queries.objects
+    trained = summary.estimate("trained", "region_knn")
+    assert trained is not None
     shown = [
         _tile(
             "region 5-NN on unseen objects",
-            _percent(trained.region_knn),
-            f"{100 * low:.0f} to {high:.0%} over other cut-outs; {len(objects):,} objects, "
+            _percent(trained.mean),
+            f"{100 * trained.low:.0f} to {trained.high:.0%} over other cut-outs; {len(objects):,} objects, "
             f"{len(set(objects.names))} classes",
         )
     ]
     for name, told in (("untrained", "the untrained network"), ("pixels", "raw pixels")):
-        row = study.judgement(name).row
-        under = (
-            f"which reach {row.region_knn:.1%}" if name == "pixels" else f"which reaches {row.region_knn:.1%}"
-        )
-        shown.append(_tile(f"against {told}", _points(trained.region_knn - row.region_knn), under))
-    if trained.ocr_recall_at_5 is not None and trained.ocr_prior is not None:
+        other = summary.estimate(name, "region_knn")
+        assert other is not None
+        under = f"which {'reach' if name == 'pixels' else 'reaches'} {other.mean:.1%}"
+        shown.append(_tile(f"against {told}", _points(trained.mean - other.mean), under))
+    read, prior = summary.estimate("trained", "ocr_recall_at_5"), summary.columns[2].chance
+    if read is not None and prior is not None:
         shown.append(
             _tile(
                 "OCR recall@5 on unseen words",
-                _percent(trained.ocr_recall_at_5),
-                f"{_points(trained.ocr_recall_at_5 - trained.ocr_prior, 'span')} against the prior of "
-                f"{trained.ocr_prior:.1%}",
+                _percent(read.mean),
+                f"{_points(read.mean - prior, 'span')} against the prior of {prior:.1%}",
             )
         )
     return "".join(shown)
@@ -46,20 +45,23 @@ def tiles(study: Study) -> str:
 
 def result_table(study: Study) -> str:
     """Every encoder's row, train beside test, and the priors."""
-    split = escape(study.config.split)
-    head = (
-        '<thead><tr><th></th><th class="group" colspan="2">Region 5-NN</th><th class="group" colspan="2">OCR '
-        'recall@5, text head</th><th class="group" colspan="2">OCR recall@5, 5-NN</th></tr>'
-        f"<tr><th>encoder</th>{f'<th>{split}</th><th>train</th>' * 3}</tr></thead>"
+    summary = study.summary
+    groups = list(dict.fromkeys(column.group for column in summary.columns))
+    head = "".join(f'<th class="group" colspan="2">{escape(group)}</th>' for group in groups)
+    titles = "".join(f"<th>{escape(column.title)}</th>" for column in summary.columns)
+    rows = []
+    for name, cells in summary.rows.items():
+        shares = (None if cell is None else cell.mean for cell in cells)
+        rows.append(_table_row(name, name, summary.notes.get(name, ""), shares))
+    rows.append(
+        _table_row(
+            "prior", "prior", "always the most frequent", (column.chance for column in summary.columns)
+        )
     )
-    rows = "".join(_table_row(study, judgement.row) for judgement in study.judgements)
-    prior = (
-        '<tr class="prior"><td><div class="who">prior</div><div class="what">always the most frequent</div>'
-        "</td>"
-        f"{_share(majority_share(study.gallery.objects, study.queries.objects))}{_share(None, True)}"
-        f"{(_share(study.judgements[0].row.ocr_prior) + _share(None, True)) * 2}</tr>"
+    return (
+        f'<table class="results"><thead><tr><th></th>{head}</tr><tr><th>encoder</th>{titles}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
-    return f'<table class="results">{head}<tbody>{rows}{prior}</tbody></table>'
 
 
 def class_chart(study: Study) -> str:
@@ -67,36 +69,22 @@ def class_chart(study: Study) -> str:
     true = study.queries.objects.names
     counts = Counter(true)
     shares: dict[str, dict[str, float]] = {name: {} for name, _ in counts.most_common(MOST_CLASSES)}
-    for judgement in study.judgements:
-        right = Counter(t for t, p in zip(true, judgement.predicted, strict=True) if t == p)
+    for encoder, answers in study.answers.items():
+        right = Counter(t for t, p in zip(true, answers.named, strict=True) if t == p)
         for name, by_encoder in shares.items():
-            by_encoder[judgement.row.encoder] = right[name] / counts[name]
+            by_encoder[encoder] = right[name] / counts[name]
     order = sorted(shares, key=lambda name: (-shares[name]["trained"], name))
     rows = [(f"{name} ({counts[name]})", shares[name]) for name in order]
-    names = [escape(judgement.row.encoder) for judgement in study.judgements]
+    names = [escape(name) for name in study.answers]
     legend = "".join(f'<span class="{name}">{name}</span>' for name in names)
     return f'<div class="legend">{legend}</div>{charts.dot_chart(rows, "Region 5-NN accuracy of each class")}'
 
 
-def _table_row(study: Study, row: Row) -> str:
-    told = {
-        "trained": f"after step {study.run.step:,}",
-        "untrained": "the same network before step 1",
-        "pixels": f"crops at 32 x 32, {row.variant}",
-        "curation": "pretrained; it made the object labels",
-    }.get(row.encoder, "")
-    cells = (
-        _share(row.region_knn),
-        _share(row.region_knn_train, True),
-        _share(row.ocr_recall_at_5),
-        _share(row.ocr_train_recall_at_5, True),
-        _share(row.ocr_knn_recall_at_5),
-        _share(row.ocr_knn_train_recall_at_5, True),
-    )
-    name = escape(row.encoder)
+def _table_row(style: str, name: str, told: str, shares: Iterable[float | None]) -> str:
+    cells = "".join(_share(share, place % 2 == 1) for place, share in enumerate(shares))
     return (
-        f'<tr class="{name}"><td><div class="who">{name}</div><div class="what">{escape(told)}</div></td>'
-        f"{''.join(cells)}</tr>"
+        f'<tr class="{escape(style)}"><td><div class="who">{escape(name)}</div>'
+        f'<div class="what">{escape(told)}</div></td>{cells}</tr>'
     )
 
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megaregion.evaluation.encoders import crop
-from megaregion.evaluation.encoding import open_image
-from megaregion.evaluation.scenes import Scene
+from megaregion.evaluation.scenes import Scene, open_image
 
 CROP_SIDE = 144
 """Longest side of a crop in the page, in pixels: twice what is shown, for dense screens."""

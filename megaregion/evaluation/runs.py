@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megaregion.errors import UserError
-from megaregion.evaluation.estimates import Estimate
-from megaregion.evaluation.tables import Column, Table
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
 from megaregion.schemas.metrics import Metrics, read_metrics
 
 TRAINED = "trained"
@@ -29,15 +27,16 @@ class RunRecord:
     """All settings, by dotted name."""
     metrics: Metrics | None
     """None where nothing was logged."""
-    evaluation: Mapping[str, Any] | None
-    """Content of evaluation.json; None where the run was not evaluated."""
+    evaluation: Evaluation | None
+    """None where the run was not evaluated."""
     looks: Metrics | None
     """Evaluations beside training; None where there were none."""
 
-    def table(self, key: str) -> Mapping[str, Any] | None:
-        """One measure of evaluation.json; None if it was not measured."""
-        measures = (self.evaluation or {}).get("measures", ())
-        return next((each for each in measures if each["key"] == key), None)
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The measures of evaluation.json by key, without the summary; none where it was not evaluated."""
+        tables = self.evaluation.tables if self.evaluation else ()
+        return {table.key: table for table in tables if table.key != SUMMARY}
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -58,27 +57,20 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def joined_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """A table for each measure with a row for each run; a run that lacks a measure or a column has a gap."""
-    keys = list(dict.fromkeys(
-        each["key"] for run in runs for each in (run.evaluation or {}).get("measures", ())
-    ))  # fmt: skip
-    return [_joined(key, runs) for key in keys]
+    return [_joined(key, runs) for key in dict.fromkeys(key for run in runs for key in run.tables)]
 
 
 def _joined(key: str, runs: Sequence[RunRecord]) -> Table:
-    found = {run.name: run.table(key) for run in runs}
+    found = {run.name: run.tables.get(key) for run in runs}
     first = next(table for table in found.values() if table is not None)
-    columns = tuple(Column(each["key"], each["title"], each["chance"]) for each in first["columns"])
     rows, notes = {}, {}
     for name, table in found.items():
-        cells = (table or {}).get("rows", {}).get(TRAINED) or {}
-        rows[name] = tuple(_estimate(cells.get(column.key)) for column in columns)
-        if table is not None and table["told"] != first["told"]:
-            notes[name] = f"asked otherwise: {table['told']}"
-    return Table(key, first["title"], first["told"], columns, rows, first["chance_is"], notes)
-
-
-def _estimate(cell: Mapping[str, Any] | None) -> Estimate | None:
-    return None if cell is None else Estimate(cell["mean"], cell["low"], cell["high"], tuple(cell["seeds"]))
+        own = table.rows.get(TRAINED, ()) if table else ()
+        cells = dict(zip((column.key for column in table.columns), own, strict=False)) if table else {}
+        rows[name] = tuple(cells.get(column.key) for column in first.columns)
+        if table is not None and table.told != first.told:
+            notes[name] = f"asked otherwise: {table.told}"
+    return replace(first, rows=rows, notes=notes)
 
 
 def _read(folder: Path, name: str) -> RunRecord:
@@ -87,11 +79,11 @@ def _read(folder: Path, name: str) -> RunRecord:
         raise UserError(f"{folder} is no run: it holds no config.yaml; name a folder of tools/pretrain.py")
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        file = folder / "evaluation.json"
-        evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} cannot be read ({reason}); evaluate the run again") from None
+    file = folder / EVALUATION
+    evaluation = read_evaluation(file) if file.is_file() else None
     return RunRecord(
         name, folder, _flat(settings), _metrics(folder / "metrics.jsonl"), evaluation,
         _metrics(folder / "evaluations.jsonl"),

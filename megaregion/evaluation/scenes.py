@@ -1,6 +1,6 @@
 """Scenes with known truth: what is in each image, and where; only the evaluation may read it.
 
-Shapes: R regions of a table.
+Shapes: R regions of a table, T x T places of a scene that was stretched to a square (T = TRUTH).
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from megaregion.data.sample import RLE
+from megaregion.data.sample import RLE, decode_mask
 from megaregion.errors import UserError
+from megaregion.evaluation.vocabulary import Tokens
 
 Box = tuple[float, float, float, float]
+
+TRUTH = 96
+"""Cells along each side of the truth: scenes have some 256 pixels, maps 12 to 37 cells."""
+IGNORED = -1
+"""Owner of a place that belongs to a word: neither object nor background."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,57 @@ class RegionTable:
         return len(self.names)
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What is known of the scenes of one split."""
+
+    scenes: Sequence[Scene]
+    tokens: tuple[Tokens, ...]
+    """Gold tokens of each word, in the order of ``words``; all empty without a tokenizer."""
+
+    @cached_property
+    def objects(self) -> RegionTable:
+        """All objects, n rows."""
+        return object_table(self.scenes)
+
+    @cached_property
+    def words(self) -> RegionTable:
+        """All words, m rows."""
+        return word_table(self.scenes)
+
+
+@dataclass(frozen=True)
+class TruthMap:
+    """What is where in one scene."""
+
+    owner: NDArray[np.int16]
+    """[T, T]: 0 background, 1 + the object's place in the scene, IGNORED under words."""
+    names: tuple[str, ...]
+    """Class of each object."""
+
+    def labels(self, classes: Sequence[str]) -> NDArray[np.int16]:
+        """Class of each cell, [T, T]: 0 background, 1 + place in ``classes``, IGNORED for any other."""
+        numbers = {name: place + 1 for place, name in enumerate(classes)}
+        table = [0, *(numbers.get(name, IGNORED) for name in self.names), IGNORED]
+        return np.asarray(table, np.int16)[self.owner]
+
+
+def truth_map(scene: Scene) -> TruthMap | None:
+    """What is where in a scene; None if an object of it has no mask."""
+    height, width = scene.height, scene.width
+    rows = ((np.arange(TRUTH) + 0.5) / TRUTH * height).astype(np.int64)
+    columns = ((np.arange(TRUTH) + 0.5) / TRUTH * width).astype(np.int64)
+    owner = np.zeros((TRUTH, TRUTH), np.int16)
+    for word in scene.words:
+        x0, y0, x1, y1 = word.box
+        owner[np.ix_((rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1))] = IGNORED
+    for number, item in enumerate(scene.objects, start=1):
+        if item.mask is None:
+            return None
+        owner[decode_mask(item.mask)[np.ix_(rows, columns)]] = number
+    return TruthMap(owner, tuple(item.name for item in scene.objects))
+
+
 def read_scenes(folder: Path) -> list[Scene]:
     """Read one split of a scene set, as tools/make_scenes.py writes it.
 
@@ -119,6 +177,25 @@ def pick_scenes(scenes: Sequence[Scene], regions: int, seed: int) -> list[Scene]
     held = np.cumsum([len(scenes[i].objects) for i in order])
     drawn = int(np.searchsorted(held, regions)) + 1
     return [scenes[i] for i in sorted(order[:drawn])]
+
+
+def open_image(scene: Scene) -> Image.Image:
+    """Read a scene's image as RGB.
+
+    Raises:
+        UserError: It is missing, cannot be decoded, or has another size than the truth says.
+    """
+    try:
+        with Image.open(scene.path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{scene.path} cannot be read ({error}); make the scenes again") from None
+    if image.size != (scene.width, scene.height):
+        raise UserError(
+            f"{scene.path} has {image.width} x {image.height} pixels, its truth says "
+            f"{scene.width} x {scene.height}; make the scenes again"
+        )
+    return image
 
 
 def object_table(scenes: Sequence[Scene]) -> RegionTable:

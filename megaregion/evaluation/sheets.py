@@ -32,11 +32,11 @@ def neighbour_sheet(study: Study, encoders: Sequence[str]) -> str:
         true = study.queries.objects.names[query]
         rows.append(f'<div class="query">{_query_crop(study, asked, query)}</div>')
         for name in encoders:
-            judgement = study.judgement(name)
+            answers = study.answers[name]
             tiles = [
                 _neighbour(known, study.gallery.objects, int(row), float(cosine), true)
                 for row, cosine in zip(
-                    judgement.neighbours.index[query], judgement.neighbours.similarity[query], strict=True
+                    answers.neighbours.index[query], answers.neighbours.similarity[query], strict=True
                 )
                 if row >= 0
             ]
@@ -46,7 +46,7 @@ def neighbour_sheet(study: Study, encoders: Sequence[str]) -> str:
 
 def word_sheet(study: Study) -> str:
     """Held-out words, their gold tokens, and the five tokens that the text head named."""
-    read = study.judgement("trained").read
+    read = study.answers["trained"].read
     if study.vocabulary is None or read is None:
         return ""
     crops, words = Crops(study.queries.scenes), study.queries.words

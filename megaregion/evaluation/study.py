@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from megaregion.data.info import DatasetInfo
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import Encoder, pixel_encoders
-from megaregion.evaluation.encoding import SceneFeatures, encode_scenes
-from megaregion.evaluation.images import image_table, read_image_folder
-from megaregion.evaluation.measure import Judgement, Truth, judge
-from megaregion.evaluation.measures import MEASURES, Material, tables_of
+from megaregion.evaluation.encoders import CropEncoder, Encoder, pixel_encoders
+from megaregion.evaluation.encoding import EncodedScenes, Progress, encode_scenes
+from megaregion.evaluation.knn import NEIGHBOURS
+from megaregion.evaluation.measures import MEASURES, Evidence, measure
+from megaregion.evaluation.measures.images import image_table, read_image_folder
+from megaregion.evaluation.measures.summary import Answers, answer, summary_table
 from megaregion.evaluation.network import TrainedRun
-from megaregion.evaluation.scenes import Scene, pick_scenes, read_scenes
-from megaregion.evaluation.tables import Table
+from megaregion.evaluation.scenes import Scene, Truth, pick_scenes, read_scenes
 from megaregion.evaluation.vocabulary import Vocabulary, open_vocabulary
+from megaregion.schemas.evaluation import Evaluation, Table
 
 GALLERY_SPLIT = "train"
 PIXELS = "pixels"
-
-Progress = Callable[[str, int, int], None]
-"""Called with a split's name, images done and images in all."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class StudyConfig:
     """Compare regions by the heads' embeddings instead of the exported features."""
     seed: int = 0
     """Draws the gallery and the pictures."""
-    measures: tuple[str, ...] = MEASURES
-    """Tables wanted, see measures.py."""
+    measures: tuple[str, ...] = tuple(MEASURES)
+    """Measures wanted beside the summary, by their names in MEASURES."""
     seeds: int = 5
     """Galleries, splits or pairs drawn behind every mean."""
     images: Path | None = None
@@ -68,28 +68,39 @@ class Study:
     """Training scenes whose regions are known."""
     queries: Truth
     """Held-out scenes whose regions are asked for."""
-    judgements: tuple[Judgement, ...]
-    """trained, untrained, pixels, then the other encoders."""
+    answers: Mapping[str, Answers]
+    """About each held-out region: trained, untrained, pixels, then the other encoders."""
     data: DatasetInfo
     """What the run was trained on."""
     vocabulary: Vocabulary | None
     """None for a run without text."""
     seconds: dict[str, float]
     """Time by encoder; "read" is time spent waiting for images."""
-    tables: tuple[Table, ...] = ()
-    """The measures, with means over seeds and intervals."""
+    summary: Table
+    """Every encoder on held-out regions beside training regions."""
+    tables: tuple[Table, ...]
+    """The measures that were asked for."""
 
-    def judgement(self, encoder: str) -> Judgement:
-        """What was found of one encoder.
+    def evaluation(self) -> Evaluation:
+        """All numbers, as evaluation.json holds them."""
+        return Evaluation(
+            run=self.run.config.name,
+            step=self.run.step,
+            split=self.config.split,
+            tables=(self.summary, *self.tables),
+            test_regions=len(self.queries.objects),
+            test_words=len(self.queries.words),
+            gallery_regions=len(self.gallery.objects),
+            gallery_words=len(self.gallery.words),
+            gallery_scenes=len(self.gallery.scenes),
+            classes=len(set(self.gallery.objects.names)),
+            seeds=self.config.seeds,
+            neighbours=NEIGHBOURS,
+            seconds=self.seconds,
+        )
 
-        Raises:
-            KeyError: It was not evaluated.
-        """
-        found = {judgement.row.encoder: judgement for judgement in self.judgements}
-        return found[encoder]
 
-
-def conduct(
+def evaluate(
     run: TrainedRun,
     config: StudyConfig,
     others: Sequence[Encoder] = (),
@@ -108,40 +119,39 @@ def conduct(
     """
     shards = ShardedDataset(config.dataset)
     vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset") or {})
-    known = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
-    asked = _scenes(config.scenes / config.split)
-    gallery, queries = _truth(known, vocabulary), _truth(asked, vocabulary)
+    gallery = _truth(
+        pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed), vocabulary
+    )
+    queries = _truth(_scenes(config.scenes / config.split), vocabulary)
     folder = read_image_folder(config.images) if config.images else None
     encoders = [*_own_encoders(run, config), *others]
     seconds: dict[str, float] = {}
-    parts: list[dict[str, SceneFeatures]] = []
-    for name, scenes in ((GALLERY_SPLIT, known), (config.split, asked)):
-        report = _counter(progress, name, len(scenes))
-        parts.append(encode_scenes(scenes, encoders, config.batch, config.workers, seconds, report))
-    centers = {"trained": run.text_centers(), "untrained": run.first_text_centers()} if vocabulary else {}
-    prior = vocabulary.prior if vocabulary else ()
-    judgements = _join_pixels(
-        [
-            judge(
-                each.name,
-                gallery,
-                queries,
-                (parts[0][each.name], parts[1][each.name]),
-                prior,
-                centers.get(each.name),
-            )
-            for each in encoders
-        ]
+    known, asked = (
+        EncodedScenes(
+            truth,
+            encode_scenes(
+                truth.scenes,
+                encoders,
+                config.batch,
+                config.workers,
+                seconds,
+                _counter(progress, split, len(truth.scenes)),
+            ),
+        )
+        for split, truth in ((GALLERY_SPLIT, gallery), (config.split, queries))
     )
-    shown = _shown_encoders(encoders, judgements)
-    material = Material(gallery, queries, shown, parts[0], parts[1], centers, prior)
-    tables = tables_of(material, config.measures, config.seeds, config.batch, seconds, progress)
+    encoders, known, asked, form = _keep_better_pixels(encoders, known, asked)
+    answers = {name: answer(known.features[name], own, gallery) for name, own in asked.features.items()}
+    prior = vocabulary.prior if vocabulary else ()
+    summary = summary_table(known, asked, answers, prior, config.split, _notes(run, form))
+    evidence = Evidence(known, asked, encoders, prior, config.seeds, config.batch, seconds, progress)
+    tables = measure(evidence, config.measures)
     if folder is not None:
-        seen = [encoder for encoder in shown.values() if not encoder.name.endswith("/crops")]
-        table = image_table(folder, seen, config.seeds, config.batch, config.workers, progress)
-        names = {encoder.name: name for name, encoder in shown.items()}
-        tables.append(replace(table, rows={names[name]: row for name, row in table.rows.items()}))
-    return Study(config, run, gallery, queries, judgements, shards.info, vocabulary, seconds, tuple(tables))
+        seen = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
+        tables.append(image_table(folder, seen, config.seeds, config.batch, config.workers, progress))
+    return Study(
+        config, run, gallery, queries, answers, shards.info, vocabulary, seconds, summary, tuple(tables)
+    )
 
 
 def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
@@ -152,12 +162,39 @@ def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
     return [trained, untrained, *pixel_encoders(run.config.model.grid)]
 
 
-def _shown_encoders(encoders: Sequence[Encoder], judgements: Sequence[Judgement]) -> dict[str, Encoder]:
-    """Encoders by the names of their rows: of the pixels, the better form."""
-    own = {encoder.name: encoder for encoder in encoders}
+def _keep_better_pixels(
+    encoders: Sequence[Encoder], known: EncodedScenes, asked: EncodedScenes
+) -> tuple[list[Encoder], EncodedScenes, EncodedScenes, str]:
+    """Keep that form of the pixel baseline which names objects better, in its place, and say which it was."""
+    forms = [
+        each for each in encoders if isinstance(each, CropEncoder) and each.name.startswith(f"{PIXELS}/")
+    ]
+    if not forms:
+        return list(encoders), known, asked, ""
+    true = np.asarray(asked.truth.objects.names)
+
+    def accuracy(form: Encoder) -> float:
+        found = answer(known.features[form.name], asked.features[form.name], known.truth)
+        return float(np.mean(np.asarray(found.named) == true))
+
+    best = max(forms, key=accuracy)
+
+    names = {each.name: each.name for each in encoders if each is best or each not in forms}
+    names[best.name] = PIXELS
+    known, asked = (
+        replace(part, features={name: part.features[own] for own, name in names.items()})
+        for part in (known, asked)
+    )
+    kept = [best.renamed(PIXELS) if each is best else each for each in encoders if each.name in names]
+    return kept, known, asked, best.name.removeprefix(f"{PIXELS}/")
+
+
+def _notes(run: TrainedRun, pixels: str) -> dict[str, str]:
     return {
-        row.encoder: own[row.encoder if row.variant is None else f"{row.encoder}/{row.variant}"]
-        for row in (judgement.row for judgement in judgements)
+        "trained": f"after step {run.step:,}",
+        "untrained": "the same network before step 1",
+        PIXELS: f"crops at 32 x 32, {pixels}",
+        "curation": "pretrained; it made the object labels",
     }
 
 
@@ -189,14 +226,3 @@ def _counter(progress: Progress, split: str, images: int) -> Callable[[int], Non
         progress(split, done, images)
 
     return count
-
-
-def _join_pixels(judgements: Sequence[Judgement]) -> tuple[Judgement, ...]:
-    """Keep the better form of the pixel baseline, in its place, and say which it was."""
-    forms = [judgement for judgement in judgements if judgement.row.encoder.startswith(f"{PIXELS}/")]
-    if not forms:
-        return tuple(judgements)
-    best = max(forms, key=lambda judgement: judgement.row.region_knn)
-    row = replace(best.row, encoder=PIXELS, variant=best.row.encoder.removeprefix(f"{PIXELS}/"))
-    joined = [replace(best, row=row) if judgement is best else judgement for judgement in judgements]
-    return tuple(judgement for judgement in joined if judgement not in forms)

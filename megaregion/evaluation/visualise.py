@@ -22,10 +22,9 @@ from torch import Tensor
 
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.clusters import Confusion, confuse
-from megaregion.evaluation.encoding import open_image
 from megaregion.evaluation.network import NetworkEncoder
 from megaregion.evaluation.pca_maps import Frame, Painted, fitting_size, paint, read_frames
-from megaregion.evaluation.scenes import Scene
+from megaregion.evaluation.scenes import Scene, open_image
 from megaregion.evaluation.study import Study
 from megaregion.models import RegionEncoder
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,13 @@ from megaregion.data.info import TOKENIZER_NAME, load_tokenizer, token_set
 from megaregion.data.sample import BadSample, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.ocr import Tokens, frequent_tokens
+
+Tokens = tuple[int, ...]
+
+TOP = 5
+"""Tokens that count where a word's are recalled."""
+NAMED = 32
+"""Most tokens that are named for a word; no word has as many."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,16 @@ def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vo
         )
     processor = load_tokenizer(shards.folder / TOKENIZER_NAME)
     return Vocabulary(processor, frequent_tokens(_text_regions(shards)))
+
+
+def frequent_tokens(regions: Iterable[Tokens]) -> Tokens:
+    """The five tokens that most training regions hold; of equally frequent ones, the smaller ids.
+
+    Args:
+        regions: Distinct tokens of each training text region.
+    """
+    counts = Counter(token for tokens in regions for token in tokens)
+    return tuple(sorted(counts, key=lambda token: (-counts[token], token))[:TOP])
 
 
 def _text_regions(shards: ShardedDataset) -> Iterator[Tokens]:

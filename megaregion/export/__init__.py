@@ -7,8 +7,7 @@ layouts           the formats that it is written in
 mlcd              settings of transformers' MLCDVisionModel; names and layout lie in checkpoint/huggingface.py
 llava             those of LLaVA-OneVision-1.5's RICE tower
 remote/           the class with region features that is copied beside weights
-card              the model card that goes with them
-evaluation_table  what was measured of the run, for the card
+card              the model card that goes with them, and what was measured of the run
 weight_files      safetensors files written key by key
 folder            a folder that appears complete or not at all
 start             somebody's folder as a checkpoint that a run begins with

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megaregion.config import RunConfig
+from megaregion.errors import UserError
 from megaregion.export.layouts import Layout
+from megaregion.schemas.evaluation import EVALUATION, markdown, read_evaluation
 
 _HEAD = """\
 ---
@@ -137,6 +140,32 @@ def model_card(facts: CardFacts, layout: Layout, evaluation: str) -> str:
     else:
         parts = [_HEAD, _TRANSFORMERS, _SEPARATE if model.region_weights == "separate" else _HOOK]
     return "".join(part.format(**values) for part in [*parts, _TRAINING])
+
+
+def evaluation_section(checkpoint: Path, file: Path | None = None) -> str:
+    """Markdown of what was measured of a run; a sentence if nothing was.
+
+    Args:
+        checkpoint: A step folder.
+        file: The run's evaluation.json; the one in its folder if None.
+
+    Raises:
+        UserError: The file was named and cannot be used.
+    """
+    found = file or checkpoint.parent.parent / EVALUATION
+    if file is None and not found.is_file():
+        return "This checkpoint has not been evaluated (`tools/evaluate.py` does it).\n"
+    try:
+        evaluation = read_evaluation(found)
+        if not evaluation.tables:
+            raise UserError(f"{found} holds no table; write it anew with tools/evaluate.py")
+    except UserError as error:
+        if file is None:
+            # Nobody asked for it: an export must not fail over a table.
+            return f"`{EVALUATION}` of the run could not be read; see `report.html` there.\n"
+        raise UserError(f"--evaluation: {error}") from None
+    told = f"Measured at step {evaluation.step:,} on the `{evaluation.split}` split, beside its baselines."
+    return f"{told}\n\n{markdown(evaluation.tables, level=3)}"
 
 
 def _training(facts: CardFacts) -> str:

@@ -26,8 +26,7 @@ from megaregion.checkpoint.reader import (
 )
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
-from megaregion.export.card import CardFacts, model_card
-from megaregion.export.evaluation_table import run_tables
+from megaregion.export.card import CardFacts, evaluation_section, model_card
 from megaregion.export.folder import new_folder, refuse_taken, write_json
 from megaregion.export.layouts import LAYOUTS, Layout
 from megaregion.export.weight_files import WeightFiles
@@ -102,7 +101,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     projected = "projection.weight" in names
     settings = layout.config(config, options.dtype, options.regions, projected)
     facts = CardFacts(config, reader.manifest, parameters, options.license, out.name, options.regions)
-    card = model_card(facts, layout, run_tables(reader.folder, options.evaluation))
+    card = model_card(facts, layout, evaluation_section(reader.folder, options.evaluation))
     try:
         with new_folder(out) as partial:
             write_json(partial / "config.json", settings)

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation.estimates import Estimate, estimate, ratio
-from megaregion.evaluation.maps import SceneMap, SceneTruth, pooled, unit
-from megaregion.evaluation.scenes import Scene
-from megaregion.evaluation.tables import Column, Table
+from megaregion.evaluation.estimates import estimate, ratio
+from megaregion.evaluation.knn import unit
+from megaregion.evaluation.maps import MappedScenes, SceneMap, pooled
+from megaregion.evaluation.scenes import Scene, TruthMap
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 PAIRS = 400
 """Most pairs that one seed draws."""
@@ -39,41 +40,28 @@ class Pair:
 
 
 def correspondence_table(
-    features: Mapping[str, Sequence[NDArray[np.float32]]],
-    maps: Mapping[str, Sequence[SceneMap]],
-    scenes: Sequence[Scene],
-    truths: Sequence[SceneTruth],
-    seeds: int,
+    features: Mapping[str, Sequence[NDArray[np.float32]]], asked: MappedScenes, seeds: int
 ) -> Table | None:
-    """Measure every encoder.
+    """Measure every encoder; None where no two scenes share a class.
 
     Args:
         features: By encoder, of each scene its regions' features [objects + words, C].
-        maps: By encoder, each scene's feature map.
-        scenes: Held-out scenes.
-        truths: Their masks.
+        asked: Held-out scenes.
         seeds: Draws of pairs.
-
-    Returns:
-        The table; None where no two scenes share a class.
     """
+    scenes, truths = asked.scenes, asked.truths
     drawn = [draw_pairs(scenes, seed) for seed in range(seeds)]
     if not drawn[0]:
         return None
     boxes = np.mean([1 / len(scenes[p.target[0]].boxes) for pairs in drawn for p in pairs])
     areas = np.mean([_mask(truths, p.target).mean() for pairs in drawn for p in pairs])
-    columns = (
-        Column("box", "right box", float(boxes)),
-        Column("peak", "peak inside", float(areas)),
-    )
+    columns = (Column("box", "right box", float(boxes)), Column("peak", "peak inside", float(areas)))
     told = (
         f"{len(drawn[0])} pairs of held-out scenes a seed, {seeds} seeds, in which an object has one like: "
-        "does its "
-        "box pick that object's box among all boxes of the other scene, and does its mean feature have its "
-        "peak on "
-        "that object's mask?"
+        "does its box pick that object's box among all boxes of the other scene, and does its mean feature "
+        "have its peak on that object's mask?"
     )
-    rows = {name: _row(features[name], maps.get(name), scenes, truths, drawn) for name in features}
+    rows = {name: _row(features[name], asked.maps.get(name), scenes, truths, drawn) for name in features}
     return Table("correspondence", "Pointing at the like", told, columns, rows, "random place")
 
 
@@ -104,7 +92,7 @@ def _row(
     features: Sequence[NDArray[np.float32]],
     maps: Sequence[SceneMap] | None,
     scenes: Sequence[Scene],
-    truths: Sequence[SceneTruth],
+    truths: Sequence[TruthMap],
     drawn: Sequence[Sequence[Pair]],
 ) -> tuple[Estimate | None, ...]:
     # Every seed draws as many pairs, so that one bootstrap over their source cut-outs serves all.
@@ -133,7 +121,7 @@ def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], 
     return best < len(named) and named[best].name == scenes[source].objects[own].name
 
 
-def peak_inside(maps: Sequence[SceneMap], truths: Sequence[SceneTruth], pair: Pair) -> bool:
+def peak_inside(maps: Sequence[SceneMap], truths: Sequence[TruthMap], pair: Pair) -> bool:
     """Whether the target's most similar cell has its middle on the target's mask."""
     asked = pooled(maps[pair.source[0]], _mask(truths, pair.source))
     target = maps[pair.target[0]]
@@ -143,7 +131,7 @@ def peak_inside(maps: Sequence[SceneMap], truths: Sequence[SceneTruth], pair: Pa
     return bool(mask[int(y * mask.shape[0]), int(x * mask.shape[1])])
 
 
-def _mask(truths: Sequence[SceneTruth], place: tuple[int, int]) -> NDArray[np.bool_]:
+def _mask(truths: Sequence[TruthMap], place: tuple[int, int]) -> NDArray[np.bool_]:
     scene, number = place
     return truths[scene].owner == number + 1
 

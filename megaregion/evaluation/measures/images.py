@@ -8,7 +8,7 @@ Shapes: B images of a batch, C feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from PIL import Image
 from megaregion.errors import UserError
 from megaregion.evaluation import knn, probe
 from megaregion.evaluation.encoders import Encoder
-from megaregion.evaluation.estimates import Estimate, estimate, ratio
-from megaregion.evaluation.recognition import Labelled, recognise
-from megaregion.evaluation.tables import Column, Table
+from megaregion.evaluation.encoding import Progress
+from megaregion.evaluation.estimates import estimate, ratio
+from megaregion.evaluation.measures.recognition import Labelled, majority_share, recognise
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 ASKED_SPLITS = ("test", "val")
@@ -76,7 +77,7 @@ def image_table(
     seeds: int,
     batch: int,
     workers: int,
-    progress: Callable[[str, int, int], None] = lambda split, done, images: None,
+    progress: Progress = lambda split, done, images: None,
 ) -> Table:
     """Measure every encoder.
 
@@ -94,7 +95,7 @@ def image_table(
     features = _encode(folder, encoders, batch, workers, progress)
     drawn = [_asked(folder, seed) for seed in range(1 if folder.asked is not None else seeds)]
     names = np.asarray(folder.names)
-    chance = np.mean([_majority_share(names[~asked], names[asked]) for asked in drawn])
+    chance = np.mean([majority_share(names[~asked].tolist(), names[asked].tolist()) for asked in drawn])
     how = (
         f"fixed split, mean over {seeds} galleries" if folder.asked is not None
         else f"a fifth of each class, mean over {seeds} splits"
@@ -162,7 +163,7 @@ def _encode(
     encoders: Sequence[Encoder],
     batch: int,
     workers: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Mapping[str, NDArray[np.float32]]:
     parts: dict[str, list[NDArray[np.float32]]] = {encoder.name: [] for encoder in encoders}
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -194,8 +195,3 @@ def _list(folder: Path) -> list[tuple[Path, str]]:
 
 def _columns(rows: Sequence[tuple[Path, str]]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     return tuple(path for path, _ in rows), tuple(name for _, name in rows)
-
-
-def _majority_share(known: NDArray[np.str_], asked: NDArray[np.str_]) -> float:
-    names, counts = np.unique(known, return_counts=True)
-    return float(np.mean(asked == names[counts.argmax()]))

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation import knn
-from megaregion.evaluation.estimates import Estimate, share
+from megaregion.evaluation.estimates import share
 from megaregion.evaluation.scenes import RegionTable
-from megaregion.evaluation.tables import Column, Table
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 DEPTHS = (1, 5, 10)
 """Values of k."""
@@ -39,8 +39,7 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
     told = (
         f"{int(asking['class'].sum()):,} held-out objects ask for another one of their class and "
         f"{int(asking['cutout'].sum()):,} for their own cut-out, among all held-out objects of other "
-        "scenes: recall "
-        "among the nearest 1, 5 and 10."
+        "scenes: recall among the nearest 1, 5 and 10."
     )
     rows = {}
     for name, own in features.items():

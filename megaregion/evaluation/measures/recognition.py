@@ -8,15 +8,16 @@ Shapes: S seeds, Q test objects, G gallery objects, C feature width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation import knn, probe
-from megaregion.evaluation.estimates import Estimate, share
-from megaregion.evaluation.tables import Column, Table
+from megaregion.evaluation.encoding import EncodedScenes
+from megaregion.evaluation.estimates import share
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 GALLERY_SHARE = 0.8
 """Share of the training scenes that one seed draws."""
@@ -36,31 +37,34 @@ class Labelled:
     """[R], what is drawn as a whole."""
 
 
-def recognition_table(known: Mapping[str, Labelled], asked: Mapping[str, Labelled], seeds: int) -> Table:
+def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) -> Table:
     """Measure every encoder.
 
     Args:
-        known: Gallery features by encoder.
-        asked: Test features by encoder, the same objects for all.
+        known: Training scenes, of which each seed draws its gallery.
+        asked: Held-out scenes.
         seeds: Galleries drawn.
     """
-    gallery, queries = next(iter(known.values())), next(iter(asked.values()))
-    chance = _majority(gallery.names, queries.names)
+    gallery, queries = known.truth.objects, asked.truth.objects
     told = (
-        f"{len(queries.names):,} held-out objects of {len(set(queries.instances)):,} unseen cut-outs and "
+        f"{len(queries):,} held-out objects of {len(set(queries.instances)):,} unseen cut-outs and "
         f"{len(set(queries.names))} classes; mean over {seeds} galleries, each {GALLERY_SHARE:.0%} of the "
-        "training "
-        "scenes."
+        "training scenes."
     )
-    columns = (
-        Column("knn", f"{knn.NEIGHBOURS}-NN", chance),
-        Column("linear", "linear probe", chance),
-    )
-    rows = {name: recognise(known[name], asked[name], seeds) for name in known}
+    chance = majority_share(gallery.names, queries.names)
+    columns = (Column("knn", f"{knn.NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
+    rows = {
+        name: recognise(
+            Labelled(known.features[name].objects, gallery.names, gallery.instances, gallery.scene),
+            Labelled(own.objects, queries.names, queries.instances, queries.scene),
+            seeds,
+        )
+        for name, own in asked.features.items()
+    }
     return Table("region", "Naming regions", told, columns, rows, "most frequent class")
 
 
-def recognise(known: Labelled, asked: Labelled, seeds: int) -> tuple[Estimate | None, Estimate | None]:
+def recognise(known: Labelled, asked: Labelled, seeds: int) -> tuple[Estimate | None, ...]:
     """k-NN and linear probe accuracy of one encoder.
 
     Args:
@@ -78,7 +82,7 @@ def recognise(known: Labelled, asked: Labelled, seeds: int) -> tuple[Estimate | 
         by_neighbours.append(np.asarray(knn.vote(neighbours, names)) == true)
         fitted = probe.fit(known.features[rows], names, decay)
         by_probe.append(np.asarray(fitted.predict(asked.features)) == true)
-    return tuple(share(np.stack(right), asked.instances) for right in (by_neighbours, by_probe))  # type: ignore[return-value]
+    return tuple(share(np.stack(right), asked.instances) for right in (by_neighbours, by_probe))
 
 
 def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.bool_]:
@@ -91,6 +95,7 @@ def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.
     return np.isin(scenes, drawn)
 
 
-def _majority(known: Sequence[str], asked: Sequence[str]) -> float:
+def majority_share(known: Sequence[str], asked: Sequence[str]) -> float:
+    """Accuracy of always naming the gallery's most frequent class, what a measure must beat."""
     names, counts = np.unique(np.asarray(known), return_counts=True)
     return float(np.mean(np.asarray(asked) == names[counts.argmax()]))

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation import probe
-from megaregion.evaluation.estimates import Estimate, area_under_curve, estimate
-from megaregion.evaluation.maps import SceneMap, SceneTruth, coverage, resized
+from megaregion.evaluation.estimates import estimate
+from megaregion.evaluation.maps import MappedScenes, SceneMap, coverage, resized
 from megaregion.evaluation.pca_maps import fit_basis
-from megaregion.evaluation.segmentation import Mapped
-from megaregion.evaluation.tables import Column, Table
+from megaregion.evaluation.scenes import TruthMap
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BINS = 512
 """Steps of the ROC curve, evenly many places of the held-out scenes in each."""
@@ -35,7 +35,7 @@ Reading = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """From features or colours, [n, C], to how much each looks like an object, [n]."""
 
 
-def separation_table(known: Mapped, asked: Mapped) -> Table:
+def separation_table(known: MappedScenes, asked: MappedScenes) -> Table:
     """Measure every encoder that has maps.
 
     Args:
@@ -44,8 +44,8 @@ def separation_table(known: Mapped, asked: Mapped) -> Table:
     """
     told = (
         f"Area under the ROC curve of object against background over all places of {len(asked.scenes)} "
-        "held-out "
-        f"scenes; the map's basis and how it is read are fixed on {len(known.scenes)} training scenes."
+        "held-out scenes; "
+        f"the map's basis and how it is read are fixed on {len(known.scenes)} training scenes."
     )
     columns = (
         Column("one_colour", "one colour", 0.5),
@@ -56,7 +56,7 @@ def separation_table(known: Mapped, asked: Mapped) -> Table:
     return Table("separation", "Objects against background", told, columns, rows, "blind")
 
 
-def _row(known: Mapped, asked: Mapped, encoder: str) -> tuple[Estimate | None, ...]:
+def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> tuple[Estimate | None, ...]:
     basis = fit_basis(known.maps[encoder])
     cells, inside = _cells(known.maps[encoder], known.truths)
     if inside.all() or not inside.any():
@@ -92,8 +92,23 @@ def exact_area(scores: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
     return float((ranks[inside].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
+def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Area under the ROC curve from histograms over the same bins, [..., 2 * bins] to [...].
+
+    The first half counts the negatives of each bin, from the lowest score to the highest, the second the
+    positives; a pair in one bin counts half.
+    """
+    negative, positive = np.split(sums, 2, axis=-1)
+    below = np.cumsum(negative, axis=-1) - negative / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area: NDArray[np.float64] = (positive * below).sum(axis=-1) / (
+            positive.sum(axis=-1) * negative.sum(axis=-1)
+        )
+    return area
+
+
 def _cells(
-    maps: Sequence[SceneMap], truths: Sequence[SceneTruth]
+    maps: Sequence[SceneMap], truths: Sequence[TruthMap]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Features of cells that lie mostly inside objects or mostly outside, [n, C], and which they do, [n]."""
     features, verdicts = [], []
@@ -119,7 +134,7 @@ def _linear(features: NDArray[np.float32], inside: NDArray[np.bool_]) -> Reading
     return read
 
 
-def _judge(reading: Reading, maps: Sequence[SceneMap], truths: Sequence[SceneTruth]) -> Estimate | None:
+def _judge(reading: Reading, maps: Sequence[SceneMap], truths: Sequence[TruthMap]) -> Estimate | None:
     """AUC over all places of the held-out scenes, with the scenes as groups."""
     scores = []
     for own in maps:

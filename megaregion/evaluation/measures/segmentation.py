@@ -10,18 +10,18 @@ Shapes: K classes with the background first, T x T truth cells, h x w cells of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation import probe
-from megaregion.evaluation.estimates import Estimate, estimate, mean_iou
-from megaregion.evaluation.maps import TRUTH, SceneMap, SceneTruth, pooled, resized
-from megaregion.evaluation.recognition import draw_scenes
-from megaregion.evaluation.scenes import Scene
-from megaregion.evaluation.tables import Column, Table
+from megaregion.evaluation.estimates import estimate
+from megaregion.evaluation.maps import MappedScenes, SceneMap, pooled, resized
+from megaregion.evaluation.measures.recognition import draw_scenes
+from megaregion.evaluation.scenes import TRUTH, TruthMap
+from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BACKGROUND = "(background)"
 """Sorts before any class."""
@@ -41,16 +41,7 @@ class MaskRows:
     """[R]."""
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """Scenes of one split with their truth and their maps by encoder."""
-
-    scenes: Sequence[Scene]
-    truths: Sequence[SceneTruth]
-    maps: Mapping[str, Sequence[SceneMap]]
-
-
-def segmentation_table(known: Mapped, asked: Mapped, seeds: int) -> Table:
+def segmentation_table(known: MappedScenes, asked: MappedScenes, seeds: int) -> Table:
     """Measure every encoder that has maps.
 
     Args:
@@ -60,10 +51,8 @@ def segmentation_table(known: Mapped, asked: Mapped, seeds: int) -> Table:
     """
     told = (
         f"{len(asked.scenes)} held-out scenes against mask-pooled features of {len(known.scenes)} training "
-        "scenes, "
-        f"mean over {seeds} draws of them: intersection over union at {TRUTH} x {TRUTH} places, mean over "
-        "classes and "
-        "background."
+        f"scenes, mean over {seeds} draws of them: intersection over union at {TRUTH} x {TRUTH} places, mean "
+        "over classes and background."
     )
     rows = {name: _row(name, known, asked, seeds) for name in known.maps}
     columns = (
@@ -73,7 +62,7 @@ def segmentation_table(known: Mapped, asked: Mapped, seeds: int) -> Table:
     return Table("segmentation", "Naming every place", told, columns, rows, "all background")
 
 
-def mask_rows(known: Mapped, encoder: str) -> MaskRows:
+def mask_rows(known: MappedScenes, encoder: str) -> MaskRows:
     """Mean features under every true mask, and under the background of each quarter of a scene."""
     features, names, instances, places = [], [], [], []
     quarters = [
@@ -101,7 +90,7 @@ def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: in
     return np.bincount(pairs, minlength=classes**2).astype(np.float64)
 
 
-def _row(encoder: str, known: Mapped, asked: Mapped, seeds: int) -> tuple[Estimate | None, ...]:
+def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> tuple[Estimate | None, ...]:
     rows = mask_rows(known, encoder)
     decay = probe.choose_decay(rows.features, rows.names, rows.instances, seed=0)
     classes = sorted(set(rows.names))
@@ -113,6 +102,23 @@ def _row(encoder: str, known: Mapped, asked: Mapped, seeds: int) -> tuple[Estima
                       zip(asked.maps[encoder], asked.truths, strict=True)])  # fmt: skip
     joined = np.asarray(parts)
     return estimate(joined, mean_iou), estimate(joined, object_iou)
+
+
+def mean_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean intersection over union of the classes that occur.
+
+    From confusions [..., C * C], the true class first, to [...].
+    """
+    classes = round(sums.shape[-1] ** 0.5)
+    confusion = sums.reshape(*sums.shape[:-1], classes, classes)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - hits
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.where(confusion.sum(axis=-1) > 0, hits / union, np.nan)
+        # A class without a true pixel in the draw says nothing of the class.
+        counted = np.isfinite(each)
+        mean: NDArray[np.float64] = np.where(counted, each, 0).sum(axis=-1) / counted.sum(axis=-1)
+    return mean
 
 
 def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -129,7 +135,7 @@ def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _asked_scene(
-    fitted: probe.Probe, own: SceneMap, truth: SceneTruth, classes: Sequence[str]
+    fitted: probe.Probe, own: SceneMap, truth: TruthMap, classes: Sequence[str]
 ) -> NDArray[np.float64]:
     """Confusion of one held-out scene, over the classes of all seeds."""
     scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)
@@ -137,7 +143,7 @@ def _asked_scene(
     return confusion(place[resized(scores).argmax(axis=-1)], truth.labels(classes[1:]), len(classes))
 
 
-def _all_background(asked: Mapped) -> float:
+def _all_background(asked: MappedScenes) -> float:
     """MIoU of calling every place background."""
     names = sorted({name for truth in asked.truths for name in truth.names})
     parts = np.asarray([[confusion(np.zeros((TRUTH, TRUTH), np.int64), truth.labels(names), len(names) + 1)

@@ -1,0 +1,125 @@
+"""OCR of regions: how many of a word's tokens an encoder names, and how many words it names exactly.
+
+The gold tokens of a word are the positives that curation would give it (megaregion.data.info). Recall is
+the share of them among five named tokens: a word of more than five cannot reach 1, the plain definition, kept
+because it flatters nobody. A word is exact if its tokens, all of them, are just the first ones that were
+named: as many as the word has, so that a longer word is harder and chance is nil. Tokens are named by
+
+- the text head: the classes whose centers are most similar to the projected region embedding;
+- neighbours: the tokens most often held by the five most similar training words, for any encoder;
+- the prior: the five most frequent tokens of the training shards for every word, the honest baseline.
+
+Shapes: S seeds, R words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megaregion.evaluation import knn
+from megaregion.evaluation.encoding import EncodedScenes
+from megaregion.evaluation.estimates import share
+from megaregion.evaluation.measures.recognition import draw_scenes
+from megaregion.evaluation.scenes import Truth
+from megaregion.evaluation.vocabulary import NAMED, TOP, Tokens
+from megaregion.schemas.evaluation import Column, Estimate, Table
+
+Verdict = Callable[[Tokens, Tokens], float]
+"""From the tokens named for a word and its gold tokens to a share in 0..1."""
+
+
+def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, seeds: int) -> Table | None:
+    """Measure every encoder; None where a split has no word with tokens.
+
+    Args:
+        known: Training scenes.
+        asked: Held-out scenes.
+        prior: The most frequent tokens of the training shards, most frequent first.
+        seeds: Galleries drawn for the vote of the neighbours.
+    """
+    gallery, queries = known.truth, asked.truth
+    if not any(gallery.tokens) or not any(queries.tokens):
+        return None
+    recall, exact = (prior_share(prior, queries, verdict) for verdict in (word_recall, is_exact))
+    columns = (
+        Column("head_recall", "tokens, text head", recall),
+        Column("head_exact", "exact words, text head", exact),
+        Column("knn_recall", f"tokens, {knn.NEIGHBOURS}-NN", recall),
+        Column("knn_exact", f"exact words, {knn.NEIGHBOURS}-NN", exact),
+    )
+    told = (
+        f"{len(queries.tokens):,} words of held-out scenes: recall of their tokens among five named ones, "
+        "and the share of words whose tokens are exactly the first ones named; by the text head, and by a "
+        f"vote of the nearest of {len(gallery.words):,} training words (mean over {seeds} galleries)."
+    )
+    rows = {}
+    for name, own in asked.features.items():
+        by_head = [own.read] if own.read else []
+        by_words = []
+        for seed in range(seeds):
+            drawn = np.flatnonzero(draw_scenes(gallery.words.scene, seed, seeds))
+            neighbours = knn.nearest(own.words, known.features[name].words[drawn])
+            by_words.append(neighbour_tokens(neighbours, [gallery.tokens[row] for row in drawn]))
+        rows[name] = tuple(
+            judged(named, queries, verdict)
+            for named in (by_head, by_words)
+            for verdict in (word_recall, is_exact)
+        )
+    return Table("ocr", "Reading regions", told, columns, rows, "most frequent tokens")
+
+
+def judged(named: Sequence[Sequence[Tokens]], truth: Truth, verdict: Verdict) -> Estimate | None:
+    """Mean verdict over the words that have tokens, with equal words as groups.
+
+    Args:
+        named: Tokens named for each of R words under each of S seeds.
+        truth: The words.
+        verdict: Recall or exactness of one word.
+
+    Returns:
+        The estimate; None if nothing was named, or no word has tokens.
+    """
+    rows = [row for row, tokens in enumerate(truth.tokens) if tokens]
+    if not named or not rows:
+        return None
+    verdicts = [[verdict(each[row], truth.tokens[row]) for row in rows] for each in named]
+    return share(np.asarray(verdicts, np.float64), [truth.words.names[row] for row in rows])
+
+
+def prior_share(prior: Tokens, truth: Truth, verdict: Verdict) -> float | None:
+    """Mean verdict of naming the prior for every word; None if no word has tokens."""
+    verdicts = [verdict(prior, tokens) for tokens in truth.tokens if tokens]
+    return float(np.mean(verdicts)) if verdicts else None
+
+
+def word_recall(named: Tokens, true: Tokens) -> float:
+    """Share of a word's tokens among the first five named."""
+    return len(set(named[:TOP]) & set(true)) / len(set(true))
+
+
+def is_exact(named: Tokens, true: Tokens) -> bool:
+    """Whether the first tokens named, as many as the word has, are the word's tokens in any order."""
+    return set(named[: len(set(true))]) == set(true)
+
+
+def neighbour_tokens(neighbours: knn.Neighbours, gallery: Sequence[Tokens]) -> list[Tokens]:
+    """Name the tokens that most of a word's nearest training words hold; ties go to the more similar.
+
+    Args:
+        neighbours: Nearest training words of R words.
+        gallery: True tokens of each training word.
+
+    Returns:
+        Tokens of each word, most votes first.
+    """
+    named = []
+    for row, similarity in zip(neighbours.index, neighbours.similarity, strict=True):
+        votes: dict[int, tuple[int, float]] = {}
+        for i, cosine in zip(row, similarity, strict=True):
+            for token in gallery[i] if i >= 0 else ():
+                votes_so_far, total = votes.get(token, (0, 0.0))
+                votes[token] = (votes_so_far + 1, total + float(cosine))
+        named.append(tuple(sorted(votes, key=lambda token: votes[token], reverse=True)[:NAMED]))
+    return named
