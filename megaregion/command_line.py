@@ -87,9 +87,11 @@ def flag(kind: Any) -> Callable[[str], Any]:
     return read
 
 
-def flag_name(key: str) -> str:
-    """The flag of a setting in a class whose flags have no dots."""
-    return f"--{key.rpartition('.')[2].replace('_', '-')}"
+def path(text: str) -> Path:
+    """A ``type=`` of argparse for files and folders; an empty one would be the folder that one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty; give a path")
+    return Path(text)
 
 
 def add_settings(parser: argparse.ArgumentParser, defaults: Any, flat: bool = False) -> None:
@@ -101,7 +103,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Any, flat: bool = Fa
         flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
     """
     add = parser.add_argument
-    add("--config", metavar="FILE", type=Path, action="append", default=[],
+    add("--config", metavar="FILE", type=path, action="append", default=[],
         help="YAML file of settings; several are merged in order, and flags win")  # fmt: skip
     add("--print_config", "--print-config", action="store_true", help="print all settings as YAML and end")
     for section in sections(defaults):
@@ -118,7 +120,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Any, flat: bool = Fa
             told = one.told.rstrip(".") + (" (" if words else f" ({one.kind.told}; ")
             told += f"default: {written(one.default)})"
             group.add_argument(
-                flag_name(one.key) if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
+                one.flag if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
                 key=one.key, kind=one.kind, nargs="+" if several else None, help=told.replace("%", "%%"),
             )  # fmt: skip
 

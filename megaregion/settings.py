@@ -46,6 +46,11 @@ class Setting:
         """The last part of its key."""
         return self.key.rpartition(".")[2]
 
+    @property
+    def flag(self) -> str:
+        """Its flag where all names of a command line are different."""
+        return flag_name(self.key)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -112,6 +117,11 @@ def sections(settings: Any, key: str = "") -> Iterator[Section]:
     yield Section(key, " ".join((inspect.getdoc(cls) or "").split()), tuple(plain))
     for value, path in nested:
         yield from sections(value, path)
+
+
+def flag_name(key: str) -> str:
+    """The flag of a setting by its last name, as ``--min-edge``."""
+    return f"--{key.rpartition('.')[2].replace('_', '-')}"
 
 
 def setting_names(settings: Any, key: str = "") -> list[str]:

@@ -349,10 +349,10 @@ def test_more_centers_than_regions_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
-        ({"refine_passes": 13}, "--refine-passes must lie in 0..12"),
+        ({"refine_passes": 13}, r"--refine-passes must lie in \[0, 12\]"),
         ({"clusters": 10, "first_level": 11}, "--first-level must be at most --clusters 10"),
-        ({"assign_probes": -1}, "--assign-probes must be 0 or more"),
-        ({"chunk_memory": 0}, "--chunk-memory must be at least 1"),
+        ({"assign_probes": -1}, r"--assign-probes must lie in \[0, 1e9\], got -1"),
+        ({"chunk_memory": 0}, r"--chunk-memory must lie in \[1, 1e6\], got 0"),
     ],
 )
 def test_a_setting_of_the_clusters_that_cannot_be_is_refused(change: dict[str, Any], hint: str) -> None:

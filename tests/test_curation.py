@@ -248,8 +248,8 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
-        ({"clusters": 0}, "--clusters must be at least 1"),
-        ({"vocab": 100}, "--vocab must be at least"),
+        ({"clusters": 0}, r"--clusters must lie in \[1, 1e9\], got 0"),
+        ({"vocab": 100}, r"--vocab must lie in \[384, 1e6\]"),
         ({"nms_iou": 1.5}, "--nms-iou must lie in"),
         ({"proposer": "sam"}, "needs --sam FOLDER"),
         ({"embedder": "clip", "clip": "/no/such"}, "--clip /no/such is no folder"),

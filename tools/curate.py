@@ -8,46 +8,34 @@ python tools/curate.py report --out data --truth data/scenes/train
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from megaregion.command_line import run
-from megaregion.curation.quality.report import report
-from megaregion.curation.quality.truth import TrueImage
-from megaregion.curation.runner.pipeline import (
-    LIST,
-    Pipeline,
-    Share,
-    curate,
-    curate_share,
-    job_lines,
-    open_job,
-    recorded_run,
-)
-from megaregion.curation.runner.status import read_progress, table
-from megaregion.curation.settings import setting_groups, settings_from
-from megaregion.curation.stages import NAMES
+from megaregion.bounds import Count, PositiveInt, Workers
+from megaregion.command_line import Parser, add_settings, chosen_settings, flag, path, run
+from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
-from megaregion.evaluation.scenes import Scene, read_scenes
+
+if TYPE_CHECKING:
+    from megaregion.curation.quality.truth import TrueImage
+    from megaregion.curation.runner.pipeline import Share
+    from megaregion.evaluation.scenes import Scene
 
 
 def main() -> None:
-    commands = {"status": _status, "report": _report}
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        commands[sys.argv[1]](sys.argv[2:])
-    else:
-        _curate(_parser().parse_args())
+    arguments = _parser().parse_args()
+    arguments.command(arguments)
 
 
 def _curate(arguments: argparse.Namespace) -> None:
-    if arguments.workers < 0:
-        raise UserError(f"--workers must be 0 or more, got {arguments.workers}; 0 works in this process")
-    settings, share = settings_from(vars(arguments)), _share(arguments.piece, arguments.of)
+    from megaregion.curation.runner.pipeline import curate, curate_share, job_lines
+
+    settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
+    check_settings(settings)
+    if arguments.images is None:
+        raise UserError("--images FOLDER is missing; name the folder of the images")
     where = arguments.images, arguments.out, settings
     if arguments.jobs:
         print("\n".join(job_lines(settings)))
@@ -60,44 +48,40 @@ def _curate(arguments: argparse.Namespace) -> None:
 
 
 def _share(piece: int | None, of: int | None) -> Share | None:
+    from megaregion.curation.runner.pipeline import Share
+
     if piece is None and of is None:
         return None
-    if piece is None or of is None or not 0 <= piece < of:
+    if piece is None or of is None or piece >= of:
         raise UserError(f"--piece and --of go together, 0 <= piece < of; got --piece {piece} --of {of}")
     return Share(piece, of)
 
 
-def _status(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="curate.py status", description="Print what is done, running and failed of a run."
-    )
-    _add_out(parser)
-    out = parser.parse_args(arguments).out
-    images, settings = recorded_run(out)
-    print(table(read_progress(open_job(images, out, settings), time.time())))
+def _status(arguments: argparse.Namespace) -> None:
+    import time
+
+    from megaregion.curation.runner.pipeline import open_job, recorded_run
+    from megaregion.curation.runner.status import read_progress, table
+
+    images, settings = recorded_run(arguments.out)
+    print(table(read_progress(open_job(images, arguments.out, settings), time.time())))
 
 
-def _report(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="curate.py report",
-        description="Print how good a run's labels are, and write it to OUT/report.json.",
-    )
-    _add_out(parser)
-    parser.add_argument(
-        "--truth",
-        metavar="FOLDER",
-        type=Path,
-        help="folder with truth.jsonl of the curated scenes, as tools/make_scenes.py writes it",
-    )
-    options = parser.parse_args(arguments)
-    images, settings = recorded_run(options.out)
-    job = open_job(images, options.out, settings)
-    scenes = read_scenes(options.truth) if options.truth else None
+def _report(arguments: argparse.Namespace) -> None:
+    from megaregion.curation.quality.report import report
+    from megaregion.curation.runner.pipeline import Pipeline, open_job, recorded_run
+    from megaregion.evaluation.scenes import read_scenes
+
+    images, settings = recorded_run(arguments.out)
+    job = open_job(images, arguments.out, settings)
+    scenes = read_scenes(arguments.truth) if arguments.truth else None
     truth = None if scenes is None else {scene.key: _truth(scene) for scene in scenes}
     print(report(job, Pipeline(job, _progress, 0), truth).table())
 
 
 def _truth(scene: Scene) -> TrueImage:
+    from megaregion.curation.quality.truth import TrueImage
+
     objects, words = scene.objects, scene.words
     return TrueImage(
         [item.name for item in objects], [item.box for item in objects],
@@ -108,6 +92,8 @@ def _truth(scene: Scene) -> TrueImage:
 @contextmanager
 def _progress(stage: str, images: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal; one line at the end elsewhere."""
+    from tqdm import tqdm
+
     with tqdm(total=images, desc=f"{stage:<9}", unit="image" if images > 1 else "step", disable=None) as bar:
 
         def tick() -> None:
@@ -118,67 +104,51 @@ def _progress(stage: str, images: int) -> Iterator[Callable[[], None]]:
         print(f"{stage}: done")
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("data"),
-        help="folder of the run; the dataset is OUT/shards",
-    )
+def _parser() -> Parser:
+    from megaregion.curation.runner.pipeline import LIST
+    from megaregion.curation.stages import NAMES
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Turn images into a dataset of labelled regions, OUT/shards. What is done is "
         "skipped; changed settings or images redo what depends on them. Prints a summary and writes it to "
-        "OUT/summary.json. `curate.py status --out OUT` tells how far a run is.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "OUT/summary.json.",
     )
+    parser.set_defaults(command=_curate)
     add = parser.add_argument
-    add(
-        "--images",
-        metavar="FOLDER",
-        type=Path,
-        required=True,
+    add("--images", metavar="FOLDER", type=path,
         help="folder of jpg, png or webp files or of WebDataset tars, searched recursively; "
-        "SA-1B's JSON masks beside images are kept",
-    )
+        "SA-1B's JSON masks beside images are kept")  # fmt: skip
     _add_out(parser)
-    add(
-        "--stage",
-        choices=("all", LIST, *NAMES),
-        default="all",
-        help="do one stage; list only finds the images, pack publishes, too, without --piece",
-    )
-    add(
-        "--workers",
-        metavar="N",
-        type=int,
-        default=2,
-        help="processes; the outcome is the same for any number",
-    )
+    add("--stage", choices=("all", LIST, *NAMES), default="all",
+        help="do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
+    add("--workers", metavar="N", type=flag(Workers), default=2,
+        help="processes; the outcome is the same for any number, 0 works in this process")  # fmt: skip
     group = parser.add_argument_group("A share of one stage, beside others on any machine")
-    group.add_argument("--piece", metavar="I", type=int, help="do share I, from 0, of the stage's pieces")
-    group.add_argument("--of", metavar="N", type=int, help="number of shares")
+    group.add_argument("--piece", metavar="I", type=flag(Count), help="do share I, from 0, of its pieces")
+    group.add_argument("--of", metavar="N", type=flag(PositiveInt), help="number of shares")
     group.add_argument(
         "--jobs", action="store_true", help="check the settings, print the jobs of a cluster run and end"
     )
-    for _, title, settings in setting_groups():
-        group = parser.add_argument_group(title.rstrip("."))
-        for setting in settings:
-            several = isinstance(setting.default, tuple)
-            group.add_argument(
-                "--" + setting.name.replace("_", "-"),
-                type=type(setting.default[0] if several else setting.default),
-                nargs="+" if several else None,
-                # An empty default has nothing to show; settings_from fills it in.
-                default=argparse.SUPPRESS if setting.default == "" else setting.default,
-                choices=setting.metadata["choices"] or None,
-                metavar=setting.metadata["unit"] or None,
-                help=setting.metadata["help"],
-            )
+    add_settings(parser, CurationSettings(), flat=True)
+    commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
+    status = commands.add_parser("status", help="print what is done, running and failed")
+    _add_out(status)
+    status.set_defaults(command=_status)
+    report = commands.add_parser("report", help="print how good the labels are, and write OUT/report.json")
+    _add_out(report)
+    report.add_argument(
+        "--truth", metavar="FOLDER", type=path,
+        help="folder with truth.jsonl of the curated scenes, as tools/make_scenes.py writes it",
+    )  # fmt: skip
+    report.set_defaults(command=_report)
     return parser
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=path, default=Path("data"),
+        help="folder of the run; the dataset is OUT/shards",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.runner.lock import locked
 from megaregion.curation.runner.summary import Summary, summarise
 from megaregion.curation.runner.workers import Task, Workers
-from megaregion.curation.settings import CurationSettings, settings_from
+from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
 from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
 from megaregion.curation.stages.store import Manifest, Piece, Store, enough_space
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
+from megaregion.settings import read_settings
 
 LIST = "list"
 """The step before all stages: finding the images."""
@@ -293,12 +294,9 @@ def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
     """
     try:
         content = json.loads((out / RUN).read_bytes())
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for group in content["settings"].values()
-            for key, value in group.items()
-        }
-        return Path(content["images"]), settings_from(values)
+        settings = read_settings(CurationSettings(), content["settings"])
+        check_settings(settings)
+        return Path(content["images"]), settings
     except OSError:
         raise UserError(f"--out {out} holds no run of tools/curate.py; give the folder of one") from None
     except (ValueError, KeyError, TypeError, AttributeError):
