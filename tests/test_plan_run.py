@@ -18,7 +18,7 @@ from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfi
 from megaregion.errors import UserError
 from megaregion.models.recompute import watch_kept
 from megaregion.models.vit import RegionEncoder
-from megaregion.parallel.zero.setup import deepspeed_config
+from megaregion.parallel.zero.engine import deepspeed_config
 from megaregion.planning import memory
 from megaregion.planning.activations import activation_bytes
 from megaregion.planning.dry_run import build_rank

@@ -203,25 +203,12 @@ class _Body:
         # As many images as share the tokens: their parts have no rows that only pad them.
         self.kept = self._kept_of_images(model, layout.spread) / layout.spread
         """Bytes that autograd keeps of one image from forward to backward."""
-        self._engine = ZeroEngine(
-            model.to(topology.device), places, config, topology, decays, lambda: torch.zeros(())
-        )
-        self._held = list(self._engine._parameters.values())
+        self._engine = ZeroEngine(model.to(topology.device), places, config, topology, decays)
 
     def at_rest(self) -> dict[str, int]:
         """Bytes of what stays from step to step, by the plan's kinds."""
-        optimizer = self._engine._optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)
-        masters = [master for group in inner.param_groups for master in group["params"]]
-        if self._engine.stage == 3:
-            masters = list(optimizer.fp32_partitioned_groups_flat)
-        own = {id(parameter) for parameter in self._held}
-        states = [value for state in inner.state.values() for key, value in state.items() if key != "step"]
-        return {
-            "weights": _bytes(self._weights()),
-            "masters": _bytes(master for master in masters if id(master) not in own),
-            "moments": _bytes(states),
-        }
+        held = self._engine.held()
+        return {kind: _bytes(held[kind]) for kind in ("weights", "masters", "moments")}
 
     def pass_one_image(self) -> None:
         """Send one image forward and back."""
@@ -229,12 +216,7 @@ class _Body:
 
     def gradients(self) -> int:
         """Bytes of gradients that wait for the next micro-step, or for the update."""
-        optimizer = self._engine._optimizer
-        found = [parameter.grad for parameter in self._held if parameter.grad is not None]
-        for parts in ("all_grad_tensors", "averaged_gradients"):
-            for group in getattr(optimizer, parts, {}).values():
-                found += group or []
-        return _bytes(found)
+        return _bytes(self._engine.held()["gradients"])
 
     def _kept_of_images(self, model: RegionEncoder, count: int) -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -254,10 +236,6 @@ class _Body:
         kind = torch.bfloat16 if self._config.train.precision == "bf16" else torch.float32
         images = torch.zeros(count, 3, model.image_size, model.image_size, device=self._device, dtype=kind)
         return images, torch.ones(count, regions, model.grid**2, dtype=torch.bool, device=self._device)
-
-    def _weights(self) -> list[Tensor]:
-        parts = [parameter.ds_tensor for parameter in self._held if hasattr(parameter, "ds_tensor")]
-        return [*parts, *(parameter.data for parameter in self._held)]
 
 
 def _head(kind: str, layout: Layout, topology: Topology) -> ClassShardedHead:

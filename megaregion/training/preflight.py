@@ -28,8 +28,7 @@ from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.vit import RegionEncoder
-from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Group, Topology, host_group, host_name
+from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "webdataset")
 ROUNDS = 5
@@ -101,7 +100,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         config: The run.
         topology: This rank's place.
     """
-    hosts = gather_texts(host_name(), topology)
+    hosts = all_gather_strings(host_name(), topology)
     inside = host_group(hosts, topology)
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
     seconds, exact = _multiply(topology.device)
@@ -121,7 +120,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         complaint=complaint,
         free=_free_bytes(Path(config.output) / config.name),
     )
-    texts = gather_texts(json.dumps(dataclasses.asdict(findings)), topology)
+    texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     return [Findings(**json.loads(text)) for text in texts]
 
 

@@ -26,8 +26,7 @@ from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
 from megaregion.parallel.tensor_parallel import Placement
-from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import Topology, all_gather_strings
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.events import Events
 from megaregion.training.guard import LossGuard
@@ -159,7 +158,7 @@ class TrainingState:
                 reader.verify(reader.files()[self._topology.rank :: self._topology.world_size])
             except DamagedCheckpoint as error:
                 damage = str(error)
-            found = [text for text in gather_texts(damage, self._topology) if text]
+            found = [text for text in all_gather_strings(damage, self._topology) if text]
             if reader is not None and not found:
                 self.load(reader)
                 self._events.write("resumed", step=self.step)
@@ -191,7 +190,7 @@ class TrainingState:
         """
         self._check_fits(reader)
         self._losses = []
-        self._engine.state.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
+        self._engine.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
         self._heads.load(reader)
         self.step, self.position = reader.step, int(reader.manifest["position"])
         self._guard.load(reader.manifest.get("guard"))
@@ -204,7 +203,7 @@ class TrainingState:
 
     def _pieces(self) -> Iterator[Piece]:
         """This rank's share of the state: body tensors in turn over the data ranks, its own classes."""
-        for index, (name, place, tensor) in enumerate(self._engine.state.tensors()):
+        for index, (name, place, tensor) in enumerate(self._engine.tensors()):
             # A tensor that tensor parallelism leaves whole is the same on all tensor ranks.
             repeated = place.shape == place.full_shape and self._topology.tensor_rank > 0
             if index % self._topology.data_size == self._topology.data_rank and not repeated:

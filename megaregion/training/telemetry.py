@@ -10,8 +10,7 @@ from typing import Any
 
 from megaregion.config import RunConfig
 from megaregion.data.batch import Batch
-from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Topology, host_name
+from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.training.metrics import LOG
 from megaregion.training.phases import Phases, Split, gather_phases
 from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_ranks
@@ -28,7 +27,7 @@ class Telemetry:
     """
 
     def __init__(self, config: RunConfig, topology: Topology, classes: Mapping[str, int]) -> None:
-        self.hosts = gather_texts(host_name(), topology)
+        self.hosts = all_gather_strings(host_name(), topology)
         """Host of every rank; learned by a collective."""
         self._slow_factor, self._topology = config.train.slow_factor, topology
         self._phases = Phases(topology.device)

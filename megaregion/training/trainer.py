@@ -34,8 +34,7 @@ from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.recompute import recompute_levels
 from megaregion.models.vit import RegionEncoder, VisionTransformer, decays
 from megaregion.parallel.tensor_parallel import parallelize
-from megaregion.parallel.texts import gather_texts
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import Topology, all_gather_strings
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.events import Events, process_start
 from megaregion.training.faults import Faults
@@ -143,7 +142,6 @@ class Trainer:
             self.config,
             self.topology,
             decays,
-            self.heads.norm_squared,
             lambda: self._times.phase("communication"),
         )
 
@@ -227,7 +225,6 @@ class Trainer:
         cut = self._enter(stage)
         step, lr = self.state.step + 1, learning_rate(self.config, self.state.step) * stage.lr_scale
         sums = StepSums(self.config)
-        norm = None
         for micro_step in range(cut.micro_steps):
             self._progress.note("data", step)
             with self._times.timed("data"):
@@ -262,11 +259,15 @@ class Trainer:
             with self._times.phase("backward"):
                 last = micro_step == cut.micro_steps - 1
                 self.engine.backward((embeddings.float() * gradient).sum(), last)
-            self._progress.note("update", step)
-            with self._times.phase("optimizer"):
-                norm = self.engine.step(lr, lambda norm: self._accepts(sums, norm))
-        assert norm is not None
-        took = self._finish(lr, norm, sums)
+        self._progress.note("update", step)
+        with self._times.phase("optimizer"):
+            norm = self.engine.norm(self.heads.norm_squared())
+            took = self._accepts(sums, norm)
+            if took:
+                self.engine.update(lr)
+            else:
+                self.engine.drop()
+        self._finish(took, lr, norm, sums)
         spent = self._times.end_step(sums.bad)
         if not took:
             return {}
@@ -284,24 +285,23 @@ class Trainer:
                 self._stop.received is not None, sums.loss(), norm, self.topology.world_group
             )
         self._refusal = self._guard.judge(self._agreement)
-        return self._refusal is None
-
-    def _finish(self, lr: float, norm: Tensor, sums: StepSums) -> bool:
-        """Move the heads with the body; or, if the step was refused, drop their gradients too."""
-        if self.engine.took_step:
-            with self._times.timed("head"):
-                self.heads.step(lr, self.engine.clip_coefficient(norm))
-            self.state.advance()
-            return True
-        if self._refusal is None:
+        if self._refusal is None and not self._agreement.finite:
             raise UserError(
                 f"the gradient of step {self.state.step + 1} is not finite; the step was not taken; set "
                 "guard.enabled true to skip such steps"
             )
+        return self._refusal is None
+
+    def _finish(self, took: bool, lr: float, norm: Tensor, sums: StepSums) -> None:
+        """Move the heads with the body; or, if the step was refused, drop their gradients too."""
+        if took:
+            with self._times.timed("head"):
+                self.heads.step(lr, self.engine.clip_coefficient(norm))
+            self.state.advance()
+            return
         self._log_refusal(sums, norm)
         self.heads.skip()
         self.state.skip()
-        return False
 
     def _log_refusal(self, sums: StepSums, norm: Tensor) -> None:
         """Name the samples of a refused step; a collective, off the usual path."""
@@ -311,7 +311,7 @@ class Trainer:
             "not_finite": self.heads.spoilt(sums.keys),
         }
         # Ranks that share a model read the same samples.
-        told = gather_texts(json.dumps(own) if self.topology.tensor_rank == 0 else "{}", self.topology)
+        told = all_gather_strings(json.dumps(own) if self.topology.tensor_rank == 0 else "{}", self.topology)
         parts = [json.loads(text) for text in told]
         joined = {name: [item for part in parts for item in part.get(name, [])] for name in own}
         refusal = {

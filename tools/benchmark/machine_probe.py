@@ -21,7 +21,7 @@ from torch import nn
 from megaregion.config import RunConfig
 from megaregion.models.linear import Linear
 from megaregion.models.rotary import rotation, split_and_turn
-from megaregion.parallel.zero.setup import REDUCE_BUCKET
+from megaregion.parallel.zero.engine import REDUCE_BUCKET
 from megaregion.planning.layout import body_parameters
 from megaregion.products import product
 

@@ -89,31 +89,16 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
 
 def state_bytes(trainer: Any) -> dict[str, int]:
     """Bytes of what stays from step to step, by the plan's kinds."""
-    optimizer, parameters = trainer.engine._optimizer, trainer.engine._parameters.values()
-    inner = getattr(optimizer, "optimizer", optimizer)
-    masters = [master for group in inner.param_groups for master in group["params"]]
-    # Stage 3 lends them to its optimizer for the update only.
-    masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])
-    stays = {id(p) for p in parameters}
-    heads = trainer.heads.by_kind.values()
+    held, heads = trainer.engine.held(), trainer.heads.by_kind.values()
     return {
-        # Whole ones, and the parts that ZeRO 3 leaves a rank.
-        "weights": storage_bytes([*(p.data for p in parameters), *_parts(parameters)]),
-        "masters": storage_bytes(master for master in masters if id(master) not in stays),
-        "moments": storage_bytes(
-            value for state in inner.state.values() for key, value in state.items() if key.startswith("exp_")
-        ),
+        **{kind: storage_bytes(held[kind]) for kind in ("weights", "masters", "moments")},
         "head": sum(storage_bytes(piece.tensor for piece in head.state().values()) for head in heads),
     }
 
 
-def _parts(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
-
-
 def kept_bytes(trainer: Any, batch: Any) -> int:
     """Bytes that autograd keeps of one forward pass, parameters left out."""
-    parameters = trainer.engine._parameters.values()
+    parameters = trainer.engine.parameters.values()
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> None:

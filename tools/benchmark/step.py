@@ -93,12 +93,13 @@ def our_step(
     """
     engine = _engine(sizes, device, regions, as_trained, compiled, level)
     images, visible = _images(sizes, device), _visible(sizes, device, regions)
-    direction = _direction(sizes, device)
+    direction, no_heads = _direction(sizes, device), torch.zeros((), device=device)
 
     def step() -> None:
         features = engine(images, visible) if regions else engine(images)
         engine.backward((features.float() * direction).sum())
-        engine.step(1e-4)
+        engine.norm(no_heads)
+        engine.update(1e-4)
 
     return step
 
@@ -133,8 +134,7 @@ def _engine(
         for block in model.vit.blocks:
             block.compile()
     placements = parallelize(model, {}, [], place)
-    none = torch.zeros((), device=place.device)
-    return ZeroEngine(model.to(place.device), placements, config, place, decays, lambda: none)
+    return ZeroEngine(model.to(place.device), placements, config, place, decays)
 
 
 SHAPES = (1 / 3, 0.42, 0.5, 0.62, 0.75, 0.9, 1.0, 1.0, 1.1, 1.33, 1.5, 1.6, 1.78, 2.0, 2.4, 3.0)
@@ -165,12 +165,13 @@ def our_packed_step(sizes: StepSizes, device: str, padded: bool = False) -> Work
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(patches, 3, side, side, generator=generator).to(device, sizes.dtype)
     visible = (torch.rand(10, patches, generator=generator) < 0.25).to(device)
-    direction = _direction(sizes, device)
+    direction, no_heads = _direction(sizes, device), torch.zeros((), device=device)
 
     def step() -> None:
         features = engine(images, visible, grids)
         engine.backward((features.float() * direction).sum())
-        engine.step(1e-4)
+        engine.norm(no_heads)
+        engine.update(1e-4)
 
     return step
 

@@ -1,25 +1,73 @@
-"""The body under DeepSpeed ZeRO: backward, one global clip, step.
+"""The body under DeepSpeed ZeRO: backward, one norm over body and heads, update or drop.
+
+    forward -> backward (gradients are reduced over the data ranks) -> norm -> update(lr) | drop
 
 DeepSpeed owns everything between a loss and the updated body: bf16 copies and fp32 masters, reduction over
 the data ranks (it averages, see heads/), partitioning by stage. The gradient norm is joined with that of
-the heads, which live outside the engine, so that both are clipped by one coefficient.
+the heads, which live outside the engine, so that both are clipped by one coefficient. stages.py says where
+each ZeRO stage keeps what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megaregion.batching import batching
 from megaregion.config import RunConfig
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology
-from megaregion.parallel.zero.setup import deepspeed_config, effective_stage, start_engine
-from megaregion.parallel.zero.state import ZeroState
+from megaregion.parallel.zero.stages import MOMENTS, STAGES
+
+REDUCE_BUCKET = 50_000_000
+"""Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
+reduction would then begin when the backward pass is over."""
+
+
+def effective_stage(config: RunConfig, data_ranks: int) -> int:
+    """The ZeRO stage that runs: a single copy of the model has nobody to share its state with.
+
+    ZeRO would then only copy it: parameters into masters and back, gradients into buffers. In bf16 it stays,
+    for it keeps the fp32 masters.
+    """
+    alone = data_ranks == 1 and config.train.precision == "fp32"
+    return 0 if alone else config.parallel.zero_stage
+
+
+def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's settings, derived from ours; nobody writes them by hand.
+
+    Args:
+        config: The run.
+        data_ranks: Copies of the model; micro-batches of one step follow from it.
+    """
+    cut = batching(config, data_ranks)
+    bf16 = config.train.precision == "bf16"
+    return {
+        "train_batch_size": config.train.global_batch,
+        # Those of the first resolution; the engine is told with each micro-step which is a step's last.
+        "train_micro_batch_size_per_gpu": cut.micro_batch,
+        "gradient_accumulation_steps": cut.micro_steps,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": bf16, "check_grad_overflow": bf16} if bf16 else {"enabled": False},
+        "zero_optimization": {
+            "stage": effective_stage(config, data_ranks),
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": REDUCE_BUCKET,
+            # Small parameters stay whole in stage 3: gathering a layer norm costs more than keeping it.
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
 
 
 class ZeroEngine:
@@ -32,7 +80,6 @@ class ZeroEngine:
         config: RunConfig,
         topology: Topology,
         decays: Callable[[str, nn.Parameter], bool],
-        heads_norm_squared: Callable[[], Tensor],
         reducing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Wrap the model.
@@ -43,89 +90,114 @@ class ZeroEngine:
             config: The run.
             topology: This rank's place.
             decays: Whether a named parameter has weight decay.
-            heads_norm_squared: Squared gradient norm of all heads over all ranks; joined into the clip norm.
             reducing: Opened around what is left of the gradients' reduction behind a backward pass.
         """
         self.placements = dict(placements)
         self.stage = effective_stage(config, topology.data_size)
-        self._clip_norm = config.optimizer.clip_norm
-        self._heads_norm_squared = heads_norm_squared
-        self._topology = topology
-        self._settings = deepspeed_config(config, topology.data_size)
-        self._engine, self._optimizer = start_engine(model, config, topology, decays, self._settings)
-        self._parameters = dict(self._engine.module.named_parameters())
-        self.state = ZeroState(self.stage, self._optimizer, self._parameters, self.placements, topology)
-        self._accept: Callable[[Tensor], bool] | None = None
-        self._refused: Tensor | None = None
-        self._join_norms()
-        self._time_reduction(reducing)
-
-    @property
-    def settings(self) -> dict[str, Any]:
+        self.settings = deepspeed_config(config, topology.data_size)
         """DeepSpeed's settings as passed to it."""
-        return self._settings
+        self._clip_norm = config.optimizer.clip_norm
+        self._topology = topology
+        self._norm = torch.zeros((), device=topology.device)
+        self._engine, self._optimizer = _start(model, config, topology, decays, self.settings)
+        self.parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        """This rank's parameters of the body, by name."""
+        self._adapter = STAGES[self.stage](self._optimizer, self.parameters, self.placements, topology)
+        self._adapter.make_moments(0)
+        self._time_reduction(reducing)
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward pass of the body."""
-        if self.stage == 3:
-            self._make_small_whole()
+        self._adapter.before_forward()
         return self._engine(*inputs)
-
-    def _make_small_whole(self) -> None:
-        """Gather the small parameters that DeepSpeed's stage 3 keeps whole, where it does not yet.
-
-        Until it has seen the order of the modules it takes them apart as well, and what is lent to many
-        modules at once (parallel/partial.py) must be there when a forward pass begins.
-        """
-        small = self._optimizer.persistent_parameters
-        if missing := [parameter for parameter in small if parameter.data.numel() != parameter.ds_numel]:
-            missing[0].all_gather(missing)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate gradients of a loss that is already divided by the whole global batch.
 
         Args:
             loss: The loss of a micro-step.
-            last: Whether :meth:`step` then updates the body: it is the step's last micro-step.
+            last: Whether it is the step's last: :meth:`norm`, then :meth:`update` or :meth:`drop` follow.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # Only counts: there DeepSpeed ends a micro-step.
 
-    @property
-    def took_step(self) -> bool:
-        """Whether the last boundary updated the body; False if it was refused or its norm not finite."""
-        return self._refused is None and not getattr(self._optimizer, "overflow", False)
+    def norm(self, heads_norm_squared: Tensor) -> Tensor:
+        """Global gradient norm over body and heads, before clipping, 0-d; a collective.
 
-    def step(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor | None:
-        """End a micro-step; clip and update if it is the step's last.
+        Args:
+            heads_norm_squared: Squared gradient norm of all heads over all ranks, 0-d.
+        """
+        norm = self._adapter.norm(heads_norm_squared)
+        self._norm = torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
+        return self._norm
+
+    def update(self, lr: float) -> None:
+        """Clip by the last :meth:`norm`, which is finite, and move parameters and moments.
 
         Args:
             lr: Learning rate of this step.
-            accept: Asked once at the boundary, on every rank, with the norm, before anything is updated; if
-                it says no, the gradients are dropped and neither parameter nor moment changes.
-
-        Returns:
-            After the last the global gradient norm over body and heads, before clipping, 0-d; else None.
         """
-        self._accept, self._refused = accept, None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        boundary = self._engine.is_gradient_accumulation_boundary()
-        norm = self._clip_plain_gradients() if boundary and self.stage == 0 else None
+        self._adapter.before_update(self.clip_coefficient(self._norm))
         self._engine.step()
-        if not boundary:
-            return None
-        if self._refused is not None:
-            norm = self._refused
-        elif norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
+
+    def drop(self) -> None:
+        """Forget the gradients; neither parameter nor moment changes."""
+        self._adapter.refuse()
+        self._engine.step()
 
     def clip_coefficient(self, norm: Tensor) -> Tensor:
         """Factor by which a gradient of this global norm is scaled, 0-d, at most 1."""
         if self._clip_norm == 0:
             return torch.ones_like(norm)
         return 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)
+
+    def tensors(self) -> Iterator[tuple[str, Placement, Tensor]]:
+        """Every tensor of the training state of this tensor rank, one at a time; a collective.
+
+        A :class:`Placement` says where each lies in the full tensor, so any stage and any number of data
+        ranks can go on from any other.
+
+        Yields:
+            Name ("weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"), place in the full tensor, fp32 value.
+        """
+        for name, parameter in self.parameters.items():
+            place = self.placements[name]
+            yield f"weight.{name}", place, self._adapter.get(parameter, None).view(place.shape)
+            for key in MOMENTS:
+                yield f"{key}.{name}", place, self._adapter.get(parameter, key).view(place.shape)
+
+    def load(self, read: Callable[[str, Placement], Tensor], step: int) -> None:
+        """Put back what :meth:`tensors` gave, on any stage and any number of ranks; a collective.
+
+        Args:
+            read: Returns the fp32 value of a named tensor at a place.
+            step: Optimizer steps taken so far (AdamW's bias correction).
+        """
+        self._adapter.make_moments(step)
+        for name, parameter in self.parameters.items():
+            place = self.placements[name]
+            self._adapter.set(parameter, read(f"weight.{name}", place).to(self._topology.device), None)
+            for key in MOMENTS:
+                self._adapter.set(parameter, read(f"{key}.{name}", place).to(self._topology.device), key)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What this rank holds between two micro-steps: weights, masters, moments and gradients."""
+        parameters = list(self.parameters.values())
+        own = {id(parameter) for parameter in parameters}
+        return {
+            # Whole ones, and the parts that ZeRO 3 leaves a rank.
+            "weights": [
+                *(parameter.data for parameter in parameters),
+                *(parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")),
+            ],
+            "masters": [master for master in self._adapter.masters() if id(master) not in own],
+            "moments": [state[key] for state in self._adapter.adamw().state.values() for key in MOMENTS],
+            "gradients": self._adapter.gradients(),
+        }
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:
         reduce = self._engine.allreduce_gradients
@@ -140,61 +212,94 @@ class ZeroEngine:
 
         self._engine.allreduce_gradients = timed
 
-    def _join_norms(self) -> None:
-        """Add the heads' norm to the one by which DeepSpeed clips, and ask there whether to go on.
 
-        DeepSpeed drops a step whose norm is not finite, with all it has gathered; a refused step takes the
-        same way. Its own search for overflow is left out: the norm finds the same.
-        """
-        if self.stage in (1, 2):
-            body_norm = self._optimizer.scaled_global_norm
-            self._optimizer.check_overflow = lambda partition_gradients=True: None
-            self._optimizer.scaled_global_norm = lambda norm_type=2: self._asked(
-                torch.hypot(body_norm(norm_type), self._heads_norm_squared().sqrt())
-            )
-        elif self.stage == 3:
-            from deepspeed.runtime.utils import combine_grad_norm_groups
+def _start(
+    model: nn.Module,
+    config: RunConfig,
+    topology: Topology,
+    decays: Callable[[str, nn.Parameter], bool],
+    settings: dict[str, Any],
+) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer around the model."""
+    _prepare_deepspeed(topology.device)
+    import deepspeed
 
-            body_norms = self._optimizer._get_norm_groups
+    if config.train.precision == "bf16":
+        model = model.to(torch.bfloat16)
+    named = list(model.named_parameters())
+    groups = [
+        {
+            "params": [p for n, p in named if decays(n, p)],
+            "weight_decay": config.optimizer.weight_decay,
+        },
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        fused=True,
+    )
+    plain = effective_stage(config, topology.data_size) == 0
+    engine, wrapped, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={**settings, "gradient_clipping": 0.0} if plain else settings,
+        mpu=_ModelParallelUnit(topology),
+        dist_init_required=False,
+    )
+    return engine, wrapped
 
-            def norms() -> list[Tensor]:
-                groups = [*body_norms(), self._heads_norm_squared().sqrt()]
-                self._asked(combine_grad_norm_groups(groups))
-                return groups if self._refused is None else [torch.full_like(self._refused, torch.inf)]
 
-            self._optimizer._get_norm_groups = norms
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Tell DeepSpeed which device it runs on, and keep it from compiling what is not needed."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    # DeepSpeed insists on it; srun and plain python do not set it.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # It calls collectives by names that torch 2.13 warns about at every step of every rank.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
 
-    def _asked(self, norm: Tensor) -> Tensor:
-        """The norm, or infinity if the step is refused."""
-        if self._accept is None or self._accept(norm):
-            return norm
-        self._refused = norm.float()
-        return torch.full_like(norm, torch.inf)
+    logger.setLevel("WARNING")
+    if device.type == "cpu":
+        # Its shared-memory all-reduce would be compiled for a minute at the first start.
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
 
-    def _clip_plain_gradients(self) -> Tensor:
-        """Stage 0: the same clip on ordinary gradients, which AdamW scales as it reads them."""
-        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        whole: list[Tensor] = []
-        cut: list[Tensor] = []
-        for name, gradient in gradients.items():
-            place = self.placements[name]
-            (whole if place.shape == place.full_shape else cut).append(gradient)
-        of_cut = self._norm_squared(cut)
-        dist.all_reduce(of_cut, group=self._topology.tensor_group)
-        norm = (of_cut + self._norm_squared(whole) + self._heads_norm_squared()).sqrt()
-        self._asked(norm)
-        if self._refused is not None:
-            for parameter in self._parameters.values():
-                parameter.grad = None
-        # AdamW divides by it; a pass of its own over all gradients would cost a third of the update.
-        self._optimizer.grad_scale = 1.0 / self.clip_coefficient(norm)
-        self._optimizer.found_inf = torch.zeros_like(norm)
-        return norm
 
-    def _norm_squared(self, gradients: list[Tensor]) -> Tensor:
-        if not gradients:
-            return torch.zeros((), device=self._topology.device)
-        if self._topology.device.type == "cpu":
-            # Half the time of torch's norm there, and a rounding error that is 60 times smaller.
-            return torch.stack([torch.dot(flat, flat) for flat in map(torch.ravel, gradients)]).sum()
-        return torch.stack(torch._foreach_norm(gradients)).square().sum()
+class _ModelParallelUnit:
+    """The interface that DeepSpeed asks for process groups; a missing one only makes the loss wrong."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tensor_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._topology.tensor_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self._topology.data_rank * self._topology.tensor_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.data_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._topology.data_group
