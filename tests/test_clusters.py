@@ -17,18 +17,18 @@ from benchmark.commands import PARTS
 from benchmark.crops import gaussian_features, scene_features
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.kmeans import cost, features
+from megaregion.curation.kmeans.features import Vectors, evenly
 from megaregion.curation.kmeans.hierarchy import (
     Plan,
     climb,
     cluster,
-    evenly,
     find_neighbours,
     gather,
     refine,
     share_out,
     split_large,
 )
-from megaregion.curation.kmeans.kmeans import Vectors, find_centers, nearest, nearest_centers
+from megaregion.curation.kmeans.kmeans import find_centers, nearest, nearest_centers
 from megaregion.curation.kmeans.probing import build_probing
 from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.settings import settings_from

@@ -41,9 +41,7 @@ def iou(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     return shared / np.maximum(union, 1e-9)
 
 
-def diverse(
-    boxes: Boxes, scores: NDArray[np.float64], limit: float, crowding: float = 0.0
-) -> NDArray[np.int64]:
+def nms(boxes: Boxes, scores: NDArray[np.float64], limit: float, crowding: float = 0.0) -> NDArray[np.int64]:
     """Order boxes so that every prefix holds good ones of different places; leave near-equal ones out.
 
     Greedy: the next box is the one with the best score, less a penalty for lying inside, or around, one

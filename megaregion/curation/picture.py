@@ -104,7 +104,7 @@ def resize(pixels: Pixels, width: int, height: int) -> Pixels:
     return resized
 
 
-def cut(pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
+def crop(pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
     """The part of an image inside a box, widened to whole pixels, at least one."""
     height, width = pixels.shape[:2]
     x0, y0 = min(max(int(box[0]), 0), width - 1), min(max(int(box[1]), 0), height - 1)

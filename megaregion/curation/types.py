@@ -55,11 +55,6 @@ class Embedder(Protocol):
     """Maps crops of any size to unit vectors."""
 
     @property
-    def name(self) -> str:
-        """What the embeddings depend on; embeddings of equal names can be compared."""
-        ...
-
-    @property
     def dim(self) -> int:
         """Channels C of an embedding."""
         ...

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from benchmark.report import Case
 from megaregion.curation.kmeans.cost import Work, work_of
-from megaregion.curation.kmeans.hierarchy import Plan, cluster, in_chunks, in_order
-from megaregion.curation.kmeans.kmeans import Clustering, Vectors, find_centers, nearest
+from megaregion.curation.kmeans.features import Vectors, in_chunks
+from megaregion.curation.kmeans.hierarchy import Plan, cluster, in_order
+from megaregion.curation.kmeans.kmeans import Clustering, find_centers, nearest
 from megaregion.curation.kmeans.probing import build_probing
 
 FLAT_ITERATIONS = 25

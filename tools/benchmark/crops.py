@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megaregion.curation.engines import load_embedder
-from megaregion.curation.picture import cut
+from megaregion.curation.picture import crop
 from megaregion.curation.types import Pixels, unit
 from megaregion.demo.assets import load_library
 from megaregion.demo.scenes import Scene, SceneMaker, SceneSettings
@@ -99,4 +99,4 @@ def _crops(scene: Scene, index: int) -> list[Pixels]:
     corner = rng.uniform(0, 1, (others, 2)) * ((width, height) - size)
     boxes = np.concatenate([boxes, np.concatenate([corner, corner + size], axis=1)])
     pixels = np.asarray(Image.open(io.BytesIO(scene.jpeg)).convert("RGB"))
-    return [cut(pixels, (x0, y0, x1, y1)) for x0, y0, x1, y1 in boxes[:CROPS_PER_SCENE].tolist()]
+    return [crop(pixels, (x0, y0, x1, y1)) for x0, y0, x1, y1 in boxes[:CROPS_PER_SCENE].tolist()]

@@ -9,10 +9,8 @@ Shapes: B images of h x w pixels, multiples of 32.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from megaregion.curation.picture import resize
 from megaregion.curation.types import Pixels, unit
 from megaregion.errors import UserError
+from megaregion.files import file_sha256, write_bytes
 
 WIDTH = 1280
 """Channels of the embedding."""
@@ -99,13 +98,8 @@ class Lite0Embedder:
         self._side = side
         self._network = Lite0()
 
-    @property
-    def name(self) -> str:
-        """The model's identity and the crops' size."""
-        return f"{fingerprint()}-{self._side}px"
-
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Embed crops, see :class:`Embedder`."""
+        """Embed crops, see :class:`megaregion.curation.types.Embedder`."""
         vectors = [np.zeros((0, self.dim), dtype=np.float32)]
         for start in range(0, len(crops), BATCH):
             batch = [resize(crop, self._side, self._side) for crop in crops[start : start + BATCH]]
@@ -115,7 +109,7 @@ class Lite0Embedder:
 
 def fingerprint() -> str:
     """What the features depend on: the weights and the layout of the converted model."""
-    return f"lite0-{_weights_hash()}-v{LAYOUT}"
+    return f"lite0-{file_sha256(_weights())[:16]}-v{LAYOUT}"
 
 
 def convert() -> Path:
@@ -129,16 +123,9 @@ def convert() -> Path:
     """
     target = _cache_folder() / f"{fingerprint()}.onnx"
     if not target.is_file():
-        content = _export()
         # Another process may convert at the same time; each writes its own file, the last rename wins.
-        partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-        partial.write_bytes(content)
-        partial.replace(target)
+        write_bytes(target, _export(), shared=True)
     return target
-
-
-def _weights_hash() -> str:
-    return hashlib.sha256(_weights().read_bytes()).hexdigest()[:16]
 
 
 def _weights() -> Path:

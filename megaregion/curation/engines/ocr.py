@@ -1,4 +1,8 @@
-"""rapidocr, the light OCR engine: its models come inside its package and run on ONNX Runtime."""
+"""The OCR engines, through ONNX Runtime: rapidocr, and paddleocr, which the paper used.
+
+rapidocr's models come inside its package. paddleocr would ask a model hub; here nothing does: PADDLE/det and
+PADDLE/rec each hold `inference.onnx` and `inference.yml`, whose Global.model_name says which model it is.
+"""
 
 from __future__ import annotations
 

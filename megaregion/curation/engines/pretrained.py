@@ -1,11 +1,10 @@
-"""SAM as proposer: masks from a grid of points, kept when the model is sure of them and they are stable.
+"""SAM as proposer and CLIP as embedder, from folders of weights as transformers' save_pretrained writes them.
 
-Shapes: P points prompted at once, 3 masks each, h x w pixels of the image.
+Shapes: P points prompted at once, 3 masks each, h x w pixels of the image; n crops.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from megaregion.curation.picture import resize
 from megaregion.curation.types import Pixels, Proposal, unit
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's statistics of R, G, B on the 0..1 scale."""
 
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """SAM's statistics of R, G, B on the 0..255 scale."""
@@ -38,10 +40,10 @@ STABILITY_OFFSET = 1.0
 
 
 class SamProposer:
-    """Automatic masks of any SamModel.
+    """Masks of any SamModel from a grid of points, kept where the model is sure of them and they are stable.
 
     Args:
-        folder: Weights and config.json, as save_pretrained writes them.
+        folder: Weights and config.json.
         grid: Points along each side of the prompt grid.
         min_iou: Least predicted IoU of a mask.
         min_stability: Least stability of a mask.
@@ -111,15 +113,11 @@ def _from_mask(mask: NDArray[np.bool_], score: float) -> Proposal:
     return Proposal(box, score, encode_mask(mask))
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's statistics of R, G, B on the 0..1 scale."""
-
-
 class ClipEmbedder:
     """The pooled output of any CLIPVisionModel; crops are squeezed to the model's square.
 
     Args:
-        folder: Weights and config.json, as save_pretrained writes them; a full CLIP model's will do.
+        folder: Weights and config.json; a full CLIP model's will do.
 
     Raises:
         UserError: They cannot be loaded.
@@ -130,7 +128,6 @@ class ClipEmbedder:
 
         self._model = load_model(CLIPVisionModel, folder)
         self._side = int(self._model.config.image_size)
-        self.name = f"clip-{describe(folder)}"
         self.dim = int(self._model.config.hidden_size)
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -143,21 +140,6 @@ class ClipEmbedder:
             with torch.inference_mode():
                 vectors.append(self._model(pixel_values=pixels).pooler_output.float().cpu().numpy())
         return unit(np.concatenate(vectors))
-
-
-ENDINGS = (".json", ".safetensors", ".onnx", ".yml", ".yaml", ".txt")
-"""Files that make up a model."""
-
-
-def describe(folder: Path) -> str:
-    """A short hash over the model's files, so that other weights count as another setting."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in ENDINGS:
-            digest.update(f"{path.relative_to(folder)}\0".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def device() -> torch.device:

@@ -24,6 +24,9 @@ OTHER_PIECES = 3 + 256 + 1
 MAX_WORD = 64
 """Characters of a word that are read; longer ones are noise."""
 
+HASHES = 2**64
+"""A hash is less than this."""
+
 
 def default_corpus() -> set[str]:
     """The words of Python's own help: as they are, in lower and upper case, and capitalised.
@@ -118,10 +121,6 @@ def _spelled(words: set[str], vocabulary: int) -> list[str]:
     spelled = {c for c in ranked[: (vocabulary - OTHER_PIECES) // 2] if counts[c] > 1}
     table = {ord(character): None for character in ranked if character not in spelled}
     return [word for word in (word.translate(table) for word in clean) if word]
-
-
-HASHES = 2**64
-"""A hash is less than this."""
 
 
 class DistinctTexts:

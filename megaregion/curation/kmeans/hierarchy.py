@@ -3,24 +3,30 @@
 A first level of cells is trained on a sample and every vector goes to its nearest cell. Each cell gets
 centers by its size and finds them alone. That alone would cost half the quality, for a cell's border cuts
 through clusters: so a few passes over all vectors follow, in which a vector may move to any center near its
-own, wherever the cells' borders run (:mod:`megaregion.curation.kmeans.hierarchy`).
+own, wherever the cells' borders run.
 
-Shapes: n vectors of C channels, G cells, K centers, M neighbours of a center.
+Near centers bear near numbers. So a pass takes the vectors block by block of consecutive centers, and scores
+all vectors of a block against the neighbours of all its centers: one matrix product over a few hundred
+centers, where a full pass needs K.
+
+Shapes: n vectors of C channels, G cells, K centers, M neighbours of a center, T centers that a piece's
+vectors chose.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from megaregion.curation.kmeans.kmeans import Vectors, check_enough, find_centers, nearest, nearest_centers
+from megaregion.curation.kmeans.features import Vectors, evenly, in_chunks
+from megaregion.curation.kmeans.kmeans import check_enough, find_centers, nearest, nearest_centers
 from megaregion.curation.types import unit
 
 SAMPLE = 256
@@ -38,7 +44,12 @@ SEARCHED = 1024
 SHARES = 64
 """Parts of a pass inside one process; a fixed number, so that sums do not depend on the threads."""
 
-Number = TypeVar("Number", np.float16, np.float32)
+NUDGE = 2.0**-10
+"""How far, relative to each channel, the two halves of a split cluster start from each other."""
+GATHER_ROWS = 65_536
+"""Centers whose sums are in memory at once while pieces are added up."""
+
+Labels = NDArray[np.int32]
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
@@ -85,27 +96,9 @@ class Plan:
         )
 
 
-@dataclass
-class Trace:
-    """What a run of all steps in one process has seen."""
-
-    centers: Vectors
-    """Unit vectors, float32 [K, C]."""
-    cosines: list[float] = field(default_factory=list)
-    """Mean cosine of a vector to the center it had chosen, after each pass."""
-    split: int = 0
-    """Empty centers that took half of a large cluster."""
-
-
 def find_cells(sample: Vectors, plan: Plan) -> Vectors:
     """Centers of the first level, [G, C], from a sample [s, C] of at least G vectors."""
     return find_centers(sample, plan.cells, COARSE_ITERATIONS, plan.seed).centers
-
-
-def evenly(total: int, wanted: int) -> NDArray[np.int64]:
-    """At most ``wanted`` different rows out of ``total``, evenly spaced, so that no order biases them."""
-    count = min(total, wanted)
-    return (np.arange(count, dtype=np.int64) * total) // max(count, 1)
 
 
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
@@ -139,84 +132,6 @@ def split_cell(vectors: Vectors, clusters: int, cell: int, plan: Plan) -> Vector
     return find_centers(vectors, clusters, plan.iterations, plan.seed + 1 + cell).centers
 
 
-def in_chunks(vectors: NDArray[Number], rows: int) -> Iterator[NDArray[Number]]:
-    """Consecutive parts of at most ``rows`` vectors."""
-    for start in range(0, len(vectors), rows):
-        yield vectors[start : start + rows]
-
-
-def cluster(
-    vectors: Vectors, plan: Plan, threads: int, on_step: Callable[[str], None] = lambda name: None
-) -> Trace:
-    """Do all steps in this process; the outcome is a function of vectors and plan alone.
-
-    Args:
-        vectors: Unit vectors, float32 [n, C].
-        plan: Sizes and seed.
-        threads: Cells that are worked on at once.
-        on_step: Called with the name of each step that is done.
-
-    Raises:
-        UserError: There are fewer vectors than centers.
-    """
-    check_enough(len(vectors), plan.clusters)
-    cells = find_cells(vectors[evenly(len(vectors), SAMPLE * plan.cells)], plan)
-    parts = in_order(threads, lambda part: nearest_centers(part, cells)[0], list(in_chunks(vectors, 8192)))
-    cell_of = np.concatenate(parts)
-    on_step("route")
-    sizes = np.bincount(cell_of, minlength=plan.cells)
-    shares = share_out(sizes, plan.clusters)
-    members = np.split(np.argsort(cell_of, kind="stable"), np.cumsum(sizes)[:-1])
-    first = np.cumsum(shares) - shares
-
-    def split(cell: int) -> tuple[Vectors, NDArray[np.int32]]:
-        own = vectors[members[cell]]
-        centers = split_cell(own, int(shares[cell]), cell, plan)
-        return centers, label_cell(in_chunks(own, len(own) or 1), centers, int(first[cell]))
-
-    found = in_order(threads, split, range(plan.cells))
-    labels = np.empty(len(vectors), dtype=np.int32)
-    labels[np.concatenate(members)] = np.concatenate([each for _, each in found])
-    trace = Trace(np.concatenate([centers for centers, _ in found]))
-    on_step("split")
-    for number in range(plan.passes):
-        labels = _pass(number + 1, vectors, labels, plan, threads, trace)
-        on_step(f"pass {number + 1}")
-    return trace
-
-
-def _pass(
-    turn: int, vectors: Vectors, labels: NDArray[np.int32], plan: Plan, threads: int, trace: Trace
-) -> NDArray[np.int32]:
-    """One pass over all vectors, which are shared out by the block that their center lies in."""
-    centers, block = trace.centers, plan.block(turn)
-    near = plan.near(turn, centers, threads)
-    order = np.argsort(labels, kind="stable")
-    # A share ends where a block ends, or its matrix products would be done twice.
-    edges = np.arange(1, SHARES) * plan.clusters // SHARES // plan.neighbours * plan.neighbours
-    shares = np.split(order, np.searchsorted(labels[order], edges))
-    moved = in_order(
-        threads,
-        lambda rows: refine([vectors[rows]], labels[rows], centers, near, block),
-        shares,
-    )
-    outcome = gather(centers, [each.sums for each in moved])
-    trace.centers = outcome.centers
-    trace.split += outcome.split
-    trace.cosines.append(sum(each.sums.cosine for each in moved) / len(vectors))
-    new = np.empty_like(labels)
-    new[order] = np.concatenate([each.labels for each in moved])
-    return new
-
-
-def in_order(threads: int, work: Callable[[Item], Outcome], items: Sequence[Item]) -> list[Outcome]:
-    """Work on items in parallel; the outcomes keep the items' order, whatever the number of threads."""
-    if threads <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
-
-
 def label_cell(chunks: Iterable[Vectors], centers: Vectors, first: int) -> NDArray[np.int32]:
     """Number of the nearest center of a cell, whose centers are counted from ``first``.
 
@@ -230,14 +145,6 @@ def label_cell(chunks: Iterable[Vectors], centers: Vectors, first: int) -> NDArr
     """
     found = [nearest(chunk, centers, 1)[0][:, 0] + first for chunk in chunks]
     return np.concatenate([np.zeros(0, dtype=np.int32), *found]).astype(np.int32)
-
-
-Labels = NDArray[np.int32]
-
-NUDGE = 2.0**-10
-"""How far, relative to each channel, the two halves of a split cluster start from each other."""
-GATHER_ROWS = 65_536
-"""Centers whose sums are in memory at once while pieces are added up."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +161,7 @@ class Sums:
     """Sum over the vectors of the cosine to the center that was chosen."""
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """The outcome of one piece of a pass."""
 
     labels: Labels
@@ -263,8 +169,7 @@ class Moved:
     sums: Sums
 
 
-@dataclass(frozen=True)
-class Gathered:
+class Gathered(NamedTuple):
     """The centers after a pass."""
 
     centers: Vectors
@@ -394,3 +299,87 @@ def _add(one: Sums, other: Sums) -> Sums:
 
 def _nothing(channels: int) -> Sums:
     return Sums(np.zeros(0, np.int64), np.zeros((0, channels), np.float32), np.zeros(0, np.int64), 0.0)
+
+
+@dataclass
+class Trace:
+    """What a run of all steps in one process has seen."""
+
+    centers: Vectors
+    """Unit vectors, float32 [K, C]."""
+    cosines: list[float] = field(default_factory=list)
+    """Mean cosine of a vector to the center it had chosen, after each pass."""
+    split: int = 0
+    """Empty centers that took half of a large cluster."""
+
+
+def cluster(
+    vectors: Vectors, plan: Plan, threads: int, on_step: Callable[[str], None] = lambda name: None
+) -> Trace:
+    """Do all steps in this process; the outcome is a function of vectors and plan alone.
+
+    Args:
+        vectors: Unit vectors, float32 [n, C].
+        plan: Sizes and seed.
+        threads: Cells that are worked on at once.
+        on_step: Called with the name of each step that is done.
+
+    Raises:
+        UserError: There are fewer vectors than centers.
+    """
+    check_enough(len(vectors), plan.clusters)
+    cells = find_cells(vectors[evenly(len(vectors), SAMPLE * plan.cells)], plan)
+    parts = in_order(threads, lambda part: nearest_centers(part, cells)[0], list(in_chunks(vectors, 8192)))
+    cell_of = np.concatenate(parts)
+    on_step("route")
+    sizes = np.bincount(cell_of, minlength=plan.cells)
+    shares = share_out(sizes, plan.clusters)
+    members = np.split(np.argsort(cell_of, kind="stable"), np.cumsum(sizes)[:-1])
+    first = np.cumsum(shares) - shares
+
+    def split(cell: int) -> tuple[Vectors, NDArray[np.int32]]:
+        own = vectors[members[cell]]
+        centers = split_cell(own, int(shares[cell]), cell, plan)
+        return centers, label_cell(in_chunks(own, len(own) or 1), centers, int(first[cell]))
+
+    found = in_order(threads, split, range(plan.cells))
+    labels = np.empty(len(vectors), dtype=np.int32)
+    labels[np.concatenate(members)] = np.concatenate([each for _, each in found])
+    trace = Trace(np.concatenate([centers for centers, _ in found]))
+    on_step("split")
+    for number in range(plan.passes):
+        labels = _pass(number + 1, vectors, labels, plan, threads, trace)
+        on_step(f"pass {number + 1}")
+    return trace
+
+
+def _pass(
+    turn: int, vectors: Vectors, labels: NDArray[np.int32], plan: Plan, threads: int, trace: Trace
+) -> NDArray[np.int32]:
+    """One pass over all vectors, which are shared out by the block that their center lies in."""
+    centers, block = trace.centers, plan.block(turn)
+    near = plan.near(turn, centers, threads)
+    order = np.argsort(labels, kind="stable")
+    # A share ends where a block ends, or its matrix products would be done twice.
+    edges = np.arange(1, SHARES) * plan.clusters // SHARES // plan.neighbours * plan.neighbours
+    shares = np.split(order, np.searchsorted(labels[order], edges))
+    moved = in_order(
+        threads,
+        lambda rows: refine([vectors[rows]], labels[rows], centers, near, block),
+        shares,
+    )
+    outcome = gather(centers, [each.sums for each in moved])
+    trace.centers = outcome.centers
+    trace.split += outcome.split
+    trace.cosines.append(sum(each.sums.cosine for each in moved) / len(vectors))
+    new = np.empty_like(labels)
+    new[order] = np.concatenate([each.labels for each in moved])
+    return new
+
+
+def in_order(threads: int, work: Callable[[Item], Outcome], items: Sequence[Item]) -> list[Outcome]:
+    """Work on items in parallel; the outcomes keep the items' order, whatever the number of threads."""
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))

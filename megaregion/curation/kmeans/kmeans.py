@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from megaregion.curation.kmeans.features import Vectors
 from megaregion.errors import UserError
-
-Vectors = NDArray[np.float32]
 
 TILE = (1024, 4096)
 """Vectors and centers that are scored at once; the scores stay in the processor's cache."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.kmeans.hierarchy import Labels, climb, find_neighbours, in_chunks, in_order
-from megaregion.curation.kmeans.kmeans import Vectors, find_centers, nearest, nearest_centers
+from megaregion.curation.kmeans.features import Vectors, in_chunks
+from megaregion.curation.kmeans.hierarchy import Labels, climb, find_neighbours, in_order
+from megaregion.curation.kmeans.kmeans import find_centers, nearest, nearest_centers
 
 ALL = 4096
 """Most centers that are all looked at: cells would not be faster."""

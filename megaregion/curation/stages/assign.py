@@ -1,21 +1,22 @@
-"""Stage assign: labels every region with its nearest center.
+"""Stages assign and balance: every region's nearest center, and which regions of large clusters are packed.
 
-Shapes: r regions of the piece, K centers, C channels.
+Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
+Labels are read twice, piece by piece; memory grows with the number of clusters only.
+
+Shapes: n regions of the whole run, r of a piece, K clusters or centers, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.kmeans.features import open_rows, rows_in, to_unit
-from megaregion.curation.kmeans.hierarchy import in_chunks
-from megaregion.curation.kmeans.kmeans import Vectors, nearest_centers
+from megaregion.curation.kmeans.features import Vectors, in_chunks, rows_in, to_unit
+from megaregion.curation.kmeans.kmeans import nearest_centers
 from megaregion.curation.kmeans.probing import Probing
 from megaregion.curation.stages.cluster import CELLS, CENTERS, FIRST, NEIGHBOURS
 from megaregion.curation.stages.embed import FEATURES
@@ -23,6 +24,7 @@ from megaregion.curation.stages.stage import Stage
 from megaregion.curation.stages.store import Output, Piece
 
 LABELS, COSINES = "labels.npy", "cosines.npy"
+KEPT, STARTS = "kept.npy", "starts.npy"
 
 
 class Assign(Stage):
@@ -42,7 +44,7 @@ class Assign(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         features, cluster = self.needs(number)
-        rows = open_rows(self.path(features, FEATURES))
+        rows = self.load(features, FEATURES, mapped=True)
         labels = np.full(len(rows), -1, dtype=np.int64)
         cosines = np.zeros(len(rows), dtype=np.float32)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
@@ -51,31 +53,17 @@ class Assign(Stage):
             usable = np.flatnonzero(vectors.any(axis=1))
             found = self._find(cluster, vectors[usable])
             labels[start + usable], cosines[start + usable] = found
-        for name, values in ((LABELS, labels), (COSINES, cosines)):
-            with output.file(name) as file:
-                np.save(file, values, allow_pickle=False)
-        for _ in self.images(number):
+        output.save(LABELS, labels)
+        output.save(COSINES, cosines)
+        for _ in range(self.count(number)):
             output.tick()
 
     def _find(self, cluster: Piece, vectors: Vectors) -> tuple[NDArray[np.int64], Vectors]:
-        centers = _load(self.path(cluster, CENTERS))
+        centers = self.load(cluster, CENTERS, mapped=True)
         if not self.path(cluster, CELLS).exists():
             return nearest_centers(vectors, centers)
-        probing = Probing(
-            centers,
-            _load(self.path(cluster, CELLS)),
-            _load(self.path(cluster, FIRST)),
-            _load(self.path(cluster, NEIGHBOURS)),
-        )
-        return probing.find(vectors, self.job.settings.assign.assign_probes)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return found
-
-
-KEPT, STARTS = "kept.npy", "starts.npy"
+        cells, first, near = (self.load(cluster, name, mapped=True) for name in (CELLS, FIRST, NEIGHBOURS))
+        return Probing(centers, cells, first, near).find(vectors, self.job.settings.assign.assign_probes)
 
 
 class Balance(Stage):
@@ -97,7 +85,7 @@ class Balance(Stage):
 
     @override
     def needs(self, number: int) -> list[Piece]:
-        return [Piece("assign", piece) for piece in range(self.slices())]
+        return self.every("assign")
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -106,8 +94,7 @@ class Balance(Stage):
         for labels in self._labels():
             sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
             starts.append(starts[-1] + len(labels))
-        with output.file(STARTS) as file:
-            np.save(file, np.array(starts, dtype=np.int64), allow_pickle=False)
+        output.save(STARTS, np.array(starts, dtype=np.int64))
         caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
         seen = np.zeros_like(sizes)
         with output.file(KEPT) as file:
@@ -121,7 +108,7 @@ class Balance(Stage):
 
     def _labels(self) -> Iterator[NDArray[np.int64]]:
         for piece in self.needs(0):
-            yield np.load(self.path(piece, LABELS), allow_pickle=False)
+            yield self.load(piece, LABELS)
 
 
 def keep_evenly(

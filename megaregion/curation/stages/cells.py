@@ -1,13 +1,17 @@
-"""Stages coarse and route: the first level of k-means, and every embedding in its cell.
+"""The stages of k-means in first-level cells; none has a piece where --cluster-method makes it flat.
 
-Both have no piece where --cluster-method makes k-means flat.
+coarse finds the first level, route sorts every embedding into its cell, split finds each cell's own centers.
+Then come the passes over all embeddings: gather-N adds up what the pieces before it left, to centers and the
+neighbours of each; refine-N moves every embedding to the nearest of the centers around its own. Each pass has
+a pair of them, so that it is made of independent pieces and a kill costs no more than one.
 
-Shapes: n embeddings of the run, r of a piece, G cells, C channels.
+Shapes: n embeddings of a cell, r of a slice, G cells, K centers of the run, k of a cell, M neighbours of a
+center, T centers that a cell's embeddings chose, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,28 +19,37 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.kmeans.features import chunks, count_broken, open_rows, rows_in, to_unit
+from megaregion.curation.kmeans.features import (
+    Vectors,
+    chunks,
+    count_broken,
+    evenly,
+    in_chunks,
+    pick,
+    rows_in,
+    to_unit,
+)
 from megaregion.curation.kmeans.hierarchy import (
     SAMPLE,
     Gathered,
     Plan,
     Sums,
-    evenly,
     find_cells,
     gather,
-    in_chunks,
     label_cell,
     refine,
     share_out,
     split_cell,
 )
-from megaregion.curation.kmeans.kmeans import Vectors, check_enough, nearest
+from megaregion.curation.kmeans.kmeans import check_enough, nearest
 from megaregion.curation.settings import MAX_PASSES
 from megaregion.curation.stages.embed import FEATURES
 from megaregion.curation.stages.stage import Stage, plain
-from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.store import Output, Piece, Store
 
 CELLS, VECTORS, OFFSETS = "cells.npy", "vectors.npy", "offsets.npy"
+CENTERS, LABELS, NEIGHBOURS = "centers.npy", "labels.npy", "neighbours.npy"
+CHOSEN, SUMS, COUNTS, COSINE = "chosen.npy", "sums.npy", "counts.npy", "cosine.npy"
 
 
 class ClusterStage(Stage):
@@ -84,23 +97,18 @@ class Coarse(ClusterStage):
 
     @override
     def needs(self, number: int) -> list[Piece]:
-        return [Piece("embed", piece) for piece in range(self.slices())]
+        return self.every("embed")
 
     @override
     def work(self, number: int, output: Output) -> None:
-        files = [open_rows(self.path(piece, FEATURES)) for piece in self.needs(number)]
-        ends = np.cumsum([len(rows) for rows in files])
-        check_enough(int(ends[-1]), self.plan.clusters)
+        parts = [self.load(piece, FEATURES, mapped=True) for piece in self.needs(number)]
+        total = sum(map(len, parts))
+        check_enough(total, self.plan.clusters)
         # Room for rows without embedding, which are of no use here.
-        places = evenly(int(ends[-1]), 2 * SAMPLE * self.plan.cells)
-        split = np.split(places, np.searchsorted(places, ends[:-1]))
-        starts = [0, *ends[:-1].tolist()]
-        parts = [rows[own - start] for rows, own, start in zip(files, split, starts, strict=True)]
-        sample = to_unit(np.concatenate(parts))
+        sample = to_unit(pick(parts, evenly(total, 2 * SAMPLE * self.plan.cells)))
         sample = sample[sample.any(axis=1)]
         sample = sample[evenly(len(sample), SAMPLE * self.plan.cells)]
-        with output.file(CELLS) as file:
-            np.save(file, find_cells(sample, self.plan), allow_pickle=False)
+        output.save(CELLS, find_cells(sample, self.plan))
         output.tick()
 
 
@@ -123,8 +131,8 @@ class Route(ClusterStage):
     @override
     def work(self, number: int, output: Output) -> None:
         features, coarse = self.needs(number)
-        rows = open_rows(self.path(features, FEATURES))
-        cells = np.load(self.path(coarse, CELLS), allow_pickle=False)
+        rows = self.load(features, FEATURES, mapped=True)
+        cells = self.load(coarse, CELLS)
         labels = np.zeros(len(rows), dtype=np.int64)
         usable = np.zeros(len(rows), dtype=bool)
         size = self.chunk_rows(rows.shape[1])
@@ -135,16 +143,10 @@ class Route(ClusterStage):
             output.counts["embeddings not finite"] += count_broken(chunk)
         order = np.flatnonzero(usable)
         order = order[np.argsort(labels[order], kind="stable")]
-        with output.file(VECTORS) as file:
-            np.save(file, np.asarray(rows)[order], allow_pickle=False)
-        with output.file(OFFSETS) as file:
-            offsets = np.searchsorted(labels[order], np.arange(len(cells) + 1))
-            np.save(file, offsets.astype(np.int64), allow_pickle=False)
-        for _ in self.images(number):
+        output.save(VECTORS, np.asarray(rows)[order])
+        output.save(OFFSETS, np.searchsorted(labels[order], np.arange(len(cells) + 1)).astype(np.int64))
+        for _ in range(self.count(number)):
             output.tick()
-
-
-CENTERS, LABELS = "centers.npy", "labels.npy"
 
 
 class CellStage(ClusterStage):
@@ -166,12 +168,12 @@ class CellStage(ClusterStage):
 
     def routed(self) -> list[Piece]:
         """The pieces that hold all embeddings, sorted by cell."""
-        return [Piece("route", piece) for piece in range(self.slices())]
+        return self.every("route")
 
     def cell(self, number: int) -> list[NDArray[np.float16]]:
         """The stretches of a cell in every piece, not read yet."""
         return [
-            open_rows(self.path(piece, VECTORS))[slice(*self._offsets(piece)[number : number + 2])]
+            self.load(piece, VECTORS, mapped=True)[slice(*self.load(piece, OFFSETS)[number : number + 2])]
             for piece in self.routed()
         ]
 
@@ -182,11 +184,7 @@ class CellStage(ClusterStage):
 
     def sizes(self) -> NDArray[np.int64]:
         """Embeddings in each cell, [G]."""
-        return np.sum([np.diff(self._offsets(piece)) for piece in self.routed()], axis=0, dtype=np.int64)
-
-    def _offsets(self, piece: Piece) -> NDArray[np.int64]:
-        offsets: NDArray[np.int64] = np.load(self.path(piece, OFFSETS), allow_pickle=False)
-        return offsets
+        return np.sum([np.diff(self.load(piece, OFFSETS)) for piece in self.routed()], axis=0, dtype=np.int64)
 
 
 class Split(CellStage):
@@ -207,22 +205,11 @@ class Split(CellStage):
         parts = self.cell(number)
         size, rows = self.sizes()[number], self.chunk_rows(parts[0].shape[1])
         share = int(shares[number])
-        chosen = evenly(int(size), max(rows, share))
-        ends = np.cumsum([len(part) for part in parts])
-        split = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-        starts = [0, *ends[:-1].tolist()]
-        picked = [part[own - start] for part, own, start in zip(parts, split, starts, strict=True)]
-        centers = split_cell(to_unit(np.concatenate(picked)), share, number, self.plan)
-        labels = label_cell(self.cell_chunks(number), centers, int(shares[:number].sum()))
-        for name, values in ((CENTERS, centers), (LABELS, labels)):
-            with output.file(name) as file:
-                np.save(file, values, allow_pickle=False)
+        sample = to_unit(pick(parts, evenly(int(size), max(rows, share))))
+        centers = split_cell(sample, share, number, self.plan)
+        output.save(CENTERS, centers)
+        output.save(LABELS, label_cell(self.cell_chunks(number), centers, int(shares[:number].sum())))
         output.tick()
-
-
-NEIGHBOURS, CHOSEN, SUMS, COUNTS, COSINE = (
-    "neighbours.npy", "chosen.npy", "sums.npy", "counts.npy", "cosine.npy",
-)  # fmt: skip
 
 
 class Gather(ClusterStage):
@@ -241,18 +228,15 @@ class Gather(ClusterStage):
 
     @override
     def work(self, number: int, output: Output) -> None:
-        outcome = gathered(self.turn, self.plan.cells, self.path)
-        output.counts[f"clusters split in pass {self.turn - 1}"] += outcome.split
-        centers = outcome.centers
-        with output.file(CENTERS) as file:
-            np.save(file, centers, allow_pickle=False)
-        with output.file(NEIGHBOURS) as file:
-            np.save(file, self.plan.near(self.turn, centers), allow_pickle=False)
+        centers, split = gathered(self.turn, self.plan.cells, self.job.store)
+        output.counts[f"clusters split in pass {self.turn - 1}"] += split
+        output.save(CENTERS, centers)
+        output.save(NEIGHBOURS, self.plan.near(self.turn, centers))
         output.tick()
 
 
 class Refine(CellStage):
-    """Writes labels.npy, int32 [n], and what a cell's embeddings add to centers: see refinement.Sums."""
+    """Writes labels.npy, int32 [n], and what a cell's embeddings add to centers: see hierarchy.Sums."""
 
     turn = 1
 
@@ -268,17 +252,16 @@ class Refine(CellStage):
     def work(self, number: int, output: Output) -> None:
         last, gathered_before = self.needs(number)[:2]
         # Only the rows that are touched are read: those around this cell's.
-        centers = np.load(self.path(gathered_before, CENTERS), mmap_mode="r", allow_pickle=False)
-        near = np.load(self.path(gathered_before, NEIGHBOURS), allow_pickle=False)
-        labels = np.load(self.path(last, LABELS), allow_pickle=False)
+        centers = self.load(gathered_before, CENTERS, mapped=True)
+        near = self.load(gathered_before, NEIGHBOURS)
+        labels = self.load(last, LABELS)
         moved = refine(self.cell_chunks(number), labels, centers, near, self.plan.block(self.turn))
         sums = moved.sums
         for name, values in (
             (LABELS, moved.labels), (CHOSEN, sums.centers), (SUMS, sums.sums), (COUNTS, sums.counts),
-            (COSINE, np.float64(sums.cosine)),
+            (COSINE, np.array(sums.cosine)),
         ):  # fmt: skip
-            with output.file(name) as file:
-                np.save(file, values, allow_pickle=False)
+            output.save(name, values)
         output.tick()
 
 
@@ -288,33 +271,27 @@ def before(turn: int, cells: int) -> list[Piece]:
     return pieces if turn == 1 else [*pieces, Piece(f"gather-{turn - 1}", 0)]
 
 
-def gathered(turn: int, cells: int, path: Callable[[Piece, str], object]) -> Gathered:
+def gathered(turn: int, cells: int, store: Store) -> Gathered:
     """Add up what the pieces before a pass left.
 
     Args:
         turn: The pass that will start from it, counted from 1.
         cells: First-level cells, G.
-        path: Where a file of a piece lies.
+        store: Where the pieces lie.
     """
     pieces = before(turn, cells)[:cells]
-
-    def load(piece: Piece, name: str) -> Vectors:
-        found: Vectors = np.load(str(path(piece, name)), mmap_mode="r", allow_pickle=False)
-        return found
-
     if turn == 1:
-        return Gathered(np.concatenate([load(piece, CENTERS) for piece in pieces]), 0)
-    centers = np.load(str(path(Piece(f"gather-{turn - 1}", 0), CENTERS)), allow_pickle=False)
+        return Gathered(np.concatenate([store.load(piece, CENTERS) for piece in pieces]), 0)
     sums = [
         Sums(
-            np.asarray(load(piece, CHOSEN), dtype=np.int64),
-            load(piece, SUMS),
-            np.asarray(load(piece, COUNTS), dtype=np.int64),
-            float(load(piece, COSINE)),
+            store.load(piece, CHOSEN),
+            store.load(piece, SUMS, mapped=True),
+            store.load(piece, COUNTS),
+            float(store.load(piece, COSINE)),
         )
         for piece in pieces
     ]
-    return gather(centers, sums)
+    return gather(store.load(Piece(f"gather-{turn - 1}", 0), CENTERS), sums)
 
 
 def _before(turn: int) -> str:

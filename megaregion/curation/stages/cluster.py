@@ -5,14 +5,11 @@ Shapes: n regions of the whole run, K centers, L cells of centers, M neighbours 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 from typing_extensions import override
 
-from megaregion.curation.kmeans.features import count_broken, open_rows, to_unit
-from megaregion.curation.kmeans.kmeans import Vectors, find_centers
+from megaregion.curation.kmeans.features import Vectors, count_broken, to_unit
+from megaregion.curation.kmeans.kmeans import find_centers
 from megaregion.curation.kmeans.probing import ALL, build_probing
 from megaregion.curation.stages.cells import ClusterStage, before, gathered
 from megaregion.curation.stages.embed import FEATURES
@@ -35,7 +32,7 @@ class Cluster(ClusterStage):
     @override
     def needs(self, number: int) -> list[Piece]:
         if not self.active:
-            return [Piece("embed", piece) for piece in range(self.slices())]
+            return self.every("embed")
         return before(self.plan.passes + 1, self.plan.cells)
 
     @override
@@ -44,28 +41,19 @@ class Cluster(ClusterStage):
         if len(centers) > ALL:
             probing = build_probing(centers, self.plan.seed)
             centers = probing.centers
-            for name, values in (
-                (CELLS, probing.cells), (FIRST, probing.first), (NEIGHBOURS, probing.neighbours),
-            ):  # fmt: skip
-                with output.file(name) as file:
-                    np.save(file, values, allow_pickle=False)
-        with output.file(CENTERS) as file:
-            np.save(file, centers, allow_pickle=False)
+            output.save(CELLS, probing.cells)
+            output.save(FIRST, probing.first)
+            output.save(NEIGHBOURS, probing.neighbours)
+        output.save(CENTERS, centers)
         output.tick()
 
     def _in_cells(self, output: Output) -> Vectors:
-        outcome = gathered(self.plan.passes + 1, self.plan.cells, self.path)
-        output.counts[f"clusters split in pass {self.plan.passes}"] += outcome.split
-        return outcome.centers
+        centers, split = gathered(self.plan.passes + 1, self.plan.cells, self.job.store)
+        output.counts[f"clusters split in pass {self.plan.passes}"] += split
+        return centers
 
     def _flat(self, output: Output) -> Vectors:
-        paths = [self.path(piece, FEATURES) for piece in self.needs(0)]
-        output.counts["embeddings not finite"] += sum(count_broken(open_rows(path)) for path in paths)
-        vectors = load_features(paths)
-        plan = self.plan
+        rows = np.concatenate([self.load(piece, FEATURES) for piece in self.needs(0)])
+        output.counts["embeddings not finite"] += count_broken(rows)
+        vectors, plan = to_unit(rows), self.plan
         return find_centers(vectors[vectors.any(axis=1)], plan.clusters, plan.iterations, plan.seed).centers
-
-
-def load_features(paths: Sequence[Path]) -> Vectors:
-    """Embeddings of several pieces as unit vectors, [n, C]; zero where there is none."""
-    return to_unit(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))

@@ -14,11 +14,11 @@ from typing_extensions import override
 
 from megaregion.curation.engines import lite0, load_embedder
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture, cut
+from megaregion.curation.picture import Picture, crop
 from megaregion.curation.stages.filters import choose
 from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.records import ImageRegions, read_regions, read_words, write_regions
-from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import Output, Piece
 from megaregion.curation.stages.text import WORDS
 from megaregion.curation.types import Embedder
@@ -37,8 +37,6 @@ class Embed(Stage):
         values = plain(settings, self.job.settings.image)
         values["min_confidence"] = self.job.settings.tokenizer.min_confidence
         if settings.embedder == "clip":
-            from megaregion.curation.engines.pretrained import describe
-
             values["clip"] = describe(Path(settings.clip))
         else:
             values["lite0"] = lite0.fingerprint()
@@ -72,7 +70,7 @@ class Embed(Stage):
                 output.counts.update({f"dropped: {why}": n for why, n in chosen.dropped.items()})
                 if picture is None or not chosen.proposals:
                     return
-                crops = [cut(picture.pixels, region.box) for region in chosen.proposals]
+                crops = [crop(picture.pixels, region.box) for region in chosen.proposals]
                 vectors = self._embedder.embed(crops)
                 lost = ~np.isfinite(vectors).all(axis=1)
                 vectors[lost] = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megaregion.curation.boxes import Box, Boxes, area, as_array, diverse, intersection, iou
+from megaregion.curation.boxes import Box, Boxes, area, as_array, intersection, iou, nms
 from megaregion.curation.engines.objectness import Objectness
 from megaregion.curation.settings import EmbedSettings, ProposeSettings
 from megaregion.curation.types import Pixels, Proposal
@@ -62,7 +62,7 @@ def rank(
         kept = [replace(proposal, score=float(score)) for proposal, score in zip(kept, scores, strict=True)]
     best = sorted(kept, key=lambda proposal: -proposal.score)[:MAX_CANDIDATES]
     odds = np.array([_odds(proposal.score) for proposal in best])
-    order = diverse(as_array([proposal.box for proposal in best]), odds, settings.nms_iou, CROWDING)
+    order = nms(as_array([proposal.box for proposal in best]), odds, settings.nms_iou, CROWDING)
     dropped["duplicate"] += len(best) - len(order)
     dropped["beyond the limit"] += len(kept) - len(best)
     return Candidates([best[row] for row in order], +dropped)

@@ -156,11 +156,11 @@ class Pack(Stage):
 
     def _labels(self, piece: int) -> NDArray[np.int64]:
         """Labels of a slice's regions; those over the cap have none."""
-        labels: NDArray[np.int64] = np.load(self.path(Piece("assign", piece), LABELS), allow_pickle=False)
+        labels: NDArray[np.int64] = self.load(Piece("assign", piece), LABELS)
         if self.job.settings.pack.cluster_cap:
             balance = Piece("balance", 0)
-            first, last = np.load(self.path(balance, STARTS), allow_pickle=False)[piece : piece + 2]
-            kept = np.load(self.path(balance, KEPT), mmap_mode="r", allow_pickle=False)[first:last]
+            first, last = self.load(balance, STARTS)[piece : piece + 2]
+            kept = self.load(balance, KEPT, mapped=True)[first:last]
             labels[~kept & (labels >= 0)] = CAPPED
         return labels
 

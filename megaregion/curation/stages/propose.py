@@ -16,7 +16,7 @@ from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
 from megaregion.curation.stages.filters import rank
 from megaregion.curation.stages.records import ImageRegions, write_regions
-from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import Output
 from megaregion.curation.types import Proposal, Proposer
 
@@ -37,8 +37,6 @@ class Propose(Stage):
         settings = self.job.settings.propose
         values = plain(settings, self.job.settings.image) | {"objectness": lite0.fingerprint()}
         if settings.proposer == "sam":
-            from megaregion.curation.engines.pretrained import describe
-
             values["sam"] = describe(Path(settings.sam))
         return values
 

@@ -15,10 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from megaregion.curation.inputs.source import ImageFile, Source
 from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.curation.settings import CurationSettings
 from megaregion.curation.stages.store import Output, Piece, Store
+from megaregion.files import file_sha256
+
+WEIGHTS = (".json", ".safetensors", ".onnx", ".yml", ".yaml", ".txt")
+"""Endings of the files that make up a model."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,17 @@ class Stage(ABC):
         """Hash of what all pieces depend on alike: the stage itself and its settings."""
         return _hash([self.name, self.version, self._settings_text])
 
+    def every(self, stage: str) -> list[Piece]:
+        """The pieces of a stage that has one for every slice."""
+        return [Piece(stage, number) for number in range(self.slices())]
+
     def path(self, piece: Piece, name: str) -> Path:
         """Where a file of a finished piece lies."""
         return self.job.store.folder(piece) / name
+
+    def load(self, piece: Piece, name: str, mapped: bool = False) -> NDArray[Any]:
+        """An array that a finished piece left; mapped, only what is touched is read."""
+        return self.job.store.load(piece, name, mapped)
 
     def for_each(self, number: int, output: Output, use: Callable[[ImageFile, Picture | None], None]) -> None:
         """Decode every image of a piece; a bad one is counted, named, and handed on as None.
@@ -163,6 +177,15 @@ def recipes_of(name: str, stages: Mapping[str, Stage]) -> dict[str, str]:
 def stages_before(stage: Stage) -> set[str]:
     """Stages that a stage reads from."""
     return {need.stage for need in stage.needs(0)} if stage.pieces() else set()
+
+
+def describe(folder: Path) -> str:
+    """A short hash over a model's files, so that other weights count as another setting."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in WEIGHTS:
+            digest.update(f"{path.relative_to(folder)}\0".encode() + bytes.fromhex(file_sha256(path)))
+    return digest.hexdigest()[:16]
 
 
 def plain(*groups: Any) -> dict[str, Any]:

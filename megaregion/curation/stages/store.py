@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megaregion.errors import UserError
-from megaregion.files import file_sha256, write_bytes
+from megaregion.files import file_sha256, new_file, write_bytes
 
 VERSION = 1
 """Version of the manifest's layout."""
@@ -77,11 +80,14 @@ class Output:
     def file(self, name: str) -> Iterator[BinaryIO]:
         """Open a file of the piece for writing; it takes its name when it is complete."""
         path = self.folder / name
-        partial = self.folder / f".{name}.partial"
-        with partial.open("wb") as file:
+        with new_file(path, durable=False) as file:
             yield file
-        partial.replace(path)
         self.adopt(path)
+
+    def save(self, name: str, values: NDArray[Any]) -> None:
+        """Write an array as a file of the piece."""
+        with self.file(name) as file:
+            np.save(file, values, allow_pickle=False)
 
     def adopt(self, path: Path) -> None:
         """Count a finished file, wherever it lies in the run's folder, among the piece's."""
@@ -114,6 +120,12 @@ class Store:
     def folder(self, piece: Piece) -> Path:
         """Where a piece's files lie."""
         return self.root / "stages" / piece.stage / f"{piece.number:05d}"
+
+    def load(self, piece: Piece, name: str, mapped: bool = False) -> NDArray[Any]:
+        """An array that a finished piece left; mapped, only what is touched is read."""
+        path = self.folder(piece) / name
+        found: NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        return found
 
     def read(self, piece: Piece, thorough: bool = True) -> Manifest | None:
         """The manifest of a finished piece, or None if it is missing or its files are not whole.

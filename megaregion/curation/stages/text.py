@@ -13,7 +13,7 @@ from megaregion.curation.engines.tokenizer import DistinctTexts, read_corpus, tr
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
 from megaregion.curation.stages.records import ImageWords, read_words, write_words
-from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import Output, Piece
 from megaregion.curation.types import Reader
 from megaregion.files import file_sha256
@@ -31,8 +31,6 @@ class Ocr(Stage):
         settings = self.job.settings.reader
         values = plain(settings, self.job.settings.image)
         if settings.ocr == "paddleocr":
-            from megaregion.curation.engines.pretrained import describe
-
             values["paddle"] = describe(Path(settings.paddle))
         return values
 
@@ -69,7 +67,7 @@ class Tokenizer(Stage):
 
     @override
     def needs(self, number: int) -> list[Piece]:
-        return [Piece("ocr", piece) for piece in range(self.slices())]
+        return self.every("ocr")
 
     @override
     def work(self, number: int, output: Output) -> None:

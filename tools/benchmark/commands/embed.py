@@ -34,13 +34,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """
     from benchmark.scenes import compose_scenes
     from megaregion.curation.engines.lite0 import Lite0Embedder, load_network
-    from megaregion.curation.picture import cut
+    from megaregion.curation.picture import crop
 
     if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
         raise UserError("--scenes and --repeats must be at least 1 and --crop-side a multiple of 32")
     torch.set_num_threads(1)
     crops = [
-        cut(scene.pixels, tuple(item["box"]))
+        crop(scene.pixels, tuple(item["box"]))
         for scene in compose_scenes(options.scenes, 256)
         for item in scene.truth["objects"]
     ]
