@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from pages import Page, open_in_browser
 from PIL import Image
 from toy_scenes import RUN, write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation.charts import HEIGHT, WIDTH, lines_chart
 from megaregion.evaluation.compare import load_compared
+from megaregion.evaluation.comparison import joined_tables, read_runs
 from megaregion.evaluation.encoders import BoxedImage
 from megaregion.evaluation.estimates import share
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.runs import joined_tables, read_runs
 from megaregion.export.huggingface import export_checkpoint
-from megaregion.schemas.evaluation import Column, Evaluation, Table
-from megaregion.schemas.metrics import Curve
+from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table
 
 TOOL = Path(__file__).parents[1] / "tools" / "report.py"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def run_tool(*arguments: object) -> int:
@@ -102,18 +97,7 @@ def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
     assert "optimizer.lr" in page
     assert "optimizer.beta1" not in page
     assert "Region 5-NN while training" in page
-    if CHROMIUM is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("chromium is not installed; CI needs it to open the page")
-        pytest.skip("chromium is not installed")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-    )
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'browser'}", out.as_uri()]
-    opened = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    assert "What differs" in opened.stdout
-    assert "CONSOLE" not in opened.stderr
+    assert "What differs" in open_in_browser(out, tmp_path / "browser")
 
 
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -131,14 +115,62 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not (tmp_path / "page.html").exists()
 
 
-def test_lines_of_runs_of_unequal_length_stay_inside_one_frame() -> None:
-    curves = {"a": Curve((1, 2, 3), (5.0, 4.0, 1.0)), "b": Curve((2, 400), (-3.0, 9.0))}
-    curves["c"] = Curve((7,), (2.0,))
-    svg = lines_chart(curves, dict.fromkeys(curves, "run0"), "any")
-    drawn = svg.split('points="')[1:]
-    places = [tuple(map(float, pair.split(","))) for part in drawn for pair in part.split('"')[0].split()]
-    assert len(places) == 6
-    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evaluation.json", "[]"),
+        ("evaluation.json", "null"),
+        ("evaluation.json", "1e400"),
+        ("evaluation.json", '{"run": "toy", "measures": 5}'),
+        ("config.yaml", "5"),
+        ("config.yaml", "{"),
+        ("pictures/scene-1.map.jpg", "no picture"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_one_line(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    (two_runs[1] / file).write_text(content)
+    assert run_tool(*two_runs, "--out", tmp_path / "page.html") == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"megaregion: {two_runs[1] / file}")
+    assert len(line.splitlines()) == 1
+
+
+def test_runs_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes(tmp_path: Path) -> None:
+    for folder in ("a/x/run", "b/x/run", "b/other"):
+        leave_run(tmp_path / folder, 0.5, 1e-3)
+    runs = read_runs([tmp_path / folder for folder in ("a/x/run", "b/x/run", "b/other")])
+    assert [run.name for run in runs] == ["a/x/run", "b/x/run", "other"]
+
+
+def test_names_settings_and_tables_from_outside_never_become_tags(tmp_path: Path) -> None:
+    hostile = "\"'><script>"
+    runs = [leave_run(tmp_path / f"run{number}{hostile}", 0.5, 1e-3) for number in range(2)]
+    settings = {f"key{hostile}": f"value{hostile}"}
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = Estimate(0.5, 0.4, 0.6, (0.5,))
+    columns = (Column("knn", f"column{hostile}", 0.1),)
+    for number, run in enumerate(runs):
+        table = Table(
+            "region",
+            f"title{hostile}",
+            f"told{number}{hostile}",
+            columns,
+            {"trained": (found,)},
+            f"chance{hostile}",
+        )
+        evaluation = Evaluation(run.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)
+        (run / "evaluation.json").write_text(evaluation.to_json())
+        for kind in ("map", "frame"):
+            picture = run / "pictures" / f"scene-1.{kind}.jpg"
+            picture.rename(picture.with_name(f"frame{hostile}.{kind}.jpg"))
+    assert run_tool(*runs, "--out", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert "script" not in page.tags
+    shown = page.text + " ".join(page.values)
+    for what in ("run0", "run1", "key", "value", "column", "title", "told0", "told1", "chance", "frame"):
+        assert f"{what}{hostile}" in shown, what
 
 
 def test_a_runs_own_export_is_compared_as_the_run_itself(tmp_path: Path) -> None:

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +19,7 @@ from megaregion.data.info import load_tokenizer, read_info, token_set
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation import charts, knn
-from megaregion.evaluation.curated import curation_card
+from megaregion.evaluation import knn
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, Features, centred_pixels, crop, raw_pixels
 from megaregion.evaluation.encoding import encode_scenes
 from megaregion.evaluation.estimates import share
@@ -42,11 +38,10 @@ from megaregion.evaluation.scenes import (
     word_table,
 )
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
-from megaregion.evaluation.visualise import Pictures, visualise
+from megaregion.evaluation.visualise import visualise
 from megaregion.evaluation.vocabulary import frequent_tokens, open_vocabulary
 from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.evaluation import Evaluation, read_evaluation, text
-from megaregion.schemas.metrics import Curve, read_metrics
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -72,11 +67,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def study(place: Workplace) -> Study:
     config = StudyConfig(place.scenes, place.dataset, batch=5)
     return evaluate(open_run(place.run), config, [CropEncoder("curation", centred_pixels)])
-
-
-@pytest.fixture(scope="module")
-def pictures(study: Study) -> Pictures:
-    return visualise(study)
 
 
 def rows(*values: tuple[float, ...]) -> NDArray[np.float32]:
@@ -469,84 +459,7 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 
 
-def test_the_page_shows_curations_summary_where_there_is_one(tmp_path: Path) -> None:
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    assert curation_card(shards) == ""
-    counts = {"kept": 30, "dropped: too small": 10, "dropped: <odd>": 60, "text regions": 5}
-    sizes = {"clusters": 3, "smallest": 1, "median": 9.5, "largest": 20, "empty": 0}
-    (tmp_path / "summary.json").write_text(json.dumps({"counts": counts, "clusters": sizes}))
-    card = curation_card(shards)
-    assert "Object proposals</b> 100" in card
-    assert "width:30.00%" in card
-    assert card.index("&lt;odd&gt;") < card.index("too small")
-    assert "9.5 in the median" in card
-    (tmp_path / "summary.json").write_text("[")
-    assert curation_card(shards) == ""
-
-
-# ---- metrics and charts ----------------------------------------------------------------------------
-
-
-def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(
-        '{"step": 1, "loss": 3.0, "loss_text": null}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": NaN}\n'
-        '{"step": 2, "loss": 2.5}\n{"step": 4, "lo'
-    )
-    metrics = read_metrics(file)
-    assert metrics.curve("loss") == Curve((1, 2), (3.0, 2.5))
-    assert not metrics.curve("loss_text")
-    assert metrics.last_step == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "does not exist"),
-        ("", "holds no step"),
-        ("{}\n", "holds no step"),
-        ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2 is not a step's metrics"),
-    ],
-)
-def test_bad_metrics_are_named_in_the_page_and_stop_nothing(
-    study: Study, pictures: Pictures, tmp_path: Path, text: str | None, reason: str
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(UserError, match=re.escape(reason)):
-        read_metrics(file)
-    write_report(study, pictures, file, tmp_path / "report.html")
-    assert reason.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    "values", [(1.0,), (2.0, 2.0, 2.0), (0.0, 0.0), (-3.0, 5e6, 1e-9), tuple(range(5000))]
-)
-def test_a_chart_keeps_every_point_inside_its_frame(values: tuple[float, ...]) -> None:
-    svg = charts.line_chart(Curve(tuple(range(1, len(values) + 1)), values), "text", "any")
-    drawn = " ".join(re.findall(r'points="([^"]*)"', svg))
-    places = [tuple(map(float, pair.split(","))) for pair in drawn.split()]
-    assert places
-    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in places)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.38), (-5, 12), (3, 3), (1e-6, 2e-3), (0, 12345)])
-def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
-    ticks = charts.nice_ticks(low, high)
-    assert ticks[0] <= low + 1e-9
-    assert ticks[-1] >= high - 1e-9
-    assert 2 <= len(ticks) <= 8
-    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
-
-
-def test_the_running_mean_covers_the_last_twentieth_of_the_steps() -> None:
-    assert charts.running_mean((1.0, 5.0, 3.0)) == (1.0, 5.0, 3.0)
-    assert charts.running_mean(tuple(map(float, range(100))))[-1] == pytest.approx(97)
-
-
-# ---- the tool and its page -------------------------------------------------------------------------
+# ---- the tool -----------------------------------------------------------------------------------------
 
 
 def run_tool(*arguments: object) -> int:
@@ -568,34 +481,6 @@ def evaluated(place: Workplace) -> Path:
     return place.run
 
 
-class Page(HTMLParser):
-    """Checks that tags are balanced; collects what the page would fetch, and its text."""
-
-    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_tool_writes_numbers_with_all_four_encoders_and_a_page(evaluated: Path) -> None:
     found = read_evaluation(evaluated / "evaluation.json")
     assert list(found.table("summary").rows) == ["trained", "untrained", "pixels", "curation"]
@@ -606,35 +491,6 @@ def test_the_tool_writes_numbers_with_all_four_encoders_and_a_page(evaluated: Pa
     assert any((evaluated / "tensorboard" / "evaluation" / "trained").iterdir())
     assert len(list((evaluated / "pictures").glob("*.map.jpg"))) == 4
     assert (evaluated / "report.html").stat().st_size > 10_000
-
-
-def test_the_page_is_whole_and_fetches_nothing(evaluated: Path) -> None:
-    page = Page()
-    page.feed((evaluated / "report.html").read_text())
-    assert page.open == []
-    assert page.fetched
-    assert all(place.startswith("data:") for place in page.fetched)
-    for heading in (
-        "Beside honest baselines", "Every measure", "Naming regions", "What it sees", "Where a region looks",
-        "Confusion of clusters", "How it learned", "Nearest neighbours", "What it reads",
-    ):  # fmt: skip
-        assert heading in page.text
-    assert "$" not in page.text
-
-
-def test_the_page_opens_in_a_browser_without_a_complaint(evaluated: Path, tmp_path: Path) -> None:
-    if CHROMIUM is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("chromium is not installed; CI needs it to open the report")
-        pytest.skip("chromium is not installed")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-    )
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", (evaluated / "report.html").as_uri()]
-    opened = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
-    assert "Nearest neighbours" in opened.stdout
-    assert "CONSOLE" not in opened.stderr
 
 
 def test_the_validation_split_leaves_the_test_numbers_alone(evaluated: Path, place: Workplace) -> None:

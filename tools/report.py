@@ -12,8 +12,7 @@ from pathlib import Path
 
 from megaregion.command_line import run
 from megaregion.errors import UserError
-from megaregion.evaluation.comparison import write_comparison
-from megaregion.evaluation.runs import joined_tables, read_runs
+from megaregion.evaluation.comparison import joined_tables, read_runs, write_comparison
 from megaregion.schemas.evaluation import FOOTNOTE, text
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Template
 
+import yaml
+from markupsafe import Markup
 from PIL import Image
 
-from megaregion.evaluation.cells import measure_table
-from megaregion.evaluation.charts import lines_chart
-from megaregion.evaluation.pictures import data_uri
-from megaregion.evaluation.report import read_part
-from megaregion.evaluation.runs import RunRecord, joined_tables
-from megaregion.files import write_text
-from megaregion.schemas.metrics import Curve
+from megaregion.errors import UserError
+from megaregion.evaluation.charts import Line, line_chart, smoothed
+from megaregion.evaluation.page import write_page
+from megaregion.evaluation.report import EVALUATIONS, WHILE_TRAINING, dotted, metrics_or_none
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
+from megaregion.schemas.metrics import Metrics
 
-CURVES = (
-    ("loss", "Loss"),
-    ("loss_object", "Loss on objects"),
-    ("loss_text", "Loss on text"),
-    ("images_per_second", "Images per second"),
-)
-LOOKS = (("region/knn", "Region 5-NN while training"), ("ocr/head_recall", "OCR tokens while training"))
+TRAINED = "trained"
+"""The encoder whose rows are compared."""
+CURVES = {
+    "loss": "Loss",
+    "loss_object": "Loss on objects",
+    "loss_text": "Loss on text",
+    "images_per_second": "Images per second",
+}
 STYLES = 8
 """Colours of runs; more runs share them."""
 MOST_FRAMES = 8
@@ -31,6 +33,87 @@ MAP_SIDE = 300
 """Longest side of a map in the page, in pixels."""
 LOCATION = ("name", "output")
 """Settings that only say where a run lies."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What training and evaluation left in one run's folder."""
+
+    name: str
+    """Name in the comparison, different from all others'."""
+    folder: Path
+    settings: Mapping[str, str]
+    """All settings, by dotted name."""
+    metrics: Metrics | None
+    """None where nothing was logged."""
+    evaluation: Evaluation | None
+    """None where the run was not evaluated."""
+    while_training: Metrics | None
+    """Evaluations beside training; None where there were none."""
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The measures by key, without the summary; none where the run was not evaluated."""
+        tables = self.evaluation.tables if self.evaluation else ()
+        return {table.key: table for table in tables if table.key != SUMMARY}
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read runs.
+
+    Raises:
+        UserError: A folder is no run, cannot be read, or is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(folders):
+        raise UserError("a run is named twice; name each run once")
+    return [_read_run(folder, _name(own, resolved)) for folder, own in zip(folders, resolved, strict=True)]
+
+
+def _name(folder: Path, folders: Sequence[Path]) -> str:
+    """The end of a folder's path that tells it from the others: its own name, if that does."""
+    ends = (folder.parts[-depth:] for depth in range(1, len(folder.parts) + 1))
+    own = next(end for end in ends if sum(other.parts[-len(end) :] == end for other in folders) == 1)
+    return "/".join(own)
+
+
+def _read_run(folder: Path, name: str) -> RunRecord:
+    config, evaluation = folder / "config.yaml", folder / EVALUATION
+    if not config.is_file():
+        raise UserError(f"{folder} is no run: it holds no config.yaml; name a folder of tools/pretrain.py")
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config} cannot be read ({reason}); copy it from the run's last start") from None
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{config} holds no settings; name a folder of tools/pretrain.py")
+    return RunRecord(
+        name,
+        folder,
+        {key: str(value) for key, value in dotted(settings).items()},
+        metrics_or_none(folder / "metrics.jsonl"),
+        read_evaluation(evaluation) if evaluation.is_file() else None,
+        metrics_or_none(folder / EVALUATIONS),
+    )
+
+
+def joined_tables(runs: Sequence[RunRecord]) -> list[Table]:
+    """A table for each measure with a row for each run; a run that lacks a measure or a column has a gap."""
+    return [_joined(key, runs) for key in dict.fromkeys(key for run in runs for key in run.tables)]
+
+
+def _joined(key: str, runs: Sequence[RunRecord]) -> Table:
+    found = {run.name: run.tables.get(key) for run in runs}
+    first = next(table for table in found.values() if table is not None)
+    rows, notes = {}, {}
+    for name, table in found.items():
+        own = table.rows.get(TRAINED, ()) if table else ()
+        cells = dict(zip((column.key for column in table.columns), own, strict=False)) if table else {}
+        rows[name] = tuple(cells.get(column.key) for column in first.columns)
+        if table is not None and table.told != first.told:
+            notes[name] = f"asked otherwise: {table.told}"
+    return replace(first, rows=rows, notes=notes)
 
 
 def write_comparison(runs: Sequence[RunRecord], path: Path) -> None:
@@ -41,91 +124,56 @@ def write_comparison(runs: Sequence[RunRecord], path: Path) -> None:
         path: The page; readers see the old one or the new one.
     """
     styles = {run.name: f"run{place % STYLES}" for place, run in enumerate(runs)}
-    tables = joined_tables(runs)
-    cards = "".join(
-        f'<div class="card measure">{measure_table(each, styles=styles)}</div>' for each in tables
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in LOCATION)
+    write_page(
+        path,
+        "comparison.html",
+        title=" · ".join(run.name for run in runs),
+        runs=runs,
+        styles=styles,
+        tables=joined_tables(runs),
+        charts=_charts(runs, styles),
+        frames=_frames(runs),
+        settings=[key for key in keys if len({run.settings.get(key) for run in runs}) > 1],
+        MAP_SIDE=MAP_SIDE,
     )
-    missing = [run.name for run in runs if not run.tables]
-    if missing:
-        told = f"Not evaluated: {escape(', '.join(missing))}; see tools/evaluate.py."
-        cards += f'<div class="card missing">{told}</div>'
-    page = Template(read_part("comparison.html")).substitute(
-        title=escape(" · ".join(run.name for run in runs)),
-        style=read_part("style.html"),
-        summary=_summary(runs),
-        measures=cards,
-        legend="".join(f'<span class="{styles[run.name]}">{escape(run.name)}</span>' for run in runs),
-        curves=_curves(runs, styles),
-        maps=_maps(runs),
-        settings=_settings(runs),
-    )
-    write_text(path, page)
 
 
-def _summary(runs: Sequence[RunRecord]) -> str:
-    parts = []
-    for run in runs:
-        trained = f"{run.metrics.last_step:,} steps" if run.metrics else "nothing logged"
-        evaluated = f", evaluated after {run.evaluation.step:,}" if run.evaluation else ""
-        parts.append(f"<b>{escape(run.name)}</b>: {trained}{evaluated}")
-    return "; ".join(parts) + "."
+def _charts(runs: Sequence[RunRecord], styles: Mapping[str, str]) -> dict[str, Markup]:
+    """Charts by title, of the metrics that any run has logged."""
+    charts = {}
+    for key, title in (CURVES | WHILE_TRAINING).items():
+        lines = []
+        for run in runs:
+            metrics = run.while_training if key in WHILE_TRAINING else run.metrics
+            if metrics and (curve := metrics.curve(key)):
+                drawn = curve if key in WHILE_TRAINING else smoothed(curve)
+                lines.append(Line(drawn, styles[run.name], run.name))
+        if lines:
+            charts[title] = line_chart(lines, f"{title} over the steps")
+    return charts
 
 
-def _curves(runs: Sequence[RunRecord], styles: Mapping[str, str]) -> str:
-    cards = []
-    for names, source in ((CURVES, "metrics"), (LOOKS, "looks")):
-        for key, title in names:
-            curves: dict[str, Curve] = {}
-            for run in runs:
-                metrics = getattr(run, source)
-                if metrics is not None and metrics.curve(key):
-                    curves[run.name] = metrics.curve(key)
-            if curves:
-                chart = lines_chart(curves, styles, f"{title} over the steps", smooth=source == "metrics")
-                cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
-    if not cards:
-        return '<div class="card missing">None of these runs has logged a step.</div>'
-    return f'<div class="curves">{"".join(cards)}</div>'
-
-
-def _maps(runs: Sequence[RunRecord]) -> str:
-    """Frames that several runs have painted, or the first run's own, in one row each."""
-    have = [{file.name.removesuffix(".map.jpg"): file for file in _files(run)} for run in runs]
-    counts = {name: sum(name in own for own in have) for own in have for name in own}
-    frames = sorted(counts, key=lambda name: (-counts[name], name))[:MOST_FRAMES]
-    if not frames:
-        return "No run here has pictures; tools/evaluate.py makes them."
-    cells = [
-        '<div class="name">frame</div>',
-        *(f'<div class="name">{escape(run.name)}</div>' for run in runs),
+def _frames(runs: Sequence[RunRecord]) -> dict[str, list[Image.Image | None]]:
+    """Frames that most runs have painted: the frame, then each run's map of it; None where it has none."""
+    ending = ".map.jpg"
+    have = [
+        {file.name.removesuffix(ending): file for file in (run.folder / "pictures").glob(f"*{ending}")}
+        for run in runs
     ]
-    for name in frames:
-        first = next(own[name] for own in have if name in own)
-        cells.append(_picture(first.with_name(f"{name}.frame.jpg"), name))
-        cells += [_picture(own[name], name) if name in own else "<div>&ndash;</div>" for own in have]
-    return f'<div class="versus" style="--runs:{len(runs) + 1}">{"".join(cells)}</div>'
+    counts = Counter(name for own in have for name in own)
+    frames = {}
+    for name in sorted(counts, key=lambda name: (-counts[name], name))[:MOST_FRAMES]:
+        maps = [own.get(name) for own in have]
+        first = next(file for file in maps if file)
+        files = [first.with_name(f"{name}.frame.jpg"), *maps]
+        frames[name] = [_image(file) if file else None for file in files]
+    return frames
 
 
-def _files(run: RunRecord) -> list[Path]:
-    return sorted((run.folder / "pictures").glob("*.map.jpg"))
-
-
-def _picture(file: Path, name: str) -> str:
-    with Image.open(file) as image:
-        return f'<div><img src="{data_uri(image.convert("RGB"), MAP_SIDE)}" alt="{escape(name)}"></div>'
-
-
-def _settings(runs: Sequence[RunRecord]) -> str:
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings if key not in LOCATION))
-    differing = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
-    if not differing:
-        return "All settings are the same."
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td>"
-        + "".join(f"<td>{escape(run.settings.get(key, '-'))}</td>" for run in runs)
-        + "</tr>"
-        for key in differing
-    )
-    top = f"<thead><tr><th>setting</th>{head}</tr></thead>"
-    return f'<table class="differing">{top}<tbody>{rows}</tbody></table>'
+def _image(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read ({error}); evaluate the run again") from None

@@ -1,79 +1,146 @@
-"""Images inside the page: crops and whole scenes as data URIs, regions drawn as SVG on top."""
+"""Pictures of the report: crops of regions, boxed scenes, attention over scenes, confused clusters.
+
+What is shown is drawn at random by the study's seed, one object of each class where there is room;
+nothing is picked by whether it looks good.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megaregion.data.sample import Box
+from megaregion.evaluation.clusters import sample_image
 from megaregion.evaluation.encoders import crop
-from megaregion.evaluation.scenes import Scene, open_image
+from megaregion.evaluation.scenes import RegionTable, Scene, open_image
+from megaregion.evaluation.visualise import Pictures, Watched
 
+REGIONS = 3
+"""Regions of a scene whose attention is shown."""
 CROP_SIDE = 144
 """Longest side of a crop in the page, in pixels: twice what is shown, for dense screens."""
-SCENE_SIDE = 640
-"""Longest side of a whole scene in the page, in pixels."""
+FRAME_SIDE = 384
+"""Longest side of a map and of a picture of attention."""
+SCENE_SIDE = MATRIX_SIDE = 640
+WARM = np.array([[255, 214, 102], [255, 122, 54], [214, 32, 84]], np.float32)
+"""Colours of attention from little to much."""
+RIGHT, WRONG = np.array([31, 95, 214], np.uint8), np.array([214, 62, 62], np.uint8)
 
 
-def data_uri(image: Image.Image, longest: int) -> str:
-    """The image as a JPEG inside a URI, shrunk to this longest side."""
-    small = image.copy()
-    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def draw(total: int, wanted: int, seed: int) -> list[int]:
+    """Draw at most so many of some things, in their order."""
+    chosen = np.random.Generator(np.random.Philox(key=seed)).permutation(total)[:wanted]
+    return sorted(int(row) for row in chosen)
+
+
+def draw_objects(objects: RegionTable, wanted: int, seed: int) -> list[int]:
+    """Draw one object of each class, then further ones, at most so many; in the order of their names."""
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(objects)).tolist()
+    first = {objects.names[row]: row for row in reversed(order)}
+    chosen = sorted(order, key=lambda row: first[objects.names[row]] != row)
+    return sorted(chosen[:wanted], key=lambda row: objects.names[row])
 
 
 class Crops:
-    """Crops of scenes as URIs; a scene that gives many crops is decoded once."""
+    """Crops of scenes; a scene that gives many crops is decoded once."""
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
         self._scenes = scenes
         self._images: dict[int, Image.Image] = {}
 
-    def uri(self, scene: int, box: NDArray[np.float32]) -> str:
-        """The box [4] of the scene at this place in the list, as a URI."""
+    def of(self, regions: RegionTable, row: int) -> Image.Image:
+        """The region in this row of a table of the scenes."""
+        scene = int(regions.scene[row])
         if scene not in self._images:
             self._images[scene] = open_image(self._scenes[scene])
-        return data_uri(crop(self._images[scene], box), CROP_SIDE)
+        return crop(self._images[scene], regions.boxes[row])
 
 
-def scene_figure(scene: Scene) -> str:
-    """Draw a scene with its objects and words boxed and named."""
-    width, height = scene.width, scene.height
-    letter = max(width, height) / 38
-    told = f"scene {escape(scene.key)}"
-    parts = [
-        f'<svg class="scene" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">',
-        f'<image href="{data_uri(open_image(scene), SCENE_SIDE)}" width="{width}" height="{height}"/>',
-    ]
+class Tag(NamedTuple):
+    """The name of a region, written on its box; all lengths in pixels of the scene."""
+
+    kind: str
+    """object or word."""
+    name: str
+    box: Box
+    x: float
+    y: float
+    width: float
+    letter: float
+    """Height of a letter."""
+
+
+def scene_tags(scene: Scene) -> list[Tag]:
+    """The tags of a scene's objects and words."""
+    letter = max(scene.width, scene.height) / 38
     tags = []
-    named = [("object", item.name, item.box) for item in scene.objects]
-    named += [("word", item.text, item.box) for item in scene.words]
-    for kind, name, (x0, y0, x1, y1) in named:
-        tag_width = (_ems(name) + 0.7) * letter
+    for kind, name, box in (
+        *(("object", item.name, item.box) for item in scene.objects),
+        *(("word", item.text, item.box) for item in scene.words),
+    ):
+        # About how wide the name is in a bold sans-serif; the page has no font to measure.
+        ems = sum(0.74 if sign.isupper() or sign in "mw" else 0.61 for sign in name)
+        width = (ems + 0.7) * letter
         # The tag sits on top of its box, or inside it where the image ends.
-        tag_x = max(0.0, min(x0, width - tag_width))
-        tag_y = y0 - 1.35 * letter if y0 > 1.4 * letter else y0
-        parts.append(
-            f'<rect class="box {kind}" x="{x0:.1f}" y="{y0:.1f}" '
-            f'width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
-        )
-        tags.append(
-            f'<rect class="tag {kind}" x="{tag_x:.1f}" y="{tag_y:.1f}" '
-            f'width="{tag_width:.1f}" height="{1.35 * letter:.1f}"/>'
-            f'<text class="tag-text" x="{tag_x + 0.35 * letter:.1f}" y="{tag_y + letter:.1f}" '
-            f'font-size="{letter:.1f}">{escape(name)}</text>'
-        )
-    # All tags lie above all boxes, or a neighbour's border would strike a name through.
-    return "".join([*parts, *tags, "</svg>"])
+        x = max(0.0, min(box[0], scene.width - width))
+        y = box[1] - 1.35 * letter if box[1] > 1.4 * letter else box[1]
+        tags.append(Tag(kind, name, box, x, y, width, letter))
+    return tags
 
 
-def _ems(text: str) -> float:
-    """About how wide a text is in a bold sans-serif, in letter heights; the page has no font to measure."""
-    return sum(0.74 if letter.isupper() or letter in "mw" else 0.61 for letter in text)
+def attention_pictures(watched: Watched) -> Iterator[tuple[str, str, Image.Image]]:
+    """A few regions of a scene: name, whether it reads or would read, and the attention."""
+    names = [item.name for item in watched.scene.objects] + [item.text for item in watched.scene.words]
+    for region, name in enumerate(names[:REGIONS]):
+        box, attention = watched.scene.boxes[region], watched.attention
+        yield name, "reads", overlay(watched.image, attention.inside[region], box)
+        yield name, "would read", overlay(watched.image, attention.anywhere[region], box)
+
+
+def overlay(image: Image.Image, weights: NDArray[np.float32], box: NDArray[np.float32]) -> Image.Image:
+    """Lay attention [h, w] over a greyed picture, and draw the region's box [4]."""
+    side = FRAME_SIDE / max(image.size)
+    size = (round(image.width * side), round(image.height * side))
+    grey = np.asarray(image.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float32)[..., None]
+    top = np.float32(max(float(np.quantile(weights, 0.995)), 1e-9))
+    small = Image.fromarray(np.clip(weights / top, 0, 1).astype(np.float32), mode="F")
+    heat = np.clip(np.asarray(small.resize(size, Image.Resampling.BILINEAR)), 0, 1)
+    place = heat * (len(WARM) - 1)
+    low = np.minimum(place.astype(np.int64), len(WARM) - 2)
+    colour = WARM[low] + (WARM[low + 1] - WARM[low]) * (place - low)[..., None]
+    alpha = np.sqrt(heat)[..., None] * np.float32(0.85)
+    mixed = (0.25 * 255 + 0.6 * grey) * (1 - alpha) + colour * alpha
+    pixels = np.clip(mixed, 0, 255).astype(np.uint8)
+    x0, y0, x1, y1 = (round(float(edge) * side) for edge in box)
+    x1, y1 = min(x1, size[0] - 1), min(y1, size[1] - 1)
+    for rows, columns in (
+        (slice(y0, y0 + 2), slice(x0, x1)), (slice(y1 - 1, y1 + 1), slice(x0, x1)),
+        (slice(y0, y1), slice(x0, x0 + 2)), (slice(y0, y1), slice(x1 - 1, x1 + 1)),
+    ):  # fmt: skip
+        pixels[rows, columns] = (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+def matrix_picture(matrix: NDArray[np.float64]) -> Image.Image:
+    """A confusion matrix as a picture that suits light and dark pages: its ink is alpha."""
+    alpha = (255 * np.sqrt(np.clip(matrix, 0, 1))).round().astype(np.uint8)
+    ink = np.where(np.eye(len(matrix), dtype=bool)[..., None], RIGHT, WRONG)
+    pixels = np.dstack([ink, np.maximum(alpha, np.uint8(14))])
+    scale = max(1, 640 // len(matrix))
+    large = np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)
+    if scale > 4:
+        large[::scale, :, 3] = 0
+        large[:, ::scale, 3] = 0
+    return Image.fromarray(large, mode="RGBA")
+
+
+def cluster_picture(pictures: Pictures, cluster: int) -> Image.Image:
+    """A region of one of the confused clusters."""
+    assert pictures.confusion is not None
+    region = pictures.confusion.example(cluster)
+    assert region is not None, "clusters are confused only where a region of each was drawn"
+    return crop(sample_image(pictures.shards, region.sample), region.box)

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from markupsafe import Markup
+
 from megaregion.errors import UserError
-from megaregion.evaluation import charts, exhibits, numbers, sheets
-from megaregion.evaluation.cells import measure_cards
-from megaregion.evaluation.curated import curation_card
+from megaregion.evaluation import pictures as shown
+from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
+from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
 from megaregion.evaluation.visualise import Pictures
-from megaregion.files import write_text
 from megaregion.schemas.metrics import Metrics, read_metrics
 
-CURVES = (
-    ("loss_object", "Loss on objects", "object", True),
-    ("loss_text", "Loss on text", "text", True),
-    ("lr", "Learning rate", "neutral", False),
-    ("images_per_second", "Images per second", "neutral", True),
-)
-"""Metric, title, style and whether to smooth it."""
-
-LOOKS = (("region/knn", "Region 5-NN while training"), ("ocr/head_recall", "OCR tokens while training"))
-"""Measures of evaluations.jsonl, and their titles."""
+CURVES = {
+    "loss_object": ("Loss on objects", "object", True),
+    "loss_text": ("Loss on text", "text", True),
+    "lr": ("Learning rate", "neutral", False),
+    "images_per_second": ("Images per second", "neutral", True),
+}
+"""Title, style and whether to smooth it, by metric."""
+WHILE_TRAINING = {"region/knn": "Region 5-NN while training", "ocr/head_recall": "OCR tokens while training"}
+"""Titles of the measures of evaluations.jsonl."""
+EVALUATIONS = "evaluations.jsonl"
+"""Measures beside training, in the run's folder; a run that was not evaluated then has none."""
+QUERIES, WORDS, SCENES = 12, 12, 4
+"""How many objects, words and scenes are drawn."""
+MOST_CLASSES = 40
+"""Classes that the chart has room for; the most frequent ones are shown."""
+SUMMARY = "summary.json"
+"""Written by tools/curate.py into the folder that holds the shards' folder."""
+DROPPED = "dropped: "
+"""How curation's counts of refused proposals begin."""
 
 
 def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) -> None:
@@ -39,128 +49,118 @@ def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) ->
         metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
         path: The page; readers see the old one or the new one.
     """
-    template = Template(read_part("report.html"))
-    curves, logged = _curves(metrics)
-    page = template.substitute(
-        title=escape(study.run.config.name),
-        style=read_part("style.html"),
-        split=escape(study.config.split),
-        summary=_summary(study, logged),
-        tiles=numbers.tiles(study),
-        table=numbers.result_table(study),
-        measures=measure_cards(study.tables)
-        or '<div class="card missing">No measure was asked for; see --measures.</div>',
-        maps=exhibits.map_section(pictures),
-        attention=exhibits.attention_section(pictures),
-        clusters=exhibits.cluster_section(pictures),
-        curves=curves,
-        neighbours=sheets.neighbour_sheet(study, ("trained", "untrained")),
-        words=sheets.word_sheet(study) or '<div class="card missing">This run has no text to read.</div>',
-        classes=numbers.class_chart(study),
-        scenes=sheets.scene_sheet(study),
-        facts=_facts(study),
-        footer=_footer(study),
-    )
-    write_text(path, page)
-
-
-def read_part(name: str) -> str:
-    """A file of the page's that lies beside this one."""
-    return files("megaregion.evaluation").joinpath(name).read_text(encoding="utf-8")
-
-
-def _curves(path: Path) -> tuple[str, Metrics | None]:
+    queries, seed = study.queries, study.config.seed
     try:
-        metrics = read_metrics(path)
+        logged, reason = read_metrics(metrics), ""
     except UserError as error:
-        return f'<div class="card missing">No curves: {escape(str(error))}.</div>', None
-    cards = []
-    for name, title, style, smooth in CURVES:
-        curve = metrics.curve(name)
-        if curve:
-            chart = charts.line_chart(curve, style, f"{title} over the steps", smooth=smooth)
-            cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
-        else:
-            cards.append(f'<div class="card missing"><h3>{title}</h3>Never logged in this run.</div>')
-    cards += _looks(path.with_name("evaluations.jsonl"))
-    return f'<div class="curves">{"".join(cards)}</div>', metrics
-
-
-def _looks(path: Path) -> list[str]:
-    """Curves of the evaluations beside training, if there were any."""
-    try:
-        looks = read_metrics(path)
-    except UserError:
-        return []
-    cards = []
-    for name, title in LOOKS:
-        curve = looks.curve(name)
-        if curve:
-            chart = charts.line_chart(curve, "object", f"{title} over the steps", _share, smooth=False)
-            cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
-    return cards
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _summary(study: Study, metrics: Metrics | None) -> str:
-    config, step = study.run.config, study.run.step
-    model = config.model
-    images = step * config.train.global_batch
-    duration = metrics.duration if metrics else None
-    hours = f" in {_duration(duration)}" if duration else ""
-    return (
-        f"<b>{step:,} of {config.train.steps:,} steps</b>, {images:,} images seen{hours}. "
-        f"{model.image_size} px, patches of {model.patch_size}, width {model.width}, {model.depth} blocks, "
-        f"region tokens in the last {model.region_layers}. Asked about "
-        f"<b>{len(study.queries.objects):,} objects and {len(study.queries.words):,} words</b> in "
-        f"{len(study.queries.scenes):,} held-out scenes."
+        logged, reason = None, str(error)
+    write_page(
+        path,
+        "report.html",
+        title=study.run.config.name,
+        study=study,
+        duration=_duration(logged),
+        pictures=pictures,
+        shown=shown,
+        charts=_charts(logged, metrics_or_none(metrics.with_name(EVALUATIONS))) if logged else {},
+        no_curves=reason,
+        objects=shown.draw_objects(queries.objects, QUERIES, seed),
+        words=shown.draw(len(queries.words), WORDS, seed),
+        scenes=[queries.scenes[place] for place in shown.draw(len(queries.scenes), SCENES, seed)],
+        asked=shown.Crops(queries.scenes),
+        known=shown.Crops(study.gallery.scenes),
+        classes=_class_chart(study),
+        curation=curation_card(study.config.dataset),
+        settings=dotted(asdict(study.run.config)),
     )
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
-
-
-def _facts(study: Study) -> str:
-    data = study.data
-    facts = {
-        "training images": data.samples,
-        "object regions": data.objects,
-        "object classes (clusters)": data.object_classes,
-        "text regions": data.texts,
-        "text classes (tokens)": data.text_classes,
-        "shards": len(data.shards),
-    }
-    shown = "".join(f"<div><dt>{name}</dt><dd>{value:,}</dd></div>" for name, value in facts.items())
-    settings = "".join(
-        f"<div><span>{escape(name)}</span><b>{escape(str(value))}</b></div>"
-        for name, value in _flatten(asdict(study.run.config))
-    )
-    return (
-        f'{curation_card(study.config.dataset)}<div class="card"><dl class="facts">{shown}</dl>'
-        f'<details><summary>All settings</summary><div class="settings">{settings}</div></details></div>'
-    )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
-    flat: list[tuple[str, object]] = []
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat.extend(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat.append((f"{prefix}{name}", value))
+        key = f"{prefix}{name}"
+        flat |= dotted(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat
 
 
-def _footer(study: Study) -> str:
-    spent = ", ".join(f"{escape(name)} {value:.1f} s" for name, value in study.seconds.items())
-    return (
-        f"Gallery: {len(study.gallery.objects):,} objects and {len(study.gallery.words):,} words of "
-        f"{len(study.gallery.scenes):,} training scenes, drawn with seed {study.config.seed}. "
-        f"Time: {spent}. Made by tools/evaluate.py, which also writes the numbers as JSON beside this page."
-    )
+def curation_card(dataset: Path) -> Markup:
+    """Show what curation found, kept and dropped.
+
+    Args:
+        dataset: Folder of the shards.
+
+    Returns:
+        A card; empty when there is no summary, as for shards that came from elsewhere.
+    """
+    summary = _read_summary(dataset)
+    counts = summary.get("counts") or {}
+    dropped = {name.removeprefix(DROPPED): n for name, n in counts.items() if name.startswith(DROPPED)}
+    lost = {
+        "below confidence": counts.get("words below confidence", 0),
+        "without a token": counts.get("words without token", 0),
+    }
+    bars = {
+        "Object proposals": _parts(counts.get("kept", 0), dropped),
+        "Words found": _parts(counts.get("text regions", 0), lost),
+    }
+    bars = {title: parts for title, parts in bars.items() if any(parts.values())}
+    return render("curation.html", bars=bars, clusters=summary.get("clusters")) if bars else Markup()
+
+
+def _read_summary(dataset: Path) -> dict[str, Any]:
+    for folder in (dataset, dataset.resolve().parent):
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(summary, dict):
+            return summary
+    return {}
+
+
+def _parts(kept: int, dropped: Mapping[str, int]) -> dict[str, int]:
+    """Parts of a bar: the kept one, then what was dropped, the largest first."""
+    return {"kept": kept} | {name: n for name, n in sorted(dropped.items(), key=lambda item: -item[1]) if n}
+
+
+def metrics_or_none(file: Path) -> Metrics | None:
+    """Metrics of a run; None where they cannot be read."""
+    try:
+        return read_metrics(file)
+    except UserError:
+        return None
+
+
+def _charts(metrics: Metrics, evaluations: Metrics | None) -> dict[str, Markup | None]:
+    """Charts by title; None for a metric that was never logged."""
+    charts: dict[str, Markup | None] = {}
+    for name, (title, style, smooth) in CURVES.items():
+        curve = metrics.curve(name)
+        line = Line(smoothed(curve), style, raw=curve) if smooth else Line(curve, style)
+        charts[title] = line_chart([line], f"{title} over the steps") if curve else None
+    for name, title in WHILE_TRAINING.items():
+        if evaluations and (curve := evaluations.curve(name)):
+            charts[title] = line_chart([Line(curve, "object")], f"{title} over the steps", "{:.1%}".format)
+    return charts
+
+
+def _class_chart(study: Study) -> Markup:
+    """Accuracy of each class by every encoder, best class of the trained encoder first."""
+    true = study.queries.objects.names
+    counts = Counter(true)
+    shares: dict[str, dict[str, float]] = {name: {} for name, _ in counts.most_common(MOST_CLASSES)}
+    for encoder, answers in study.answers.items():
+        right = Counter(t for t, named in zip(true, answers.named, strict=True) if t == named)
+        for name, by_encoder in shares.items():
+            by_encoder[encoder] = right[name] / counts[name]
+    order = sorted(shares, key=lambda name: (-shares[name]["trained"], name))
+    rows = [(f"{name} ({counts[name]})", shares[name]) for name in order]
+    return dot_chart(rows, "Region 5-NN accuracy of each class")
+
+
+def _duration(metrics: Metrics | None) -> str:
+    seconds = (metrics.duration if metrics else None) or 0
+    if seconds < 90:
+        return f"{seconds:.0f} seconds" if seconds else ""
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

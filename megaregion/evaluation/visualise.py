@@ -8,7 +8,6 @@ Shapes: N regions of one image, P patches, h x w of them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from megaregion.evaluation.network import NetworkEncoder
 from megaregion.evaluation.pca_maps import Frame, Painted, fitting_size, paint, read_frames
 from megaregion.evaluation.scenes import Scene, open_image
 from megaregion.evaluation.study import Study
+from megaregion.files import new_folder
 from megaregion.models import RegionEncoder
 
 FRAMES = 6
@@ -108,16 +108,12 @@ def visualise(
 
 def save_pictures(pictures: Pictures, folder: Path) -> None:
     """Write the frames and the trained network's maps as files into a folder, replacing older ones."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for frame, own in zip(pictures.frames, pictures.painted[0].maps, strict=True):
-        small = frame.image.copy()
-        small.thumbnail(own.size, Image.Resampling.LANCZOS)
-        small.save(partial / f"{frame.name}.frame.jpg", quality=88)
-        own.save(partial / f"{frame.name}.map.jpg", quality=90)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        for frame, own in zip(pictures.frames, pictures.painted[0].maps, strict=True):
+            small = frame.image.copy()
+            small.thumbnail(own.size, Image.Resampling.LANCZOS)
+            small.save(partial / f"{frame.name}.frame.jpg", quality=88)
+            own.save(partial / f"{frame.name}.map.jpg", quality=90)
 
 
 @torch.inference_mode()
