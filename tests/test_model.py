@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megaregion.checkpoint.huggingface import mlcd_tensors
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
-from megaregion.export.mlcd import mlcd_config
+from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.recompute import choose_levels, kept_bytes
 from megaregion.models.rotary import Rotation, rotation, split_and_turn

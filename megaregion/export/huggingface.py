@@ -8,7 +8,7 @@ parameter is in memory at a time. layouts.py says how the formats differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,8 @@ from megaregion.checkpoint.reader import (
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export.card import CardFacts, evaluation_section, model_card
-from megaregion.export.folder import new_folder, refuse_taken, write_json
+from megaregion.export.folder import new_folder, refuse_taken, write_json, write_weights
 from megaregion.export.layouts import LAYOUTS, Layout
-from megaregion.export.weight_files import WeightFiles
 from megaregion.models import RegionEncoder
 
 
@@ -80,9 +79,6 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
         out: Folder to write, absent or empty; it appears complete or not at all.
         options: How.
 
-    Returns:
-        What was written.
-
     Raises:
         UserError: There is no whole checkpoint, the format cannot hold it, or out is taken or cannot be
             written.
@@ -95,9 +91,15 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     reader = open_checkpoint(checkpoint)
     config = run_config(reader)
     names = _names(reader, config, options.regions)
-    shapes = [(name, torch.empty(reader.shape(ENCODER + name), device="meta")) for name in names]
-    planned = [pair for name, shape in shapes for pair in _tensors(layout, name, shape, config.model)]
-    parameters = sum(tensor.numel() for _, tensor in planned)
+
+    def shapes(name: str) -> Tensor:
+        return torch.empty(reader.shape(ENCODER + name), device="meta")
+
+    def values(name: str) -> Tensor:
+        return reader.read(ENCODER + name)
+
+    planned = [(key, tensor.shape) for key, tensor in _tensors(layout, names, shapes, config.model)]
+    parameters = sum(shape.numel() for _, shape in planned)
     projected = "projection.weight" in names
     settings = layout.config(config, options.dtype, options.regions, projected)
     facts = CardFacts(config, reader.manifest, parameters, options.license, out.name, options.regions)
@@ -109,14 +111,12 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
             (partial / "README.md").write_text(card, encoding="utf-8")
             for name, content in layout.code(options.regions).items():
                 (partial / name).write_text(content, encoding="utf-8")
-            keys = [(key, tensor.shape) for key, tensor in planned]
-            with WeightFiles(partial, keys, options.dtype, options.shard_bytes) as files:
-                for name in tqdm(names, desc="write", unit="tensor", disable=None):
-                    for key, tensor in _tensors(layout, name, reader.read(ENCODER + name), config.model):
-                        files.write(key, tensor)
+            shown = tqdm(names, desc="write", unit="tensor", disable=None)
+            tensors = _tensors(layout, shown, values, config.model)
+            size = write_weights(partial, planned, tensors, options.dtype, options.shard_bytes)
     except DamagedCheckpoint as error:
         raise copy_again(error) from error
-    return Exported(reader.folder, out, reader.step, config.model, parameters, files.size)
+    return Exported(reader.folder, out, reader.step, config.model, parameters, size)
 
 
 def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[str]:
@@ -142,8 +142,12 @@ def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[s
     return names
 
 
-def _tensors(layout: Layout, name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    if name.startswith("projection."):
-        yield name, tensor
-        return
-    yield from layout.tensors(name.removeprefix("vit."), tensor, config)
+def _tensors(
+    layout: Layout, names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of the format, for the names of RegionEncoder that a checkpoint is read by."""
+    for name in names:
+        if name.startswith("projection."):
+            yield name, read(name)
+        else:
+            yield from layout.tensors(name.removeprefix("vit."), read(name), config)

@@ -1,7 +1,27 @@
-"""The formats that a checkpoint is written in: names, settings and what stands beside the weights."""
+"""The formats that a checkpoint is written in: names, settings and what stands beside the weights.
+
+``mlcd`` is that of transformers' MLCDVisionModel; its names lie in checkpoint/huggingface.py, which reads
+them too. ``llava-onevision-1.5`` is that of LLaVA-OneVision-1.5's RICE tower, which brings its own patch
+merger:
+
+    visual.class_embedding (D)        visual.patch_embed.proj.weight (D, 3, p, p)
+    visual.class_pos_emb (1, d/2)     visual.pre_layernorm.*
+    visual.blocks.N.norm1.*  norm2.*  attn.qkv.* (3D, D)  attn.proj.*  mlp.fc1.*  mlp.fc2.*
+
+What that tower does was read in public copies of its model file (``RiceTransformer``, ``RiceAttention``) and
+in the key lists of conversion scripts for it: qkv's rows are all queries, then all keys, then all values;
+rotary angles, class token and norms are as in MLCDVisionModel; the last norm is not there, for only patches
+are read; ``visual.merger.*`` begins untrained. Not verified: no released folder of that project was at hand
+and none of its code was run. A test rebuilds our patch features from these keys by a forward pass of its own.
+Patches of an image arrive there in blocks of 2 x 2, which changes no weight and, as positions are looked up
+by place, no feature.
+
+Shapes: D width, H heads, d head width.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +32,32 @@ from torch import Tensor
 
 from megaregion.checkpoint.huggingface import PREFIX, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
-from megaregion.export.llava import llava_config, llava_processor, llava_tensors
-from megaregion.export.mlcd import mlcd_config, processor_config
+from megaregion.errors import UserError
 
-REGION_CODE = Path(__file__).parent / "remote" / "modeling_megaregion.py"
+REGION_CODE = Path(__file__).with_name("modeling_megaregion.py")
 """The class with ``get_region_features``; a copy goes beside the weights."""
+
+MERGED_SIDE = 2
+"""Patches along one side of the square that the merger joins into one token."""
+
+_LLAVA_KEYS = {
+    "class_pos_emb": "class_pos_emb",
+    "class_embedding": "class_embedding",
+    "patch_embedding.weight": "patch_embed.proj.weight",
+    "pre_norm.weight": "pre_layernorm.weight",
+    "pre_norm.bias": "pre_layernorm.bias",
+}
+
+_LLAVA_BLOCK_KEYS = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.qkv": "attn.qkv",
+    "attention.out": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -60,13 +101,124 @@ class Layout:
         return {REGION_CODE.name: REGION_CODE.read_text(encoding="utf-8")} if regions else {}
 
 
-def _prefixed(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def mlcd_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Content of config.json."""
+    return {
+        "architectures": ["MLCDVisionModel"],
+        "model_type": "mlcd",
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_groups": 1,
+        "num_channels": 3,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "axial", "rope_theta": config.rope_theta},
+    }
+
+
+def mlcd_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Content of preprocessor_config.json: shortest edge to the training size, center crop, normalise."""
+    side = model.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        **_pixels(data),
+    }
+
+
+def _prefixed_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for key, value in mlcd_tensors(name, tensor, config):
         yield (key if key.startswith(REGION) else PREFIX + key), value
 
 
+def llava_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Rename one parameter, and reorder the rows of a fused projection.
+
+    Args:
+        name: Name of the parameter in VisionTransformer.
+        tensor: The whole parameter; one on the meta device gives the shapes.
+        config: The model's settings.
+
+    Yields:
+        Name and tensor in that project; nothing for the last norm, which it does not have.
+    """
+    if name.startswith("post_norm."):
+        return
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        yield f"visual.{_LLAVA_KEYS[name]}", tensor
+        return
+    block, part, end = match.groups()
+    if part == "attention.qkv":
+        heads = tensor.view(config.heads, 3, config.head_dim, *tensor.shape[1:])
+        tensor = heads.transpose(0, 1).flatten(0, 2)
+    yield f"visual.blocks.{block}.{_LLAVA_BLOCK_KEYS[part]}.{end}", tensor
+
+
+def llava_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Content of config.json: what that project keeps as its ``vision_config``.
+
+    Raises:
+        UserError: A setting that its tower has fixed.
+    """
+    if config.rope_theta != 10_000:
+        raise UserError(
+            f"model.rope_theta {config.rope_theta:g} of this checkpoint cannot be written as "
+            "llava-onevision-1.5, whose tower has fixed 10000; use the default format"
+        )
+    return {
+        "model_type": "rice_vit",
+        "dtype": str(dtype).removeprefix("torch."),
+        "depth": config.depth,
+        "embed_dim": config.width,
+        "hidden_size": config.width,
+        "hidden_act": config.activation,
+        "intermediate_size": config.mlp_width,
+        "num_heads": config.heads,
+        "in_channels": 3,
+        "patch_size": config.patch_size,
+        "spatial_merge_size": MERGED_SIDE,
+        "temporal_patch_size": 1,
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": 0.02,
+    }
+
+
+def llava_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Content of preprocessor_config.json: any size whose sides whole squares of patches fill."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": model.patch_size,
+        "merge_size": MERGED_SIDE,
+        "temporal_patch_size": 1,
+        **_pixels(data),
+    }
+
+
+def _pixels(data: DataConfig) -> dict[str, Any]:
+    """What both image processors do to pixels."""
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,  # Pillow's number for bicubic.
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+    }
+
+
 LAYOUTS = {
-    "mlcd": Layout(_prefixed, mlcd_config, processor_config, True, "transformers"),
+    "mlcd": Layout(_prefixed_tensors, mlcd_config, mlcd_processor, True, "transformers"),
     "llava-onevision-1.5": Layout(llava_tensors, llava_config, llava_processor, False, "llava"),
 }
 """Formats by the name that the command line knows."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megaregion.checkpoint.huggingface import EncoderFolder, is_encoder_folder
 from megaregion.checkpoint.pretrained import Pretrained, open_pretrained
-from megaregion.config import DataConfig
-from megaregion.data.batch import normalise
-from megaregion.data.image import Crop, decode_crop, open_image
+from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.image import open_image
 from megaregion.data.sample import BadSample
+from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 from megaregion.models import VisionTransformer
 
@@ -33,10 +33,8 @@ class Encoder:
 
     features: Features
     """From images [B, 3, H, W] to tokens [B, T, D] and the normed class token [B, D]."""
-    side: int
-    """Side of its training images, in pixels."""
-    patch: int
-    """Side of a patch, in pixels."""
+    model: ModelConfig
+    """Size of its training images and of a patch."""
     data: DataConfig
     """Mean and deviation of its images."""
 
@@ -88,7 +86,7 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
                 f"{path} is a {folder.architecture} tower, whose features are not those of its weights here; "
                 "convert it with from-hf and check what was written"
             )
-        return Encoder(_theirs(path), folder.model.image_size, folder.model.patch_size, folder.data)
+        return Encoder(_theirs(path), folder.model, folder.data)
     pretrained = open_pretrained(path)
     vit = load_transformer(pretrained, dtype)
 
@@ -96,7 +94,7 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
         tokens = vit(images).image
         return tokens, vit.pool(tokens[:, 0])
 
-    return Encoder(features, pretrained.model.image_size, pretrained.model.patch_size, pretrained.data)
+    return Encoder(features, pretrained.model, pretrained.data)
 
 
 def _theirs(path: Path) -> Features:
@@ -125,12 +123,12 @@ def compare(a: Encoder, b: Encoder, pictures: Sequence[Path] = ()) -> list[Diffe
     Raises:
         UserError: The encoders' features have different shapes, or a picture cannot be read.
     """
-    if a.patch != b.patch:
-        raise UserError(f"check: patches of {a.patch} and {b.patch} px cannot be compared")
-    side, patch = a.side, a.patch
+    side, patch = a.model.image_size, a.model.patch_size
+    if patch != b.model.patch_size:
+        raise UserError(f"check: patches of {patch} and {b.model.patch_size} px cannot be compared")
     found = []
     for height, width in ((side, side), (side + patch, side + patch), (side + patch, side)):
-        images = _pixels(pictures, height, width, a.data)
+        images = _pixels(pictures, EvalTransform(a.data, a.model, (height, width)))
         (ours, our_pool), (theirs, their_pool) = a.features(images), b.features(images)
         if ours.shape != theirs.shape:
             raise UserError(
@@ -156,15 +154,16 @@ def picture_files(folder: Path, count: int = 8) -> list[Path]:
     return files
 
 
-def _pixels(pictures: Sequence[Path], height: int, width: int, data: DataConfig) -> Tensor:
+def _pixels(pictures: Sequence[Path], transform: EvalTransform) -> Tensor:
     if not pictures:
-        return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+        return torch.randn(
+            1, 3, transform.height, transform.width, generator=torch.Generator().manual_seed(0)
+        )
     images = []
     for picture in pictures:
         try:
-            image = open_image(picture.read_bytes())
-            pixels = decode_crop(image, Crop(0, 0, image.width, image.height), width, height)
+            pixels, _ = transform(open_image(picture.read_bytes()), boxes=[])
         except (BadSample, OSError) as error:
             raise UserError(f"--images: {picture}: {error}; take it out of the folder") from error
-        images.append(normalise(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), data.mean, data.std))
+        images.append(pixels)
     return torch.stack(images)

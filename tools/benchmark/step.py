@@ -198,7 +198,7 @@ def peer_step(sizes: StepSizes, device: str, compiled: bool = False) -> Work:
     """
     from transformers import MLCDVisionConfig, MLCDVisionModel
 
-    from megaregion.export.mlcd import mlcd_config
+    from megaregion.export.layouts import mlcd_config
 
     torch.manual_seed(0)
     built = MLCDVisionModel(MLCDVisionConfig(**mlcd_config(sizes.model, sizes.dtype)))
@@ -269,7 +269,7 @@ def peer_model(sizes: StepSizes, device: str, backward: bool, compiled: bool = F
     """Transformers' MLCDVisionModel alone: forward, or forward and backward."""
     from transformers import MLCDVisionConfig, MLCDVisionModel
 
-    from megaregion.export.mlcd import mlcd_config
+    from megaregion.export.layouts import mlcd_config
 
     torch.manual_seed(0)
     built = MLCDVisionModel(MLCDVisionConfig(**mlcd_config(sizes.model, sizes.dtype)))

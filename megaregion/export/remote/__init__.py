@@ -1,1 +1,0 @@
-"""Code that is copied beside exported weights and runs without megaregion."""
