@@ -13,8 +13,7 @@ from curation_scenes import contents, run, scene, silent
 from drill import Drill
 from launch import repository
 
-from megaregion.curation.runner.holder import held
-from megaregion.curation.runner.lock import locked
+from megaregion.curation.runner.holder import folder_held, held
 from megaregion.curation.runner.pipeline import Share, curate_share, job_lines, open_job, recorded_run
 from megaregion.curation.runner.status import read_progress, table
 from megaregion.curation.settings import CurationSettings, settings_from
@@ -72,11 +71,11 @@ def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
 ) -> None:
     with pytest.raises(UserError, match="--piece needs --stage"):
         share(images, at_once, "all", 0, 2)
-    with locked(at_once, shared=True):
+    with folder_held(at_once, shared=True):
         assert share(images, at_once, "ocr", 0, 2)[1] == 0
         with pytest.raises(UserError, match=r"in use by a share of a run, process .* choose"):
             run(images, at_once, **FEW)
-    with locked(at_once), pytest.raises(UserError, match="in use by process"):
+    with folder_held(at_once), pytest.raises(UserError, match="in use by process"):
         share(images, at_once, "ocr", 0, 2)
     monkeypatch.setattr("megaregion.curation.runner.holder.PATIENCE", 0.3)
     stage = tmp_path / "stages" / "ocr"

@@ -13,8 +13,8 @@ from typing import Any
 
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.source import Source
-from megaregion.curation.runner.lock import locked
 from megaregion.errors import UserError
+from megaregion.files import locked
 
 VERSION = 1
 """Goes up when the same source and settings would give another atlas."""
@@ -60,22 +60,26 @@ def replacing(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         UserError: Another process builds the same atlas, or the disk takes no more.
     """
     partial = out.with_name(f".{out.name}.partial")
-    with locked(partial):
-        site, scratch = partial / "site", partial / "scratch"
-        for folder in (site, scratch):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            shutil.copytree(SITE, site)
-            scratch.mkdir()
-            yield partial
-            (site / MARK).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-            _replace(site, out, partial / "old")
-        except OSError as error:
-            raise UserError(
-                f"--out {out} cannot be written ({error.strerror}); make room, or name another folder"
-            ) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / ".lock", wait=False) as free:
+            if not free:
+                raise UserError(f"--out {out} is in use by another process; wait until it has ended")
+            try:
+                site, scratch = partial / "site", partial / "scratch"
+                for folder in (site, scratch):
+                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(SITE, site)
+                scratch.mkdir()
+                yield partial
+                (site / MARK).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+                _replace(site, out, partial / "old")
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); make room, or name another folder"
+        ) from None
 
 
 def _replace(site: Path, out: Path, old: Path) -> None:

@@ -1,10 +1,13 @@
-"""Who works on a piece right now: a lock that dies with its process, and a sign of life for others.
+"""Who works on what right now: locks that end with their process, and a sign of life for others.
 
-Three files of a stage's folder say it, and none is part of the outcome:
+A run holds its folder alone, shares of a run hold it together; each holds the pieces that it works on:
 
+    OUT/.lock                          locked while a run or a share works in the folder; names it
     OUT/stages/STAGE/.locks            byte i is locked while piece i is worked on
     OUT/stages/STAGE/.running/00003    who works on it, and how far; rewritten every few seconds
     OUT/stages/STAGE/.failed/00003     why the last try ended, until the next one
+
+None of them is part of the outcome.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from megaregion.errors import UserError
+from megaregion.files import locked, new_file
 
 LOG = logging.getLogger("megaregion.curation")
 
@@ -56,6 +60,35 @@ class Holder:
 
 
 @contextmanager
+def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a run's folder for this process.
+
+    Args:
+        out: The folder; made if missing.
+        shared: Whether other processes may hold it like this one; they hold what they work on themselves.
+
+    Raises:
+        UserError: Another run holds it, or it cannot be written.
+    """
+    path = out / ".lock"
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(locked(path, wait=False, shared=shared))
+        except OSError as error:
+            raise UserError(
+                f"--out {out} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        if not free:
+            holder = path.read_text(errors="replace").strip() or "another process"
+            raise UserError(
+                f"--out {out} is in use by {holder}; wait until it has ended or choose another folder"
+            )
+        path.write_text("a share of a run, " * shared + _this_process().name)
+        yield
+
+
+@contextmanager
 def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Hold a piece for this process, and leave a note if its work fails.
 
@@ -70,7 +103,7 @@ def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callab
     Raises:
         UserError: Another process works on it.
     """
-    holder = Holder(socket.gethostname(), os.getpid(), time.time())
+    holder = _this_process()
     for name in (RUNNING, FAILED):
         (folder / name).mkdir(parents=True, exist_ok=True)
     running, failed = (folder / name / f"{number:05d}" for name in (RUNNING, FAILED))
@@ -117,6 +150,10 @@ def last_failure(folder: Path, number: int) -> str:
         return ""
 
 
+def _this_process() -> Holder:
+    return Holder(socket.gethostname(), os.getpid(), time.time())
+
+
 def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
     """Lock a piece; the worker of a run that was killed lets go of it within an image."""
     began = time.monotonic()
@@ -158,9 +195,5 @@ def _beating(path: Path, holder: Holder) -> Iterator[None]:
 
 def _note(path: Path, text: str) -> None:
     """Write a small file whole; a full disk must not end the work for it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with suppress(OSError), new_file(path, shared=True, durable=False) as file:
+        file.write(text.encode(errors="replace"))

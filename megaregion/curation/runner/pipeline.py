@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
-from megaregion.curation.runner.lock import locked
+from megaregion.curation.runner.holder import folder_held
 from megaregion.curation.runner.summary import Summary, summarise
 from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
@@ -25,6 +25,9 @@ from megaregion.curation.stages.store import Manifest, Piece, Store, enough_spac
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 from megaregion.settings import read_settings
+
+RUN = "run.json"
+"""Below OUT: what a run was started with, so that its state and report need nothing but the folder."""
 
 LIST = "list"
 """The step before all stages: finding the images."""
@@ -71,15 +74,14 @@ def curate(
     Raises:
         UserError: Something that the user can mend; what is done stays done.
     """
-    with locked(out), enough_space(out):
-        pipeline = Pipeline(_list_images(images, out, settings, workers), bar, workers)
-        # Not by shares: they run beside each other.
-        pipeline.prune()
-        try:
+    with folder_held(out), enough_space(out):
+        source = find_images(images, out / "stages", out, settings.image.piece_images, workers)
+        record_run(out, images, settings)
+        with closing(Pipeline(Job(settings, source, Store(out)), bar, workers)) as pipeline:
+            # Not by shares: they run beside each other.
+            pipeline.prune()
             for name in _names(stage):
                 pipeline.run(name)
-        finally:
-            pipeline.close()
         return summarise(pipeline.job, pipeline.finished())
 
 
@@ -103,12 +105,9 @@ def curate_share(
     """
     if stage not in NAMES:
         raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
-    with locked(out, shared=True), enough_space(out):
-        pipeline = Pipeline(open_job(images, out, settings), bar, workers, share)
-        try:
+    with folder_held(out, shared=True), enough_space(out):
+        with closing(Pipeline(open_job(images, out, settings), bar, workers, share)) as pipeline:
             outcome = pipeline.run(stage)
-        finally:
-            pipeline.close()
         if stage == NAMES[-1] and outcome.pieces:
             # The last share of all leaves the summary that a run in one call leaves.
             summarise(pipeline.job, pipeline.finished())
@@ -231,13 +230,6 @@ class Pipeline:
         return stage.key(number, [digest for digest in digests if digest is not None])
 
 
-def _list_images(images: Path, out: Path, settings: CurationSettings, workers: int) -> Job:
-    size = settings.image.piece_images
-    source = find_images(images, out / "stages", out, size, workers)
-    record_run(out, images, settings)
-    return Job(settings, source, Store(out))
-
-
 def _names(stage: str) -> Sequence[str]:
     """What to run: packing without publishing would leave shards that are no dataset."""
     if stage == "all":
@@ -275,9 +267,6 @@ class _OneImage:
 
     def overlapping(self, first: int, last: int) -> range:
         return range(1)
-
-
-RUN = "run.json"
 
 
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:

@@ -1,4 +1,8 @@
-"""The processes that do the pieces: started once for a run, each on one CPU core."""
+"""The processes that do the pieces: started once for a run, each on one CPU core.
+
+concurrent.futures would not do: there a process that dies takes the pool with it, and nobody knows which
+piece it was at. Here it is replaced, and its piece done again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 from megaregion.curation.runner.holder import held
@@ -24,11 +27,13 @@ from megaregion.errors import UserError
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Read by the numeric libraries when they are loaded."""
 
-
 LOG = logging.getLogger("megaregion.curation")
 
 MAX_DEATHS = 3
 """Workers that one piece may cost before the run ends."""
+
+IMAGE, DONE = "image", "done"
+"""What a worker says after an image and after a piece; after a failure it sends the exception."""
 
 
 class Task(NamedTuple):
@@ -41,36 +46,20 @@ class Task(NamedTuple):
     """Hash of the settings of its stage and of those before it."""
 
 
-class Message(NamedTuple):
-    """What a worker reports: one more image, a finished piece, a user's mistake, or a fault of ours."""
-
-    kind: str
-    text: str = ""
-
-
-class _Worker(NamedTuple):
-    process: BaseProcess
-    pipe: Connection
-
-
-class _Died(Exception):
-    """A worker ended in the middle of a piece."""
-
-
 class Workers:
     """Does pieces in parallel.
 
     Args:
         job: The run.
-        workers: Processes; 0 works in this one.
+        count: Processes; 0 works in this one.
     """
 
-    def __init__(self, job: Job, workers: int) -> None:
-        self._job, self._count = job, workers
+    def __init__(self, job: Job, count: int) -> None:
+        self._job, self._count = job, count
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        """Do tasks, in any order; a worker that dies is replaced, and its piece done again.
+        """Do tasks, in any order.
 
         Args:
             tasks: What to do.
@@ -84,30 +73,37 @@ class Workers:
             for task in tasks:
                 _do(task, self._job, stages, tick)
             return
-        waiting, busy, deaths = list(reversed(tasks)), dict[Connection, Task](), Counter[Piece]()
+        waiting, deaths = list(reversed(tasks)), Counter[Piece]()
+        busy: dict[Connection, tuple[_Worker, Task]] = {}
+
+        def hand_out(worker: _Worker) -> None:
+            if waiting:
+                busy[worker.pipe] = worker, waiting.pop()
+                worker.begin(busy[worker.pipe][1])
+
         while len(self._workers) < min(self._count, len(tasks)):
-            self._workers.append(_start(self._job))
+            self._workers.append(_Worker(self._job))
         for worker in self._workers:
-            _hand_out(worker.pipe, waiting, busy)
+            hand_out(worker)
         while busy:
-            for pipe in _ready(busy):
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                worker, task = busy[pipe]
                 try:
-                    message = _receive(pipe)
-                except _Died:
-                    task = busy.pop(pipe)
+                    message = pipe.recv()
+                except (EOFError, OSError):
+                    del busy[pipe]
                     deaths[task.piece] += 1
                     waiting.append(task)
-                    _hand_out(self._replace(pipe, task.piece, deaths[task.piece]).pipe, waiting, busy)
+                    hand_out(self._replace(worker, task.piece, deaths[task.piece]))
                     continue
-                if message.kind == "image":
+                if isinstance(message, Exception):
+                    raise message
+                if message == IMAGE:
                     tick()
-                elif message.kind == "mistake":
-                    raise UserError(message.text)
-                elif message.kind == "fault":
-                    raise RuntimeError(f"a worker failed:\n{message.text}")
                 else:
                     del busy[pipe]
-                    _hand_out(pipe, waiting, busy)
+                    hand_out(worker)
 
     def close(self) -> None:
         """End the processes, also in the middle of a piece: it counts as not done."""
@@ -118,12 +114,11 @@ class Workers:
             worker.pipe.close()
         self._workers.clear()
 
-    def _replace(self, pipe: Connection, piece: Piece, deaths: int) -> _Worker:
+    def _replace(self, worker: _Worker, piece: Piece, deaths: int) -> _Worker:
         """Start a worker in a dead one's place, unless its piece has killed too many."""
-        worker = next(worker for worker in self._workers if worker.pipe is pipe)
         worker.process.join()
+        worker.pipe.close()
         self._workers.remove(worker)
-        pipe.close()
         died = (
             f"the worker for piece {piece.number} of stage {piece.stage} died (exit code "
             f"{worker.process.exitcode}; -9 is often lack of memory)"
@@ -131,32 +126,26 @@ class Workers:
         if deaths >= MAX_DEATHS:
             raise UserError(f"{died} {deaths} times; run again to continue, perhaps with fewer --workers")
         LOG.warning("%s; the piece is done again", died)
-        self._workers.append(_start(self._job))
+        self._workers.append(_Worker(self._job))
         return self._workers[-1]
 
 
-def _receive(pipe: Connection) -> Message:
-    try:
-        message: Message = pipe.recv()
-    except (EOFError, OSError):
-        raise _Died from None
-    return message
+class _Worker:
+    """A process, and the pipe to it."""
 
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=True)
+        with _environment(ONE_THREAD):
+            self.process.start()
+        # Only the worker may hold its end, or its death would not be seen here.
+        theirs.close()
 
-def _ready(busy: dict[Connection, Task]) -> list[Connection]:
-    """Workers that have something to say, or died."""
-    return [pipe for pipe in wait(list(busy)) if isinstance(pipe, Connection)]
-
-
-def _start(job: Job) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    with _environment(ONE_THREAD):
-        process = context.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=True)
-        process.start()
-    # Only the worker may hold its end, or its death would not be seen here.
-    theirs.close()
-    return _Worker(process, ours)
+    def begin(self, task: Task) -> None:
+        # A worker that is dead already will be seen to be when it is listened to.
+        with suppress(OSError):
+            self.pipe.send(task)
 
 
 @contextmanager
@@ -173,14 +162,6 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _hand_out(pipe: Connection, waiting: list[Task], busy: dict[Connection, Task]) -> None:
-    if waiting and pipe not in busy:
-        busy[pipe] = waiting.pop()
-        # A worker that is dead already will be seen to be when it is listened to.
-        with suppress(OSError):
-            pipe.send(busy[pipe])
-
-
 def _serve(pipe: Connection, job: Job, parent: int) -> None:
     """A worker's life: tasks until the other end closes."""
     # Ctrl-C reaches the whole group; the parent decides what it means.
@@ -191,7 +172,7 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
         # A worker that outlives its run could write into the folder of the next one.
         if os.getppid() != parent:
             os._exit(1)
-        pipe.send(Message("image"))
+        pipe.send(IMAGE)
 
     while True:
         try:
@@ -200,11 +181,11 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
             return
         try:
             _do(task, job, stages, tick)
-            answer = Message("done")
+            answer: str | Exception = DONE
         except UserError as error:
-            answer = Message("mistake", str(error))
+            answer = UserError(str(error))
         except Exception:
-            answer = Message("fault", traceback.format_exc())
+            answer = RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
         pipe.send(answer)
 
 
