@@ -17,7 +17,9 @@ from megaregion.checks import check_config
 from megaregion.config import EvaluateConfig, RunConfig
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation.background import BackgroundEvaluation, look, recorded_steps
+from megaregion.evaluation.background import evaluate_step
+from megaregion.schemas.metrics import read_evaluations
+from megaregion.training.evaluation import BackgroundEvaluation
 
 SMALL = [
     "--model.image_size=48", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",
@@ -53,7 +55,7 @@ def test_a_run_on_two_ranks_is_evaluated_at_every_second_save_and_at_its_end(pla
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs" / "run"
     logs = "\n".join(file.read_text() for file in (run / "logs").glob("evaluation-*"))
-    found = recorded_steps(run)
+    found = read_evaluations(run)
     # The step 4 may have been overtaken while step 2 was looked at; the first and the last never are.
     assert {2, 6} <= set(found) <= {2, 4, 6}, logs
     assert 0 <= found[6]["region/knn"] <= 1
@@ -70,19 +72,19 @@ def test_a_look_at_a_saved_step_measures_what_the_tool_measures(place: Path) -> 
     folder = place / "runs" / "looked"
     settings = EvaluateConfig(40, str(place / "scenes"), "test", 16)
     write_run(folder, dataset, read_info(dataset).text_classes, evaluate=settings)
-    look(folder, 40)
-    look(folder, 40)
-    assert list(recorded_steps(folder)) == [40]
+    evaluate_step(folder, 40)
+    evaluate_step(folder, 40)
+    assert list(read_evaluations(folder)) == [40]
     study = evaluate(open_run(folder), StudyConfig(place / "scenes", dataset, limit=16, measures=("region",)))
     expected = study.tables[0].estimate("trained", "knn")
     assert expected is not None
-    assert recorded_steps(folder)[40]["region/knn"] == pytest.approx(expected.mean, abs=1e-4)
+    assert read_evaluations(folder)[40]["region/knn"] == pytest.approx(expected.mean, abs=1e-4)
 
 
 def test_a_half_written_line_of_an_ended_look_is_left_out(tmp_path: Path) -> None:
-    assert recorded_steps(tmp_path) == {}
+    assert read_evaluations(tmp_path) == {}
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 3, "seconds": 1}) + '\n{"step": 6, "sec')
-    assert list(recorded_steps(tmp_path)) == [3]
+    assert list(read_evaluations(tmp_path)) == [3]
 
 
 def test_a_run_that_is_stopped_leaves_no_look_behind(place: Path, tmp_path: Path) -> None:
@@ -92,14 +94,14 @@ def test_a_run_that_is_stopped_leaves_no_look_behind(place: Path, tmp_path: Path
     looks = BackgroundEvaluation(config)
     # Its checkpoint never comes, so that the look waits.
     looks.after_save(5)
-    child = looks._child
+    child = looks._process
     assert child is not None
     assert child.poll() is None
     looks.after_save(7)
     looks.stop()
     assert child.returncode is not None
     looks.finish()
-    assert recorded_steps(tmp_path / "stopped") == {}
+    assert read_evaluations(tmp_path / "stopped") == {}
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def main() -> int:
 def train(
     config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None, profile: str | None = None
 ) -> int:
-    from megaregion.evaluation.background import BackgroundEvaluation
     from megaregion.parallel import topology
+    from megaregion.training.evaluation import BackgroundEvaluation
     from megaregion.training.metrics import LOG, open_log
     from megaregion.training.preflight import check_machines
     from megaregion.training.profiling import parse_window

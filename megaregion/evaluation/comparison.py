@@ -14,9 +14,9 @@ from PIL import Image
 from megaregion.errors import UserError
 from megaregion.evaluation.charts import Line, line_chart, smoothed
 from megaregion.evaluation.page import write_page
-from megaregion.evaluation.report import EVALUATIONS, WHILE_TRAINING, dotted, metrics_or_none
+from megaregion.evaluation.report import WHILE_TRAINING, dotted, metrics_or_none
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
-from megaregion.schemas.metrics import Metrics
+from megaregion.schemas.metrics import EVALUATIONS, METRICS, Metrics
 
 TRAINED = "trained"
 """The encoder whose rows are compared."""
@@ -92,7 +92,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         name,
         folder,
         {key: str(value) for key, value in dotted(settings).items()},
-        metrics_or_none(folder / "metrics.jsonl"),
+        metrics_or_none(folder / METRICS),
         read_evaluation(evaluation) if evaluation.is_file() else None,
         metrics_or_none(folder / EVALUATIONS),
     )

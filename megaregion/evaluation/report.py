@@ -17,7 +17,7 @@ from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
 from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
 from megaregion.evaluation.visualise import Pictures
-from megaregion.schemas.metrics import Metrics, read_metrics
+from megaregion.schemas.metrics import EVALUATIONS, Metrics, read_metrics
 
 CURVES = {
     "loss_object": ("Loss on objects", "object", True),
@@ -28,8 +28,6 @@ CURVES = {
 """Title, style and whether to smooth it, by metric."""
 WHILE_TRAINING = {"region/knn": "Region 5-NN while training", "ocr/head_recall": "OCR tokens while training"}
 """Titles of the measures of evaluations.jsonl."""
-EVALUATIONS = "evaluations.jsonl"
-"""Measures beside training, in the run's folder; a run that was not evaluated then has none."""
 QUERIES, WORDS, SCENES = 12, 12, 4
 """How many objects, words and scenes are drawn."""
 MOST_CLASSES = 40

@@ -13,6 +13,9 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
+
+from megaregion.files import read_records
 
 EVENTS = "events.jsonl"
 
@@ -41,6 +44,13 @@ class Events:
                 stream.write(line + "\n")
         except OSError:
             pass
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """A run's events in the order of time; none if it has no such file."""
+    records = read_records(run / EVENTS)
+    timed = [r for r in records if isinstance(r.get("time"), int | float) and "event" in r]
+    return sorted(timed, key=lambda record: record["time"])
 
 
 def process_start() -> float:

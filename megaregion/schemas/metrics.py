@@ -1,4 +1,14 @@
-"""The run's metrics.jsonl: one line a step, read leniently, since a run may still be writing it."""
+"""A run's numbers by step, one line of JSON each: metrics.jsonl of training, evaluations.jsonl beside it.
+
+    {"step": 120, "time": 1764000000.1, "loss": 6.2, "loss_object": 4.1, "loss_text": null, "lr": 3e-4,
+     "grad_norm": 0.9, "images_per_second": 512.0, "mfu": 0.47, "head_share": 0.01, "data_share": 0.0,
+     "bad": 0, "skipped": 0, "rollbacks": 0, "time/data": 0.0, ..., "object/...": ...,
+     "time_by_rank": [{"data": 0.0, ...}, ...], "slowest": {"data": 3, ...}, "slow": [{"rank": 3, ...}]}
+    {"step": 120, "time": 1764000000.1, "seconds": 31.5, "region/knn": 0.61, ...}
+
+training/trainer.py makes the first kind, evaluation/background.py the second. They are read leniently, for a
+run may still be writing them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megaregion.errors import UserError
+from megaregion.files import read_records
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,18 @@ def read_metrics(path: Path) -> Metrics:
     if not lines:
         raise UserError(f"{path} holds no step; let the run log at least one")
     return Metrics(lines)
+
+
+def read_evaluations(run: Path) -> dict[int, dict[str, Any]]:
+    """What evaluations beside training found, by step; of several of one step, the last."""
+    records = read_records(run / EVALUATIONS)
+    return {record["step"]: record for record in records if isinstance(record.get("step"), int)}
+
+
+def step_times(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl that say when which step was logged, in their order."""
+    records = read_records(run / METRICS)
+    return [r for r in records if isinstance(r.get("time"), int | float) and "step" in r]
 
 
 def _is_finite(value: object) -> bool:

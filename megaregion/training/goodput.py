@@ -10,7 +10,6 @@ A step counts as lost if the run later went back to an earlier one, by a restart
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megaregion.errors import UserError
-from megaregion.schemas.events import EVENTS
-
-METRICS = "metrics.jsonl"
+from megaregion.schemas.events import EVENTS, read_events
+from megaregion.schemas.metrics import step_times
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,10 @@ def measure(run: Path) -> Goodput:
     Raises:
         UserError: The run has no events.
     """
-    events = sorted(_records(run / EVENTS), key=lambda event: event["time"])
+    events = read_events(run)
     if not any(event["event"] == "start" for event in events):
         raise UserError(f"{run / EVENTS} holds no start; give the folder of a run that has trained")
-    metrics = [record for record in _records(run / METRICS) if "step" in record]
-    return split(events, metrics)
+    return split(events, step_times(run))
 
 
 def split(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) -> Goodput:
@@ -150,19 +147,6 @@ def _sum(starts: list[_Start]) -> Goodput:
         if following is not None:
             spent["restarting"] += max(0.0, following.began - start.last)
     return Goodput(**spent, starts=len(starts))
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Lines of a file that are whole; a killed writer leaves half a line."""
-    found = []
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("time"), int | float):
-            found.append(record)
-    return found
 
 
 class Meter:

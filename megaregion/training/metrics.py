@@ -16,6 +16,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from megaregion.schemas.metrics import METRICS
+
 LOG = logging.getLogger("megaregion")
 
 KEPT_RECORDS = 100_000
@@ -56,7 +58,7 @@ class Metrics:
         self._board: Any = None
         self._torn = self._refused = False
         if writes:
-            self._file = os.open(run / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(run / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(
         self, step: int, values: dict[str, float | int | None], notes: dict[str, Any] | None = None
