@@ -146,10 +146,10 @@ def collate(
     again for the next and stays in the processor's cache.
 
     Args:
-        samples: The samples in the order of their positions.
-        count: Number B of samples.
-        mean: Mean of R, G, B on the 0..1 scale.
-        std: Standard deviation of R, G, B on the 0..1 scale.
+        samples: B samples in the order of their positions.
+        count: Their number.
+        mean: Of R, G, B on the 0..1 scale.
+        std: Of R, G, B on the 0..1 scale.
         pool: Where a worker process takes the batch's memory.
     """
     rest = iter(samples)
@@ -212,16 +212,7 @@ def _grid(sample: TransformedSample) -> tuple[int, int]:
 
 
 def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:
-    """Bring bytes to zero mean and unit deviation.
-
-    Args:
-        pixels: RGB, uint8 [..., 3, H, W].
-        mean: Mean of R, G, B on the 0..1 scale.
-        std: Standard deviation of R, G, B on the 0..1 scale.
-
-    Returns:
-        float32 [..., 3, H, W] on the same device.
-    """
+    """Bring bytes, uint8 [..., 3, H, W], to zero mean and unit deviation, float32 on the same device."""
     deviation = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(3, 1, 1) * 255
     shift = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1) * 255
     return pixels.to(torch.float32).sub_(shift).div_(deviation)
@@ -324,11 +315,7 @@ class Pool:
         _POOLS[self.number] = self
 
     def take(self, worker: int, size: int) -> tuple[Lease, Tensor] | None:
-        """Take a free piece, in the process of a worker.
-
-        Args:
-            worker: Number of this process among the workers.
-            size: Bytes wanted.
+        """Take a free piece of `size` bytes, in the process of a worker.
 
         Returns:
             The piece and its memory, uint8 [size], with unspecified content; None while all are in use.

@@ -16,7 +16,7 @@ import io
 import math
 import threading
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -65,23 +65,16 @@ class Crop:
     def on_blocks(self, width: int, height: int) -> Crop:
         """Move each border to the nearest one of a JPEG's blocks, by at most 4 pixels, 7 at an image's end.
 
-        Decoded at any number of eighths of its size, the image then still has the crop on whole pixels.
-
-        Args:
-            width: Width of the image, in pixels.
-            height: Height of the image, in pixels.
+        Decoded at any number of eighths of its size, an image of width x height pixels then still has the
+        crop on whole pixels.
         """
 
         def near(edge: float, length: int) -> float:
             return min(round(edge / JPEG_BLOCK), length // JPEG_BLOCK) * JPEG_BLOCK
 
-        return replace(
-            self,
-            x0=near(self.x0, width),
-            y0=near(self.y0, height),
-            x1=near(self.x1, width),
-            y1=near(self.y1, height),
-        )
+        x0, x1 = near(self.x0, width), near(self.x1, width)
+        y0, y1 = near(self.y0, height), near(self.y1, height)
+        return Crop(x0, y0, x1, y1, self.flipped)
 
     def share_inside(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of each box's area that lies inside the crop, [R]; 0 for a box without area."""
@@ -105,8 +98,8 @@ def random_crop(
 
     Args:
         rng: Generator of this sample.
-        width: Width of the image, in pixels.
-        height: Height of the image, in pixels.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
         scale: Least and greatest share of the image's area.
         ratio: Least and greatest width / height; drawn evenly on a logarithmic scale.
         flipped: Whether the crop is mirrored.

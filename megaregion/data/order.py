@@ -101,8 +101,7 @@ class SampleOrder:
     def replacement(self, position: int, attempt: int) -> int:
         """Index of the sample that stands in, at this attempt, when that of a position cannot be used.
 
-        It is drawn from the whole dataset, and never is the sample that it replaces (unless there is
-        no other).
+        It is drawn from the whole dataset, and never the sample that it replaces (unless there is no other).
         """
         original = self.sample(position)
         if self.samples == 1:

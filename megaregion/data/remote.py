@@ -82,14 +82,7 @@ class Mirror:
         self._fetch_label_files()
 
     def shard(self, shard: ShardEntry, wait: bool = True) -> bool:
-        """Fetch a shard and its index.
-
-        Args:
-            shard: The shard.
-            wait: Whether to wait while another process fetches it.
-
-        Returns:
-            Whether both are there.
+        """Fetch a shard and its index; False if another process is fetching one and `wait` is off.
 
         Raises:
             OSError: The storage fails, or what came is not the shard.
@@ -251,12 +244,7 @@ def _line(text: object) -> str:
 
 
 class Cache:
-    """A bounded folder of files that came from elsewhere.
-
-    Args:
-        folder: The folder; made when missing.
-        limit: Most bytes of all files, those on their way included.
-    """
+    """A folder of files that came from elsewhere, of at most `limit` bytes, those on their way included."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -370,10 +358,6 @@ class Prefetcher:
     """Fetches the shards of the next window while those of the window in use are read.
 
     It is one thread of a reading process; of several processes each fetches what no other is fetching.
-
-    Args:
-        mirror: The dataset's local side.
-        order: Which shards a window has.
     """
 
     def __init__(self, mirror: Mirror, order: SampleOrder) -> None:

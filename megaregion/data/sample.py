@@ -97,7 +97,7 @@ def parse_sample(content: bytes) -> SampleRecord:
 
 
 def clip_regions(record: SampleRecord) -> tuple[SampleRecord, int]:
-    """Cut every box to its image.
+    """Clip every box to its image.
 
     Returns:
         The record with boxes inside its image, and how many regions were dropped.
@@ -183,11 +183,6 @@ class RLE:
         if min(self.counts, default=-1) < 0 or sum(self.counts) != height * width:
             raise ValueError(f"mask runs do not add up to {height} x {width} pixels")
 
-    @property
-    def area(self) -> int:
-        """Pixels inside the mask."""
-        return sum(self.counts[1::2])
-
 
 def encode_mask(mask: NDArray[np.bool_]) -> RLE:
     """Run lengths of a mask, bool [h, w]."""
@@ -234,16 +229,7 @@ def overlap(
     starts: NDArray[np.generic] | Sequence[float],
     ends: NDArray[np.generic] | Sequence[float],
 ) -> NDArray[np.float64]:
-    """Length that each cell of a row shares with each interval.
-
-    Args:
-        edges: Rising borders of the cells, [g + 1].
-        starts: Starts of the intervals, [k].
-        ends: Ends of the intervals, [k].
-
-    Returns:
-        Shared lengths, [g, k].
-    """
+    """Length that each cell of a row with rising borders [g + 1] shares with each of k intervals, [g, k]."""
     length = np.minimum.outer(edges[1:], ends)
     length -= np.maximum.outer(edges[:-1], starts)
     return np.maximum(length, 0.0, out=length)

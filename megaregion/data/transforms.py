@@ -30,6 +30,9 @@ from megaregion.data.order import Purpose, SeededRng
 from megaregion.data.sample import RLE, BadSample, Box, RegionRecord, SampleRecord, mask_area, overlap
 from megaregion.errors import UserError
 
+TOLERANCE = 1e-9
+"""Rounding must not decide whether a patch that is covered by exactly the threshold is visible."""
+
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
@@ -142,13 +145,7 @@ class Transform:
         )
 
     def draw_crop(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> Crop:
-        """Draw the crop of an image, and whether it is mirrored.
-
-        Args:
-            record: The image's size and regions.
-            rng: Generator of this sample, from which nothing has been drawn.
-            grid: Patches along one side of the square crop.
-        """
+        """Draw the crop of an image and whether it is mirrored, first of all from the sample's generator."""
         data, side = self.data, grid * self.model.patch_size
         mirrored = rng.random() < data.flip and not any(region.kind == "text" for region in record.regions)
         # In packed mode an image keeps its own shape.
@@ -224,15 +221,7 @@ def check_size(image: Image.Image | Jpeg, record: SampleRecord) -> None:
 
 
 def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]:
-    """Positive classes of each region, padded with -1.
-
-    Args:
-        regions: The N regions of a sample.
-        slots: Label slots T; a longer text keeps its first distinct tokens.
-
-    Returns:
-        Labels, int64 [N, T].
-    """
+    """Positive classes of each region, int64 [N, T], padded with -1; a longer text keeps its first tokens."""
     labels = np.full((len(regions), slots), -1, dtype=np.int64)
     labels[:, 0] = [-1 if region.label is None else region.label for region in regions]
     for row, region in enumerate(regions):
@@ -243,12 +232,7 @@ def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]
 
 
 def jitter(pixels: NDArray[np.uint8], factors: Sequence[float]) -> NDArray[np.uint8]:
-    """Change brightness, contrast and saturation.
-
-    Args:
-        pixels: RGB, [H, W, 3].
-        factors: Of each of the three; none changes nothing.
-    """
+    """Change brightness, contrast and saturation of RGB [H, W, 3] by a factor each, if there are any."""
     if not factors:
         return pixels
     image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -264,20 +248,11 @@ def _jitter_factors(strength: float, rng: np.random.Generator) -> tuple[float, .
     return tuple(rng.uniform(1 - strength, 1 + strength) for _ in _ENHANCERS)
 
 
-TOLERANCE = 1e-9
-"""Rounding must not decide whether a patch that is covered by exactly the threshold is visible."""
-
-
 def sample_regions(kept: int, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Choose exactly n of the regions that an image has left.
-
-    Args:
-        kept: Number of regions, at least 1.
-        n: Number wanted: a random subset of more; of fewer all, and then repeats at random.
-        rng: Generator of this sample.
+    """Choose exactly n of the regions that an image has left: a random subset, or all and random repeats.
 
     Returns:
-        Indices of the chosen regions, [n].
+        Indices below `kept`, [n].
     """
     if kept >= n:
         # As choice() without replacement, at half its time.
@@ -301,7 +276,7 @@ def visibility(
     Args:
         boxes: Boxes in pixels of the stored image, [N, 4].
         masks: Exact shapes where known; a region with a mask is judged by it and not by its box.
-        crop: The part of the stored image that the patches divide.
+        crop: The part of the stored image that is divided into rows x columns patches.
         rows: Patches from top to bottom.
         columns: Patches from left to right.
         coverage: Least share of a patch that a region must cover.

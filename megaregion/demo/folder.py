@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
 from megaregion.errors import UserError
+from megaregion.files import new_folder
 
 VERSION = 1
 """Goes up when the same settings would give other scenes than before."""
@@ -102,13 +102,11 @@ def write_scenes(
     Raises:
         UserError: A part has too few files, the disk takes no more, or a worker died.
     """
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     for part in counts:
         # Too few files for a part must show before the first scene is made.
         SceneMaker(library, settings, part)
     try:
-        with _renderer(library, settings, partial, workers) as render:
+        with new_folder(out) as partial, _renderer(library, settings, partial, workers) as render:
             for part, count in counts.items():
                 (partial / part / "images").mkdir(parents=True)
                 tasks = [_Task(part, start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
@@ -116,9 +114,8 @@ def write_scenes(
                     for truths in render(tasks):
                         lines.writelines(json.dumps(truth) + "\n" for truth in truths)
                         on_progress(len(truths))
-        wanted = identity(library, settings, counts)
-        (partial / "scenes.json").write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        _replace(partial, out)
+            wanted = identity(library, settings, counts)
+            (partial / "scenes.json").write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}); make room, or name another --out"
@@ -192,13 +189,3 @@ def _start_worker(library: Library, settings: SceneSettings, folder: Path) -> No
 def _run_in_worker(task: _Task) -> list[dict[str, Any]]:
     assert _worker is not None  # the pool's initializer ran
     return _worker.run(task)
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Put the finished folder in the other's place; a crash in between loses neither."""
-    old = out.with_name(f"{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
