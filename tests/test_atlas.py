@@ -22,14 +22,14 @@ from PIL import Image
 from benchmark.browser import Browser, browser, missing_programs
 from megaregion.atlas import neighbours
 from megaregion.atlas.build import Outcome, build_atlas
-from megaregion.atlas.chart import ROOM, seat
-from megaregion.atlas.crops import cut_tile
+from megaregion.atlas.cluster_map import ROOM, Places, make_map_tiles, place_clusters, principal_axes
 from megaregion.atlas.curated import CuratedSource
-from megaregion.atlas.members import Members, by_chance, by_distance
-from megaregion.atlas.projection import Places, place_clusters, principal_axes
+from megaregion.atlas.groups import Members, by_chance, by_distance
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.source import Rows, Source
 from megaregion.atlas.synthetic import SyntheticSource
+from megaregion.atlas.tiles import cut_tile
+from megaregion.data.sample import SampleRecord, parse_sample
 from megaregion.errors import UserError
 
 SETTINGS = AtlasSettings(members=4, tile=64, samples=12)
@@ -140,7 +140,7 @@ def test_every_cluster_has_one_seat_on_the_map_and_the_largest_sit_highest() -> 
     position = np.concatenate([rng.random((3000, 2)), np.full((2500, 2), 0.25), [[0.0, 0.0], [1.0, 1.0]]])
     places = Places(position.astype(np.float32), np.zeros(5502, dtype=np.uint8))
     sizes = rng.integers(0, 1000, 5502)
-    tiles = seat(places, sizes)
+    tiles = make_map_tiles(places, sizes)
     assert sorted(np.concatenate([tile.clusters for tile in tiles]).tolist()) == list(range(5502))
     assert sorted(sizes[tiles[0].clusters]) == sorted(np.sort(sizes)[-ROOM:])
     for tile in tiles:
@@ -220,6 +220,21 @@ def test_a_build_that_fails_leaves_what_was_there(curation: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["atlas"]
 
 
+def test_a_label_that_has_no_class_is_refused(
+    curation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parse_sample
+
+    def damaged(record: bytes) -> SampleRecord:
+        read = real(record)
+        return read._replace(regions=(read.regions[0]._replace(label=CLUSTERS), *read.regions[1:]))
+
+    monkeypatch.setattr("megaregion.atlas.curated.parse_sample", damaged)
+    with pytest.raises(UserError, match=f"has the object label {CLUSTERS}, but there are {CLUSTERS} classes"):
+        build(CuratedSource(curation), tmp_path / "atlas")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_worker_that_dies_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a worker died"):
         build(DeadlySource(40), tmp_path / "atlas", workers=2)
@@ -262,12 +277,10 @@ def test_umap_says_what_it_needs_where_it_is_not_installed(curation: Path, tmp_p
         import umap
     except ImportError:
         with pytest.raises(UserError, match="pip install umap-learn"):
-            build(CuratedSource(curation), tmp_path / "atlas", AtlasSettings(projection="umap"))
+            build(CuratedSource(curation), tmp_path / "atlas", AtlasSettings(map="umap"))
     else:
         assert umap
-        assert (
-            build(CuratedSource(curation), tmp_path / "atlas", AtlasSettings(projection="umap")) is not None
-        )
+        assert build(CuratedSource(curation), tmp_path / "atlas", AtlasSettings(map="umap")) is not None
 
 
 def test_shards_alone_give_random_members_only(curation: Path, tmp_path: Path) -> None:
@@ -309,6 +322,16 @@ def test_every_page_opens_from_a_file_with_its_pictures_and_no_complaint(window:
         ("#/clusters/size/9", "There is no page 9", 0),
         (f"#/cluster/{CLUSTERS}", f"There is no cluster {CLUSTERS}", 0),
         ("#/nothing", "There is no page #/nothing", 0),
+        ("#/constructor", "There is no page #/constructor", 0),
+        ("#/__proto__", "There is no page #/__proto__", 0),
+        ("#/%", "There is no page #/%", 0),
+        ("#/cluster/%", "There is no cluster %", 0),
+        ("#/clusters/constructor", "Clusters cannot be ordered by constructor", 0),
+        ("#/clusters/size/0.5", "There is no page 0.5", 0),
+        ("#/token/%E0%A4", "There is no token", 0),
+        ("#/samples/constructor", "There is no page constructor", 0),
+        ("#/map/constructor", "There is no cluster", 0),
+        ("#/map/0.5", "There is no cluster 0.5", 0),
     ):
         go(window, site, address)
         text = window.run("return document.title + ' ' + document.body.innerText")

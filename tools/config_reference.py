@@ -8,24 +8,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaregion.atlas.settings import AtlasSettings
 from megaregion.command_line import Parser, run, written
 from megaregion.config import RunConfig
+from megaregion.curation.settings import CurationSettings
 from megaregion.errors import UserError
 from megaregion.settings import Section, Setting, sections
 
 PAGE = Path(__file__).resolve().parents[1] / "configs" / "README.md"
 
-HEAD = """# Settings of a run
+HEAD = """# Settings
 
-Written by `python tools/config_reference.py` from `megaregion/config.py`; a test holds the two together.
+Written by `python tools/config_reference.py` from the dataclasses that define them; a test holds them together.
 
-A run is one set of settings: YAML files merged in order, then flags with dots:
+A training run is one set of settings: YAML files merged in order, then flags with dots:
 
     python tools/pretrain.py --config configs/demo.yaml --optimizer.lr 5e-4 --name try-5e-4
 
-`--print_config` prints all settings of a command line as YAML. An unknown key is refused, and the nearest
-known one is named. The files beside this page are examples: `demo.yaml` for two cores, the others for GPUs.
+A curation and an atlas take `--config` too, and flags by the last part of a name: `propose.min_edge` below is
+`--min-edge` of `tools/curate.py`. `--print_config` prints all settings of a command line as YAML. What is
+unknown, empty or out of bounds is refused in a line that names the key. The files beside this page are examples
+of runs: `demo.yaml` for two cores, the others for GPUs.
 """
+
+PARTS = {
+    "Training: tools/pretrain.py": RunConfig(),
+    "Curation: tools/curate.py": CurationSettings(),
+    "Atlas: tools/atlas.py": AtlasSettings(),
+}
 
 
 def main() -> None:
@@ -45,14 +55,17 @@ def main() -> None:
 
 def page() -> str:
     """The reference as Markdown."""
-    return "\n".join([HEAD, *(_table(section) for section in sections(RunConfig()))])
+    parts = [HEAD]
+    for title, settings in PARTS.items():
+        parts += [f"## {title}\n", *(_table(section) for section in sections(settings) if section.settings)]
+    return "\n".join(parts)
 
 
 def _table(section: Section) -> str:
-    title = f"`{section.key}`" if section.key else "The run itself"
+    title = [f"### `{section.key}`", ""] if section.key else []
     rows = [_row(setting) for setting in section.settings]
     head = ["| setting | values | default | effect |", "|---|---|---|---|"]
-    return "\n".join([f"## {title}", "", section.told, "", *head, *rows, ""])
+    return "\n".join([*title, section.told, "", *head, *rows, ""])
 
 
 def _row(setting: Setting) -> str:

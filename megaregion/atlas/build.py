@@ -1,33 +1,50 @@
-"""Builds an atlas: one pass that counts, one that crops, and the pages."""
+"""Builds an atlas: one pass that counts, one that crops, and the pages.
+
+It is built beside its place, moved there when whole, and left alone if it is up to date.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megaregion.atlas.census import Census, Groups, take_census
-from megaregion.atlas.chart import DENSITY, MapTile, density, seat
-from megaregion.atlas.chunks import packed, write_chunk
-from megaregion.atlas.harvest import draw_samples, harvest, plan_errands
+from megaregion.atlas.cluster_map import (
+    DENSITY,
+    MapTile,
+    Places,
+    density,
+    make_map_tiles,
+    place_clusters,
+    principal_axes,
+)
+from megaregion.atlas.crops import cut_crops, draw_samples, plan_crops
+from megaregion.atlas.groups import Counts, Groups, count_regions
 from megaregion.atlas.neighbours import Neighbours, find_neighbours
-from megaregion.atlas.pages import CHUNK, ClusterPages, SamplePages, permille, write_map, write_tokens
-from megaregion.atlas.place import identify, is_done, replacing
-from megaregion.atlas.projection import Places, place_clusters, principal_axes
+from megaregion.atlas.pages import CHUNK, Pages, packed, permille
 from megaregion.atlas.settings import AtlasSettings, check_settings
 from megaregion.atlas.source import Floats, Source
-from megaregion.atlas.spool import Spool
+from megaregion.atlas.tiles import Spool
 from megaregion.errors import UserError
+from megaregion.files import locked, replace_folder
+
+VERSION = 1
+"""Goes up when the same source and settings would give another atlas."""
+MARK = "atlas.json"
+"""File that tells an atlas from any other folder."""
+SITE = Path(__file__).with_name("site")
+"""The page itself: HTML, style and scripts."""
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a progress bar for a step and a number of things to do; what it gives is called with those done."""
-TILES_TOGETHER = 1
-"""Map tiles of a file of waiting covers."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +80,11 @@ def build_atlas(
         UserError: Something that the user can mend; the folder is what it was.
     """
     check_settings(settings)
-    identity = identify(source, settings)
-    if is_done(out, identity):
+    identity = _identify(source, settings)
+    if _is_done(out, identity):
         return None
     began = time.perf_counter()
-    with replacing(out, identity) as folder:
+    with _replacing(out, identity) as folder:
         atlas = _Atlas(source, settings, folder, bar, workers)
         return atlas.build(began)
 
@@ -77,72 +94,72 @@ class _Atlas:
 
     def __init__(self, source: Source, settings: AtlasSettings, folder: Path, bar: Bar, workers: int) -> None:
         self._source, self._settings, self._bar, self._workers = source, settings, bar, workers
-        self._site, self._scratch = folder / "site", folder / "scratch"
+        self._scratch, self._pages = folder / "scratch", Pages(folder / "site", settings.tile)
 
     def build(self, began: float) -> Outcome:
         centers = _check_centers(self._source.centers())
         count = len(centers)
         with self._bar("regions", self._source.samples) as tick:
-            census = take_census(self._source, self._settings, count, tick)
+            counts = count_regions(self._source, self._settings, count, tick)
         axes = principal_axes(centers)
-        places = place_clusters(axes, self._settings.projection, self._settings.seed)
-        chart = seat(places, census.clusters.sizes)
+        places = place_clusters(axes, self._settings.map, self._settings.seed)
+        map_tiles = make_map_tiles(places, counts.clusters.sizes)
         with self._bar("neighbours", count) as tick:
             near = find_neighbours(centers, axes, self._settings.neighbours, tick)
-        browsed, damaged = self._write(census, places, near, chart)
-        write_chunk(self._site, "manifest", self._manifest(census, places, chart, browsed))
-        tokens = len(census.tokens.sizes)
-        return Outcome(count, census.regions, tokens, browsed, damaged, time.perf_counter() - began)
+        browsed, damaged = self._write(counts, places, map_tiles, near)
+        self._pages.write_chunk("manifest", self._manifest(counts, places, map_tiles, browsed))
+        tokens = len(counts.tokens.sizes)
+        return Outcome(count, counts.regions, tokens, browsed, damaged, time.perf_counter() - began)
 
     def _write(
-        self, census: Census, places: Places, near: Neighbours, chart: list[MapTile]
+        self, counts: Counts, places: Places, map_tiles: list[MapTile], near: Neighbours
     ) -> tuple[int, int]:
         """Crop, and write all pages; gives the numbers of browsed and of damaged samples."""
         clusters, tokens = Spool(self._scratch / "clusters", CHUNK), Spool(self._scratch / "tokens", CHUNK)
-        covers = Spool(self._scratch / "covers", TILES_TOGETHER)
-        samples = SamplePages(self._site)
+        covers = Spool(self._scratch / "covers", 1)
         drawn = draw_samples(self._source.samples, self._settings.samples, self._settings.seed)
-        wanted, errands = plan_errands(census.clusters.wants(), census.tokens.wants(), drawn)
-        tile, damaged = self._settings.tile, 0
+        wanted, requests = plan_crops(counts.clusters.wants(), counts.tokens.wants(), drawn)
+        pages, damaged, count = self._pages, 0, len(counts.clusters.sizes)
         with self._bar("crops", wanted) as tick:
-            for found in harvest(self._source, errands, tile, self._workers):
+            for found in cut_crops(self._source, requests, self._settings.tile, self._workers):
                 clusters.add(found.clusters)
                 tokens.add(found.tokens)
                 for description, jpeg in found.browsed:
-                    samples.add(description, jpeg)
+                    pages.add_sample(description, jpeg)
                 damaged += len(found.damaged)
                 tick(found.samples)
-        samples.finish()
-        pages = ClusterPages(self._site, census.clusters, tile)
-        with self._bar("clusters", len(census.clusters.sizes)) as tick:
-            pages.write(places, near, clusters, covers, chart, tick)
-        with self._bar("lists", 3 * len(census.clusters.sizes)) as tick:
-            pages.write_orders(tick)
-        with self._bar("map", len(census.clusters.sizes)) as tick:
-            write_map(self._site, chart, places, census.clusters, covers, tick)
-        with self._bar("tokens", len(census.tokens.sizes)) as tick:
-            write_tokens(self._site, census.tokens, self._source.pieces(), tokens, tile, tick)
-        return len(samples), damaged
+        browsed = pages.finish_samples()
+        with self._bar("clusters", count) as tick:
+            pages.write_clusters(counts.clusters, places, map_tiles, near, clusters, covers, tick)
+        with self._bar("lists", 3 * count) as tick:
+            pages.write_orders(counts.clusters, tick)
+        with self._bar("map", count) as tick:
+            pages.write_map(counts.clusters, map_tiles, places, covers, tick)
+        with self._bar("tokens", len(counts.tokens.sizes)) as tick:
+            pages.write_tokens(counts.tokens, self._source.pieces(), tokens, tick)
+        return browsed, damaged
 
-    def _manifest(self, census: Census, places: Places, chart: list[MapTile], browsed: int) -> dict[str, Any]:
-        clusters = census.clusters
+    def _manifest(
+        self, counts: Counts, places: Places, map_tiles: list[MapTile], browsed: int
+    ) -> dict[str, Any]:
+        clusters = counts.clusters
         known = clusters.closeness[np.isfinite(clusters.closeness)]
         return {
             "title": self._source.title,
             "clusters": len(clusters.sizes),
-            "regions": census.regions,
+            "regions": counts.regions,
             "samples": self._source.samples,
-            "tokens": len(census.tokens.sizes),
-            "usedTokens": int((census.tokens.sizes > 0).sum()),
+            "tokens": len(counts.tokens.sizes),
+            "usedTokens": int((counts.tokens.sizes > 0).sum()),
             "browsed": browsed,
             "cropped": int(clusters.cropped.sum()),
             "sizes": _quantiles(clusters),
             "closeness": permille(float(known.mean())) if len(known) else permille(float("nan")),
             "knowsCloseness": self._source.knows_closeness,
             "members": self._settings.members,
-            "projection": self._settings.projection,
+            "projection": self._settings.map,
             "tile": self._settings.tile,
-            "map": {part.name: len(part.clusters) for part in chart},
+            "map": {part.name: len(part.clusters) for part in map_tiles},
             "density": {"side": DENSITY, "cells": packed(density(places))},
         }
 
@@ -167,3 +184,61 @@ def _check_centers(centers: Floats) -> Floats:
         if not np.isfinite(centers[start : start + 65_536]).all():
             raise UserError("the centers hold numbers that are not finite; curate again")
     return centers
+
+
+def _identify(source: Source, settings: AtlasSettings) -> dict[str, Any]:
+    """All that decides what an atlas holds, the page's own files included."""
+    page = hashlib.sha256()
+    for path in sorted(SITE.iterdir()):
+        page.update(path.read_bytes())
+    return {
+        "version": VERSION,
+        "source": source.identity,
+        "settings": asdict(settings),
+        "page": page.hexdigest(),
+    }
+
+
+def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the folder holds just this atlas already.
+
+    Raises:
+        UserError: The folder holds something that is no atlas; it is never replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / MARK).read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"--out {out} exists and is no atlas; name another folder") from None
+    return bool(found == wanted)
+
+
+@contextmanager
+def _replacing(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """Give a folder to build in; it takes its place when all went well, and is gone when not.
+
+    Raises:
+        UserError: Another process builds the same atlas, or the disk takes no more.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / ".lock", wait=False) as free:
+            if not free:
+                raise UserError(f"--out {out} is in use by another process; wait until it has ended")
+            try:
+                site, scratch = partial / "site", partial / "scratch"
+                for folder in (site, scratch):
+                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(SITE, site)
+                scratch.mkdir()
+                yield partial
+                (site / MARK).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+                replace_folder(site, out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); make room, or name another folder"
+        ) from None

@@ -1,90 +1,168 @@
-"""Crops in context: a square window around a region, scaled to a tile, and where the region lies in it."""
+"""The second pass: reads each sample that some page needs once, and cuts what is wanted from it.
+
+Shapes: m wanted crops.
+"""
 
 from __future__ import annotations
 
-import io
-from typing import NamedTuple
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
-from megaregion.data.sample import BadSample, Box
+from megaregion.atlas.source import Sample, Source, mix
+from megaregion.atlas.tiles import Cut, cut_tile, encode, shrink
+from megaregion.data.sample import BadSample
+from megaregion.errors import UserError
 
-CONTEXT = 1.7
-"""Side of the window, in longer edges of the region."""
-LEAST = 24
-"""Least side of the window, in pixels: fewer only show the scaling."""
-SCALE = 1000
-"""Units of a tile's side in which the region's box is given."""
-SPOOLED_QUALITY = 95
-"""JPEG quality of a tile on its way into a sheet, where it is encoded once more."""
-
-
-class Tile(NamedTuple):
-    """One crop."""
-
-    jpeg: bytes
-    box: tuple[int, int, int, int]
-    """The region in the tile, in thousandths of its side."""
+TOGETHER = 32
+"""Samples that a worker does at once."""
+IMAGE_SIDE = 720
+"""Longest side of a browsed sample, in pixels."""
+IMAGE_QUALITY = 84
 
 
-def decode(image: Image.Image) -> Image.Image:
-    """Decode an image to RGB.
+@dataclass(frozen=True)
+class SampleCrops:
+    """What to cut from one sample."""
 
-    Raises:
-        BadSample: It is truncated or damaged.
-    """
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:
-        raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from None
+    sample: int
+    clusters: NDArray[np.int64]
+    """Region, group and slot of each crop, [m, 3]."""
+    tokens: NDArray[np.int64]
+    browsed: bool
+    """Whether the whole sample is shown, too."""
 
 
-def cut_tile(image: Image.Image, box: Box, side: int) -> Tile:
-    """Cut a region with its surroundings.
+@dataclass
+class Cropped:
+    """What some samples gave."""
+
+    samples: int = 0
+    clusters: list[Cut] = field(default_factory=list)
+    tokens: list[Cut] = field(default_factory=list)
+    browsed: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
+    """What the page says of each sample, and its JPEG."""
+    damaged: list[int] = field(default_factory=list)
+    """Samples that cannot be read."""
+
+
+def draw_samples(samples: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of the samples to browse, in rising order; all if `wanted` is 0 or no less than there are."""
+    numbers = np.arange(samples)
+    if not wanted or wanted >= samples:
+        return numbers
+    return np.sort(np.argsort(mix(numbers, seed + 1), kind="stable")[:wanted])
+
+
+def plan_crops(
+    clusters: NDArray[np.int64], tokens: NDArray[np.int64], browsed: NDArray[np.int64]
+) -> tuple[int, Iterator[SampleCrops]]:
+    """Sort the wanted crops by sample.
 
     Args:
-        image: RGB.
-        box: The region, in pixels; may stick out of the image.
-        side: Side of the tile, in pixels.
+        clusters: Sample, region, group and slot of each crop, [m, 4].
+        tokens: The same for tokens.
+        browsed: Numbers of the samples to browse, rising.
+
+    Returns:
+        The number of samples, and what to cut from each, in rising order.
     """
-    x0, y0, x1, y1 = box
-    window = max(x1 - x0, y1 - y0) * CONTEXT
-    window = max(min(window, max(image.size)), LEAST)
-    left = _slide((x0 + x1) / 2, window, image.width)
-    top = _slide((y0 + y1) / 2, window, image.height)
-    seen = (max(left, 0.0), max(top, 0.0), min(left + window, image.width), min(top + window, image.height))
-    scale = side / window
-    size = (max(round((seen[2] - seen[0]) * scale), 1), max(round((seen[3] - seen[1]) * scale), 1))
-    part = image.resize(size, Image.Resampling.BICUBIC, box=seen, reducing_gap=2.0)
-    if size != (side, side):
-        # The image is narrower than the window: its mean colour fills what is left.
-        tile = Image.new("RGB", (side, side), part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
-        tile.paste(part, (round((seen[0] - left) * scale), round((seen[1] - top) * scale)))
-        part = tile
-    places = ((x0 - left, y0 - top), (x1 - left, y1 - top))
-    inside = [min(max(round(v / window * SCALE), 0), SCALE) for place in places for v in place]
-    return Tile(encode(part, SPOOLED_QUALITY), (inside[0], inside[1], inside[2], inside[3]))
+    clusters, tokens = (wants[np.argsort(wants[:, 0], kind="stable")] for wants in (clusters, tokens))
+    samples = np.unique(np.concatenate([clusters[:, 0], tokens[:, 0], browsed]))
+
+    def requests() -> Iterator[SampleCrops]:
+        bounds = [
+            (np.searchsorted(wants[:, 0], samples, "left"), np.searchsorted(wants[:, 0], samples, "right"))
+            for wants in (clusters, tokens)
+        ]
+        shown = np.isin(samples, browsed)
+        for place, sample in enumerate(samples.tolist()):
+            own, words = (
+                wants[low[place] : high[place], 1:]
+                for wants, (low, high) in zip((clusters, tokens), bounds, strict=True)
+            )
+            yield SampleCrops(sample, own, words, bool(shown[place]))
+
+    return len(samples), requests()
 
 
-def shrink(image: Image.Image, longest: int) -> Image.Image:
-    """The image, no longer than this many pixels."""
-    if max(image.size) <= longest:
-        return image
-    small = image.copy()
-    small.thumbnail((longest, longest), Image.Resampling.BICUBIC)
-    return small
+def cut_crops(source: Source, requests: Iterator[SampleCrops], tile: int, workers: int) -> Iterator[Cropped]:
+    """Cut what is wanted, in order; the outcome is the same for any number of workers.
+
+    Raises:
+        UserError: A worker died.
+    """
+    batches = iter(lambda: list(islice(requests, TOGETHER)), [])
+    if workers <= 1:
+        yield from (_cut(source, batch, tile) for batch in batches)
+        return
+    # Not forked: a parent that holds threads (torch, BLAS) would hand its locks to the child.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (source, tile)) as pool:
+        waiting = []
+        try:
+            # A few ahead and no more, or all tiles of the atlas could pile up here.
+            for batch in batches:
+                waiting.append(pool.submit(_work, batch))
+                if len(waiting) > 3 * workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        except BrokenProcessPool:
+            raise UserError("a worker died, most likely of memory; try again with --workers 1") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def encode(image: Image.Image, quality: int) -> bytes:
-    """The image as a JPEG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+def _cut(source: Source, requests: list[SampleCrops], tile: int) -> Cropped:
+    found = Cropped(samples=len(requests))
+    for request in requests:
+        try:
+            sample = source.read(request.sample)
+        except BadSample:
+            found.damaged.append(request.sample)
+            continue
+        # The record's boxes are in pixels of the stored image, whatever the record says of its size.
+        regions = sample.record.regions
+        for wants, cuts in ((request.clusters, found.clusters), (request.tokens, found.tokens)):
+            for place, group, slot in wants.tolist():
+                region = regions[place]
+                cuts.append(Cut(group, slot, cut_tile(sample.image, region.box, tile), region.text))
+        if request.browsed:
+            jpeg = encode(shrink(sample.image, IMAGE_SIDE), IMAGE_QUALITY)
+            found.browsed.append((_describe(request.sample, sample), jpeg))
+    return found
 
 
-def _slide(center: float, window: float, extent: int) -> float:
-    """Where a window begins: around the center, but inside the image, or centred if it does not fit."""
-    if window >= extent:
-        return (extent - window) / 2
-    return min(max(center - window / 2, 0.0), extent - window)
+def _describe(number: int, sample: Sample) -> dict[str, Any]:
+    """What the page of a sample says: 0 is an object with its cluster, 1 a text with its tokens."""
+    regions: list[list[Any]] = []
+    for region in sample.record.regions:
+        box = [round(edge, 1) for edge in region.box]
+        if region.kind == "object":
+            regions.append([0, *box, round(region.score, 3), region.label])
+        else:
+            regions.append([1, *box, round(region.score, 3), region.text, list(region.labels)])
+    record = sample.record
+    return {"n": number, "key": sample.key, "w": record.width, "h": record.height, "r": regions}
+
+
+_source: Source | None = None
+_tile = 0
+
+
+def _start(source: Source, tile: int) -> None:
+    global _source, _tile
+    _source, _tile = source, tile
+
+
+def _work(requests: list[SampleCrops]) -> Cropped:
+    assert _source is not None  # the pool's initializer ran
+    return _cut(_source, requests, _tile)

@@ -21,7 +21,7 @@ from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.records import ImageRegions, read_regions
 from megaregion.data.image import decode_image
 from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, load_tokenizer
-from megaregion.data.sample import BadSample, parse_sample
+from megaregion.data.sample import BadSample, Box, RegionRecord, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 
@@ -104,24 +104,36 @@ class CuratedSource:
         return [tokenizer.id_to_piece(token) for token in range(self._dataset.info.text_classes)]
 
     def batches(self) -> Iterator[Batch]:
-        """All regions; damaged records have none."""
-        known = self._known_cosines()
+        """All regions; damaged records have none.
+
+        Raises:
+            UserError: A label has no class, or the stages are of another run.
+        """
+        images = _read_cosines(self._pieces)
         for start in range(0, self.samples, BATCH):
             stop = min(start + BATCH, self.samples)
-            objects: list[tuple[int, int, int, float]] = []
-            texts: list[tuple[int, int, int, float]] = []
+            rows: dict[str, list[tuple[int, int, int, float]]] = {"object": [], "text": []}
             for number in range(start, stop):
                 raw = self._dataset.read(number)
-                cosines = known.find(raw.key) if known else {}
+                cosines = _find_cosines(raw.key, images) if self._pieces else {}
                 try:
                     regions = parse_sample(raw.record).regions
                 except BadSample:
                     continue
                 for place, region in enumerate(regions):
-                    rows = objects if region.kind == "object" else texts
                     closeness = cosines.get(region.box, math.nan)
-                    rows += [(label, number, place, closeness) for label in region.labels]
-            yield Batch(stop - start, make_rows(objects), make_rows(texts))
+                    self._check_labels(raw.key, region)
+                    rows[region.kind] += [(label, number, place, closeness) for label in region.labels]
+            yield Batch(stop - start, make_rows(rows["object"]), make_rows(rows["text"]))
+
+    def _check_labels(self, key: str, region: RegionRecord) -> None:
+        info = self._dataset.info
+        classes = info.object_classes if region.kind == "object" else info.text_classes
+        if max(region.labels, default=0) >= max(classes, 1):
+            raise UserError(
+                f"sample {key!r} has the {region.kind} label {max(region.labels)}, but there are {classes} "
+                "classes; curate again"
+            )
 
     def read(self, number: int) -> Sample:
         """Read a sample.
@@ -132,31 +144,23 @@ class CuratedSource:
         raw = self._dataset.read(number)
         return Sample(raw.key, decode_image(raw.image), parse_sample(raw.record))
 
-    def _known_cosines(self) -> _Cosines | None:
-        return _Cosines(self._pieces) if self._pieces else None
 
+def _find_cosines(key: str, images: Iterator[tuple[ImageRegions, Floats]]) -> dict[Box, float]:
+    """The cosine of each of an image's boxes.
 
-class _Cosines:
-    """Finds images among the stages' pieces; both list them in one order, so one pass serves all."""
+    Shards and stages list images in one order, so one pass over the stages serves all; images that were not
+    packed are passed over.
 
-    def __init__(self, pieces: list[_Piece]) -> None:
-        self._images = _read_cosines(pieces)
-
-    def find(self, key: str) -> dict[tuple[float, float, float, float], float]:
-        """The cosine of each of an image's boxes; images that were not packed are passed over.
-
-        Raises:
-            UserError: No later image has this key.
-        """
-        for image, cosines in self._images:
-            if image.key == key:
-                return {
-                    region.box: float(cosine) for region, cosine in zip(image.regions, cosines, strict=True)
-                }
-        raise UserError(
-            f"sample {key!r} of the shards is not where the curation's stages have it; the stages are of "
-            "another run: curate again, or name the folder of the shards to do without them"
-        )
+    Raises:
+        UserError: No later image has this key.
+    """
+    for image, cosines in images:
+        if image.key == key:
+            return dict(zip((region.box for region in image.regions), cosines.tolist(), strict=True))
+    raise UserError(
+        f"sample {key!r} of the shards is not where the curation's stages have it; the stages are of "
+        "another run: curate again, or name the folder of the shards to do without them"
+    )
 
 
 def _read_cosines(pieces: list[_Piece]) -> Iterator[tuple[ImageRegions, Floats]]:

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaregion.atlas.members import mix
-from megaregion.atlas.source import Floats
+from megaregion.atlas.source import Floats, mix
 
 EXACT = 20_000
 """Up to so many centers, all pairs are compared."""

@@ -1,24 +1,34 @@
 """The data of every kind of page, written chunk by chunk; the scripts in site/ read just these.
 
+A page opened from a file may not fetch, but it may load a script that brings its data: a chunk is
+data/NAME.js and calls ``atlas("NAME", content)``.
+
 Shapes: K clusters, V tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megaregion.atlas.census import Groups
-from megaregion.atlas.chart import MapTile
-from megaregion.atlas.chunks import packed, write_chunk
-from megaregion.atlas.members import Members
+from megaregion.atlas.cluster_map import MapTile, Places
+from megaregion.atlas.groups import Groups
 from megaregion.atlas.neighbours import Neighbours
-from megaregion.atlas.projection import Places
-from megaregion.atlas.sheets import COLUMNS, COVER_COLUMNS, COVER_SIDE, make_cover, write_sheet
-from megaregion.atlas.spool import Cut, Spool
+from megaregion.atlas.tiles import (
+    COLUMNS,
+    COVER_COLUMNS,
+    COVER_SIDE,
+    Cut,
+    Spool,
+    make_cover,
+    write_sheet,
+)
 
 CHUNK = 64
 """Clusters, tokens or samples of a chunk."""
@@ -29,66 +39,99 @@ ORDER_CHUNK = 4080
 COVERS = 256
 """Tiles of a map sheet."""
 Tick = Callable[[int], object]
+Cuts = dict[int, list[Cut]]
+"""Tiles by their group, in the order of their slots."""
+More = Callable[[range, Cuts], dict[str, Any]]
 
 
-def permille(value: float) -> int:
-    """A cosine in thousandths; -1000 and less where it is not known."""
-    return round(float(value) * 1000) if np.isfinite(value) else -2000
-
-
-class ClusterPages:
-    """Writes clusters/N, and orders/NAME/N for the list of all of them.
+class Pages:
+    """Writes the pages of an atlas.
 
     Args:
         site: The atlas's folder.
-        groups: The clusters.
         tile: Side of a crop, in pixels.
     """
 
-    def __init__(self, site: Path, groups: Groups, tile: int) -> None:
-        self._site, self._groups, self._tile = site, groups, tile
+    def __init__(self, site: Path, tile: int) -> None:
+        self._site, self._tile = site, tile
+        self._samples: list[dict[str, Any]] = []
+        self._numbers: list[int] = []
+        self._keys: list[str] = []
 
-    def write(
+    def write_clusters(
         self,
+        groups: Groups,
         places: Places,
+        map_tiles: Sequence[MapTile],
         near: Neighbours,
         tiles: Spool,
         covers: Spool,
-        chart: Sequence[MapTile],
         tick: Tick,
     ) -> None:
-        """Write the pages' data and sheets; hand what the map shows to `covers`, grouped by map tile."""
-        groups, xy = self._groups, np.round(places.position * 65_535).astype(np.int64)
-        seat = np.zeros((len(groups.sizes), 2), dtype=np.int32)
-        for number, part in enumerate(chart):
-            seat[part.clusters, 0] = number
-            seat[part.clusters, 1] = np.arange(len(part.clusters))
+        """Write clusters/N and the clusters' sheets; hand what the map shows to `covers`, by map tile."""
+        xy = np.round(places.position * 65_535).astype(np.int64)
+        seats = np.zeros((len(groups.sizes), 2), dtype=np.int32)
+        for number, part in enumerate(map_tiles):
+            seats[part.clusters, 0] = number
+            seats[part.clusters, 1] = np.arange(len(part.clusters))
+
+        def more(numbers: range, cuts: Cuts) -> dict[str, Any]:
+            for number, own in cuts.items():
+                if own[0].slot == 0:
+                    cover = make_cover(own[0].tile)
+                    covers.add([Cut(int(seats[number, 0]), int(seats[number, 1]), cover)])
+            span = slice(numbers.start, numbers.stop)
+            return {
+                "mean": [permille(value) for value in groups.closeness[span]],
+                "x": xy[span, 0].tolist(),
+                "y": xy[span, 1].tolist(),
+                "near": [_flat_neighbours(groups, near, number) for number in numbers],
+            }
+
+        self._write_groups("clusters", groups, tiles, more, tick)
+
+    def write_tokens(self, groups: Groups, pieces: Sequence[str], tiles: Spool, tick: Tick) -> None:
+        """Write tokens/N, the tokens' sheets, and tokens/index, by which the page searches."""
+
+        def more(numbers: range, cuts: Cuts) -> dict[str, Any]:
+            return {"texts": [{cut.slot: cut.text for cut in cuts.get(number, [])} for number in numbers]}
+
+        self._write_groups("tokens", groups, tiles, more, tick)
+        index = {
+            "piece": list(pieces),
+            "size": groups.sizes.tolist(),
+            "sheet": groups.cropped.astype(int).tolist(),
+        }
+        self.write_chunk("tokens/index", index)
+
+    def _write_groups(
+        self,
+        kind: str,
+        groups: Groups,
+        tiles: Spool,
+        more: Callable[[range, Cuts], dict[str, Any]],
+        tick: Tick,
+    ) -> None:
         for first in range(0, len(groups.sizes), CHUNK):
             numbers = range(first, min(first + CHUNK, len(groups.sizes)))
             cuts = tiles.take(first // CHUNK)
-            _write_group_sheets(self._site, "clusters", groups, numbers, cuts, self._tile)
-            for number in cuts:
-                if cuts[number][0].slot == 0:
-                    cover = make_cover(cuts[number][0].tile)
-                    covers.add([Cut(int(seat[number, 0]), int(seat[number, 1]), cover)])
-            write_chunk(
-                self._site,
-                f"clusters/{first // CHUNK}",
-                {
-                    "size": groups.sizes[first : numbers.stop].tolist(),
-                    "mean": [permille(value) for value in groups.closeness[first : numbers.stop]],
-                    "x": xy[first : numbers.stop, 0].tolist(),
-                    "y": xy[first : numbers.stop, 1].tolist(),
-                    "sheet": groups.cropped[first : numbers.stop].astype(int).tolist(),
-                    "near": [self._neighbours(near, number) for number in numbers],
-                    "members": [_members(groups, number, cuts.get(number, [])) for number in numbers],
-                },
-            )
+            for number in numbers:
+                if groups.cropped[number]:
+                    # One all of whose images are damaged has a grey sheet.
+                    path = self._site / "sheets" / kind / str(number // DIRECTORY) / f"{number}.jpg"
+                    found = {cut.slot: cut.tile for cut in cuts.get(number, [])}
+                    write_sheet(path, found, int(groups.shown[number].sum()), self._tile, COLUMNS)
+            content = {
+                "size": groups.sizes[first : numbers.stop].tolist(),
+                "sheet": groups.cropped[first : numbers.stop].astype(int).tolist(),
+                "members": [_flat_members(groups, number, cuts.get(number, [])) for number in numbers],
+                **more(numbers, cuts),
+            }
+            self.write_chunk(f"{kind}/{first // CHUNK}", content)
             tick(len(numbers))
 
-    def write_orders(self, tick: Tick) -> None:
-        """Write the lists: by number, the largest first, the loosest first."""
-        groups = self._groups
+    def write_orders(self, groups: Groups, tick: Tick) -> None:
+        """Write orders/NAME/N, the lists of clusters: by number, the largest first, the loosest first."""
         orders = {
             "number": np.arange(len(groups.sizes)),
             "size": np.argsort(-groups.sizes, kind="stable"),
@@ -101,143 +144,116 @@ class ClusterPages:
                 means = np.nan_to_num(groups.closeness[part] * 1000, nan=-2000).round().astype(np.int16)
                 content = {
                     "id": packed(part.astype(np.int32)),
-                    "size": packed(np.minimum(groups.sizes[part], 2**31 - 1).astype(np.int32)),
+                    "size": _packed_sizes(groups.sizes[part]),
                     "mean": packed(means),
                     "sheet": packed(groups.cropped[part].astype(np.uint8)),
                 }
-                write_chunk(self._site, f"orders/{name}/{start // ORDER_CHUNK}", content)
+                self.write_chunk(f"orders/{name}/{start // ORDER_CHUNK}", content)
                 tick(len(part))
 
-    def _neighbours(self, near: Neighbours, number: int) -> list[int]:
-        """Number, cosine, size and sheet of each neighbour, one after the other."""
-        flat: list[int] = []
-        for other, cosine in zip(near.cluster[number].tolist(), near.cosine[number].tolist(), strict=True):
-            if other >= 0:
-                size, sheet = int(self._groups.sizes[other]), int(self._groups.cropped[other])
-                flat += [other, permille(cosine), size, sheet]
-        return flat
+    def write_map(
+        self, groups: Groups, map_tiles: Sequence[MapTile], places: Places, covers: Spool, tick: Tick
+    ) -> None:
+        """Write map/NAME for every tile of the map, and its sheets of covers."""
+        xy = np.round(places.position * 65_535).astype(np.uint16)
+        for number, part in enumerate(map_tiles):
+            # Cropped clusters are the largest ones, and so the first ones of every tile.
+            shown = int(groups.cropped[part.clusters].sum())
+            found = {cut.slot: cut.tile for cut in covers.take(number).get(number, [])}
+            for start in range(0, shown, COVERS):
+                count = min(COVERS, shown - start)
+                tiles = {slot - start: tile for slot, tile in found.items() if 0 <= slot - start < count}
+                path = self._site / "sheets" / "map" / f"{part.name}-{start // COVERS}.jpg"
+                write_sheet(path, tiles, count, COVER_SIDE, COVER_COLUMNS)
+            content = {
+                "id": packed(part.clusters.astype(np.int32)),
+                "x": packed(xy[part.clusters, 0]),
+                "y": packed(xy[part.clusters, 1]),
+                "size": _packed_sizes(groups.sizes[part.clusters]),
+                "tint": packed(places.tint[part.clusters]),
+                "covers": shown,
+            }
+            self.write_chunk(f"map/{part.name}", content)
+            tick(len(part.clusters))
 
-
-def write_tokens(
-    site: Path, groups: Groups, pieces: Sequence[str], tiles: Spool, tile: int, tick: Tick
-) -> None:
-    """Write tokens/N and tokens/index, by which the page searches."""
-    for first in range(0, len(pieces), CHUNK):
-        numbers = range(first, min(first + CHUNK, len(pieces)))
-        cuts = tiles.take(first // CHUNK)
-        _write_group_sheets(site, "tokens", groups, numbers, cuts, tile)
-        content = {
-            "size": groups.sizes[first : numbers.stop].tolist(),
-            "sheet": groups.cropped[first : numbers.stop].astype(int).tolist(),
-            "members": [_members(groups, number, cuts.get(number, [])) for number in numbers],
-            "texts": [{cut.slot: cut.text for cut in cuts.get(number, [])} for number in numbers],
-        }
-        write_chunk(site, f"tokens/{first // CHUNK}", content)
-        tick(len(numbers))
-    index = {
-        "piece": list(pieces),
-        "size": groups.sizes.tolist(),
-        "sheet": groups.cropped.astype(int).tolist(),
-    }
-    write_chunk(site, "tokens/index", index)
-
-
-def write_map(
-    site: Path, chart: Sequence[MapTile], places: Places, groups: Groups, covers: Spool, tick: Tick
-) -> None:
-    """Write map/NAME for every tile of the map, and its sheets of covers."""
-    xy = np.round(places.position * 65_535).astype(np.uint16)
-    for number, part in enumerate(chart):
-        # Cropped clusters are the largest ones, and so the first ones of every tile.
-        shown = int(groups.cropped[part.clusters].sum())
-        found = {cut.slot: cut.tile for cut in covers.take(number).get(number, [])}
-        for start in range(0, shown, COVERS):
-            count = min(COVERS, shown - start)
-            tiles = {slot - start: tile for slot, tile in found.items() if 0 <= slot - start < count}
-            path = site / "sheets" / "map" / f"{part.name}-{start // COVERS}.jpg"
-            write_sheet(path, tiles, count, COVER_SIDE, COVER_COLUMNS)
-        content = {
-            "id": packed(part.clusters.astype(np.int32)),
-            "x": packed(xy[part.clusters, 0]),
-            "y": packed(xy[part.clusters, 1]),
-            "size": packed(np.minimum(groups.sizes[part.clusters], 2**31 - 1).astype(np.int32)),
-            "tint": packed(places.tint[part.clusters]),
-            "covers": shown,
-        }
-        write_chunk(site, f"map/{part.name}", content)
-        tick(len(part.clusters))
-
-
-class SamplePages:
-    """Writes images/ and samples/N while samples come in; then samples/index, by which the page finds them.
-
-    Args:
-        site: The atlas's folder.
-    """
-
-    def __init__(self, site: Path) -> None:
-        self._site = site
-        self._numbers: list[int] = []
-        self._keys: list[str] = []
-        self._waiting: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def add(self, description: dict[str, Any], jpeg: bytes) -> None:
-        """Take one sample in."""
-        folder = self._site / "images" / str(len(self) // DIRECTORY)
+    def add_sample(self, description: dict[str, Any], jpeg: bytes) -> None:
+        """Take in one sample to browse; samples/N is written when enough have come."""
+        folder = self._site / "images" / str(len(self._numbers) // DIRECTORY)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{description['n']}.jpg").write_bytes(jpeg)
         self._numbers.append(description["n"])
         self._keys.append(description["key"])
-        self._waiting.append(description)
-        if len(self._waiting) == CHUNK:
-            self._write()
+        self._samples.append(description)
+        if len(self._samples) == CHUNK:
+            self._write_samples()
 
-    def finish(self) -> None:
-        """Write what is left, and the index."""
-        if self._waiting:
-            self._write()
-        content = {"n": packed(np.array(self._numbers, dtype=np.int64).astype(np.uint32)), "key": self._keys}
-        write_chunk(self._site, "samples/index", content)
+    def finish_samples(self) -> int:
+        """Write the last samples, and samples/index, by which the page finds them; gives their number."""
+        if self._samples:
+            self._write_samples()
+        numbers = np.array(self._numbers, dtype=np.uint32)
+        self.write_chunk("samples/index", {"n": packed(numbers), "key": self._keys})
+        return len(numbers)
 
-    def _write(self) -> None:
-        write_chunk(self._site, f"samples/{(len(self) - 1) // CHUNK}", self._waiting)
-        self._waiting = []
+    def _write_samples(self) -> None:
+        self.write_chunk(f"samples/{(len(self._numbers) - 1) // CHUNK}", self._samples)
+        self._samples = []
+
+    def write_chunk(self, name: str, content: Any) -> None:
+        """Write one chunk.
+
+        Args:
+            name: As clusters/12.
+            content: JSON.
+
+        Raises:
+            ValueError: A number is not finite.
+        """
+        path = self._site / "data" / f"{name}.js"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # ASCII alone: whatever a text region reads, the file has no letter that ends a line or a script.
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+        path.write_bytes(f"atlas({json.dumps(name)},{text})\n".encode("ascii"))
 
 
-def _write_group_sheets(
-    site: Path, kind: str, groups: Groups, numbers: range, cuts: Mapping[int, list[Cut]], side: int
-) -> None:
-    """Write the sheets of some groups; one all of whose images are damaged has a grey sheet."""
-    for number in numbers:
-        if groups.cropped[number]:
-            nearest, random = groups.shown(number)
-            path = site / "sheets" / kind / str(number // DIRECTORY) / f"{number}.jpg"
-            tiles = {cut.slot: cut.tile for cut in cuts.get(number, [])}
-            write_sheet(path, tiles, nearest.stop + random.stop, side, COLUMNS)
+def packed(values: NDArray[Any]) -> str:
+    """An array's bytes, little endian, in base64: half as large as its digits, and read at once."""
+    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _members(groups: Groups, number: int, cuts: Sequence[Cut]) -> list[list[int]]:
+def permille(value: float) -> int:
+    """A cosine in thousandths; -1000 and less where it is not known."""
+    return round(float(value) * 1000) if np.isfinite(value) else -2000
+
+
+def _packed_sizes(sizes: NDArray[np.int64]) -> str:
+    return packed(np.minimum(sizes, 2**31 - 1).astype(np.int32))
+
+
+def _flat_neighbours(groups: Groups, near: Neighbours, number: int) -> list[int]:
+    """Number, cosine, size and sheet of each neighbour, one after the other."""
+    flat: list[int] = []
+    for other, cosine in zip(near.cluster[number].tolist(), near.cosine[number].tolist(), strict=True):
+        if other >= 0:
+            flat += [other, permille(cosine), int(groups.sizes[other]), int(groups.cropped[other])]
+    return flat
+
+
+def _flat_members(groups: Groups, number: int, cuts: Sequence[Cut]) -> list[list[int]]:
     """Sample, region, cosine and box in the tile of each member; first the nearest, then the random ones.
 
     The box is four zeros where there is no tile.
     """
     boxes = {cut.slot: cut.tile.box for cut in cuts}
-    nearest, random = groups.shown(number)
     both: list[list[int]] = []
     slot = 0
-    for members, shown in ((groups.nearest, nearest), (groups.random, random)):
+    for members, shown in zip((groups.nearest, groups.random), groups.shown[number].tolist(), strict=True):
         flat: list[int] = []
-        if members is not None:
-            for place in range(shown.stop):
-                flat += _member(members, number, place, boxes.get(slot, (0, 0, 0, 0)))
-                slot += 1
+        for place in range(shown if members else 0):
+            assert members is not None
+            sample, region = int(members.sample[number, place]), int(members.region[number, place])
+            cosine = permille(members.closeness[number, place])
+            flat += [sample, region, cosine, *boxes.get(slot, (0, 0, 0, 0))]
+            slot += 1
         both.append(flat)
     return both
-
-
-def _member(members: Members, number: int, place: int, box: tuple[int, int, int, int]) -> list[int]:
-    sample, region = int(members.sample[number, place]), int(members.region[number, place])
-    return [sample, region, permille(members.closeness[number, place]), *box]

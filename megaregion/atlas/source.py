@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, its pixels not yet decoded."""
+    """One sample, its image decoded to RGB."""
 
     key: str
     image: Image.Image
@@ -101,3 +101,12 @@ def make_rows(rows: Sequence[tuple[int, int, int, float]]) -> Rows:
     return Rows(
         numbers[:, 0], numbers[:, 1], numbers[:, 2], np.array([row[3] for row in rows], dtype=np.float32)
     )
+
+
+def mix(numbers: Integers, seed: int) -> NDArray[np.uint64]:
+    """Hash numbers, [r], with a seed: splitmix64's finisher, each bit of which depends on each of theirs."""
+    with np.errstate(over="ignore"):
+        word = numbers.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(word ^ (word >> np.uint64(31)), dtype=np.uint64)

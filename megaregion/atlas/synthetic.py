@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.atlas.members import mix
-from megaregion.atlas.source import Batch, Floats, Integers, Rows, Sample
+from megaregion.atlas.source import Batch, Floats, Integers, Rows, Sample, mix
 from megaregion.data.sample import RegionRecord, SampleRecord
 
 VERSION = 1

@@ -8,8 +8,8 @@ const ORDERS = { size: "Largest first", spread: "Loosest first", number: "By num
 const ClusterList = (() => {
   async function open(view, [order = "size", number = "0"]) {
     const manifest = Store.peek("manifest"), page = Number(number), pages = Math.ceil(manifest.clusters / LISTED);
-    if (!(order in ORDERS)) throw new Error(`Clusters cannot be ordered by ${order}`);
-    if (!(page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
+    if (!Object.hasOwn(ORDERS, order)) throw new Error(`Clusters cannot be ordered by ${order}`);
+    if (!(Number.isInteger(page) && page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
     const start = page * LISTED;
     const chunk = await Store.load(`orders/${order}/${Math.floor(start / ORDER_CHUNK)}`);
     const ids = Store.unpack(chunk.id, Int32Array), sizes = Store.unpack(chunk.size, Int32Array);

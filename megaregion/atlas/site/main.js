@@ -2,6 +2,7 @@
 // Routes: what stands after # decides the page, so that every page has an address.
 
 const PAGES = {
+  __proto__: null, // or #/constructor would find what every object has
   "": ["map", MapPage], map: ["map", MapPage],
   clusters: ["clusters", ClusterList], cluster: ["clusters", ClusterPage],
   tokens: ["tokens", TokenList], token: ["tokens", TokenPage],
@@ -12,7 +13,7 @@ const Router = (() => {
   let current = null, turn = 0;
 
   async function show() {
-    const mine = ++turn, [name = "", ...parts] = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map(decodeURIComponent);
+    const mine = ++turn, [name = "", ...parts] = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map(plainText);
     const view = document.getElementById("view"), next = element("div", {});
     current?.close?.();
     const [tab, page] = PAGES[name] ?? [null, null];
@@ -35,6 +36,11 @@ const Router = (() => {
     document.title = `${title} · Atlas`;
     document.body.dataset.shown = location.hash || "#/";
     if (page !== MapPage) view.focus({ preventScroll: true });
+  }
+
+  // A part of an address without its % signs, or as it stands where they mean nothing.
+  function plainText(part) {
+    try { return decodeURIComponent(part); } catch { return part; }
   }
 
   function onKey(event) {

@@ -1,7 +1,7 @@
 "use strict";
 // The map: a canvas that draws the density of all clusters, and the tiles of those that the view needs.
 
-const COVER = 48, COVER_COLUMNS = 16, COVERS = 256; // as sheets.py and pages.py write them
+const COVER = 48, COVER_COLUMNS = 16, COVERS = 256; // as tiles.py and pages.py write them
 const DEEPER = 340; // pixels that a tile takes on the screen before the ones below it are drawn, too
 const SHEETS = 48; // sheets of covers in memory
 const COVERED = 360; // pixels of the view's left where the title stands
@@ -68,7 +68,7 @@ class MapView {
     this.paint();
     this.showAll();
     if (number !== null) {
-      if (!(number >= 0 && number < this.manifest.clusters)) throw new Error(`There is no cluster ${number}`);
+      if (!(Number.isInteger(number) && number >= 0 && number < this.manifest.clusters)) throw new Error(`There is no cluster ${number}`);
       const chunk = await Store.load(`clusters/${Math.floor(number / CHUNK)}`), row = number % CHUNK;
       this.marked = { id: number, x: chunk.x[row] / 65535, y: chunk.y[row] / 65535 };
       this.camera.place(this.marked.x, this.marked.y, this.camera.whole * Math.max(2.5, Math.sqrt(this.manifest.clusters) / 8));

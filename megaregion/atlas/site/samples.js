@@ -49,7 +49,7 @@ const SampleList = (() => {
   async function open(view, [number = "0"]) {
     const manifest = Store.peek("manifest"), index = await SampleIndex.load(), page = Number(number), total = index.numbers.length;
     const pages = Math.max(Math.ceil(total / SAMPLES_LISTED), 1);
-    if (!(page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
+    if (!(Number.isInteger(page) && page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
     const places = Array.from({ length: Math.min(SAMPLES_LISTED, total - page * SAMPLES_LISTED) }, (_, i) => page * SAMPLES_LISTED + i);
     const samples = await Promise.all(places.map((place) => SampleIndex.sample(place)));
     const to = (other) => (other < 0 || other >= pages ? null : `#/samples/${other}`);

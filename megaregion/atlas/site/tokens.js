@@ -24,7 +24,7 @@ const TokenList = (() => {
   async function open(view, [number = "0"]) {
     const manifest = Store.peek("manifest"), index = await loadTokens(), page = Number(number);
     const pages = Math.max(Math.ceil(index.piece.length / TOKENS_LISTED), 1);
-    if (!(page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
+    if (!(Number.isInteger(page) && page >= 0 && page < pages)) throw new Error(`There is no page ${number}; the last one is ${pages - 1}`);
     const shown = index.order.slice(page * TOKENS_LISTED, (page + 1) * TOKENS_LISTED), most = Math.max(index.size[index.order[0]] ?? 0, 1);
     const to = (other) => (other < 0 || other >= pages ? null : `#/tokens/${other}`);
     view.append(element("div", { class: "page" },
