@@ -12,7 +12,8 @@ import torch
 from launch import repository
 
 from benchmark.head import HeadSizes, compare
-from benchmark.measure import PeakMemory, Stopwatch
+from benchmark.measure import Stopwatch
+from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report
 
 CPU = torch.device("cpu")

@@ -7,14 +7,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmark.commands import PARTS
-from benchmark.crops import gaussian_features, scene_features
+import benchmark.assign
+import benchmark.kmeans
+from benchmark.kmeans import gaussian_features
+from benchmark.scenes import scene_features
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.kmeans import cost, features
 from megaregion.curation.kmeans.features import Vectors, evenly
@@ -396,19 +399,19 @@ def test_the_projection_counts_disk_and_grows_with_the_regions() -> None:
     assert sum(slow.values()) > 5 * sum(large.values())
 
 
-@pytest.mark.parametrize(("part", "cases"), [("kmeans", 6), ("assign", 5)])
+@pytest.mark.parametrize(("part", "cases"), [(benchmark.kmeans, 6), (benchmark.assign, 5)])
 def test_the_benchmarks_run_at_any_size_and_say_what_they_need(
-    part: str, cases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: ModuleType, cases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = argparse.ArgumentParser()
-    PARTS[part].add_arguments(parser)
+    part.add_arguments(parser)
     small = ["--case=mixture", "--vectors=2000", "--components=64", "--passes=2"]
-    report = PARTS[part].measure(parser.parse_args(small), torch.device("cpu"))
+    report = part.measure(parser.parse_args(small), torch.device("cpu"))
     report.write_json(tmp_path / "out.json")
     assert len(json.loads((tmp_path / "out.json").read_text())["cases"]) == cases
-    assert ("modelled: coarse" in capsys.readouterr().out) == (part == "kmeans")
+    assert ("modelled: coarse" in capsys.readouterr().out) == (part is benchmark.kmeans)
     with pytest.raises(UserError, match="--components must lie in"):
-        PARTS[part].measure(parser.parse_args(["--components=9"]), torch.device("cpu"))
+        part.measure(parser.parse_args(["--components=9"]), torch.device("cpu"))
 
 
 def test_embeddings_of_scenes_are_made_once_and_another_file_is_refused(tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_check_compares_any_two_encoders_on_images(
 
 def peak_of(work: Callable[[], object]) -> int:
     """Bytes by which a call raised this process's memory at most."""
-    from benchmark.measure import PeakMemory
+    from benchmark.memory import PeakMemory
 
     memory = PeakMemory(torch.device("cpu"))
     memory.reset()

@@ -9,11 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmark.head import group_of_one
+from benchmark.measure import alone
 from megaregion.config import HeadConfig, ModelConfig
 from megaregion.heads import ClassShardedHead
 from megaregion.models import RegionEncoder, initialise
 from megaregion.models.flops import encoder_flops, head_flops
+from megaregion.parallel import topology
 
 SMALL = {"image_size": 64, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "mlp_width": 192}
 
@@ -76,13 +77,16 @@ def test_a_vit_l_costs_what_the_notes_say(size: int, gflop: int) -> None:
 @pytest.mark.parametrize(("chunk_bytes", "kept"), [(64 * 2**20, 1.0), (2**18, 0.0)])
 def test_a_heads_operations_are_those_that_torch_counts(chunk_bytes: int, kept: float) -> None:
     rows, classes, dim = 512, 6144, 32
-    with group_of_one(torch.device("cpu")) as group:
+    place = alone(torch.device("cpu"))
+    try:
         head = ClassShardedHead(
-            HeadConfig(sample_rate=1.0), classes, dim,
-            world_group=group, data_group=group, seed=0, name="object", chunk_bytes=chunk_bytes,
+            HeadConfig(sample_rate=1.0), classes, dim, world_group=place.world_group,
+            data_group=place.data_group, seed=0, name="object", chunk_bytes=chunk_bytes,
         )  # fmt: skip
         features = torch.randn(rows, dim, requires_grad=True)
         labels = torch.randint(classes, (rows, 1))
         with counter() as counted:
             head.loss(features, labels, torch.ones(rows, dtype=torch.bool), step=0).sum.backward()
+    finally:
+        topology.leave()
     assert counted.get_total_flops() == head_flops(rows, classes, dim, kept)

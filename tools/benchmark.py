@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from benchmark.commands import PARTS
 from megaregion.command_line import run
 from megaregion.errors import UserError
 
+PARTS = (
+    "assign", "atlas", "checkpoint", "convert", "curation", "embed", "guards", "head", "kmeans", "loader",
+    "model", "ocr", "plan", "step",
+)  # fmt: skip
+"""Modules of the package `benchmark` beside this file; Python finds a package before a module."""
+
 
 def main() -> int:
-    options = parse()
+    # Imported here and not above, for a process that a part starts loads this file again.
+    parts = {name: importlib.import_module(f"benchmark.{name}") for name in PARTS}
+    options = parse(parts)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -22,19 +31,20 @@ def main() -> int:
     folder = getattr(options, "folder", None)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder; make it first, on the disk to measure")
-    report = PARTS[options.part].measure(options, device)
+    report = parts[options.part].measure(options, device)
     print(report.table())
     if options.json:
         report.write_json(options.json)
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(parts: dict[str, ModuleType]) -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, part in PARTS.items():
-        command = parts.add_parser(name, help=part.HELP, description=part.DESCRIPTION, formatter_class=form)
+    commands = parser.add_subparsers(dest="part", required=True)
+    for name, part in parts.items():
+        told = (part.__doc__ or "").partition("\n")[0].rstrip(".")
+        command = commands.add_parser(name, help=told, description=part.__doc__, formatter_class=form)
         part.add_arguments(command)
         command.add_argument("--threads", type=int, help="threads of the processor; all when not given")
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")

@@ -14,13 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
+from benchmark.memory import TreeMemory
 from megaregion.command_line import run
 from megaregion.errors import UserError
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation
@@ -31,7 +29,7 @@ def main() -> int:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     shutil.rmtree(arguments.run / "hf", ignore_errors=True)
-    with PeakMemory() as memory:
+    with TreeMemory() as memory:
         for name, command in steps(arguments):
             print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
             started = time.perf_counter()
@@ -82,39 +80,6 @@ with torch.inference_mode():
 shapes = {name: tuple(out[name].shape) for name in ("last_hidden_state", "pooler_output")}
 print(type(model).__name__, shapes)
 """
-
-
-class PeakMemory:
-    """Greatest sum over all processes that this one has started while the block runs; 0 without Linux.
-
-    Memory that processes share counts once: each is charged its proportional share (PSS). A peak that is
-    shorter than the second between two looks can be missed.
-    """
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(1.0):
-            self.peak = max(self.peak, sum(map(_shared_size, psutil.Process().children(recursive=True))))
-
-
-def _shared_size(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
-    # It has just ended, or this system does not count shares.
-    except (psutil.Error, AttributeError):
-        return 0
 
 
 def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) -> int:

@@ -1,1 +1,5 @@
-"""Comparisons in one run on one machine: ours against honest peers, against stated goals."""
+"""Comparisons in one run on one machine: our parts beside honest peers, or beside stated goals.
+
+A part is a module with ``add_arguments(parser)`` and ``measure(options, device) -> Report``; its
+docstring is its ``--help``. What parts share: browser, contestant, measure, memory, report, scenes.
+"""

@@ -6,7 +6,6 @@ Needs Debian's chromium and chromium-driver, and no package.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark.memory import descendants_bytes
 from megaregion.errors import UserError
 
 PATIENCE = 60.0
@@ -113,19 +113,7 @@ class Browser:
 
     def memory(self) -> int:
         """Bytes that all the browser's processes hold; what they share counts once."""
-        parents = {}
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            # A process may end while we look; its name may hold spaces and brackets.
-            with contextlib.suppress(OSError):
-                parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-        ours, total = {self._driver}, 0
-        while new := {child for child, parent in parents.items() if parent in ours} - ours:
-            ours |= new
-        for process in ours - {self._driver}:
-            with contextlib.suppress(OSError):
-                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        return total
+        return descendants_bytes(self._driver)
 
     def screenshot(self, path: Path) -> None:
         """Save what the window shows, as PNG."""

@@ -1,14 +1,16 @@
-"""What a save takes from training: asynchronous against synchronous, on the path that a run saves by.
+"""What an asynchronous save takes from training, beside a synchronous one, on the path by which a run saves.
 
-Two things are taken, and they are reported apart. The call blocks until the state is copied to host memory
-(asynchronous) or until it is on the disk (synchronous). While the thread then hashes and writes, it uses a
-processor and the memory's bandwidth, which slows the steps meanwhile where no core is idle; a GPU's steps
-hardly need the processor, those of this benchmark's stand-in for a step need nothing else.
+Ratios are synchronous save / ours; a ratio of 20 is 5 percent of its time. The call blocks until the
+state is copied to host memory, or, synchronous, until it is on the disk. While a thread then hashes and
+writes, it uses a processor and the memory's bandwidth, which slows the steps where no core is idle; a
+GPU's steps hardly need the processor, those of this benchmark's stand-in for a step need nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,76 +19,58 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmark.measure import Stopwatch
-from benchmark.report import Case
+from benchmark.measure import Stopwatch, alone, describe_host
+from benchmark.report import Case, Report
 from megaregion.checkpoint.fence import Fence
 from megaregion.checkpoint.format import Piece, step_folder
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.errors import UserError
+from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.schemas.events import Events
 
 GOAL = 20.0
 """Least ratio of the synchronous save's time to what the asynchronous one blocks: at most 5%."""
-
 ROW = 1024
 """Width of the state's matrices."""
 
 
-def training_state(parameters: int, device: torch.device) -> list[Piece]:
-    """Weights and two moments in fp32, as matrices of the size that a ViT-L has."""
-    pieces = []
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        for index, first in enumerate(range(0, parameters, 4096 * ROW)):
-            rows = max(1, min(4096, (parameters - first) // ROW))
-            tensor = torch.full((rows, ROW), float(index + 1), device=device)
-            pieces.append(Piece(f"{kind}.{index}", tuple(tensor.shape), (0, 0), tensor))
-    return pieces
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    parser.add_argument(
+        "--parameters",
+        type=lambda text: int(float(text)),
+        default=300_000_000,
+        help="parameters of the model; the state is 12 bytes for each, and memory and disk hold it twice",
+    )
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure")
+    parser.add_argument("--repeats", type=int, default=2, help="saves of each kind; the fastest counts")
 
 
-class Steps:
-    """A stand-in for training: matrix products of one size, timed one by one."""
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Save a state of that size both ways.
 
-    def __init__(self, device: torch.device) -> None:
-        self._operand = torch.ones(768, 768, device=device)
-        self._watch = Stopwatch(device)
-        self.alone = min(self.seconds() for _ in range(10))
-        """Seconds of a step while nothing is written."""
-
-    def seconds(self) -> float:
-        """Take one step."""
-        return self._watch.seconds(self._step)
-
-    def _step(self) -> Tensor:
-        out = self._operand
-        for _ in range(4):
-            out = out @ self._operand
-        return out
-
-    def lost_until(self, ended: Callable[[], bool]) -> float:
-        """Take steps until something has ended; returns the seconds by which they took longer than alone."""
-        lost = 0.0
-        while not ended():
-            lost += self.seconds() - self.alone
-        return max(0.0, lost)
-
-
-def compare_saves(
-    parameters: int, folder: Path, topology: Topology, device: torch.device, repeats: int
-) -> list[Case]:
-    """Save the same state both ways, in turn.
-
-    Args:
-        parameters: Parameters of the model; the state has three fp32 values for each.
-        folder: Where to write; emptied.
-        topology: A single rank.
-        device: Where the state lies.
-        repeats: Saves of each kind; the fastest of each counts.
+    Raises:
+        UserError: A flag is out of range, or the disk has too little room.
     """
-    pieces = training_state(parameters, device)
+    if options.parameters < 1024 or options.repeats < 1:
+        raise UserError("--parameters must be at least 1024 and --repeats at least 1")
+    needed, free = 24 * options.parameters, shutil.disk_usage(options.folder).free
+    if free < needed:
+        raise UserError(f"--folder {options.folder} needs {needed / 1e9:.0f} GB free, has {free / 1e9:.0f}")
+    report = Report(describe_host(device, folder=str(options.folder)))
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as folder:
+        report.cases += _compare(options.parameters, Path(folder), alone(device), options.repeats)
+    topology.leave()
+    return report
+
+
+def _compare(parameters: int, folder: Path, place: Topology, repeats: int) -> list[Case]:
+    """Save the same state both ways, in turn; the first save of each kind stands apart."""
+    pieces = _training_state(parameters, place.device)
     size = sum(piece.tensor.numel() * piece.tensor.element_size() for piece in pieces) / 1e9
-    saver = Saver(topology, Fence(folder, 0, "benchmark"), Events(folder, False), Retention(last=1))
-    snapshot, steps = Snapshot(device), Steps(device)
+    saver = Saver(place, Fence(folder, 0, "benchmark"), Events(folder, False), Retention(last=1))
+    snapshot, steps = Snapshot(place.device), Steps(place.device)
     facts = {"step": 0, "position": 0}
     synchronous, blocked, slowed, written = [], [], [], []
     for _ in range(repeats + 1):
@@ -109,6 +93,39 @@ def compare_saves(
         Case(f"{name}: steps slowed meanwhile", min(slowed[1:]), peer, 0, "s"),
         Case(f"{name}: until it is visible", min(written[1:]), peer, 0, "s"),
     ]
+
+
+def _training_state(parameters: int, device: torch.device) -> list[Piece]:
+    """Weights and two moments in fp32, as matrices of the size that a ViT-L has."""
+    pieces = []
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        for index, first in enumerate(range(0, parameters, 4096 * ROW)):
+            rows = max(1, min(4096, (parameters - first) // ROW))
+            tensor = torch.full((rows, ROW), float(index + 1), device=device)
+            pieces.append(Piece(f"{kind}.{index}", tuple(tensor.shape), (0, 0), tensor))
+    return pieces
+
+
+class Steps:
+    """A stand-in for training: matrix products of one size, timed one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._operand = torch.ones(768, 768, device=device)
+        self._watch = Stopwatch(device)
+        self._alone = self._watch.fastest(self._step, 10)
+
+    def lost_until(self, ended: Callable[[], bool]) -> float:
+        """Take steps until something has ended; returns the seconds by which they took longer than alone."""
+        lost = 0.0
+        while not ended():
+            lost += self._watch.seconds(self._step) - self._alone
+        return max(0.0, lost)
+
+    def _step(self) -> Tensor:
+        out = self._operand
+        for _ in range(4):
+            out = out @ self._operand
+        return out
 
 
 def _start(saver: Saver, folder: Path, pieces: list[Piece], facts: dict[str, int]) -> None:

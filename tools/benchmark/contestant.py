@@ -8,42 +8,36 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from benchmark.measure import PeakMemory, Stopwatch
+from benchmark.measure import Stopwatch
+from benchmark.memory import PeakMemory
 
 Work = Callable[[], object]
 """One step; it leaves everything as the next step wants it."""
+Build = tuple[Callable[..., Work], tuple[Any, ...]]
+"""What makes the work, a function of a module, for it is found by its name in the new process; and its
+arguments."""
 
 
 class Contestant:
-    """A process that does its work when it is told to.
+    """A process that builds its work, and does it when it is told to.
 
     Args:
-        build: Makes the work; a function of a module, for it is found by its name in the new process.
-        arguments: What build takes.
-        device: Where the work runs.
-        threads: Threads of the processor; 0 leaves torch's choice.
-        processor: Count the process's processor time; see Stopwatch.
+        build: Makes the work.
+        watch: The clock, on the device where the work runs.
     """
 
-    def __init__(
-        self,
-        build: Callable[..., Work],
-        arguments: tuple[Any, ...],
-        device: torch.device,
-        threads: int = 0,
-        processor: bool = False,
-    ) -> None:
+    def __init__(self, build: Build, watch: Stopwatch) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        threads = threads or torch.get_num_threads()
         self._process = context.Process(
-            target=_serve, args=(other, build, arguments, str(device), threads, processor), daemon=True
+            target=_serve, args=(other, build, watch, torch.get_num_threads()), daemon=True
         )
         self._process.start()
         other.close()
@@ -77,36 +71,35 @@ class Contestant:
         return float(answer)
 
 
-def take_turns(contestants: Mapping[str, Contestant], rounds: int, warm_up: int = 1) -> dict[str, float]:
-    """Seconds of each contestant's fastest step, one after the other in each round.
+@contextmanager
+def contestants(builds: Mapping[str, Build], watch: Stopwatch) -> Iterator[dict[str, Contestant]]:
+    """Start a process for each, and end all of them."""
+    started: dict[str, Contestant] = {}
+    try:
+        for name, build in builds.items():
+            started[name] = Contestant(build, watch)
+        yield started
+    finally:
+        for contestant in started.values():
+            contestant.close()
 
-    Args:
-        contestants: By name.
-        rounds: Timed steps of each.
-        warm_up: Steps of each before that do not count.
-    """
+
+def take_turns(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
+    """Seconds of each contestant's fastest step; they take turns, and the first round is left out."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(warm_up + rounds):
+    for _ in range(1 + rounds):
         for name, contestant in contestants.items():
-            seconds = contestant.seconds()
-            if number >= warm_up:
-                times[name].append(seconds)
-    return {name: min(of) for name, of in times.items()}
+            times[name].append(contestant.seconds())
+    return {name: min(each[1:]) for name, each in times.items()}
 
 
-def _serve(
-    pipe: Connection,
-    build: Callable[..., Work],
-    arguments: tuple[Any, ...],
-    device: str,
-    threads: int,
-    processor: bool,
-) -> None:
+def _serve(pipe: Connection, build: Build, watch: Stopwatch, threads: int) -> None:
     torch.set_num_threads(threads)
-    watch, memory = Stopwatch(torch.device(device), processor), PeakMemory(torch.device(device))
+    memory = PeakMemory(watch.device)
     try:
         before = memory.now()
-        work = build(*arguments)
+        make, arguments = build
+        work = make(*arguments)
         pipe.send(0.0)
         while True:
             if pipe.recv() == "step":

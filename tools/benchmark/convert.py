@@ -1,25 +1,31 @@
-"""What it takes to turn a large checkpoint into a HuggingFace folder: time and memory of the real command.
+"""Time and memory of turning a large checkpoint into a HuggingFace folder and back.
 
-The checkpoint has the tensors of a real one, moments included, in as many files as ranks; the command runs
-in a process of its own, so its memory is that of a user's whole process, torch and all.
+Peers are the limits (60 s and 3 GB for an L/14): a ratio of 2 is half of what is allowed. The checkpoint
+has the tensors of a real one, moments included, in as many files as ranks; the real command runs in a
+process of its own, so its memory is that of a user's whole process, torch and all.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmark.report import Case
+from benchmark.measure import describe_host
+from benchmark.report import Case, Report
 from megaregion.checkpoint.format import Piece, step_folder
 from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
+from megaregion.errors import UserError
 from megaregion.models import RegionEncoder
 
 SHAPES = {
@@ -28,15 +34,65 @@ SHAPES = {
     "H/14": ModelConfig(patch_size=14, width=1280, depth=32, heads=16, mlp_width=5120),
 }
 """Encoders by name."""
-
-GOAL_SECONDS = 60.0
-GOAL_BYTES = 3e9
+LIMIT_SECONDS = 60.0
+LIMIT_BYTES = 3e9
 """What the conversion of an L/14 may take."""
-
+DISK = 20e9
+"""Bytes of disk that the largest shape needs."""
 TOOL = Path(__file__).parents[1] / "convert_checkpoint.py"
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, ranks: int) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    parser.add_argument("--shape", choices=list(SHAPES), default="L/14", help="which encoder")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks that wrote the checkpoint")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure")
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Write a checkpoint of that shape and convert it.
+
+    Raises:
+        UserError: A flag is out of range, or the disk has too little room.
+    """
+    if options.ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {options.ranks}")
+    free = shutil.disk_usage(options.folder).free
+    if free < DISK:
+        raise UserError(f"--folder {options.folder} needs {DISK / 1e9:.0f} GB free, has {free / 1e9:.0f}")
+    report = Report(describe_host(device, folder=str(options.folder)))
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as folder:
+        threads = options.threads or torch.get_num_threads()
+        config = SHAPES[options.shape]
+        report.cases += measure_conversion(Path(folder), options.shape, config, options.ranks, threads)
+    return report
+
+
+def measure_conversion(folder: Path, name: str, config: ModelConfig, ranks: int, threads: int) -> list[Case]:
+    """Convert one checkpoint to fp32 and to bf16, and the fp32 folder to a starting checkpoint.
+
+    Args:
+        folder: An empty folder on the disk to measure.
+        name: What the encoder is called; L/14 has goals.
+        config: The encoder.
+        ranks: Ranks that wrote the checkpoint.
+        threads: Threads of the command.
+    """
+    size = _write_checkpoint(folder / "run", config, ranks)
+    written = f"{name} checkpoint, {size / 1e9:.1f} GB of {ranks} ranks"
+    goal, cases = float(name == "L/14"), []
+    for label, arguments in (
+        (f"{written}, to-hf fp32", ["to-hf", folder / "run", folder / "fp32", "--dtype", "fp32"]),
+        (f"{written}, to-hf bf16", ["to-hf", folder / "run", folder / "bf16", "--dtype", "bf16"]),
+        (f"{name} from-hf", ["from-hf", folder / "fp32", folder / "start"]),
+    ):
+        seconds, peak = _run([str(argument) for argument in arguments], threads)
+        cases.append(Case(f"{label}: time, peer: the limit", seconds, LIMIT_SECONDS, goal, "s"))
+        cases.append(Case(f"{label}: memory, peer: the limit", peak / 1e6, LIMIT_BYTES / 1e6, goal, "MB"))
+    return cases
+
+
+def _write_checkpoint(folder: Path, config: ModelConfig, ranks: int) -> int:
     """Write a run with one checkpoint of random weights and moments; returns its bytes."""
     unfinished = folder / "checkpoints" / "step-00000001.unfinished"
     unfinished.mkdir(parents=True)
@@ -60,34 +116,6 @@ def _pieces(model: RegionEncoder, rank: int, ranks: int) -> Iterator[Piece]:
     ]
     for key, shape in tensors[rank::ranks]:
         yield Piece(key, tuple(shape), (0,) * len(shape), torch.rand(shape, generator=generator))
-
-
-def measure_conversion(folder: Path, name: str, config: ModelConfig, ranks: int, threads: int) -> list[Case]:
-    """Convert one checkpoint to fp32 and to bf16, and the fp32 folder to a starting checkpoint.
-
-    Args:
-        folder: An empty folder on the disk to measure.
-        name: What the encoder is called; L/14 has goals.
-        config: The encoder.
-        ranks: Ranks that wrote the checkpoint.
-        threads: Threads of the command.
-    """
-    size = write_checkpoint(folder / "run", config, ranks)
-    goal = name == "L/14"
-    cases = []
-    for dtype in ("fp32", "bf16"):
-        seconds, peak = _run(["to-hf", str(folder / "run"), str(folder / dtype), "--dtype", dtype], threads)
-        label = f"{name} checkpoint, {size / 1e9:.1f} GB of {ranks} ranks, to-hf {dtype}"
-        cases.append(Case(f"{label}: time, peer: the limit", seconds, GOAL_SECONDS, float(goal), "s"))
-        cases.append(
-            Case(f"{label}: memory, peer: the limit", peak / 1e6, GOAL_BYTES / 1e6, float(goal), "MB")
-        )
-    seconds, peak = _run(["from-hf", str(folder / "fp32"), str(folder / "start")], threads)
-    cases.append(Case(f"{name} from-hf: time, peer: the limit", seconds, GOAL_SECONDS, float(goal), "s"))
-    cases.append(
-        Case(f"{name} from-hf: memory, peer: the limit", peak / 1e6, GOAL_BYTES / 1e6, float(goal), "MB")
-    )
-    return cases
 
 
 def _run(arguments: list[str], threads: int) -> tuple[float, float]:

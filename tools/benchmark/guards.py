@@ -1,28 +1,30 @@
-"""What guards and logging take from a step: their own calls, timed beside a step of the real model.
+"""What guards, slow-rank report and logging take from a step.
 
-Every call that the training loop makes for them is made here by the same functions in the same process
-group: notes of progress for the watchdog, the ranks' agreement and the guard's judgement with a full window,
-the look for a newer start, own times gathered from all ranks and compared, and one line in the log, in
-metrics.jsonl and in TensorBoard. All of it in every step, though a run of weeks logs every tenth.
-
-The step is the encoder's alone (forward, backward, AdamW; no head, no data, no communication), so the share
-that comes out is an upper bound.
+The ratio is step / guards: 100 is 1 percent of a step. Under torchrun the guards' collectives cross all
+ranks; rank 0 reports. Every call that the training loop makes for them is made here, by the same
+functions in the same process group, in every step, though a run of weeks logs every tenth. The step is
+the encoder's alone (forward, backward, AdamW; no head, no data, no communication), so the share that
+comes out is an upper bound.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmark.measure import Stopwatch
-from benchmark.report import Case
+from benchmark.measure import Stopwatch, describe_host
+from benchmark.report import Case, Report
 from megaregion.checkpoint.fence import Fence
 from megaregion.config import GuardConfig, ModelConfig
+from megaregion.errors import UserError
 from megaregion.models.vit import RegionEncoder
+from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.training.guard import LossGuard, agree
 from megaregion.training.metrics import LOG, Metrics
@@ -31,68 +33,88 @@ from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_rank
 
 GOAL = 100.0
 """Least ratio of a step's time to that of the guards: at most 1%."""
-
 REGIONS = 10
 LOGGED = ("loss", "loss_object", "loss_text", "lr", "grad_norm", "images_per_second", "head_share",
           "data_share", "bad", "skipped", "rollbacks", "object/rate", "text/rate")  # fmt: skip
 """As many numbers as a run logs."""
 
 
-def compare_guards(
-    model: ModelConfig, images: int, folder: Path, topology: Topology, watch: Stopwatch, repeats: int
-) -> list[Case]:
-    """Measure both.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    parser.add_argument("--images", type=int, default=8, help="images of a rank's step")
+    parser.add_argument("--width", type=int, default=768, help="width of the encoder")
+    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoder")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the fastest counts")
 
-    Args:
-        model: The encoder whose step is measured.
-        images: Images of a rank's step.
-        folder: Where metrics go.
-        topology: All ranks.
-        watch: The clock, on the device to run on.
-        repeats: Timed steps; the fastest counts. The guards are called two hundred times as often, and
-            their mean counts.
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Time guards and steps.
+
+    Raises:
+        UserError: A flag is out of range.
     """
-    guards = guards_of_a_step(folder, topology)
+    if options.images < 1 or options.repeats < 1 or options.depth < 4 or options.width % 64:
+        raise UserError("--images and --repeats must be at least 1, --depth 4, --width a multiple of 64")
+    if options.image_size < 16 or options.image_size % 16:
+        raise UserError(f"--image-size must be a multiple of 16, got {options.image_size}")
+    model = ModelConfig(
+        image_size=options.image_size, width=options.width, depth=options.depth,
+        heads=options.width // 64, mlp_width=4 * options.width,
+    )  # fmt: skip
+    place = topology.join(1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = Report(describe_host(device))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        ours = _guards_seconds(Path(folder), place, 200 * options.repeats)
+    step = _encoder_step(model, options.images, place.device)
+    step()
+    seconds = Stopwatch(place.device).fastest(step, options.repeats)
+    size = f"{model.width} x {model.depth}, {options.images} images, {place.world_size} ranks"
+    report.cases.append(
+        Case(f"guards and logging of a step, against the step of {size}", ours, seconds, GOAL, "s")
+    )
+    topology.leave()
+    return report
+
+
+def _guards_seconds(folder: Path, place: Topology, calls: int) -> float:
+    """Mean seconds that the guards of one step take; metrics go to the folder."""
+    guards = _guards_of_a_step(folder, place)
     LOG.setLevel(logging.WARNING)  # The line is made and handed to the log; a terminal is not measured.
     guards(1)
-    calls = 200 * repeats
     began = time.perf_counter()
     for number in range(2, calls + 2):
         guards(number)
-    ours = (time.perf_counter() - began) / calls
-    step = encoder_step(model, images, watch.device)
-    step()
-    seconds = min(watch.seconds(step) for _ in range(repeats))
-    size = f"{model.width} x {model.depth}, {images} images, {topology.world_size} ranks"
-    return [Case(f"guards and logging of a step, against the step of {size}", ours, seconds, GOAL, "s")]
+    return (time.perf_counter() - began) / calls
 
 
-def guards_of_a_step(folder: Path, topology: Topology) -> Callable[[int], None]:
+def _guards_of_a_step(folder: Path, place: Topology) -> Callable[[int], None]:
     """What the training loop calls in each step beside training."""
     progress, guard = Progress(), LossGuard(GuardConfig())
-    metrics = Metrics(folder, topology.rank == 0, total_steps=1)
-    own_time, fence = OwnTime(topology.device, waits_inside=False), Fence(folder, 0, "benchmark")
-    loss = torch.ones((), device=topology.device)
+    metrics = Metrics(folder, place.rank == 0, total_steps=1)
+    own_time, fence = OwnTime(place.device, waits_inside=False), Fence(folder, 0, "benchmark")
+    loss = torch.ones((), device=place.device)
     values: dict[str, float | int | None] = dict.fromkeys(LOGGED, 1.0)
-    window = GuardConfig().window
-    for _ in range(window):
-        guard.judge(agree(False, loss, loss, topology.world_group))
+    for _ in range(GuardConfig().window):
+        guard.judge(agree(False, loss, loss, place.world_group))
 
     def guards(step: int) -> None:
         for phase in PHASES[1:7]:
             progress.note(phase, step)
         with own_time.forward():
             pass
-        guard.judge(agree(False, loss, loss, topology.world_group))
+        guard.judge(agree(False, loss, loss, place.world_group))
         since = RankTimes().plus(own_time.take(), 0.0, 0, 1.0)
-        slow_ranks(gather_times(since, topology), 1.5)
+        slow_ranks(gather_times(since, place), 1.5)
         fence.lost()
         metrics.write(step, values, {"slow": []})
 
     return guards
 
 
-def encoder_step(model: ModelConfig, images: int, device: torch.device) -> Callable[[], None]:
+def _encoder_step(model: ModelConfig, images: int, device: torch.device) -> Callable[[], None]:
     """Forward, backward and update of the encoder alone."""
     encoder = RegionEncoder(model, embedding_dim=512).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)

@@ -1,29 +1,46 @@
-"""The loader's rate beside its peers', and what a start far inside the stream costs.
+"""The loader beside plain webdataset with Pillow, and beside decoding and resizing alone.
 
-Peers: plain `webdataset` in its own loader, which decodes whole images with Pillow, takes the same crops by
-the antialiased bicubic filter and finds the same regions; and our decoding and resizing alone, of bytes in
-memory, with nothing before or after it. Every side uses as many processes.
+Photos of 640 x 480 pixels to crops of 224, each with twelve regions; all sides take the same crops of the
+same images in as many processes. Ratios are peer / ours. Plain webdataset decodes whole images with
+Pillow in its own loader, takes the same crops by the antialiased bicubic filter and finds the same
+regions; decoding and resizing alone starts from bytes in memory, with nothing before or after it. With
+the processor's clock, a pass takes the time of all processors over --workers.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
+import math
 import multiprocessing
 import resource
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmark.loader_peer import webdataset_batches
-from benchmark.report import Case
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+
+from benchmark.measure import add_clock, describe_host
+from benchmark.report import Case, Report
 from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.batch import TransformedSample
 from megaregion.data.image import Crop, decode_crop, open_image, stay_on_one_core
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import Purpose, SampleOrder, seeded_rng
-from megaregion.data.sample import parse_sample
+from megaregion.data.sample import RegionRecord, SampleRecord, clip_regions, parse_sample
 from megaregion.data.shards import RawSample, ShardedDataset
 from megaregion.data.transforms import Transform
+from megaregion.data.writer import ShardWriter, write_dataset
+from megaregion.demo.assets import PACK
+from megaregion.errors import UserError
 
 GOAL_WEBDATASET = 2.0
 """Least ratio of plain webdataset's time for an image to ours."""
@@ -34,20 +51,52 @@ FAR = 10**9
 SEED = 0
 MODEL = ModelConfig()
 
+WIDTH, HEIGHT = 640, 480
+QUALITY = 90
+SHARDS = 8
+CLASSES, TOKENS = 1_000, 500
+OBJECTS, TEXTS = 9, 3
+
 Share = list[tuple[bytes, Crop]]
 """Encoded images and what is cut from them."""
 
 
-def compare_loaders(folder: Path, workers: int, batch: int, repeats: int, clock: Clock) -> list[Case]:
-    """Read the same crops of all images in three ways, in turn.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    add = parser.add_argument
+    add("--images", type=int, default=4096, help="images of the dataset that is composed, 90 KB each")
+    add("--workers", type=int, default=2, help="processes that decode, of each side")
+    add("--batch", type=int, default=64, help="images of a batch")
+    add("--folder", type=Path, default=Path(), help="folder on the disk to read from; emptied afterwards")
+    add("--repeats", type=int, default=3, help="passes over the images of each side; the fastest counts")
+    add_clock(parser)
 
-    Args:
-        folder: The dataset.
-        workers: Processes of each way.
-        batch: Images of a batch.
-        repeats: Passes of each way; the fastest counts.
-        clock: What is measured of a pass.
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Compose the photos and read them all ways.
+
+    Raises:
+        UserError: A flag is out of range.
     """
+    workers, batch = options.workers, options.batch
+    if workers < 1 or options.repeats < 1 or batch < 1:
+        raise UserError("--workers, --repeats and --batch must be at least 1")
+    if options.images < workers * batch:
+        raise UserError(
+            f"--images must be at least --workers times --batch, {workers * batch}, got {options.images}"
+        )
+    report = Report(describe_host(device, workers=workers, clock=options.clock, folder=str(options.folder)))
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as name:
+        folder = Path(name)
+        _write_photos(folder, options.images)
+        clock = Clock(workers, options.clock == "processor")
+        report.cases += _compare_loaders(folder, workers, batch, options.repeats, clock)
+        report.cases += _compare_resume(folder, workers, batch)
+    return report
+
+
+def _compare_loaders(folder: Path, workers: int, batch: int, repeats: int, clock: Clock) -> list[Case]:
+    """Read the same crops of all images in three ways, in turn; the fastest pass of each counts."""
     data = DataConfig(path=str(folder), workers=workers)
     dataset = ShardedDataset(folder)
     order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
@@ -63,7 +112,7 @@ def compare_loaders(folder: Path, workers: int, batch: int, repeats: int, clock:
         loader = RegionLoader(dataset, order, transform, data)
         plan = (range(step * batch, (step + 1) * batch) for step in range(steps))
         ours.append(clock(partial(_drain, loader.batches(plan), loader.close), steps * batch))
-        peer = webdataset_batches(shards, by_key, transform, workers, batch)
+        peer = _webdataset_batches(shards, by_key, transform, workers, batch)
         theirs.append(clock(partial(_drain, peer), steps * batch))
         alone.append(clock(partial(_alone, shares), len(dataset)))
     kilobytes = sum(shard.bytes for shard in dataset.info.shards) / len(dataset) / 1e3
@@ -74,7 +123,7 @@ def compare_loaders(folder: Path, workers: int, batch: int, repeats: int, clock:
     ]
 
 
-def compare_resume(folder: Path, workers: int, batch: int) -> list[Case]:
+def _compare_resume(folder: Path, workers: int, batch: int) -> list[Case]:
     """Start at position 10^9 and count what is read for the first batch."""
     began = time.perf_counter()
     dataset = CountedReads(folder)
@@ -159,3 +208,98 @@ def _decode(share: Share) -> None:
     stay_on_one_core()
     for content, crop in share:
         decode_crop(open_image(content), crop, MODEL.image_size, MODEL.image_size, shrink=True)
+
+
+def _webdataset_batches(
+    shards: Sequence[str], positions: Mapping[str, int], transform: Transform, workers: int, batch: int
+) -> Iterable[dict[str, Tensor]]:
+    """All images once, in the order of the shards, as most projects read them; crops and regions are ours."""
+    dataset = (
+        webdataset.WebDataset(list(shards), shardshuffle=False)
+        .decode("pil", only=["jpg"])
+        .map(_Plain(positions, transform))
+        .select(_is_usable)
+        .batched(batch, collation_fn=_stack, partial=False)
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Our transform of an image that is decoded whole."""
+
+    positions: Mapping[str, int]
+    transform: Transform
+
+    def __call__(self, sample: dict[str, Any]) -> TransformedSample | None:
+        key: str = sample["__key__"]
+        image: Image.Image = sample["jpg"]
+        record, _ = clip_regions(parse_sample(sample["json"]))
+        return self.transform(image, record, self.positions[key], key)
+
+
+def _is_usable(sample: TransformedSample | None) -> bool:
+    return sample is not None
+
+
+def _stack(samples: Sequence[TransformedSample]) -> dict[str, Tensor]:
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    return {
+        "positions": torch.tensor([sample.position for sample in samples]),
+        "pixels": pixels.permute(0, 3, 1, 2).contiguous(),
+        **{
+            name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+            for name in ("visible", "kinds", "labels")
+        },
+    }
+
+
+def _write_photos(folder: Path, samples: int) -> None:
+    """Write a dataset of photos; a sample is another part, or the mirror, of one of the demo's."""
+    rng = np.random.default_rng(0)
+    photos = _photos()
+    entries = []
+    for shard in range(SHARDS):
+        with ShardWriter(folder, f"shard-{shard:05d}") as writer:
+            for index in range(shard, samples, SHARDS):
+                writer.add(f"photo{index:06d}", _part(photos[index % len(photos)], rng), _record(rng))
+        entries.append(writer.entry)
+    write_dataset(folder, entries, CLASSES, TOKENS)
+
+
+def _photos() -> list[Image.Image]:
+    """The photos that need no more than a slight enlargement, lying on their long side."""
+    found = []
+    for path in sorted((PACK / "backgrounds").iterdir()):
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if max(image.size) >= 590:
+            found.append(image if image.width > image.height else image.rotate(90, expand=True))
+    return found
+
+
+def _part(photo: Image.Image, rng: np.random.Generator) -> bytes:
+    scale = max(WIDTH / photo.width, HEIGHT / photo.height)
+    size = math.ceil(photo.width * scale), math.ceil(photo.height * scale)
+    large = photo.resize(size, Image.Resampling.LANCZOS)
+    x, y = int(rng.integers(size[0] - WIDTH + 1)), int(rng.integers(size[1] - HEIGHT + 1))
+    part = large.crop((x, y, x + WIDTH, y + HEIGHT))
+    if rng.random() < 0.5:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    stream = io.BytesIO()
+    part.save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def _record(rng: np.random.Generator) -> SampleRecord:
+    regions = []
+    for number in range(OBJECTS + TEXTS):
+        w, h = rng.uniform(60, 320), rng.uniform(40, 240)
+        x, y = rng.uniform(0, WIDTH - w), rng.uniform(0, HEIGHT - h)
+        box = (round(x, 1), round(y, 1), round(x + w, 1), round(y + h, 1))
+        if number < OBJECTS:
+            regions.append(RegionRecord("object", box, int(rng.integers(CLASSES)), score=0.9))
+        else:
+            tokens = tuple(rng.integers(TOKENS, size=3).tolist())
+            regions.append(RegionRecord("text", box, None, tokens, 0.9, "EXIT"))
+    return SampleRecord(WIDTH, HEIGHT, tuple(regions))

@@ -1,18 +1,19 @@
-"""Time, peak memory and the machine they were measured on."""
+"""Time, and the machine that it was measured on."""
 
 from __future__ import annotations
 
-import gc
+import argparse
 import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
+from megaregion.parallel import topology
+from megaregion.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -27,59 +28,43 @@ class Stopwatch:
     def seconds(self, work: Callable[[], object]) -> float:
         """Seconds of one call, a GPU's queue included."""
         clock = time.process_time if self.processor else time.perf_counter
-        synchronise(self.device)
+        self._synchronise()
         began = clock()
         work()
-        synchronise(self.device)
+        self._synchronise()
         return clock() - began
 
+    def fastest(self, work: Callable[[], object], repeats: int) -> float:
+        """Seconds of the fastest of some calls."""
+        return min(self.seconds(work) for _ in range(repeats))
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU's queue; a CPU has none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class PeakMemory:
-    """Greatest memory of this process (or of its GPU) since the last ``reset``, in bytes.
-
-    On a CPU it is the resident set, which Linux can restart counting; elsewhere 0 is all that is known.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def now(self) -> int:
-        """Bytes in use."""
-        gc.collect()
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        return _status_bytes("VmRSS")
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif STATUS.exists():
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Greatest number of bytes since ``reset``."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return _status_bytes("VmHWM")
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def _status_bytes(key: str) -> int:
-    if not STATUS.exists():
-        return 0
-    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses between the wall's and the processor's time."""
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "processor"],
+        default="wall",
+        help="processor counts only the time of processors, for a shared machine; use it with --threads 1",
+    )
 
 
-def describe_host(device: torch.device) -> dict[str, str | int | float]:
-    """The machine, as a benchmark's reader needs to know it."""
+def alone(device: torch.device) -> Topology:
+    """The topology of this process alone, whatever a launcher says; torch keeps its threads."""
+    for key in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        os.environ.pop(key, None)
+    threads = torch.get_num_threads()
+    place = topology.join(1)
+    torch.set_num_threads(threads)
+    return replace(place, device=device)
+
+
+def describe_host(device: torch.device, **facts: str | int | float) -> dict[str, str | int | float]:
+    """The machine and further facts, as a benchmark's reader needs to know them."""
     host: dict[str, str | int | float] = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
@@ -90,7 +75,7 @@ def describe_host(device: torch.device) -> dict[str, str | int | float]:
     }
     if device.type == "cuda":
         host["gpu"] = torch.cuda.get_device_name(device)
-    return host
+    return {**host, **facts}
 
 
 def _processor() -> str:

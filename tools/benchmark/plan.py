@@ -1,25 +1,30 @@
-"""The planner's benchmark: a plan for this machine beside real training steps on it, in one run.
+"""The planner's memory and step time beside real training on this machine.
 
-Every rank first probes what the machine gives while all ranks ask for it; from these rates alone, and from
-the config, the plan is made. Then the same ranks train, through the same engine as any run.
+Ours is the plan, made from the config and from rates that the same run measures first, every rank while
+the others do; peer is what training took, through the same engine as any run. Ratios are measured /
+planned, and must not miss the goal either way. With the processor's clock, a rank's own time on one
+thread counts.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from benchmark.plan_probe import settings_file
-from benchmark.report import Case
+from benchmark.measure import add_clock, describe_host
+from benchmark.report import Case, Report
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -38,34 +43,77 @@ from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import Labels
 from megaregion.planning.plan import Plan, make_plan
 
-OBJECT_CLASSES, TEXT_CLASSES = 20_000, 2_000
-SAMPLES, REGIONS = 64, 12
-TOOLS = Path(__file__).parents[1]
-MEMORY_GOAL, TIME_GOAL = 1 / 1.05, 1 / 1.15
-"""The plan within 5% and within 15%."""
+CASES: dict[str, tuple[int, ParallelConfig, bool]] = {
+    "1": (1, ParallelConfig(), False),
+    "2": (2, ParallelConfig(), False),
+    "2-tensor": (2, ParallelConfig(tensor=2), False),
+    "2-recompute": (2, ParallelConfig(), True),
+    "2-zero3": (2, ParallelConfig(zero_stage=3), False),
+}
+"""Ranks, how they share the work, and whether blocks recompute."""
 MODELS = {
     "s16": ModelConfig(width=384, depth=12, heads=6, mlp_width=1536),
     "b16": ModelConfig(),
 }
+OBJECT_CLASSES, TEXT_CLASSES = 20_000, 2_000
+SAMPLES, REGIONS = 64, 12
+MEMORY_GOAL, TIME_GOAL = 1 / 1.05, 1 / 1.15
+"""The plan within 5% and within 15%."""
+MIB = 2**20
+TOOLS = Path(__file__).parents[1]
 
 
-def training_run(
-    model: ModelConfig, ranks: int, tensor: int, zero_stage: int, recompute: bool, batch: int, steps: int
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this part's flags."""
+    add = parser.add_argument
+    add("--case", choices=[*CASES, "all"], nargs="+", default=["1", "2"], help="ranks and what is special")
+    add("--model", choices=list(MODELS), default="b16", help="ViT that is trained, at 224 pixels")
+    add("--batch", type=int, default=4, help="images of a micro-step and rank")
+    add("--steps", type=int, default=4, help="timed training steps, the first left out")
+    add_clock(parser)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Report:
+    """Plan and train each case.
+
+    Raises:
+        UserError: A flag is out of range, or training failed.
+    """
+    if options.batch < 1 or options.steps < 2:
+        raise UserError("--batch must be at least 1 and --steps at least 2")
+    if device.type != "cpu":
+        raise UserError("benchmark.py plan measures processors only so far; use --device cpu")
+    cores = 1 if options.clock == "processor" else options.threads or os.cpu_count() or 1
+    report = Report(describe_host(device))
+    for name in CASES if "all" in options.case else options.case:
+        ranks, parallel, recompute = CASES[name]
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            config = _training_run(options, ranks, parallel, recompute, Path(folder))
+            found = _train(config, ranks, max(1, cores // ranks), options.clock, Path(folder))
+        plan = make_plan(config, _hardware(found["rates"], ranks), Labels(OBJECT_CLASSES, TEXT_CLASSES, 0.25))
+        report.cases += _compare(plan, found, options.clock)
+    return report
+
+
+def _training_run(
+    options: argparse.Namespace, ranks: int, parallel: ParallelConfig, recompute: bool, folder: Path
 ) -> RunConfig:
-    """A run in fp32 with two micro-steps a step, as the benchmark trains it."""
+    """A run in fp32 with two micro-steps a step, on images that are written into the folder."""
+    model = MODELS[options.model]
     return RunConfig(
         name="plan",
+        output=str(folder / "runs"),
         model=model,
-        data=DataConfig(workers=0, regions_per_image=10),
+        data=DataConfig(path=str(_write_images(folder / "shards")), workers=0, regions_per_image=10),
         head=HeadsConfig(
             embedding_dim=model.width, object=HeadConfig(sample_rate=0.1), text=HeadConfig(sample_rate=1.0)
         ),
         optimizer=OptimizerConfig(warmup_steps=1),
-        parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage),
+        parallel=parallel,
         train=TrainConfig(
-            steps=steps,
-            global_batch=2 * batch * ranks // tensor,
-            micro_batch=batch,
+            steps=options.steps,
+            global_batch=2 * options.batch * ranks // parallel.tensor,
+            micro_batch=options.batch,
             precision="fp32",
             recompute=recompute,
             watchdog_seconds=0,
@@ -74,37 +122,18 @@ def training_run(
     )
 
 
-def compare_plan(config: RunConfig, ranks: int, threads: int, clock: str, folder: Path) -> list[Case]:
-    """Plan and train one config on this machine.
-
-    Args:
-        config: The run; paths are set here.
-        ranks: Processes.
-        threads: Threads of each.
-        clock: wall or processor.
-        folder: An empty folder.
-    """
-    data = write_images(folder / "shards")
-    config = dataclasses.replace(
-        config, output=str(folder / "runs"), data=dataclasses.replace(config.data, path=str(data))
-    )
-    found = _measure(config, ranks, threads, clock, folder)
-    plan = make_plan(config, _hardware(found["rates"], ranks), Labels(OBJECT_CLASSES, TEXT_CLASSES, 0.25))
-    return _cases(config, ranks, clock, plan, found)
-
-
-def _cases(config: RunConfig, ranks: int, clock: str, plan: Plan, found: dict[str, Any]) -> list[Case]:
+def _compare(plan: Plan, found: dict[str, Any], clock: str) -> list[Case]:
+    parallel, ranks = plan.layout.config.parallel, plan.layout.ranks
     label = f"{ranks} ranks" if ranks > 1 else "1 rank"
-    label += f", tensor {config.parallel.tensor}" if config.parallel.tensor > 1 else ""
-    label += f", ZeRO {config.parallel.zero_stage}{', recompute' if config.train.recompute else ''}"
-    mib = 2**20
+    label += f", tensor {parallel.tensor}" if parallel.tensor > 1 else ""
+    label += f", ZeRO {parallel.zero_stage}{', recompute' if plan.layout.config.train.recompute else ''}"
     cases = [
-        Case(f"{label}: peak memory", plan.memory.peak / mib, found["peak"] / mib, MEMORY_GOAL, "MiB", True),
+        Case(f"{label}: peak memory", plan.memory.peak / MIB, found["peak"] / MIB, MEMORY_GOAL, "MiB", True),
         Case(f"{label}: step, {clock} clock", plan.time.total, found["seconds"], TIME_GOAL, "s", True),
     ]
     planned = {**plan.memory.at_rest, "activations": plan.memory.activations}
     return cases + [
-        Case(f"{label}: {kind}", planned[kind] / mib, size / mib, MEMORY_GOAL, "MiB", True)
+        Case(f"{label}: {kind}", planned[kind] / MIB, size / MIB, MEMORY_GOAL, "MiB", True)
         for kind, size in found["kinds"].items()
         if size
     ]
@@ -122,15 +151,16 @@ def _hardware(rates: dict[str, float], ranks: int) -> Hardware:
     )
 
 
-def _measure(config: RunConfig, ranks: int, threads: int, clock: str, folder: Path) -> dict[str, Any]:
+def _train(config: RunConfig, ranks: int, threads: int, clock: str, folder: Path) -> dict[str, Any]:
     """Start the ranks; returns what rank 0 wrote.
 
     Raises:
         UserError: A rank failed; the text is the end of what it said.
     """
-    settings, out = settings_file(config, folder / "run.json"), folder / "found.json"
+    settings, out = folder / "run.json", folder / "found.json"
+    settings.write_text(json.dumps(dataclasses.asdict(config)))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
-    rank = [sys.executable, "-W", "ignore", "-m", "benchmark.plan_probe", str(settings), str(out), clock]
+    rank = [sys.executable, "-W", "ignore", "-m", "benchmark.plan_rank", str(settings), str(out), clock]
     # The ranks find this package beside the tools, and whatever else this process was told to find.
     paths = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
@@ -143,7 +173,7 @@ def _measure(config: RunConfig, ranks: int, threads: int, clock: str, folder: Pa
     return found
 
 
-def write_images(folder: Path) -> Path:
+def _write_images(folder: Path) -> Path:
     """A dataset of noise images of 256 pixels with object and text regions, 3 to 1; returns its folder."""
     rng = np.random.default_rng(0)
     with ShardWriter(folder, "shard-00000") as writer:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from megaregion.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,7 @@ class Report:
     def table(self) -> str:
         """The cases as aligned text."""
         head = ("case", "ours", "peer", "unit", "ratio", "goal", "")
-        lines = [head, *(_cells(case) for case in self.cases)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column in (0, 3) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned([head, *map(_cells, self.cases)], left=(0, 3))
 
     def write_json(self, path: Path) -> None:
         """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
@@ -68,6 +63,22 @@ class Report:
             del case["two_sided"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"host": self.host, "cases": cases}, indent=2) + "\n")
+
+
+def cases(
+    label: str, goals: Mapping[str, float], found: Iterable[tuple[str, str, float, float, str]]
+) -> list[Case]:
+    """Cases of one size.
+
+    Args:
+        label: The size.
+        goals: Least ratios by name.
+        found: Name of the goal or nothing, what was compared, ours, peer, unit.
+    """
+    return [
+        Case(f"{label}: {text}", ours, peer, goals.get(name, 0.0), unit)
+        for name, text, ours, peer, unit in found
+    ]
 
 
 def _cells(case: Case) -> tuple[str, ...]:

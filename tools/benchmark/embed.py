@@ -1,4 +1,7 @@
-"""``benchmark.py embed``: the embedder through ONNX Runtime in batches, beside torch and single crops."""
+"""EfficientNet-Lite0's crops through ONNX Runtime in batches, beside torch and one by one.
+
+Milliseconds a crop; ratios are peer / ours. Crops are true objects of composed scenes.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmark.measure import Stopwatch, describe_host
+from benchmark.measure import Stopwatch, add_clock, describe_host
 from benchmark.report import Case, Report
+from benchmark.scenes import compose_scenes
+from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
+from megaregion.curation.picture import crop, resize
 from megaregion.errors import UserError
-
-HELP = "EfficientNet-Lite0's crops through ONNX Runtime, against the same network in torch"
-DESCRIPTION = "Milliseconds a crop; ratios are peer / ours. Crops are true objects of composed scenes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=int, default=60, help="scenes to cut crops from, about 3 each")
     parser.add_argument("--crop-side", type=int, default=128, help="pixels to which a crop is resized")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes; the fastest counts")
-    parser.add_argument(
-        "--clock", choices=["wall", "processor"], default="wall", help="processor: this process's time only"
-    )
+    add_clock(parser)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
@@ -32,10 +34,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range.
     """
-    from benchmark.scenes import compose_scenes
-    from megaregion.curation.engines.lite0 import Lite0Embedder, load_network
-    from megaregion.curation.picture import crop
-
     if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
         raise UserError("--scenes and --repeats must be at least 1 and --crop-side a multiple of 32")
     torch.set_num_threads(1)
@@ -45,19 +43,19 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         for item in scene.truth["objects"]
     ]
     embedder = Lite0Embedder(options.crop_side)
-    watch = Stopwatch(torch.device("cpu"), processor=options.clock == "processor")
+    watch = Stopwatch(torch.device("cpu"), options.clock == "processor")
     network = load_network()
     ways: dict[str, Callable[[], Any]] = {
         "torch": lambda: _in_torch(network, crops, options.crop_side),
-        "crop by crop": lambda: [embedder.embed([crop]) for crop in crops],
+        "crop by crop": lambda: [embedder.embed([one]) for one in crops],
     }
 
     def fastest(work: Callable[[], Any]) -> float:
         work()
-        return 1000 * min(watch.seconds(work) for _ in range(options.repeats)) / len(crops)
+        return 1000 * watch.fastest(work, options.repeats) / len(crops)
 
     ours = fastest(lambda: embedder.embed(crops))
-    report = Report({**describe_host(device), "clock": options.clock, "crops": len(crops)})
+    report = Report(describe_host(device, clock=options.clock, crops=len(crops)))
     case = f"Lite0, {len(crops)} crops at {options.crop_side} px, batches"
     report.cases += [Case(f"{case} / {name}", ours, fastest(work), 0, "ms") for name, work in ways.items()]
     return report
@@ -65,15 +63,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
 
 def _in_torch(network: Any, crops: list[Any], side: int) -> torch.Tensor:
     """The same features from the package's own network."""
-    import numpy as np
-
-    from megaregion.curation.engines.lite0 import BATCH
-    from megaregion.curation.picture import resize
-
     found = []
     with torch.inference_mode():
         for start in range(0, len(crops), BATCH):
-            batch = np.stack([resize(crop, side, side) for crop in crops[start : start + BATCH]])
+            batch = np.stack([resize(one, side, side) for one in crops[start : start + BATCH]])
             pixels = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 127) / 128
             found.append(network.extract_features(pixels).mean((2, 3)))
     return torch.cat(found)

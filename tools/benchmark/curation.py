@@ -1,9 +1,13 @@
-"""``benchmark.py curation``: peak memory of every stage of curation, also for ten times the input."""
+"""Peak memory of every stage of curation when the input grows.
+
+Ratios are peak for the small input / peak for the large one; flat within 10 percent is 0.91.
+"""
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmark.measure import PeakMemory, describe_host
+from benchmark.measure import describe_host
+from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report
+from benchmark.scenes import scene_folder
+from megaregion.curation.runner.pipeline import LIST, Share, curate, curate_share
+from megaregion.curation.settings import settings_from
+from megaregion.curation.stages import NAMES
 from megaregion.errors import UserError
 
-HELP = "peak memory of every stage of curation when the input grows"
-DESCRIPTION = "Ratios are peak for the small input / peak for the large one; flat within 10 percent is 0.91."
 FLAT = 1 / 1.1
 
 
@@ -35,36 +42,37 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or an input has too few regions for the clusters.
     """
-    from benchmark.scenes import copy_some, scene_folder
-
     if options.images < 8 or options.factor < 2:
         raise UserError("--images must be at least 8 and --factor at least 2")
     report = Report(describe_host(device))
     sizes = (options.images, options.images * options.factor)
     with scene_folder(sizes[1], 256) as scenes, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        peaks = []
-        for count in sizes:
-            images = Path(folder) / f"images-{count}"
-            copy_some(scenes / "images", images, count)
-            peaks.append(_peaks(images, Path(folder) / f"out-{count}", options.clusters))
-    for stage, small in peaks[0].items():
-        large = peaks[1][stage]
+        small, large = (
+            _peaks(_copy(scenes / "images", Path(folder) / f"images-{count}", count), options.clusters)
+            for count in sizes
+        )
+    for stage, peak in small.items():
         case = f"{stage}, {sizes[1]} images / {sizes[0]}"
-        report.cases.append(Case(case, large / 2**20, small / 2**20, FLAT, "MiB"))
+        report.cases.append(Case(case, large[stage] / 2**20, peak / 2**20, FLAT, "MiB"))
     return report
 
 
-def _peaks(images: Path, out: Path, clusters: int) -> dict[str, int]:
-    """Peak resident memory of each stage, in bytes, by name."""
-    from megaregion.curation.runner.pipeline import LIST
-    from megaregion.curation.stages import NAMES
+def _copy(images: Path, target: Path, count: int) -> Path:
+    """Copy the first images of a folder; returns the new folder."""
+    target.mkdir()
+    for path in sorted(images.iterdir())[:count]:
+        shutil.copy2(path, target)
+    return target
 
+
+def _peaks(images: Path, clusters: int) -> dict[str, int]:
+    """Peak resident memory of each stage, in bytes, by name."""
     values = {"clusters": clusters, "vocab": 384, "piece_images": 8, "samples_per_shard": 32}
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for stage in (LIST, *NAMES):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(theirs, images, out, values, stage))
+        process = context.Process(target=_run, args=(theirs, images, values, stage))
         process.start()
         theirs.close()
         try:
@@ -78,12 +86,9 @@ def _peaks(images: Path, out: Path, clusters: int) -> dict[str, int]:
     return peaks
 
 
-def _run(pipe: Connection, images: Path, out: Path, values: dict[str, Any], stage: str) -> None:
+def _run(pipe: Connection, images: Path, values: dict[str, Any], stage: str) -> None:
     """One stage, as a job of a cluster does it; sends the peak, or what went wrong."""
-    from megaregion.curation.runner.pipeline import LIST, Share, curate, curate_share
-    from megaregion.curation.settings import settings_from
-
-    settings = settings_from(values)
+    settings, out = settings_from(values), images.with_name(f"{images.name}-curated")
     try:
         if stage == LIST:
             curate(images, out, settings, _silent, stage, workers=0)

@@ -1,26 +1,31 @@
-"""What a rank's machine reaches, for a plan that is to be held against training on it.
+"""One rank of the run that a plan is held against: real training steps, and what its machine reaches.
 
-A machine that others use changes its pace within a minute, so rounds of probes lie between the training
-steps; every rank probes while the others do, for that is what they will meet.
-
-Shapes: B images, T image tokens, D width, M MLP width, H heads, d head width.
+Started by torch.distributed.run, one process a rank. Rank 0 writes what it found as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from megaregion.config import RunConfig
+from benchmark.memory import PeakMemory
+from megaregion.config import RunConfig, config_from_dict
+from megaregion.heap import keep_freed_memory, return_freed_memory
 from megaregion.models.linear import Linear
+from megaregion.models.recompute import watch_kept
 from megaregion.models.rotary import rotation, split_and_turn
+from megaregion.parallel import topology
 from megaregion.parallel.zero.engine import REDUCE_BUCKET
 from megaregion.planning.layout import body_parameters
 from megaregion.products import product
@@ -31,6 +36,97 @@ Work = Callable[[], object]
 
 MATRIX = 1536
 """Side of the product that the matrix rate is taken from."""
+
+
+def main() -> int:
+    """Probe, train, write; arguments: the run's settings, the file to write, the clock."""
+    import deepspeed  # noqa: F401  # loaded before memory is looked at: it is no part of any plan
+
+    clock = time.process_time if sys.argv[3] == "processor" else time.perf_counter
+    config: RunConfig = config_from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    place = topology.join(config.parallel.tensor)
+    found = train(config, place, clock)
+    if place.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+    topology.leave()
+    return 0
+
+
+def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
+    """Take the run's steps, with a round of probes before each; the first is left out of the times.
+
+    Returns:
+        rates (see MachineProbe), seconds (median of a step), peak bytes beyond what the process had, and
+        bytes of tensors by kind.
+    """
+    from megaregion.training.metrics import open_log
+    from megaregion.training.signals import StopRequest
+    from megaregion.training.trainer import Trainer
+
+    # From the first tensor on: what has been freed amid what is kept would count as memory in use.
+    return_freed_memory()
+    probe, memory = MachineProbe(config, place.world_group, clock), PeakMemory(place.device)
+    return_freed_memory()
+    before = memory.now()
+    open_log(Path(config.output) / config.name / "logs", place.rank)
+    trainer = Trainer(config, place, StopRequest())
+    batches = trainer._loader.batches(trainer._positions())
+    seconds = []
+    try:
+        trainer.train_step(batches)
+        return_freed_memory()
+        memory.reset()
+        trainer.train_step(batches)
+        peak = memory.peak() - before
+        kinds = {**state_bytes(trainer), "activations": kept_bytes(trainer, next(batches))}
+        keep_freed_memory()
+        for _ in range(config.train.steps):
+            probe.round()
+            dist.barrier(place.world_group)
+            began = clock()
+            trainer.train_step(batches)
+            seconds.append(clock() - began)
+    finally:
+        trainer._loader.close()
+    return {
+        "rates": probe.rates(),
+        "seconds": statistics.median(seconds[1:]),
+        "peak": peak,
+        "kinds": kinds,
+    }
+
+
+def state_bytes(trainer: Any) -> dict[str, int]:
+    """Bytes of what stays from step to step, by the plan's kinds."""
+    held, heads = trainer.engine.held(), trainer.heads.by_kind.values()
+    return {
+        **{kind: storage_bytes(held[kind]) for kind in ("weights", "masters", "moments")},
+        "head": sum(storage_bytes(piece.tensor for piece in head.state().values()) for head in heads),
+    }
+
+
+def kept_bytes(trainer: Any, batch: Any) -> int:
+    """Bytes that autograd keeps of one forward pass, parameters left out."""
+    parameters = trainer.engine.parameters.values()
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> None:
+        place = tensor.untyped_storage().data_ptr()
+        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
+        if all(place != parameter.untyped_storage().data_ptr() for parameter in parameters):
+            kept[place] = tensor
+
+    with watch_kept(note):
+        embeddings = trainer.engine(trainer._inputs(batch.images), batch.visible)
+    size = storage_bytes(kept.values())
+    del embeddings
+    return size
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; those that share memory count once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 class MachineProbe:
@@ -138,3 +234,9 @@ def _passes(config: RunConfig) -> tuple[float, Work]:
 
     # As megaregion/planning/timing.py counts them, without the biases' sums, which linears do.
     return batch * length * 4 * (50 * model.width + 5 * model.mlp_width), passes
+
+
+if __name__ == "__main__":
+    from megaregion.command_line import run
+
+    run(main, teardown=False)

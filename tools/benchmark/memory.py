@@ -1,0 +1,100 @@
+"""Peak memory: of this process or its GPU, and of a command with all that it starts."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Greatest memory of this process (or of its GPU) since the last ``reset``, in bytes.
+
+    On a CPU it is the resident set, which Linux can restart counting; elsewhere 0 is all that is known.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cuda: Any = None
+        if device.type == "cuda":
+            # Not above: the demo watches its commands without torch, whose pages it would share with them.
+            import torch
+
+            self._cuda = torch.cuda
+
+    def now(self) -> int:
+        """Bytes in use."""
+        gc.collect()
+        if self._cuda:
+            return int(self._cuda.memory_allocated(self._device))
+        return _status_bytes("VmRSS")
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        gc.collect()
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats(self._device)
+        elif STATUS.exists():
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Greatest number of bytes since ``reset``."""
+        if self._cuda:
+            return int(self._cuda.max_memory_allocated(self._device))
+        return _status_bytes("VmHWM")
+
+
+class TreeMemory:
+    """Greatest sum over all processes that this one has started while the block runs; 0 without Linux.
+
+    A peak that is shorter than the second between two looks can be missed.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+        self.peak = 0
+        """Bytes."""
+
+    def __enter__(self) -> TreeMemory:
+        """Begin to watch."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(1.0):
+            self.peak = max(self.peak, descendants_bytes(os.getpid()))
+
+
+def descendants_bytes(root: int) -> int:
+    """Bytes of all processes below one; what they share counts once, by its proportional share (PSS)."""
+    return sum(map(_shared_size, psutil.Process(root).children(recursive=True)))
+
+
+def _shared_size(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    # It has just ended, or this system does not count shares.
+    except (psutil.Error, AttributeError):
+        return 0
+
+
+def _status_bytes(key: str) -> int:
+    if not STATUS.exists():
+        return 0
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024
