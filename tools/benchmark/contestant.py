@@ -41,6 +41,9 @@ class Contestant:
         )
         self._process.start()
         other.close()
+
+    def wait(self) -> None:
+        """Wait until the work is built, before anything else is asked."""
         self._answer()
 
     def seconds(self) -> float:
@@ -78,6 +81,9 @@ def contestants(builds: Mapping[str, Build], watch: Stopwatch) -> Iterator[dict[
     try:
         for name, build in builds.items():
             started[name] = Contestant(build, watch)
+        # They build at the same time, for nothing is timed yet.
+        for contestant in started.values():
+            contestant.wait()
         yield started
     finally:
         for contestant in started.values():
