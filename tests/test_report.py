@@ -21,7 +21,7 @@ from megaregion.evaluation.encoders import CropEncoder, centred_pixels, raw_pixe
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import curation_card, write_report
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
-from megaregion.evaluation.visualise import Pictures, visualise
+from megaregion.evaluation.visualise import Visuals, visualise
 from megaregion.schemas.metrics import Curve, read_metrics
 
 HOSTILE = "\"'><script>"
@@ -46,13 +46,13 @@ def study(folder: Path) -> Study:
 
 
 @pytest.fixture(scope="module")
-def pictures(study: Study) -> Pictures:
+def visuals(study: Study) -> Visuals:
     return visualise(study)
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path, study: Study, pictures: Pictures) -> Path:
-    write_report(study, pictures, folder / "run" / "metrics.jsonl", folder / "report.html")
+def report(folder: Path, study: Study, visuals: Visuals) -> Path:
+    write_report(study, visuals, folder / "run" / "metrics.jsonl", folder / "report.html")
     return folder / "report.html"
 
 
@@ -170,14 +170,14 @@ def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: P
     ],
 )
 def test_bad_metrics_are_named_in_the_page_and_stop_nothing(
-    study: Study, pictures: Pictures, tmp_path: Path, text: str | None, reason: str
+    study: Study, visuals: Visuals, tmp_path: Path, text: str | None, reason: str
 ) -> None:
     file = tmp_path / "metrics.jsonl"
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=re.escape(reason)):
         read_metrics(file)
-    write_report(study, pictures, file, tmp_path / "report.html")
+    write_report(study, visuals, file, tmp_path / "report.html")
     assert escape(reason) in (tmp_path / "report.html").read_text()
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     with tqdm(unit="image", disable=None) as bar:
         progress = partial(_show_progress, bar)
         study = evaluate(opened, config, others, progress)
-        pictures = visualise(study, arguments.frames, arguments.map_side, progress)
+        visuals = visualise(study, arguments.frames, arguments.map_side, progress)
     study.seconds["total"] = time.perf_counter() - began
     suffix = "" if config.split == "test" else f"_{config.split}"
     numbers, tables, page = (
@@ -72,8 +72,8 @@ def main() -> None:
     title = f"# {evaluation.run} after step {evaluation.step:,}, {evaluation.split} split"
     write_text(tables, f"{title}\n\n{markdown(evaluation.tables)}")
     write_board(opened.folder / "tensorboard", opened.step, study.tables)
-    save_pictures(pictures, opened.folder / f"pictures{suffix}")
-    write_report(study, pictures, opened.folder / "metrics.jsonl", page)
+    save_pictures(visuals, opened.folder / f"pictures{suffix}")
+    write_report(study, visuals, opened.folder / "metrics.jsonl", page)
     print(f"{text([study.summary], intervals=False)}\n\n{study.summary.told}")
     if study.tables:
         print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")

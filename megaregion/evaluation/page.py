@@ -60,6 +60,7 @@ _templates = Environment(
 )
 _templates.filters |= {
     "percent": _percent,
+    "px": "{:.1f}".format,
     "style": encoder_style,
     "thousands": "{:,}".format,
     "uri": data_uri,

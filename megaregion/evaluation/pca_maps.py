@@ -69,7 +69,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Painted:
+class FrameMaps:
     """The maps of all frames by one encoder."""
 
     encoder: str
@@ -109,7 +109,7 @@ def paint(
     frames: Sequence[Frame],
     side: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> Painted:
+) -> FrameMaps:
     """Colour every frame's patches by the principal components of all frames' patches.
 
     Args:
@@ -124,7 +124,7 @@ def paint(
         progress(1)
     basis = fit_basis(maps)
     colours = [Image.fromarray(basis.colours(basis.project(own))) for own in maps]
-    return Painted(encoder.name, [_enlarged(each) for each in colours], basis, maps[0].shape[:2])
+    return FrameMaps(encoder.name, [_enlarged(each) for each in colours], basis, maps[0].shape[:2])
 
 
 def high_map(encoder: NetworkEncoder, image: Image.Image, side: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from megaregion.data.sample import Box
 from megaregion.evaluation.clusters import sample_image
 from megaregion.evaluation.encoders import crop
 from megaregion.evaluation.scenes import RegionTable, Scene, open_image
-from megaregion.evaluation.visualise import Pictures, Watched
+from megaregion.evaluation.visualise import SceneAttention, Visuals
 
 REGIONS = 3
 """Regions of a scene whose attention is shown."""
@@ -92,13 +92,13 @@ def scene_tags(scene: Scene) -> list[Tag]:
     return tags
 
 
-def attention_pictures(watched: Watched) -> Iterator[tuple[str, str, Image.Image]]:
+def attention_pictures(own: SceneAttention) -> Iterator[tuple[str, str, Image.Image]]:
     """A few regions of a scene: name, whether it reads or would read, and the attention."""
-    names = [item.name for item in watched.scene.objects] + [item.text for item in watched.scene.words]
+    names = [item.name for item in own.scene.objects] + [item.text for item in own.scene.words]
     for region, name in enumerate(names[:REGIONS]):
-        box, attention = watched.scene.boxes[region], watched.attention
-        yield name, "reads", overlay(watched.image, attention.inside[region], box)
-        yield name, "would read", overlay(watched.image, attention.anywhere[region], box)
+        box, attention = own.scene.boxes[region], own.regions
+        yield name, "reads", overlay(own.image, attention.inside[region], box)
+        yield name, "would read", overlay(own.image, attention.anywhere[region], box)
 
 
 def overlay(image: Image.Image, weights: NDArray[np.float32], box: NDArray[np.float32]) -> Image.Image:
@@ -138,9 +138,9 @@ def matrix_picture(matrix: NDArray[np.float64]) -> Image.Image:
     return Image.fromarray(large, mode="RGBA")
 
 
-def cluster_picture(pictures: Pictures, cluster: int) -> Image.Image:
+def cluster_picture(visuals: Visuals, cluster: int) -> Image.Image:
     """A region of one of the confused clusters."""
-    assert pictures.confusion is not None
-    region = pictures.confusion.example(cluster)
+    assert visuals.confusion is not None
+    region = visuals.confusion.example(cluster)
     assert region is not None, "clusters are confused only where a region of each was drawn"
-    return crop(sample_image(pictures.shards, region.sample), region.box)
+    return crop(sample_image(visuals.shards, region.sample), region.box)

@@ -12,11 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from megaregion.errors import UserError
-from megaregion.evaluation import pictures as shown
+from megaregion.evaluation import pictures
 from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
 from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
-from megaregion.evaluation.visualise import Pictures
+from megaregion.evaluation.visualise import Visuals
 from megaregion.schemas.metrics import EVALUATIONS, Metrics, read_metrics
 
 CURVES = {
@@ -31,19 +31,19 @@ WHILE_TRAINING = {"region/knn": "Region 5-NN while training", "ocr/head_recall":
 QUERIES, WORDS, SCENES = 12, 12, 4
 """How many objects, words and scenes are drawn."""
 MOST_CLASSES = 40
-"""Classes that the chart has room for; the most frequent ones are shown."""
+"""Classes that the chart has room for; the most frequent ones are pictures."""
 SUMMARY = "summary.json"
 """Written by tools/curate.py into the folder that holds the shards' folder."""
 DROPPED = "dropped: "
 """How curation's counts of refused proposals begin."""
 
 
-def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) -> None:
+def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> None:
     """Write the page.
 
     Args:
         study: What was found.
-        pictures: Maps, attention and clusters, see visualise.py.
+        visuals: Maps, attention and clusters, see visualise.py.
         metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
         path: The page; readers see the old one or the new one.
     """
@@ -58,15 +58,15 @@ def write_report(study: Study, pictures: Pictures, metrics: Path, path: Path) ->
         title=study.run.config.name,
         study=study,
         duration=_duration(logged),
+        visuals=visuals,
         pictures=pictures,
-        shown=shown,
         charts=_charts(logged, metrics_or_none(metrics.with_name(EVALUATIONS))) if logged else {},
         no_curves=reason,
-        objects=shown.draw_objects(queries.objects, QUERIES, seed),
-        words=shown.draw(len(queries.words), WORDS, seed),
-        scenes=[queries.scenes[place] for place in shown.draw(len(queries.scenes), SCENES, seed)],
-        asked=shown.Crops(queries.scenes),
-        known=shown.Crops(study.gallery.scenes),
+        objects=pictures.draw_objects(queries.objects, QUERIES, seed),
+        words=pictures.draw(len(queries.words), WORDS, seed),
+        scenes=[queries.scenes[place] for place in pictures.draw(len(queries.scenes), SCENES, seed)],
+        asked=pictures.Crops(queries.scenes),
+        known=pictures.Crops(study.gallery.scenes),
         classes=_class_chart(study),
         curation=curation_card(study.config.dataset),
         settings=dotted(asdict(study.run.config)),

@@ -22,7 +22,7 @@ from torch import Tensor
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.clusters import Confusion, confuse
 from megaregion.evaluation.network import NetworkEncoder
-from megaregion.evaluation.pca_maps import Frame, Painted, fitting_size, paint, read_frames
+from megaregion.evaluation.pca_maps import Frame, FrameMaps, fitting_size, paint, read_frames
 from megaregion.evaluation.scenes import Scene, open_image
 from megaregion.evaluation.study import Study
 from megaregion.files import new_folder
@@ -30,7 +30,7 @@ from megaregion.models import RegionEncoder
 
 FRAMES = 6
 """Held-out scenes that are painted where no frames are named."""
-WATCHED = 4
+ATTENDED = 4
 """Held-out scenes whose regions' attention is shown."""
 
 Progress = Callable[[str, int, int], None]
@@ -46,25 +46,25 @@ class Attention(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Watched:
+class SceneAttention:
     """A scene and where its regions look."""
 
     scene: Scene
     image: Image.Image
-    attention: Attention
+    regions: Attention
     """Of the scene's objects, then its words."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """All pictures of one run."""
+class Visuals:
+    """All that was made of one run."""
 
     frames: Sequence[Frame]
-    painted: Sequence[Painted]
+    maps: Sequence[FrameMaps]
     """By the trained network, then by the untrained one."""
     side: int
     """Longest side at which the frames were read, in pixels."""
-    watched: Sequence[Watched]
+    attention: Sequence[SceneAttention]
     confusion: Confusion | None
     shards: ShardedDataset
 
@@ -74,7 +74,7 @@ def visualise(
     frames: Path | None = None,
     side: int = 0,
     progress: Progress = lambda split, done, images: None,
-) -> Pictures:
+) -> Visuals:
     """Make all pictures.
 
     Args:
@@ -96,20 +96,20 @@ def visualise(
         done += more
         progress("PCA maps", done, total)
 
-    painted = [paint(encoder, chosen, side, count) for encoder in (trained, untrained)]
-    watched = [_watch(trained, scene, side) for scene in [s for s in scenes if s.objects][:WATCHED]]
+    maps = [paint(encoder, chosen, side, count) for encoder in (trained, untrained)]
+    attention = [_attend(trained, scene, side) for scene in [s for s in scenes if s.objects][:ATTENDED]]
     shards = ShardedDataset(config.dataset)
     centers = run.object_centers()
     confusion = None
     if centers is not None:
         confusion = confuse(shards, trained, centers, config.seed, config.batch, progress)
-    return Pictures(chosen, painted, side, watched, confusion, shards)
+    return Visuals(chosen, maps, side, attention, confusion, shards)
 
 
-def save_pictures(pictures: Pictures, folder: Path) -> None:
+def save_pictures(visuals: Visuals, folder: Path) -> None:
     """Write the frames and the trained network's maps as files into a folder, replacing older ones."""
     with new_folder(folder) as partial:
-        for frame, own in zip(pictures.frames, pictures.painted[0].maps, strict=True):
+        for frame, own in zip(visuals.frames, visuals.maps[0].maps, strict=True):
             small = frame.image.copy()
             small.thumbnail(own.size, Image.Resampling.LANCZOS)
             small.save(partial / f"{frame.name}.frame.jpg", quality=88)
@@ -154,13 +154,13 @@ def _weights(scores: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     return array
 
 
-def _watch(encoder: NetworkEncoder, scene: Scene, side: int) -> Watched:
+def _attend(encoder: NetworkEncoder, scene: Scene, side: int) -> SceneAttention:
     image = open_image(scene)
     size = fitting_size(image.size, side, encoder.model.vit.config.patch_size)
     pixels, visible = encoder.prepare(image, scene.boxes.tolist(), size)
-    return Watched(scene, image, region_attention(encoder.model, pixels, visible))
+    return SceneAttention(scene, image, region_attention(encoder.model, pixels, visible))
 
 
 def _draw(scenes: int, seed: int) -> list[int]:
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(scenes)
-    return [int(place) for place in order[: max(FRAMES, 2 * WATCHED)]]
+    return [int(place) for place in order[: max(FRAMES, 2 * ATTENDED)]]
