@@ -17,7 +17,16 @@ from megaregion.bounds import Choice, Kind, Misfit, Several, Switch, Text, did_y
 from megaregion.checks import check_config
 from megaregion.config import RunConfig
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
-from megaregion.settings import check, parse_yaml, read_settings, read_yaml, sections, to_yaml, unknown
+from megaregion.settings import (
+    check,
+    parse_yaml,
+    read_file,
+    read_settings,
+    read_yaml,
+    sections,
+    to_yaml,
+    unknown,
+)
 
 INTERRUPTED_EXIT = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -94,54 +103,57 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def add_settings(parser: argparse.ArgumentParser, defaults: Any, flat: bool = False) -> None:
-    """Add ``--config``, ``--print_config`` and a flag for every setting; see :func:`chosen_settings`.
+def add_settings(
+    parser: argparse.ArgumentParser, defaults: Any, flat: bool = False, without: Sequence[str] = ()
+) -> None:
+    """Add a flag for every setting of a class; :func:`chosen_settings` gives what they set.
 
     Args:
         parser: Parser of the command.
         defaults: Settings with their default values.
         flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
+        without: Keys that get no flag.
     """
-    add = parser.add_argument
-    add("--config", metavar="FILE", type=path, action="append", default=[],
-        help="YAML file of settings; several are merged in order, and flags win")  # fmt: skip
-    add("--print_config", "--print-config", action="store_true", help="print all settings as YAML and end")
+    dest = _dest(defaults)
     for section in sections(defaults):
         name = f"{section.key}: " if section.key and not flat else ""
         group = parser.add_argument_group(f"{name}{section.told.rstrip('.')}")
         if section.key and not flat:
             group.add_argument(
-                f"--{section.key}", metavar="YAML", action=_Change, key=section.key,
+                f"--{section.key}", metavar="YAML", action=_Change, dest=dest, key=section.key,
                 help="the settings of this section, a file or as {name: value}",
             )  # fmt: skip
         for one in section.settings:
-            several = isinstance(one.kind, Several)
+            if one.key in without:
+                continue
             words = isinstance(one.kind, (Choice, Switch, Text))
             told = one.told.rstrip(".") + (" (" if words else f" ({one.kind.told}; ")
             told += f"default: {written(one.default)})"
             group.add_argument(
-                one.flag if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
-                key=one.key, kind=one.kind, nargs="+" if several else None, help=told.replace("%", "%%"),
+                one.flag if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change, dest=dest,
+                key=one.key, kind=one.kind, nargs="+" if isinstance(one.kind, Several) else None,
+                help=told.replace("%", "%%"),
             )  # fmt: skip
 
 
+def add_settings_files(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config`` and ``--print_config`` for :func:`chosen_settings`."""
+    add = parser.add_argument
+    add("--config", metavar="FILE", type=path, action="append", default=[],
+        help="YAML file of settings; several are merged in order, and flags win")  # fmt: skip
+    add("--print_config", "--print-config", action="store_true", help="print all settings as YAML and end")
+
+
 def chosen_settings(flags: argparse.Namespace, defaults: T) -> T:
-    """The settings of a command line with the flags of :func:`add_settings`; prints them if it is asked to.
+    """The settings of a command line, those of its files and flags; prints them if it is asked to.
 
     Raises:
         UserError: A file cannot be read, or a value does not fit.
     """
     settings = defaults
     for file in flags.config:
-        values = read_yaml(file)
-        try:
-            settings = read_settings(settings, values)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    for key, value in getattr(flags, _Change.CHANGES, ()):
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        settings = read_settings(settings, value)
+        settings = read_file(settings, file)
+    settings = changed_settings(flags, settings)
     check(settings)
     if flags.print_config:
         print(to_yaml(settings), end="")
@@ -149,13 +161,25 @@ def chosen_settings(flags: argparse.Namespace, defaults: T) -> T:
     return settings
 
 
-class _Change(argparse.Action):
-    """Notes a setting that a flag changes, in the order of the command line."""
+def changed_settings(flags: argparse.Namespace, settings: T) -> T:
+    """Settings with what flags of :func:`add_settings` set, in the order of the command line."""
+    for key, value in getattr(flags, _dest(settings), ()):
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        settings = read_settings(settings, value)
+    return settings
 
-    CHANGES = "changed_settings"
+
+def _dest(settings: object) -> str:
+    """Where the namespace holds the changes of one class of settings."""
+    return f"changes of {type(settings).__name__}"
+
+
+class _Change(argparse.Action):
+    """Notes a setting that a flag changes."""
 
     def __init__(self, *names: Any, key: str, kind: Kind | None = None, **options: Any) -> None:
-        super().__init__(*names, **{**options, "dest": self.CHANGES, "default": argparse.SUPPRESS})
+        super().__init__(*names, **{**options, "default": argparse.SUPPRESS})
         self._key, self._kind = key, kind
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -164,7 +188,7 @@ class _Change(argparse.Action):
             value = self._read(values[0] if isinstance(values, list) and len(values) == 1 else values)
         except Misfit as misfit:
             raise argparse.ArgumentError(self, str(misfit)) from None
-        setattr(namespace, self.CHANGES, [*getattr(namespace, self.CHANGES, ()), (self._key, value)])
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), (self._key, value)])
 
     def _read(self, text: Any) -> Any:
         if self._kind is None:
@@ -174,30 +198,15 @@ class _Change(argparse.Action):
         return value
 
 
-def run_parser(description: str) -> Parser:
-    """A parser with every setting of a training run; add a command's own flags to it."""
-    parser = Parser(description=description)
-    add_settings(parser, RunConfig())
-    return parser
-
-
-def parse_run(parser: Parser, argv: Sequence[str] | None = None) -> tuple[RunConfig, argparse.Namespace]:
-    """Read a run's settings and check them.
-
-    Args:
-        parser: Made by :func:`run_parser`.
-        argv: Arguments without the program's name; the process's own if None.
-
-    Returns:
-        The settings and the namespace with the command's own flags.
+def run_settings(flags: argparse.Namespace) -> RunConfig:
+    """The settings of a training run, from the flags that :func:`add_settings` added for RunConfig.
 
     Raises:
         UserError: An unknown key (the nearest known one is named), or a value that does not fit.
     """
-    flags = parser.parse_args(argv)
     config = chosen_settings(flags, RunConfig())
     check_config(config)
-    return config, flags
+    return config
 
 
 def written(value: Any) -> str:

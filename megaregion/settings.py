@@ -219,6 +219,19 @@ def _sentences(cls: type) -> dict[str, str]:
 # YAML.
 
 
+def read_file(base: T, file: Path) -> T:
+    """Settings that are those of a YAML file, and those of ``base`` where it says nothing.
+
+    Raises:
+        UserError: As :func:`read_yaml` and :func:`read_settings`; the text names the file.
+    """
+    values = read_yaml(file)
+    try:
+        return read_settings(base, values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a YAML file, as nested texts; None for what is empty.
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from launch import repository
-from toy import toy_config
+from toy import settings_of, toy_config
 
 from megaregion.batching import batching, fitting_nodes
 from megaregion.checks import check_config
-from megaregion.command_line import parse_run, run_parser
+from megaregion.command_line import Parser, add_settings
 from megaregion.config import RunConfig, StageConfig, config_from_dict
 from megaregion.errors import UserError
 from megaregion.settings import setting_names
@@ -83,7 +83,7 @@ def test_the_most_nodes_that_keep_the_global_batch_are_found() -> None:
 
 def test_the_64_gpu_run_fits_every_number_of_nodes_that_its_script_accepts() -> None:
     for file, least, most in (("vit_l14_64gpu", 4, 8), ("vit_b16_8gpu", 1, 1)):
-        config, _ = parse_run(run_parser("x"), ["--config", str(repository() / "configs" / f"{file}.yaml")])
+        config = settings_of(["--config", str(repository() / "configs" / f"{file}.yaml")])
         for nodes in range(least, most + 1):
             assert fitting_nodes(config, nodes, 8) == nodes
             data_ranks = nodes * 8 // config.parallel.tensor
@@ -101,7 +101,7 @@ def test_a_draw_that_does_not_fit_a_micro_step_is_refused() -> None:
 def test_a_draw_of_all_classes_fits_any_micro_step() -> None:
     config = toy_config(Path("data"), Path("runs"), head__draw_images=5, head__object__sample_rate=1.0)
     assert batching(config, 2).micro_batch == config.train.micro_batch
-    config, _ = parse_run(run_parser("x"), ["--config", str(repository() / "configs" / "demo.yaml")])
+    config = settings_of(["--config", str(repository() / "configs" / "demo.yaml")])
     assert [batching(config, ranks).micro_steps for ranks in (1, 2)] == [2, 1]
 
 
@@ -112,7 +112,9 @@ def test_settings_survive_the_way_through_a_checkpoint() -> None:
 
 
 def test_every_setting_has_a_sentence_in_the_help() -> None:
-    help_text = " ".join(run_parser("x").format_help().split())
+    parser = Parser()
+    add_settings(parser, RunConfig())
+    help_text = " ".join(parser.format_help().split())
     for name in setting_names(RunConfig()):
         assert f" --{name} " in help_text, name
     assert "Ranks that share one copy of the model" in help_text
@@ -129,7 +131,7 @@ def test_every_setting_has_a_sentence_in_the_help() -> None:
 )
 def test_an_unknown_or_unfit_flag_is_named_with_the_nearest_one(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        parse_run(run_parser("x"), arguments)
+        settings_of(arguments)
 
 
 @pytest.mark.parametrize("content", ["model: {widht: 5}", "modle: {width: 5}"])
@@ -137,16 +139,14 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest_one(tmp_path: Path, 
     file = tmp_path / "run.yaml"
     file.write_text(content)
     with pytest.raises(UserError, match=r"did you mean model(\.width)?\?"):
-        parse_run(run_parser("x"), ["--config", str(file)])
+        settings_of(["--config", str(file)])
 
 
 def test_files_are_merged_in_order_and_flags_win(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("model: {width: 64, heads: 4}\noptimizer: {lr: 0.1, warmup_steps: 0}")
     two.write_text("model: {width: 32}")
-    config, _ = parse_run(
-        run_parser("x"), ["--config", str(one), "--config", str(two), "--optimizer.lr", "0.2"]
-    )
+    config = settings_of(["--config", str(one), "--config", str(two), "--optimizer.lr", "0.2"])
     assert (config.model.width, config.model.heads, config.optimizer.lr) == (32, 4, 0.2)
 
 
@@ -158,7 +158,7 @@ def test_stages_are_a_list_in_the_file(tmp_path: Path) -> None:
         "  - {image_size: 560, from_image: 160}\n"
         "model: {patch_size: 14}\n"
     )
-    config, _ = parse_run(run_parser("x"), ["--config", str(file)])
+    config = settings_of(["--config", str(file)])
     assert [config.stage(p).image_size for p in (0, 79, 80, 159, 160)] == [224, 224, 336, 336, 560]
 
 

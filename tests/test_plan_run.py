@@ -12,8 +12,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from launch import repository
+from toy import settings_of
 
-from megaregion.command_line import parse_run, run_parser
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megaregion.errors import UserError
 from megaregion.models.recompute import watch_kept
@@ -44,7 +44,7 @@ def small(
 
 
 def config_plan(name: str, cluster: str, *flags: str) -> Plan:
-    config, _ = parse_run(run_parser("test"), ["--config", f"{repository()}/configs/{name}.yaml", *flags])
+    config = settings_of(["--config", f"{repository()}/configs/{name}.yaml", *flags])
     return make_plan(config, load_hardware(cluster), Labels())
 
 
@@ -120,7 +120,7 @@ def test_a_dry_run_refuses_a_rank_that_is_not_there_and_a_plan_that_is_off() -> 
 
 @pytest.mark.parametrize(("name", "cluster"), CONFIGS)
 def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(name: str, cluster: str) -> None:
-    config, _ = parse_run(run_parser("test"), ["--config", f"{repository()}/configs/{name}.yaml"])
+    config = settings_of(["--config", f"{repository()}/configs/{name}.yaml"])
     plans = stage_plans(config, load_hardware(cluster), Labels())
     page = (repository() / "configs" / f"{name}.yaml").read_text()
     assert all(plan.fits for plan in plans)
@@ -147,15 +147,15 @@ def test_presets_are_complete_and_a_wrong_one_is_refused_with_the_way_out(tmp_pa
     names = [file.stem for file in PRESETS.glob("*.yaml")]
     assert len(names) >= 4
     assert all(load_hardware(name).name == name for name in names)
-    assert load_hardware("h100x64", {"gpus": 128, "memory_gib": None}).nodes == 16
+    assert dataclasses.replace(load_hardware("h100x64"), gpus=128).nodes == 16
     with pytest.raises(UserError, match=r"--cluster h1000 is neither a preset .*h100x64"):
         load_hardware("h1000")
     file = tmp_path / "mine.yaml"
     for text, message in (
-        ("memory_gb: 80", "field memory_gb of cluster .* is unknown; did you mean memory_gib"),
-        ("matrix_tflops: fast", "matrix_tflops of cluster .* must be a positive number, got fast"),
+        ("memory_gb: 80", r"mine.yaml: unknown setting memory_gb; did you mean memory_gib\?"),
+        ("matrix_tflops: fast", r"matrix_tflops must be a number in \(0, 1e6\], got fast"),
         ("gpus: 12", "--gpus must be a multiple of the 8 GPUs of a node, got 12"),
-        ("[1, 2]", "must hold fields and values"),
+        ("[1, 2]", "must hold settings by name"),
         ("a: [", "is no YAML"),
     ):
         file.write_text(text)

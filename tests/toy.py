@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
+from megaregion.command_line import Parser, add_settings, add_settings_files, run_settings
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -43,6 +44,14 @@ def toy_dataset(folder: Path, samples: int = 40, shards: int = 4, size: int = 48
     tokenizer.write_bytes(b"not a real tokenizer: training only hashes it")
     write_dataset(folder, entries, OBJECT_CLASSES, TEXT_CLASSES, centers, tokenizer)
     return folder
+
+
+def settings_of(arguments: list[str]) -> RunConfig:
+    """The settings of a training run's command line."""
+    parser = Parser()
+    add_settings_files(parser)
+    add_settings(parser, RunConfig())
+    return run_settings(parser.parse_args(arguments))
 
 
 def toy_config(dataset: Path, output: Path, name: str = "toy", **changes: object) -> RunConfig:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.bounds import PositiveInt, Workers
-from megaregion.command_line import Parser, add_settings, chosen_settings, flag, path, run
+from megaregion.command_line import Parser, add_settings, add_settings_files, chosen_settings, flag, path, run
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _parser() -> Parser:
     add("--out", type=path, metavar="FOLDER", help="folder to write; CURATED/atlas if not given")
     add("--workers", type=flag(Workers), default=2, metavar="N",
         help="processes that crop; the outcome is the same for any number; 0: this process")  # fmt: skip
+    add_settings_files(parser)
     add_settings(parser, AtlasSettings(), flat=True)
     return parser
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaregion.bounds import Count, PositiveInt, Workers
-from megaregion.command_line import Parser, add_settings, chosen_settings, flag, path, run
+from megaregion.command_line import Parser, add_settings, add_settings_files, chosen_settings, flag, path, run
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
 
@@ -129,6 +129,7 @@ def _parser() -> Parser:
     group.add_argument(
         "--jobs", action="store_true", help="check the settings, print the jobs of a cluster run and end"
     )
+    add_settings_files(parser)
     add_settings(parser, CurationSettings(), flat=True)
     commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
     status = commands.add_parser("status", help="print what is done, running and failed")

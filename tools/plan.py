@@ -8,54 +8,38 @@ python tools/plan.py goodput --gpus 64 1024 --save 0.5 --write 20 --detection 45
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import sys
-from typing import Any
+from typing import Annotated, Any
 
-from megaregion.command_line import parse_run, run, run_parser
+from megaregion.bounds import LARGE, Count, Positive, PositiveInt, Real, Seconds, Seed, Whole
+from megaregion.command_line import (
+    Parser,
+    add_settings,
+    add_settings_files,
+    changed_settings,
+    flag,
+    run,
+    run_settings,
+)
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.planning import faults
-from megaregion.planning.hardware import GIB, Hardware, load_hardware
+from megaregion.planning.hardware import GIB, Hardware, Ranks, check_hardware, load_hardware
 
-PARTS = {
-    "run": "memory, time, traffic, cost, best choices and scaling of a config on a cluster",
-    "goodput": "share of the wall time that steps get, under faults",
-}
+Samples = Annotated[int, Whole(1, LARGE)]
+Faults = Annotated[int, Whole(1, 10**7)]
+Interval = Annotated[float, Real(0, 10**7, "SECONDS", above=True)]
 
 
 def main() -> int:
-    parts = "\n".join(f"  {name:9} {text}" for name, text in PARTS.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nparts:\n{parts}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=list(PARTS), help="what to plan; each has its own --help")
-    part = parser.parse_args(sys.argv[1:2]).part
-    return {"run": plan_run, "goodput": plan_goodput}[part](sys.argv[2:])
+    flags = _parser().parse_args()
+    return int(flags.command(flags))
 
 
-def plan_run(arguments: list[str]) -> int:
-    parser = run_parser("What a run will need and take on a cluster. Every setting of a run may be given.")
-    add = parser.add_argument
-    add("--cluster", default="h100x64", help="preset of configs/clusters/, or a YAML file of such fields")
-    for item in dataclasses.fields(Hardware):
-        if item.name not in ("name", "device"):
-            kind = int if item.type == "int" else float
-            add(f"--{item.name.replace('_', '-')}", type=kind, help=f"replace the cluster's {item.name}")
-    add("--samples", type=lambda text: int(float(text)), help="images of the whole run, if not train.steps'")
-    add("--classes", type=int, help="object classes, if not those of data.path or 1,000,000")
-    add("--vocabulary", type=int, help="text classes, if not those of data.path or 32,768")
-    add("--choices", type=int, default=5, help="best choices shown; 0 for none")
-    add("--scaling", type=int, nargs="*", help="sizes of the weak scaling table, if not 8 to 1,024")
-    add("--dry-run", type=int, metavar="RANK", help="also build this rank, and compare it with the plan")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    config, flags = parse_run(parser, arguments)
-    changes = {item.name: getattr(flags, item.name, None) for item in dataclasses.fields(Hardware)}
-    changes["name"] = None
-    hardware = load_hardware(flags.cluster, {k: v for k, v in changes.items() if k != "device"})
-    for name in ("samples", "classes", "vocabulary"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+def plan_run(flags: argparse.Namespace) -> int:
+    config = run_settings(flags)
+    hardware = changed_settings(flags, load_hardware(flags.cluster))
+    check_hardware(hardware)
     return show_plan(config, hardware, flags)
 
 
@@ -113,53 +97,71 @@ def show_plan(config: Any, hardware: Hardware, flags: Any) -> int:
     return 0
 
 
-def plan_goodput(arguments: list[str]) -> int:
-    options = parse_goodput(arguments)
-    for name in ("save", "write", "detection", "restart"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} must be 0 seconds or more, got {getattr(options, name)}")
-    if min(options.gpus) < 1 or options.faults_per_gpu_day <= 0 or options.faults < 1:
-        raise UserError("--gpus, --faults-per-gpu-day and --faults must be positive")
-    if options.interval is not None and options.interval <= 0:
-        raise UserError(f"--interval must be a positive number of seconds, got {options.interval}")
-    times = options.save, options.write, options.detection, options.restart
+def plan_goodput(flags: argparse.Namespace) -> int:
+    times = flags.save, flags.write, flags.detection, flags.restart
     rows = [
         faults.goodput(
-            faults.Cluster(gpus, options.faults_per_gpu_day, *times),
-            options.interval,
-            options.seed,
-            options.faults,
+            faults.Cluster(gpus, flags.faults_per_gpu_day, *times), flags.interval, flags.seed, flags.faults
         )
-        for gpus in options.gpus
+        for gpus in flags.gpus
     ]
-    print(json.dumps(rows, indent=2) if options.json else faults.table(rows))
+    print(json.dumps(rows, indent=2) if flags.json else faults.table(rows))
     return 0
 
 
-def parse_goodput(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="plan.py goodput",
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True, metavar="PART", help="what to plan; each has its own --help")
+    _add_run(parts.add_parser(
+        "run", help="memory, time, traffic, cost, best choices and scaling of a config on a cluster",
+        description="What a run will need and take on a cluster. Every setting of a run may be given.",
+    ))  # fmt: skip
+    _add_goodput(parts.add_parser(
+        "goodput", help="share of the wall time that steps get, under faults",
         description="Simulate a run under random faults; times are yours to measure (pretrain.py report).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    ))  # fmt: skip
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--gpus", type=int, nargs="+", default=[64, 1024], help="sizes of the run")
+    add("--cluster", default="h100x64", help="preset of configs/clusters/, or a YAML file of such fields")
+    add("--samples", type=flag(Samples), help="images of the whole run, if not train.steps'")
+    add("--classes", type=flag(PositiveInt), help="object classes, if not those of data.path or 1,000,000")
+    add("--vocabulary", type=flag(PositiveInt), help="text classes, if not those of data.path or 32,768")
+    add("--choices", type=flag(Count), default=5, help="best choices shown; 0 for none")
+    add("--scaling", type=flag(Ranks), nargs="*", help="sizes of the weak scaling table, if not 8 to 1,024")
+    add("--dry-run", type=flag(Count), metavar="RANK", help="also build this rank; compare it with the plan")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add_settings(parser, Hardware(), flat=True, without=("name", "device"))
+    add_settings_files(parser)
+    add_settings(parser, RunConfig())
+    parser.set_defaults(command=plan_run)
+
+
+def _add_goodput(parser: argparse.ArgumentParser) -> None:
+    add, cluster = parser.add_argument, faults.Cluster
+    add("--gpus", type=flag(Ranks), nargs="+", default=[64, 1024], help="sizes of the run")
+    add("--faults-per-gpu-day", type=flag(Positive), default=faults.LLAMA3_FAULTS,
+        help="faults that end the run; the default is Llama 3's 419 in 54 days on 16,384 GPUs")  # fmt: skip
     add(
-        "--faults-per-gpu-day",
-        type=float,
-        default=faults.LLAMA3_FAULTS,
-        help="faults that end the run; the default is Llama 3's 419 in 54 days on 16,384 GPUs",
+        "--save",
+        type=flag(Seconds),
+        default=cluster.save,
+        help="seconds that training stands still for a save",
     )
-    cluster = faults.Cluster
-    add("--save", type=float, default=cluster.save, help="seconds that training stands still for a save")
-    add("--write", type=float, default=cluster.write, help="seconds until a save is then published")
-    add("--detection", type=float, default=cluster.detection, help="seconds from a fault to the run's end")
-    add("--restart", type=float, default=cluster.restart, help="seconds from there to the next first step")
-    add("--interval", type=float, help="seconds of training between saves; the best one when not given")
-    add("--faults", type=int, default=100_000, help="simulated faults")
-    add("--seed", type=int, default=0, help="seed of the faults' times")
+    add("--write", type=flag(Seconds), default=cluster.write, help="seconds until a save is then published")
+    add("--detection", type=flag(Seconds), default=cluster.detection,
+        help="seconds from a fault to the run's end")  # fmt: skip
+    add("--restart", type=flag(Seconds), default=cluster.restart,
+        help="seconds from there to the next first step")  # fmt: skip
+    add(
+        "--interval", type=flag(Interval), help="seconds of training between saves; the best one if not given"
+    )
+    add("--faults", type=flag(Faults), default=100_000, help="simulated faults")
+    add("--seed", type=flag(Seed), default=0, help="seed of the faults' times")
     add("--json", action="store_true", help="print JSON instead of a table")
-    return parser.parse_args(arguments)
+    parser.set_defaults(command=plan_goodput)
 
 
 if __name__ == "__main__":

@@ -6,66 +6,36 @@ srun python tools/pretrain.py --config configs/vit_l14_64gpu.yaml --resume auto
 python tools/pretrain.py report runs/NAME         what the wall time of all starts of a run went into
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megaregion.batching import fitting_nodes
-from megaregion.command_line import parse_run, run, run_parser
+from megaregion.bounds import Steps, Whole
+from megaregion.command_line import Parser, add_settings, add_settings_files, flag, path, run, run_settings
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
+from megaregion.settings import to_yaml
 from megaregion.training.signals import StopRequest
 
 # Before torch is imported: a signal that comes during the slow imports must not kill the rank.
 STOP = StopRequest().install()
 
+Nodes = Annotated[int, Whole(1, 100_000)]
 Begin = Callable[[Any], None]
 """Puts weights into a transformer."""
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["report"]:
-        return report(sys.argv[2:])
-    parser = run_parser("Train a region encoder by region cluster discrimination.")
-    parser.add_argument(
-        "--resume",
-        default="none",
-        help="auto: go on from the newest whole checkpoint of this run, or start if there is none; "
-        "none: start, and refuse if the run has checkpoints",
-    )
-    parser.add_argument(
-        "--stop-at",
-        type=int,
-        help="save and leave after this step, for a later --resume auto; schedules still end at train.steps",
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="STEPS",
-        help="profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
-        "a trace for Chrome or TensorBoard and a memory snapshot of every rank",
-    )
-    parser.add_argument(
-        "--preflight",
-        nargs="?",
-        const="only",
-        choices=["only", "first"],
-        help="look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
-        "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend",
-    )
-    parser.add_argument(
-        "--fit-nodes",
-        type=int,
-        metavar="N",
-        help="only check the settings and print the most nodes, N or fewer, that keep train.global_batch",
-    )
-    parser.add_argument(
-        "--per-node", type=int, default=1, metavar="N", help="ranks of a node, for --fit-nodes"
-    )
-    config, flags = parse_run(parser)
-    if flags.resume not in ("auto", "none"):
-        raise UserError(f"--resume must be auto or none, got {flags.resume}")
+    flags = _parser().parse_args()
+    return int(flags.command(flags))
+
+
+def pretrain(flags: argparse.Namespace) -> int:
+    config = run_settings(flags)
     if flags.fit_nodes is not None:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
@@ -154,33 +124,52 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
     return pretrained.fill
 
 
-def report(arguments: list[str]) -> int:
-    import argparse
+def report(flags: argparse.Namespace) -> int:
     import json
 
     from megaregion.training.goodput import measure
 
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py report", description="What the wall time of all starts of a run went into."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, as runs/NAME")
-    parser.add_argument("--json", action="store_true", help="seconds as JSON instead of a table")
-    options = parser.parse_args(arguments)
-    goodput = measure(options.run)
-    print(json.dumps(vars(goodput)) if options.json else goodput.table())
+    goodput = measure(flags.run)
+    print(json.dumps(vars(goodput)) if flags.json else goodput.table())
     return 0
 
 
 def write_run_files(folder: Path, config: RunConfig, deepspeed: dict[str, object]) -> None:
-    import dataclasses
     import json
 
-    import yaml
-
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
-    )
+    (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(description="Train a region encoder by region cluster discrimination.")
+    parser.set_defaults(command=pretrain)
+    add = parser.add_argument
+    add("--resume", choices=["auto", "none"], default="none",
+        help="auto: go on from the newest whole checkpoint of this run, or start if there is none; "
+        "none: start, and refuse if the run has checkpoints")  # fmt: skip
+    add("--stop-at", type=flag(Steps), metavar="STEP",
+        help="save and leave after this step, for a later --resume auto; schedules still end at train.steps"
+    )  # fmt: skip
+    add("--profile", metavar="STEPS",
+        help="profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
+        "a trace for Chrome or TensorBoard and a memory snapshot of every rank")  # fmt: skip
+    add("--preflight", nargs="?", const="only", choices=["only", "first"],
+        help="look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
+        "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend"
+    )  # fmt: skip
+    add("--fit-nodes", type=flag(Nodes), metavar="N",
+        help="only check the settings and print the most nodes, N or fewer, that keep train.global_batch"
+    )  # fmt: skip
+    add("--per-node", type=flag(Nodes), default=1, metavar="N", help="ranks of a node, for --fit-nodes")
+    add_settings_files(parser)
+    add_settings(parser, RunConfig())
+    commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
+    told = commands.add_parser("report", help="what the wall time of all starts of a run went into")
+    told.set_defaults(command=report)
+    told.add_argument("run", type=path, metavar="RUN", help="the run's folder, as runs/NAME")
+    told.add_argument("--json", action="store_true", help="seconds as JSON instead of a table")
+    return parser
 
 
 if __name__ == "__main__":
