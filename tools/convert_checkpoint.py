@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megaregion.command_line import run
+from megaregion.bounds import NonNegative, Pixels, Positive
+from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
 from megaregion.export import Exported, ExportOptions, export_checkpoint, write_start
 from megaregion.export.layouts import LAYOUTS
@@ -24,6 +25,9 @@ TOLERANCE = 1e-4
 """Largest difference of features, as a share of the largest feature, that rounding can explain."""
 
 
+OURS = "a run's folder, its checkpoints folder or one step-... folder"
+
+
 def main() -> None:
     arguments = _parser().parse_args()
     {"to-hf": _to_hf, "from-hf": _from_hf, "check": _check}[arguments.command](arguments)
@@ -32,8 +36,6 @@ def main() -> None:
 def _to_hf(arguments: argparse.Namespace) -> None:
     if arguments.check and arguments.format != "mlcd":
         raise UserError(f"--check cannot load --format {arguments.format}; leave one of them out")
-    if arguments.shard_gb <= 0:
-        raise UserError(f"--shard-gb must be positive, got {arguments.shard_gb}")
     options = ExportOptions(
         dtype=DTYPES[arguments.dtype],
         layout=arguments.format,
@@ -92,80 +94,68 @@ def _compare(
     print(f"{'checked':<12}features equal to {worst:.1e} of the largest")
 
 
-def _parser() -> argparse.ArgumentParser:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    to_hf = commands.add_parser(
-        "to-hf",
-        help="a HuggingFace folder for AutoModel and AutoImageProcessor",
-        description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
-        "processor, whatever topology wrote it.",
-        formatter_class=form,
+    _add_to_hf(
+        commands.add_parser(
+            "to-hf",
+            help="a HuggingFace folder for AutoModel and AutoImageProcessor",
+            description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
+            "processor, whatever topology wrote it.",
+        )
     )
-    add = to_hf.add_argument
-    add("checkpoint", metavar="CHECKPOINT", type=Path, help=_OURS)
-    add("out", metavar="OUT", type=Path, help="folder to write; must be absent or empty")
-    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the written weights")
-    add(
-        "--regions",
-        action="store_true",
-        help="add get_region_features: the projection, region tokens' own weights and a class that "
-        "AutoModel loads with trust_remote_code",
+    _add_from_hf(
+        commands.add_parser(
+            "from-hf",
+            help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
+            description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
+        )
     )
-    add("--license", metavar="ID", default="unknown", help="licence of the weights, as the hub calls it")
-    add(
-        "--evaluation",
-        metavar="FILE",
-        type=Path,
-        help="evaluation.json for the card; the run's own if not given",
-    )
-    add("--shard-gb", type=float, default=5.0, help="most gigabytes of weights in one file")
-    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
-    from_hf = commands.add_parser(
-        "from-hf",
-        help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
-        description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
-        formatter_class=form,
-    )
-    add = from_hf.add_argument
-    add("folder", metavar="FOLDER", type=Path, help="folder with config.json and safetensors files")
-    add("out", metavar="OUT", type=Path, help="folder to write; must be absent or empty")
-    add(
-        "--image-size",
-        type=int,
-        metavar="PX",
-        help="side of the images to train on; the folder's own if not given",
-    )
-    check = commands.add_parser(
-        "check",
-        help="the largest difference between two encoders' features",
-        description="Compare the features of two encoders: checkpoints are run by megaregion, HuggingFace "
-        "folders by transformers. Exit code 2 if they differ by more than --tolerance.",
-        formatter_class=form,
-    )
-    add = check.add_argument
-    add("a", metavar="A", type=Path, help=f"{_OURS}, or a HuggingFace folder")
-    add("b", metavar="B", type=Path, help="the same")
-    add(
-        "--images",
-        metavar="FOLDER",
-        type=Path,
-        help="folder of images, of which 8 are taken; noise if not given",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help="largest difference, as a share of the largest feature",
+    _add_check(
+        commands.add_parser(
+            "check",
+            help="the largest difference between two encoders' features",
+            description="Compare the features of two encoders: checkpoints are run by megaregion, "
+            "HuggingFace folders by transformers. Exit code 2 if they differ by more than --tolerance.",
+        )
     )
     return parser
 
 
-_OURS = "a run's folder, its checkpoints folder or one step-... folder"
+def _add_to_hf(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=path, help=OURS)
+    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
+    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the written weights")
+    add("--regions", action="store_true",
+        help="add get_region_features: the projection, region tokens' own weights and a class that "
+        "AutoModel loads with trust_remote_code")  # fmt: skip
+    add("--license", metavar="ID", default="unknown", help="licence of the weights, as the hub calls it")
+    add("--evaluation", metavar="FILE", type=path,
+        help="evaluation.json for the card; the run's own if not given")  # fmt: skip
+    add("--shard-gb", metavar="GB", type=flag(Positive), default=5.0,
+        help="most gigabytes of weights in one file")  # fmt: skip
+    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
+
+
+def _add_from_hf(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=path, help="folder with config.json and safetensors files")
+    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
+    add("--image-size", metavar="PX", type=flag(Pixels),
+        help="side of the images to train on; the folder's own if not given")  # fmt: skip
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("a", metavar="A", type=path, help=f"{OURS}, or a HuggingFace folder")
+    add("b", metavar="B", type=path, help="the same")
+    add("--images", metavar="FOLDER", type=path,
+        help="folder of images, of which 8 are taken; noise if not given")  # fmt: skip
+    add("--tolerance", metavar="SHARE", type=flag(NonNegative), default=TOLERANCE,
+        help="largest difference, as a share of the largest feature")  # fmt: skip
 
 
 def _print_exported(exported: Exported, dtype: str) -> None:

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmark.memory import TreeMemory
-from megaregion.command_line import run
+from megaregion.bounds import PositiveInt, Steps
+from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation
 
@@ -107,23 +108,18 @@ def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) ->
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Images in, a HuggingFace encoder out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description="Images in, a HuggingFace encoder out.")
     add = parser.add_argument
-    add("--data", type=Path, default=Path("data/demo"), help="folder of scenes and shards")
-    add("--run", type=Path, default=Path("runs/demo"), help="folder of the run")
-    add("--config", default="configs/demo.yaml", help="settings of the training run")
-    add("--train-scenes", type=int, default=3000, help="scenes to curate and train on")
-    add("--test-scenes", type=int, default=300, help="held-out scenes of unseen cut-outs")
-    add(
-        "--first-steps",
-        type=int,
-        default=60,
-        help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks",
-    )
+    add("--data", metavar="FOLDER", type=path, default=Path("data/demo"), help="folder of scenes and shards")
+    add("--run", metavar="FOLDER", type=path, default=Path("runs/demo"), help="folder of the run")
+    add("--config", metavar="FILE", default="configs/demo.yaml", help="settings of the training run")
+    add("--train-scenes", metavar="N", type=flag(PositiveInt), default=3000,
+        help="scenes to curate and train on")  # fmt: skip
+    add("--test-scenes", metavar="N", type=flag(PositiveInt), default=300,
+        help="held-out scenes of unseen cut-outs")  # fmt: skip
+    add("--first-steps", metavar="STEPS", type=flag(Steps), default=60,
+        help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks")  # fmt: skip
     add("--gate", type=float, default=0.10, help="least gain in region 5-NN over the untrained encoder")
     return parser
 

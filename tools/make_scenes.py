@@ -5,14 +5,14 @@ python tools/make_scenes.py --out data/scenes --train 3000 --test 400
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megaregion.command_line import run
+from megaregion.bounds import Count, Workers
+from megaregion.command_line import Parser, flag, path, run
 from megaregion.demo.assets import Part, load_library
 from megaregion.demo.folder import PartSummary, identity, is_done, summarise, write_scenes
 from megaregion.demo.scenes import SceneSettings
@@ -23,15 +23,12 @@ def main() -> None:
     arguments = _parser().parse_args()
     counts: dict[Part, int] = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
     counts = {part: count for part, count in counts.items() if count}
-    for part, count in counts.items():
-        if count < 0:
-            raise UserError(f"--{part} must not be negative, got {count}; 0 leaves that part out")
     if not counts:
         raise UserError("--train, --val and --test are all 0; ask for at least one scene")
     settings = SceneSettings(arguments.seed, tuple(_size(text) for text in arguments.size))
     library = load_library(arguments.cutouts, arguments.backgrounds)
-    for path, reason in list(library.left_out.items())[:5]:
-        print(f"left out: {path} {reason}", file=sys.stderr)
+    for file, reason in list(library.left_out.items())[:5]:
+        print(f"left out: {file} {reason}", file=sys.stderr)
     if len(library.left_out) > 5:
         print(f"left out: {len(library.left_out) - 5} more files", file=sys.stderr)
     if is_done(arguments.out, identity(library, settings, counts), arguments.force):
@@ -68,40 +65,27 @@ def _table(summaries: dict[Part, PartSummary]) -> str:
     return "\n".join(row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description="Compose scenes with known truth. The parts share no cut-out instance, no background and "
         "no word. OUT gets train/, val/ and test/ with images/ and truth.jsonl; only the evaluation "
         "may read the truth.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/scenes"), help="folder to make")
-    add("--train", type=int, default=3000, metavar="N", help="scenes to train on")
-    add(
-        "--val", type=int, default=0, metavar="N", help="scenes to tune on, of files that no other part shows"
-    )
-    add("--test", type=int, default=400, metavar="N", help="scenes to measure on")
-    add(
-        "--size",
-        nargs="+",
-        default=["256"],
-        help="pixels, as 256 or 256x320; each scene draws one of those given",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="other scenes of the same files; the parts of the files stay the same",
-    )
-    add("--workers", type=int, default=2, help="processes; the scenes are the same for any number")
-    add(
-        "--cutouts",
-        type=Path,
-        metavar="DIR",
-        help="your own: one folder per class, pictures with transparency",
-    )
-    add("--backgrounds", type=Path, metavar="DIR", help="your own background pictures")
+    add("--out", metavar="FOLDER", type=path, default=Path("data/scenes"), help="folder to make")
+    add("--train", metavar="N", type=flag(Count), default=3000, help="scenes to train on")
+    add("--val", metavar="N", type=flag(Count), default=0,
+        help="scenes to tune on, of files that no other part shows")  # fmt: skip
+    add("--test", metavar="N", type=flag(Count), default=400, help="scenes to measure on")
+    add("--size", nargs="+", default=["256"],
+        help="pixels, as 256 or 256x320; each scene draws one of those given")  # fmt: skip
+    add("--seed", type=int, default=0,
+        help="other scenes of the same files; the parts of the files stay the same")  # fmt: skip
+    add("--workers", metavar="N", type=flag(Workers), default=2,
+        help="processes; the scenes are the same for any number")  # fmt: skip
+    add("--cutouts", metavar="DIR", type=path,
+        help="your own: one folder per class, pictures with transparency")  # fmt: skip
+    add("--backgrounds", metavar="DIR", type=path, help="your own background pictures")
     add("--force", action="store_true", help="replace scenes of other settings in OUT")
     return parser
 

@@ -1,1 +1,8 @@
-"""Demo scenes: photo cut-outs and rendered words on photo backgrounds, with everything in them known."""
+"""Demo scenes: photo cut-outs and rendered words on photo backgrounds, with everything in them known.
+
+assets    cut-outs and backgrounds, and which part of the demo each belongs to
+words     the words, and pictures of them
+compose   one scene: what lies where, and what of it is visible
+scenes    scenes by number, a function of (seed, part, number)
+folder    a folder of scenes, written in parallel
+"""
