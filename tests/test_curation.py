@@ -348,6 +348,32 @@ def test_a_new_image_redoes_only_its_own_piece_of_the_image_stages(
     assert summary.counts["images packed"] == GOOD + 1
 
 
+def test_another_list_of_images_takes_nothing_that_is_finished_before_its_own_dataset_is(
+    copy: Path, images: Path, tmp_path: Path
+) -> None:
+    before, written = contents(copy), times(copy)
+    few, none = tmp_path / "few", tmp_path / "none"
+    none.mkdir()
+    (none / "notes.txt").write_text("no image")
+    few.mkdir()
+    for number in (1, 2, 4, 10):
+        shutil.copy2(images / f"scene-{number:02d}.jpg", few)
+    with pytest.raises(UserError, match="holds no"):
+        run(none, copy)
+    assert contents(copy) == before
+    run(few, copy, stage="list")
+    with pytest.raises(UserError, match="--stage embed needs piece 0 of stage propose"):
+        run(few, copy, stage="embed")
+    assert {name for name in before if "/" in name} <= set(contents(copy))
+    run(images, copy)
+    assert redone(written, copy) == set()
+    run(few, copy, clusters=4)
+    run(few, tmp_path / "fresh", clusters=4)
+    assert contents(copy / "shards") == contents(tmp_path / "fresh" / "shards")
+    stages = copy / "stages"
+    assert [path.name for path in (stages / "propose").glob("0*")] == ["00000"], "pieces of other images stay"
+
+
 def test_a_stage_before_its_input_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--stage embed needs piece 0 of stage propose"):
         run(images, tmp_path / "out", stage="embed")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from megaregion.curation.inputs.source import (
     Listing,
     Source,
     mark_key,
+    move_listing,
     plain_key,
     sample_keys,
     write_listing,
@@ -57,6 +59,8 @@ class Found(NamedTuple):
 def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: int = 0) -> Source:
     """Find the images below a folder; hidden files and folders are skipped.
 
+    What an earlier search found stays until the new list is complete and holds an image.
+
     Args:
         folder: Where to look.
         place: Folder for the listings, which also remember the hashes from run to run.
@@ -69,26 +73,41 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
     """
     if not folder.is_dir():
         raise _no_folder(folder)
-    place.mkdir(parents=True, exist_ok=True)
     seen = _Seen()
+    with _scratch(place / ".new") as new:
+        candidates = new / "candidates.jsonl"
+        write_listing(candidates, seen.take(_walk(folder, "", out.resolve()), _Known(place / FILES)))
+        write_listing(new / FILES, seen.unique(Listing(candidates)))
+        rows, bad, twice = _look_into_tars(folder, seen.tars, place / TARS, workers)
+        write_listing(new / TARS, iter(rows))
+        if not len(Listing(new / FILES)) and not any(row["images"] for row in rows):
+            raise _no_image(folder, seen, bad)
+        summary = {
+            "version": VERSION, "folder": str(folder.resolve()), "duplicates": seen.duplicates + twice,
+            "others": seen.others, "bad": bad, "digest": _digest(new),
+        }  # fmt: skip
+        _accept(new, place, summary)
+    return Source(folder, place, slice_size)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is empty at first and gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _accept(new: Path, place: Path, summary: dict[str, Any]) -> None:
+    """Put a complete list in the place of the one before it."""
     # A list without its summary counts as none, so a kill in between does no harm.
     (place / INPUTS).unlink(missing_ok=True)
-    known = _Known(place / FILES)
-    candidates = place / "candidates.jsonl"
-    write_listing(candidates, seen.take(_walk(folder, "", out.resolve()), known))
-    write_listing(place / FILES, seen.unique(Listing(candidates)))
-    rows, bad, twice = _look_into_tars(folder, seen.tars, place / TARS, workers)
-    write_listing(place / TARS, iter(rows))
-    for path in place.glob("candidates.jsonl*"):
-        path.unlink()
-    if not len(Listing(place / FILES)) and not any(row["images"] for row in rows):
-        raise _no_image(folder, seen, bad)
-    summary = {
-        "version": VERSION, "folder": str(folder.resolve()), "duplicates": seen.duplicates + twice,
-        "others": seen.others, "bad": bad, "digest": _digest(place),
-    }  # fmt: skip
+    for name in (FILES, TARS):
+        move_listing(new / name, place / name)
     write_bytes(place / INPUTS, json.dumps(summary, indent=1).encode())
-    return Source(folder, place, slice_size)
 
 
 class _Known:

@@ -299,25 +299,25 @@ class Listing:
 
 
 def write_listing(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a listing; it takes its name when it is complete.
+    """Write a listing.
 
     Args:
         path: The file of lines.
         rows: JSON objects; 8 bytes of memory are spent on each.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     offsets = array("q", [0])
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         for row in rows:
             line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
             file.write(line)
             offsets.append(offsets[-1] + len(line))
-    beside = path.with_name(f".{path.name}.offsets.partial")
-    with beside.open("wb") as file:
-        np.save(file, np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
-    partial.replace(path)
-    beside.replace(_beside(path))
+    np.save(_beside(path), np.frombuffer(offsets, dtype=np.int64), allow_pickle=False)
+
+
+def move_listing(path: Path, target: Path) -> None:
+    """Put a listing in another one's place."""
+    path.replace(target)
+    _beside(path).replace(_beside(target))
 
 
 def _beside(path: Path) -> Path:

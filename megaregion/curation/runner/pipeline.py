@@ -78,8 +78,6 @@ def curate(
         source = find_images(images, out / "stages", out, settings.image.piece_images, workers)
         record_run(out, images, settings)
         with closing(Pipeline(Job(settings, source, Store(out)), bar, workers)) as pipeline:
-            # Not by shares: they run beside each other.
-            pipeline.prune()
             for name in _names(stage):
                 pipeline.run(name)
         return summarise(pipeline.job, pipeline.finished())
@@ -151,6 +149,10 @@ class Pipeline:
         share = self._share or Share(0, 1)
         pieces = share.pieces(stage.pieces())
         tasks = self._missing(stage, pieces)
+        if pieces and name == NAMES[-1]:
+            # All that the dataset is made of is done: what a run over more images left is of no more use.
+            for each in self._stages.values():
+                self.job.store.prune(each.name, each.pieces())
         if tasks:
             stage.prepare()
             for task in tasks:
@@ -166,11 +168,6 @@ class Pipeline:
             recipes = recipes_of(name, self._stages)
             if all(manifest is not None and manifest.recipes == recipes for manifest in self._read(stage)):
                 yield name, (manifest for manifest in self._read(stage) if manifest is not None)
-
-    def prune(self) -> None:
-        """Remove what a run with more pieces left, of every stage."""
-        for name, stage in self._stages.items():
-            self.job.store.prune(name, stage.pieces())
 
     def close(self) -> None:
         """End the worker processes."""
