@@ -15,6 +15,7 @@ from curation_scenes import contents, run, scene
 
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
+from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import BadImage
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
@@ -221,3 +222,43 @@ def test_what_cannot_be_curated_is_refused_with_the_way_out(
     with pytest.raises(UserError, match="is a Parquet file of URLs; download them first: img2dataset"):
         run(tmp_path / "urls.parquet", tmp_path / "out", **FEW)
     assert not (tmp_path / "out" / "shards").exists()
+
+
+# Nothing is left out in silence
+
+
+def listed(folder: Path, place: Path, **options: Any) -> Source:
+    return find_images(folder, place / "stages", place, 2, **options)
+
+
+def test_what_megaregion_wrote_is_never_input(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in (1, 2, 4, 10):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    first = run(folder, folder, **FEW)
+    shards = contents(folder / "shards")
+    assert first.counts["images packed"] == 4
+    # Into its own folder once more: shards and stages of the first time are no images.
+    again = run(folder, folder, **FEW)
+    assert contents(folder / "shards") == shards
+    assert (again.files, again.bad, again.outputs) == (
+        4,
+        {},
+        1 + len(list((folder / "shards").glob("*.tar"))),
+    )
+    assert "never taken for input" in again.table()
+    # Another run's shards, an atlas and a training run's pictures below the images.
+    (folder / "atlas" / "sheets").mkdir(parents=True)
+    (folder / "atlas" / "atlas.json").write_text("{}")
+    (folder / "atlas" / "sheets" / "1.jpg").write_bytes(jpeg(5))
+    (folder / "run" / "pictures").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (folder / "run" / name).write_text("")
+    (folder / "run" / "pictures" / "a.map.jpg").write_bytes(jpeg(6))
+    elsewhere = listed(folder, tmp_path / "other")
+    assert (len(elsewhere), elsewhere.outputs) == (4, again.outputs + 2)
+    for own in ("shards", "atlas", "run"):
+        with pytest.raises(UserError, match=r"nothing but what megaregion wrote .* the original images"):
+            run(folder / own, folder, **FEW)
+    assert contents(folder / "shards") == shards

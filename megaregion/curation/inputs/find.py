@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megaregion.curation.inputs.source import (
     FILES,
@@ -45,6 +44,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 NAMED = 1000
 """Damaged tars that are named; more are counted."""
 
+WRITTEN = ({"atlas.json", "sheets/"}, {"config.yaml", "metrics.jsonl"})
+"""Names by which a folder is known for an atlas or a training run: its pictures are no input."""
+
 
 class Found(NamedTuple):
     """A file below the input's folder."""
@@ -54,10 +56,12 @@ class Found(NamedTuple):
     """Relative to the folder, with slashes."""
     annotated: bool
     """A .json file of the same name lies beside it."""
+    packed: bool
+    """The index of a shard of the same name lies beside it."""
 
 
 def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: int = 0) -> Source:
-    """Find the images below a folder; hidden files and folders are skipped.
+    """Find the images below a folder; hidden files and folders, and what megaregion wrote, are skipped.
 
     What an earlier search found stays until the new list is complete and holds an image.
 
@@ -73,20 +77,15 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
     """
     if not folder.is_dir():
         raise _no_folder(folder)
-    seen = _Seen()
+    search = _Search(folder, out)
     with _scratch(place / ".new") as new:
         candidates = new / "candidates.jsonl"
-        write_listing(candidates, seen.take(_walk(folder, "", out.resolve()), _Known(place / FILES)))
-        write_listing(new / FILES, seen.unique(Listing(candidates)))
-        rows, bad, twice = _look_into_tars(folder, seen.tars, place / TARS, workers)
-        write_listing(new / TARS, iter(rows))
-        if not len(Listing(new / FILES)) and not any(row["images"] for row in rows):
-            raise _no_image(folder, seen, bad)
-        summary = {
-            "version": VERSION, "folder": str(folder.resolve()), "duplicates": seen.duplicates + twice,
-            "others": seen.others, "bad": bad, "digest": _digest(new),
-        }  # fmt: skip
-        _accept(new, place, summary)
+        write_listing(candidates, search.images(_Known(place / FILES)))
+        write_listing(new / FILES, search.unique(Listing(candidates)))
+        write_listing(new / TARS, search.look_into_tars(_known_tars(place), workers))
+        if not search.found:
+            raise search.no_image()
+        _accept(new, place, search.summary() | {"digest": _digest(new)})
     return Source(folder, place, slice_size)
 
 
@@ -110,55 +109,31 @@ def _accept(new: Path, place: Path, summary: dict[str, Any]) -> None:
     write_bytes(place / INPUTS, json.dumps(summary, indent=1).encode())
 
 
-class _Known:
-    """Hashes from an earlier listing, asked for in the order of paths."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            listing = Listing(path)
-            self._rows = listing.rows(0, len(listing))
-        except (OSError, ValueError):
-            self._rows = iter(())
-        self._row: dict[str, Any] | None = self._next()
-
-    def of(self, name: str, state: os.stat_result) -> dict[str, Any]:
-        """The row of a file that has not changed since, or nothing."""
-        while self._row is not None and self._row["path"] < name:
-            self._row = self._next()
-        row = self._row
-        same = row is not None and (row["path"], row["size"], row["changed"]) == (
-            name, state.st_size, state.st_mtime_ns,
-        )  # fmt: skip
-        return row if same and row is not None else {}
-
-    def _next(self) -> dict[str, Any] | None:
-        try:
-            row = next(self._rows, None)
-        # A damaged listing can be made again; what it knew is hashed anew.
-        except (OSError, ValueError):
-            row = None
-        return row if row is not None and {"path", "size", "changed"} <= row.keys() else None
+def _digest(place: Path) -> str:
+    return hashlib.sha256((file_sha256(place / FILES) + file_sha256(place / TARS)).encode()).hexdigest()
 
 
-class _Seen:
-    """What the walk passed: counts, tars, and 16 bytes for each image that tell it from others."""
+class _Search:
+    """What lies below a folder: counts, tars, and 16 bytes for each image that tell it from others."""
 
-    def __init__(self) -> None:
-        self.tars: list[Found] = []
-        self.parquets = self.others = self.duplicates = 0
+    def __init__(self, folder: Path, out: Path) -> None:
+        self._folder, self._out = folder, out.resolve()
+        self._tars: list[Found] = []
+        self._parquets = self._others = self._duplicates = self._outputs = 0
+        self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
+        self.found = 0
+        """Images, duplicates left out."""
 
-    def take(self, files: Iterator[Found], known: _Known) -> Iterator[dict[str, Any]]:
-        """A row for every image, with its hash."""
-        for file in files:
+    def images(self, known: _Known) -> Iterator[dict[str, Any]]:
+        """A row for every loose image, with its hash; tars are only noted."""
+        for file in self._walk(self._folder, ""):
             ending = file.path.suffix.lower()
             if ending == ".tar":
-                self.tars.append(file)
-            elif ending not in ENDINGS:
-                self.others += 1
-                self.parquets += ending == ".parquet"
-            else:
-                state = file.path.stat()
+                self._outputs += file.packed
+                self._tars += [] if file.packed else [file]
+            elif ending in ENDINGS:
+                state = _state(file.path)
                 row = known.of(file.name, state)
                 sha256 = row.get("sha256") or _hash(file.path)
                 # Annotations are small: they are always read again.
@@ -169,14 +144,19 @@ class _Seen:
                     "path": file.name, "size": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256,
                     **({"annotation": annotation} if annotation else {}),
                 }  # fmt: skip
+            else:
+                self._others += 1
+                self._parquets += ending == ".parquet"
 
     def unique(self, candidates: Listing) -> Iterator[dict[str, Any]]:
         """The first row of every content, with its key."""
         contents, keys = (np.frombuffer(each, dtype=np.uint64) for each in (self._contents, self._keys))
         first = np.zeros(len(contents), dtype=bool)
         first[np.unique(contents, return_index=True)[1]] = True
-        self.duplicates = int((~first).sum())
-        shared = _occurs_twice(keys, first)
+        self._duplicates += int((~first).sum())
+        self.found += int(first.sum())
+        values, counts = np.unique(keys[first], return_counts=True)
+        shared = np.isin(keys, values[counts > 1])
         for number, row in enumerate(candidates.rows(0, len(candidates))):
             if first[number]:
                 name = row["path"]
@@ -185,73 +165,140 @@ class _Seen:
                     key = mark_key(key, name)
                 yield {"key": key, **row}
 
+    def look_into_tars(
+        self, known: dict[tuple[Any, ...], dict[str, Any]], workers: int
+    ) -> Iterator[dict[str, Any]]:
+        """A row for each tar."""
+        rows: list[dict[str, Any]] = []
+        for tar, key in zip(self._tars, sample_keys([_stem(tar) for tar in self._tars]), strict=True):
+            state = _state(tar.path)
+            found = known.get((tar.name, state.st_size, state.st_mtime_ns), {})
+            rows.append({
+                **found, "path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns, "key": key,
+            })  # fmt: skip
+        new = [row for row in rows if "images" not in row]
+        paths = [self._folder / row["path"] for row in new]
+        several = ProcessPoolExecutor(workers) if workers > 1 and len(new) > 1 else nullcontext()
+        with several as pool:
+            for row, counted in zip(new, (pool.map if pool else map)(_count, paths), strict=True):
+                row.update(counted)
+        for row in rows:
+            self.found += row["images"]
+            self._duplicates += row["duplicates"]
+            if row["damage"]:
+                self._name(row["path"], f"{row['damage']}; images before it: {row['images']}")
+        return iter(rows)
 
-def _occurs_twice(keys: NDArray[np.uint64], counted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether each key occurs more than once among those that count."""
-    values, counts = np.unique(keys[counted], return_counts=True)
-    return np.isin(keys, values[counts > 1])
+    def summary(self) -> dict[str, Any]:
+        """What is not in the rows; JSON."""
+        return {
+            "version": VERSION, "folder": str(self._folder.resolve()),
+            "duplicates": self._duplicates, "others": self._others, "outputs": self._outputs,
+            "bad": self._bad,
+        }  # fmt: skip
+
+    def no_image(self) -> UserError:
+        """Why there is nothing to curate, and the way out."""
+        holds = f"--images {self._folder} holds"
+        if self._bad:
+            path, why = next(iter(self._bad.items()))
+            return UserError(f"{holds} no image{' in its tars' * bool(self._tars)}; {path}: {why}")
+        if self._outputs:
+            return UserError(
+                f"{holds} nothing but what megaregion wrote (shards, stages, runs, an atlas); "
+                "give the folder of the original images"
+            )
+        if self._parquets:
+            return UserError(f"{holds} Parquet files of URLs; {_DOWNLOAD.format(self._folder)}")
+        return UserError(f"{holds} no {', '.join(ENDINGS)} or .tar file among its {self._others} files")
+
+    def _walk(self, folder: Path, below: str) -> Iterator[Found]:
+        """Files in the order of their names; a folder's counts with its slash, as in its files' names."""
+        try:
+            with os.scandir(folder) as found:
+                shown = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError as error:
+            raise _unreadable(folder, error) from None
+        entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry for entry in shown}
+        if any(marks <= entries.keys() for marks in WRITTEN):
+            self._outputs += 1
+            return
+        for name in sorted(entries):
+            entry, path = entries[name], folder / entries[name].name
+            if name.endswith("/"):
+                if path.resolve() == self._out or (name == "stages/" and "run.json" in entries):
+                    self._outputs += 1
+                else:
+                    yield from self._walk(path, below + name)
+            elif entry.is_file():
+                stem = path.stem
+                yield Found(path, below + name, f"{stem}.json" in entries, f"{stem}.index.npy" in entries)
+
+    def _name(self, path: str, why: str) -> None:
+        if len(self._bad) < NAMED:
+            self._bad[path] = why
 
 
-def _look_into_tars(
-    folder: Path, tars: list[Found], listing: Path, workers: int
-) -> tuple[list[dict[str, Any]], dict[str, str], int]:
-    """A row for each tar, what is wrong with some, and how many of their images have another one's name."""
-    known = {(row["path"], row["size"], row["changed"]): row for row in _old_rows(listing)}
-    keys = sample_keys([tar.name.rsplit(".", 1)[0] for tar in tars])
-    rows: list[dict[str, Any]] = []
-    for tar, key in zip(tars, keys, strict=True):
-        state = tar.path.stat()
-        row = {"path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns}
-        rows.append({**known.get((tar.name, row["size"], row["changed"]), {}), **row, "key": key})
-    new = [row for row in rows if "images" not in row]
-    paths = [folder / row["path"] for row in new]
-    several = ProcessPoolExecutor(workers) if workers > 1 and len(new) > 1 else nullcontext()
-    with several as pool:
-        for row, found in zip(new, (pool.map if pool else map)(_count, paths), strict=True):
-            row["images"], row["duplicates"], row["damage"] = found
-    damaged = [row for row in rows if row["damage"]]
-    bad = {row["path"]: f"{row['damage']}; images before it: {row['images']}" for row in damaged[:NAMED]}
-    return rows, bad, sum(row["duplicates"] for row in rows)
+class _Known:
+    """Hashes from an earlier listing, asked for in the order of paths."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = _old_rows(path)
+        self._row = next(self._rows, None)
+
+    def of(self, name: str, state: os.stat_result) -> dict[str, Any]:
+        """The row of a file that has not changed since, or nothing."""
+        while self._row is not None and self._row["path"] < name:
+            self._row = next(self._rows, None)
+        row = self._row or {}
+        same = (name, state.st_size, state.st_mtime_ns)
+        return row if (row.get("path"), row.get("size"), row.get("changed")) == same else {}
 
 
-def _count(path: Path) -> tuple[int, int, str]:
+def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of an earlier listing, as far as it can be read; what is lost is looked at anew."""
+    try:
+        listing = Listing(path)
+        for row in listing.rows(0, len(listing)):
+            if not {"path", "size", "changed"} <= row.keys():
+                return
+            yield row
+    except (OSError, ValueError):
+        return
+
+
+def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of the tars of an earlier listing by path, size and time of change."""
+    return {(row["path"], row["size"], row["changed"]): row for row in _old_rows(place / TARS)}
+
+
+def _count(path: Path) -> dict[str, Any]:
+    """What a tar's row says of its members."""
     try:
         scan = scan_tar(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
-    return len(scan.members), scan.duplicates, scan.damage
+        raise _unreadable(path, error) from None
+    return {
+        "images": len(scan.members), "duplicates": scan.duplicates, "damage": scan.damage,
+    }  # fmt: skip
 
 
-def _old_rows(path: Path) -> list[dict[str, Any]]:
+def _stem(tar: Found) -> str:
+    return tar.name.rsplit(".", 1)[0]
+
+
+def _state(path: Path) -> os.stat_result:
     try:
-        listing = Listing(path)
-        return [row for row in listing.rows(0, len(listing)) if {"path", "size", "changed"} <= row.keys()]
-    except (OSError, ValueError):
-        return []
-
-
-def _walk(folder: Path, below: str, skipped: Path) -> Iterator[Found]:
-    """Files in the order of their names; a folder's name counts with its slash, as in its files' names."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        return path.stat()
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); mend or remove it") from None
-    names = {entry.name + "/" * entry.is_dir(follow_symlinks=False): Path(entry.path) for entry in shown}
-    for name in sorted(names):
-        path = names[name]
-        if name.endswith("/"):
-            if path.resolve() != skipped:
-                yield from _walk(path, below + name, skipped)
-        elif path.is_file():
-            yield Found(path, below + name, f"{path.stem}.json" in names)
+        raise _unreadable(path, error) from None
 
 
 def _hash(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
+        raise _unreadable(path, error) from None
 
 
 def _number(text: str) -> int:
@@ -259,8 +306,8 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def _digest(place: Path) -> str:
-    return hashlib.sha256((file_sha256(place / FILES) + file_sha256(place / TARS)).encode()).hexdigest()
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}); mend or remove it")
 
 
 def _no_folder(folder: Path) -> UserError:
@@ -268,17 +315,6 @@ def _no_folder(folder: Path) -> UserError:
         return UserError(f"--images {folder} is a Parquet file of URLs; {_DOWNLOAD.format(folder)}")
     return UserError(
         f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files or of WebDataset tars"
-    )
-
-
-def _no_image(folder: Path, seen: _Seen, bad: dict[str, str]) -> UserError:
-    if bad:
-        path, why = next(iter(bad.items()))
-        return UserError(f"--images {folder} holds no image in its tars; {path}: {why}")
-    if seen.parquets:
-        return UserError(f"--images {folder} holds Parquet files of URLs; {_DOWNLOAD.format(folder)}")
-    return UserError(
-        f"--images {folder} holds no {', '.join(ENDINGS)} or .tar file among its {seen.others} files"
     )
 
 

@@ -98,6 +98,11 @@ class Source:
         return int(self._found["others"])
 
     @property
+    def outputs(self) -> int:
+        """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
+        return int(self._found.get("outputs", 0))
+
+    @property
     def digest(self) -> str:
         """Hash of all that slices depend on."""
         return f"{self._found['digest']}-{self.slice_size}"

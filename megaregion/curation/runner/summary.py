@@ -56,6 +56,8 @@ class Summary:
     clusters: ClusterSizes | None
     seconds: dict[str, float] = field(default_factory=dict)
     """Work of each stage that is done, summed over its pieces."""
+    outputs: int = 0
+    """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
 
     def table(self) -> str:
         """The numbers as aligned lines."""
@@ -64,6 +66,7 @@ class Summary:
             *((f"  {why}", number, "") for why, number in sorted(self.unusable.items())),
             ("  duplicate files", self.duplicates, ""),
             *self._annotated_rows(),
+            *self._left_out_rows(),
             ("  other files", self.others, "not images by their ending"),
             ("  without a region", self.counts.get("images without region", 0), "not packed"),
             ("  packed", self.counts.get("images packed", 0), f"in {self.counts.get('shards', 0)} shards"),
@@ -93,6 +96,10 @@ class Summary:
     def _annotated_rows(self) -> list[tuple[str, int, str]]:
         images = self.counts.get("images with annotations", 0)
         return [("  with annotations", images, "kept, nothing proposed")] if images else []
+
+    def _left_out_rows(self) -> list[tuple[str, int, str]]:
+        note = "shards and runs of megaregion, never taken for input"
+        return [("  own output", self.outputs, note)] if self.outputs else []
 
     def _cluster_rows(self) -> list[tuple[str, int, str]]:
         if self.clusters is None:
@@ -126,6 +133,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
         counts=dict(sorted(counts.items())),
         clusters=_cluster_sizes(job) if "assign" in seconds else None,
         seconds={name: round(total, 1) for name, total in seconds.items()},
+        outputs=job.source.outputs,
     )
     write_bytes(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     return summary
