@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -113,7 +115,8 @@ def test_tars_are_read_in_place_and_broken_ones_up_to_the_damage(tars: Path, tmp
     assert damage.startswith("truncated")
     assert damage.endswith("images before it: 2")
     assert summary.bad == {"00000.tar/000000077": "truncated or damaged"}
-    assert (summary.files, summary.duplicates, summary.others) == (9, 1, 2)
+    # A Parquet file, a JSON file, and a text without an image in a tar.
+    assert (summary.files, summary.duplicates, summary.others) == (9, 1, 3)
     dataset = ShardedDataset(tmp_path / "out" / "shards")
     dataset.verify()
     found = {dataset.read(index).key: dataset.read(index).image for index in range(len(dataset))}
@@ -131,7 +134,7 @@ def test_a_tar_is_looked_into_once_and_again_when_it_changed(tars: Path, tmp_pat
     assert find_images(more, tmp_path / "stages", tmp_path, 2, workers=2).digest == first.digest
     write_tar(more / "00003.tar", [("a.jpg", jpeg(1)), ("b.b.jpg", jpeg(2)), (".c.jpg", jpeg(3))])
     again = find_images(more, tmp_path / "stages", tmp_path, 2)
-    assert len(again) == before + 1
+    assert len(again) == before + 2
     assert again.digest != first.digest
     write_tar(more / "00003.tar", [("a.jpg", jpeg(1))])
     with pytest.raises(UserError, match="changed while curation ran; run again"):
@@ -207,7 +210,8 @@ def test_only_annotations_count_and_only_json_is_read() -> None:
     [
         (["part-0.parquet"], "holds Parquet files of URLs; download them first: img2dataset --url_list"),
         (["broken.tar"], r"holds no image in its tars; broken\.tar: not a tar file"),
-        (["a.gif"], r"holds no \.jpg, .* or \.tar file among its 1 files"),
+        (["a.gif", "b.TIF"], r"holds images of \.gif, \.tif only; convert them to JPEG or PNG"),
+        (["a.txt"], r"holds no \.jpg, .* or \.tar file among its 1 files"),
     ],
 )
 def test_what_cannot_be_curated_is_refused_with_the_way_out(
@@ -229,6 +233,64 @@ def test_what_cannot_be_curated_is_refused_with_the_way_out(
 
 def listed(folder: Path, place: Path, **options: Any) -> Source:
     return find_images(folder, place / "stages", place, 2, **options)
+
+
+def test_names_with_dots_and_odd_endings_are_taken_or_counted(tmp_path: Path) -> None:
+    names = [
+        "22.05.png", "22.06.png", "0.input.jpg", "0.target.jpg", "a.JPE", "b.jfif", "c.avif", "d.tif",
+        "e.tiff", ".hidden.jpg", "README", "a.txt", "0.json", "22.05.json", "lonely.json",
+    ]  # fmt: skip
+    tar = write_tar(tmp_path / "tars" / "x.tar", [(name, name.encode()) for name in names])
+    with tarfile.open(tar, "a") as more:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.JPE"
+        more.addfile(link)
+    scan = scan_tar(tar)
+    taken = ["22.05", "22.06", "0.input", "0.target", "a", "b"]
+    assert [member.name for member in scan.members] == taken
+    # A file of the same name belongs to an image, and one of its sample where that has no other image.
+    assert [member.name for member in scan.members if member.annotation] == ["22.05"]
+    assert scan.formats == {".avif": 1, ".tif": 1, ".tiff": 1}
+    assert scan.others == 4, "hidden file, README, lonely.json, link"
+    assert len(taken) + 3 + 4 + len(["a.txt", "0.json", "22.05.json"]) == len(names) + 1
+    (tmp_path / "loose").mkdir()
+    for name in names:
+        (tmp_path / "loose" / name).write_bytes(name.encode())
+    loose = listed(tmp_path / "loose", tmp_path / "out")
+    assert sorted(Path(image.path).stem for image in loose.between(0, len(loose))) == sorted(taken)
+    assert loose.formats == scan.formats
+
+
+def test_members_behind_the_end_mark_and_compressed_tars_are_named(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "1.tar", [("a.jpg", jpeg(1))])
+    second = write_tar(tmp_path / "2.tar", [("b.jpg", jpeg(2))])
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    assert [member.name for member in scan_tar(joined).members] == ["a"]
+    assert scan_tar(joined).damage.startswith("members behind its end mark")
+    first.write_bytes(first.read_bytes() + bytes(3 * 2**20))
+    assert scan_tar(first).damage == ""
+    for name in ("3.tar", "4.tar.gz", "5.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress(second.read_bytes()))
+    assert scan_tar(tmp_path / "3.tar").damage == "compressed by gzip; decompress it first"
+    assert {name for name, why in listed(tmp_path, tmp_path / "out").bad.items() if "gzip" in why} == {
+        "3.tar", "4.tar.gz", "5.tgz",
+    }  # fmt: skip
+
+
+def test_links_to_folders_and_to_nothing_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "real").mkdir(parents=True)
+    (folder / "real" / "a.jpg").write_bytes(b"a")
+    (folder / "linked").symlink_to(folder / "real")
+    (folder / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "good.jpg").symlink_to(folder / "real" / "a.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    found = listed(folder, tmp_path / "out")
+    assert (len(found), found.duplicates, found.others) == (1, 1, 1)
+    assert found.bad == {
+        "linked": "a link to a folder, which is not followed", "lost.jpg": "a link to nothing",
+    }  # fmt: skip
 
 
 def test_what_megaregion_wrote_is_never_input(tmp_path: Path) -> None:

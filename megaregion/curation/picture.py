@@ -17,6 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from megaregion.curation.types import Pixels
 from megaregion.data.image import FORMATS
 
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
+"""Files that are taken for images, in lower or upper case."""
+
+OTHER_FORMATS = (
+    ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef",
+    ".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff",
+)  # fmt: skip
+"""Images that are not read, but counted by their ending."""
+
 ORIENTATION = 0x0112
 """EXIF tag of how the camera was held; 1 is upright."""
 

@@ -2,7 +2,8 @@
 
 An image file that occurs twice counts once. Hashes, and what a tar holds, are remembered by size and time
 of change, so that only new files are read again. What is found is written to disk as it comes: 16 bytes of
-memory for each loose image, and a line for each tar.
+memory for each loose image, and a line for each tar. Whatever is left out is counted, and named where it can
+be mended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -34,15 +36,19 @@ from megaregion.curation.inputs.source import (
     write_listing,
 )
 from megaregion.curation.inputs.tars import scan_tar
+from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, write_bytes
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-"""Files that are taken for images, in lower or upper case."""
+TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Files that are looked into; one that is compressed is named with the way out."""
+
+SCAN = 2
+"""Raised when the same tar would be found to hold something else: old lists of tars are not believed then."""
 
 NAMED = 1000
-"""Damaged tars that are named; more are counted."""
+"""Damaged tars and lost links that are named; more are counted."""
 
 WRITTEN = ({"atlas.json", "sheets/"}, {"config.yaml", "metrics.jsonl"})
 """Names by which a folder is known for an atlas or a training run: its pictures are no input."""
@@ -120,6 +126,7 @@ class _Search:
         self._folder, self._out = folder, out.resolve()
         self._tars: list[Found] = []
         self._parquets = self._others = self._duplicates = self._outputs = 0
+        self._formats: Counter[str] = Counter()
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
         self.found = 0
@@ -129,7 +136,7 @@ class _Search:
         """A row for every loose image, with its hash; tars are only noted."""
         for file in self._walk(self._folder, ""):
             ending = file.path.suffix.lower()
-            if ending == ".tar":
+            if file.name.lower().endswith(TAR_ENDINGS):
                 self._outputs += file.packed
                 self._tars += [] if file.packed else [file]
             elif ending in ENDINGS:
@@ -144,6 +151,8 @@ class _Search:
                     "path": file.name, "size": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256,
                     **({"annotation": annotation} if annotation else {}),
                 }  # fmt: skip
+            elif ending in OTHER_FORMATS:
+                self._formats[ending] += 1
             else:
                 self._others += 1
                 self._parquets += ending == ".parquet"
@@ -185,6 +194,8 @@ class _Search:
         for row in rows:
             self.found += row["images"]
             self._duplicates += row["duplicates"]
+            self._others += row["others"]
+            self._formats.update(row["formats"])
             if row["damage"]:
                 self._name(row["path"], f"{row['damage']}; images before it: {row['images']}")
         return iter(rows)
@@ -192,9 +203,9 @@ class _Search:
     def summary(self) -> dict[str, Any]:
         """What is not in the rows; JSON."""
         return {
-            "version": VERSION, "folder": str(self._folder.resolve()),
+            "version": VERSION, "scan": SCAN, "folder": str(self._folder.resolve()),
             "duplicates": self._duplicates, "others": self._others, "outputs": self._outputs,
-            "bad": self._bad,
+            "formats": dict(sorted(self._formats.items())), "bad": self._bad,
         }  # fmt: skip
 
     def no_image(self) -> UserError:
@@ -210,6 +221,10 @@ class _Search:
             )
         if self._parquets:
             return UserError(f"{holds} Parquet files of URLs; {_DOWNLOAD.format(self._folder)}")
+        if self._formats:
+            return UserError(
+                f"{holds} images of {', '.join(self._formats)} only; convert them to JPEG or PNG"
+            )
         return UserError(f"{holds} no {', '.join(ENDINGS)} or .tar file among its {self._others} files")
 
     def _walk(self, folder: Path, below: str) -> Iterator[Found]:
@@ -233,6 +248,13 @@ class _Search:
             elif entry.is_file():
                 stem = path.stem
                 yield Found(path, below + name, f"{stem}.json" in entries, f"{stem}.index.npy" in entries)
+            elif entry.is_symlink():
+                kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
+                self._name(below + name, kind)
+            else:
+                # A socket or a pipe, unless it is gone.
+                _state(path)
+                self._others += 1
 
     def _name(self, path: str, why: str) -> None:
         if len(self._bad) < NAMED:
@@ -269,7 +291,12 @@ def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of the tars of an earlier listing by path, size and time of change."""
-    return {(row["path"], row["size"], row["changed"]): row for row in _old_rows(place / TARS)}
+    try:
+        current = json.loads((place / INPUTS).read_bytes()).get("scan") == SCAN
+    except (OSError, ValueError, AttributeError):
+        current = False
+    rows = _old_rows(place / TARS) if current else iter(())
+    return {(row["path"], row["size"], row["changed"]): row for row in rows}
 
 
 def _count(path: Path) -> dict[str, Any]:
@@ -279,7 +306,8 @@ def _count(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _unreadable(path, error) from None
     return {
-        "images": len(scan.members), "duplicates": scan.duplicates, "damage": scan.damage,
+        "images": len(scan.members), "duplicates": scan.duplicates, "others": scan.others,
+        "formats": scan.formats, "damage": scan.damage,
     }  # fmt: skip
 
 

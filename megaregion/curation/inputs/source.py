@@ -94,7 +94,7 @@ class Source:
 
     @property
     def others(self) -> int:
-        """Files that are no images by their ending."""
+        """Files that are no images by their ending, and members of tars that belong to no image."""
         return int(self._found["others"])
 
     @property
@@ -103,13 +103,18 @@ class Source:
         return int(self._found.get("outputs", 0))
 
     @property
+    def formats(self) -> dict[str, int]:
+        """Images in formats that are not read, by ending."""
+        return dict(self._found.get("formats", {}))
+
+    @property
     def digest(self) -> str:
         """Hash of all that slices depend on."""
         return f"{self._found['digest']}-{self.slice_size}"
 
     @property
     def bad(self) -> dict[str, str]:
-        """Damaged tars by path, and why."""
+        """Damaged tars and lost links by path, and why."""
         return dict(self._found["bad"])
 
     @cached_property

@@ -1,19 +1,28 @@
 """A WebDataset tar of the input: which images lie where in it, found from its headers alone.
 
-Members of one sample share their name up to the first dot of its last part: 000120003.jpg, .txt and .json as
-img2dataset writes them, or SA-1B's sa_1.jpg and sa_1.json. Nothing is ever extracted; an image is read from
-its place in the tar.
+An image is named by its path up to its ending: 000120003.jpg as img2dataset writes it beside .txt and .json,
+SA-1B's sa_1.jpg beside sa_1.json, 22.05.png. Nothing is ever extracted; an image is read from its place in
+the tar.
 """
 
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Endings of members that are taken for images."""
+from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK": "zip",
+}
+"""How compressed files begin: nothing can be read in place from them."""
 
 
 class Part(NamedTuple):
@@ -27,7 +36,7 @@ class Member(NamedTuple):
     """One image of a tar."""
 
     name: str
-    """Its name in the tar up to the first dot, unique there."""
+    """Its path in the tar without the ending, unique there."""
     image: Part
     annotation: Part | None
     """The JSON file of the same name, whatever it says."""
@@ -40,6 +49,10 @@ class Scan(NamedTuple):
     """In the order of the tar."""
     duplicates: int
     """Images left out because another one before them has the same name."""
+    others: int
+    """Members that are no images and belong to none."""
+    formats: dict[str, int]
+    """Images in formats that are not read, by ending."""
     damage: str
     """What is wrong with the tar, or empty; the members before the damage are whole."""
 
@@ -48,49 +61,91 @@ def scan_tar(path: Path) -> Scan:
     """Read all headers of a tar."""
     images: dict[str, Part] = {}
     texts: dict[str, Part] = {}
+    rest: list[str] = []
+    formats: Counter[str] = Counter()
     duplicates, damage = 0, ""
     try:
         with tarfile.open(path, "r:") as tar:
-            for name, part in _files(tar):
-                sample, ending = _split(name)
-                if ending in IMAGES:
-                    duplicates += sample in images
-                    images.setdefault(sample, part)
-                elif ending == "json":
-                    texts.setdefault(sample, part)
-            if not _ends_here(path, tar.offset):
-                damage = "damaged header"
+            for name, part in _members(tar):
+                stem, ending = _split(name)
+                if part is None or not ending:
+                    rest.append(name)
+                elif ending in ENDINGS:
+                    duplicates += stem in images
+                    images.setdefault(stem, part)
+                elif ending in OTHER_FORMATS:
+                    formats[ending] += 1
+                else:
+                    rest.append(stem)
+                    if ending == ".json":
+                        texts.setdefault(stem, part)
+            damage = _behind(path, tar.offset)
     except tarfile.ReadError as error:
-        damage = "not a tar file" if not images and not texts else f"truncated ({error})"
+        damage = f"truncated ({error})" if images or rest else _no_tar(path)
     except (tarfile.TarError, EOFError, ValueError) as error:
         damage = f"damaged ({error})"
     size = path.stat().st_size
     whole = {name: part for name, part in images.items() if part.offset + part.size <= size}
     if len(whole) < len(images):
         damage = damage or "truncated"
-    members = [Member(name, part, texts.get(name)) for name, part in whole.items()]
-    return Scan(members, duplicates, damage)
+    return Scan(_with_texts(whole, texts), duplicates, _count_others(rest, whole), dict(formats), damage)
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, Part]]:
-    """Name and place of every plain file."""
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, Part | None]]:
+    """Name of every member but folders, and its place if it is a plain file."""
     while (member := tar.next()) is not None:
         # tarfile remembers every header, which is a kilobyte each.
         tar.members.clear()  # type: ignore[attr-defined]
-        if member.isreg() and not member.issparse():
-            yield member.name, Part(member.offset_data, member.size)
+        if not member.isdir():
+            plain = member.isreg() and not member.issparse()
+            yield member.name, Part(member.offset_data, member.size) if plain else None
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Sample and lower-case ending of a member; hidden files have no ending that counts."""
+    """Path without the ending, and the ending in lower case; a hidden file has none that counts."""
     folder, _, last = name.rpartition("/")
-    stem, _, ending = last.partition(".")
-    sample = f"{folder}/{stem}" if folder and folder != "." else stem
-    return sample, ending.lower() if stem else ""
+    stem, dot, ending = last.rpartition(".")
+    if not dot or last.startswith("."):
+        return name, ""
+    return (f"{folder}/{stem}" if folder and folder != "." else stem), f".{ending.lower()}"
 
 
-def _ends_here(path: Path, offset: int) -> bool:
-    """Whether a tar ends at an offset; tarfile takes a damaged header for the end, too."""
+def _sample(stem: str) -> str:
+    """The name that WebDataset gives to all members of a sample: up to the first dot of the last part."""
+    folder, slash, last = stem.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+def _with_texts(images: dict[str, Part], texts: dict[str, Part]) -> list[Member]:
+    """Images with the JSON file of the same name, or of the same sample where that has no other image."""
+    alone = Counter(map(_sample, images))
+    return [
+        Member(
+            stem, part, texts.get(stem) or (texts.get(_sample(stem)) if alone[_sample(stem)] == 1 else None)
+        )
+        for stem, part in images.items()
+    ]
+
+
+def _count_others(rest: list[str], images: dict[str, Part]) -> int:
+    samples = {_sample(stem) for stem in images}
+    return sum(_sample(stem) not in samples for stem in rest)
+
+
+def _behind(path: Path, offset: int) -> str:
+    """What is wrong where tarfile saw the end of a tar; it takes a damaged header for the end, too."""
     with path.open("rb") as file:
         file.seek(offset)
-        return not any(file.read(tarfile.BLOCKSIZE))
+        if any(file.read(tarfile.BLOCKSIZE)):
+            return "damaged header"
+        while block := file.read(2**20):
+            if block.count(0) < len(block):
+                return "members behind its end mark, as of tars that were joined; unpack it with tar -i"
+    return ""
+
+
+def _no_tar(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None)
+    return "not a tar file" if kind is None else f"compressed by {kind}; decompress it first"

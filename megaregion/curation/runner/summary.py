@@ -46,7 +46,7 @@ class Summary:
     duplicates: int
     """Files left out because another one has the same content."""
     others: int
-    """Files that are no images by their ending."""
+    """Files that are no images by their ending, and members of tars that belong to no image."""
     bad: dict[str, str]
     """Images that cannot be used and damaged tars, by path, and why; the first thousand of them."""
     unusable: dict[str, int]
@@ -56,6 +56,8 @@ class Summary:
     clusters: ClusterSizes | None
     seconds: dict[str, float] = field(default_factory=dict)
     """Work of each stage that is done, summed over its pieces."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Images in formats that are not read, by ending."""
     outputs: int = 0
     """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
 
@@ -98,8 +100,12 @@ class Summary:
         return [("  with annotations", images, "kept, nothing proposed")] if images else []
 
     def _left_out_rows(self) -> list[tuple[str, int, str]]:
-        note = "shards and runs of megaregion, never taken for input"
-        return [("  own output", self.outputs, note)] if self.outputs else []
+        counted = ", ".join(f"{ending} {number}" for ending, number in self.formats.items())
+        rows = [
+            ("  other formats", sum(self.formats.values()), f"{counted}; convert them to JPEG or PNG"),
+            ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
+        ]
+        return [row for row in rows if row[1]]
 
     def _cluster_rows(self) -> list[tuple[str, int, str]]:
         if self.clusters is None:
@@ -133,6 +139,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
         counts=dict(sorted(counts.items())),
         clusters=_cluster_sizes(job) if "assign" in seconds else None,
         seconds={name: round(total, 1) for name, total in seconds.items()},
+        formats=job.source.formats,
         outputs=job.source.outputs,
     )
     write_bytes(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
