@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from curation_scenes import contents, run, scene
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
-from megaregion.curation.inputs.tars import scan_tar
+from megaregion.curation.inputs.tars import Scan, scan_tar
 from megaregion.curation.picture import BadImage
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
@@ -291,6 +292,40 @@ def test_links_to_folders_and_to_nothing_are_named(tmp_path: Path) -> None:
     assert found.bad == {
         "linked": "a link to a folder, which is not followed", "lost.jpg": "a link to nothing",
     }  # fmt: skip
+
+
+def test_a_tar_that_vanishes_or_changes_is_never_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    tar = write_tar(folder / "x.tar", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
+    content = tar.read_bytes()
+    module = "megaregion.curation.inputs.find"
+
+    def while_listed(act: Callable[[], object]) -> None:
+        def scan(path: Path) -> Scan:
+            found = scan_tar(path)
+            act()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.scan_tar", scan)
+            listed(folder, tmp_path / "out")
+
+    with pytest.raises(UserError, match=r"x\.tar vanished while the images were listed; run again"):
+        while_listed(tar.unlink)
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.tar changed while the images were listed; run again"):
+        while_listed(lambda: tar.write_bytes(content + content))
+    tar.write_bytes(content)
+    found = listed(folder, tmp_path / "out")
+    image = found.images(0)[0]
+    assert found.read(image) == jpeg(1)
+    # Of the same size, but not what was listed.
+    tar.write_bytes(content.replace(jpeg(1)[100:200], jpeg(2)[100:200]))
+    os.utime(tar, ns=(0, image.changed + 10**9))
+    with pytest.raises(UserError, match=r"x\.tar changed while curation ran; run again"):
+        found.read(image)
 
 
 def test_what_megaregion_wrote_is_never_input(tmp_path: Path) -> None:

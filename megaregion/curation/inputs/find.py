@@ -301,13 +301,17 @@ def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def _count(path: Path) -> dict[str, Any]:
     """What a tar's row says of its members."""
+    before = _state(path)
     try:
         scan = scan_tar(path)
     except OSError as error:
         raise _unreadable(path, error) from None
+    after = _state(path)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise UserError(f"{path} changed while the images were listed; run again")
     return {
-        "images": len(scan.members), "duplicates": scan.duplicates, "others": scan.others,
-        "formats": scan.formats, "damage": scan.damage,
+        "size": after.st_size, "changed": after.st_mtime_ns, "images": len(scan.members),
+        "duplicates": scan.duplicates, "others": scan.others, "formats": scan.formats, "damage": scan.damage,
     }  # fmt: skip
 
 
@@ -335,6 +339,8 @@ def _number(text: str) -> int:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} vanished while the images were listed; run again")
     return UserError(f"{path} cannot be read ({error.strerror}); mend or remove it")
 
 

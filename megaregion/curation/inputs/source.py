@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -42,7 +43,7 @@ class ImageFile:
     size: int
     """In bytes."""
     changed: int = 0
-    """Time of the file's last change, in nanoseconds."""
+    """Time of the last change of the file, or of its tar, in nanoseconds."""
     sha256: str = ""
     """Hash of the content; empty for a member of a tar."""
     annotation: str = ""
@@ -197,11 +198,12 @@ class Source:
         path, (offset, size) = self._tar_path(image), part
         try:
             with path.open("rb") as file:
+                unchanged = os.fstat(file.fileno()).st_mtime_ns == image.changed
                 file.seek(offset)
                 content = file.read(size)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
-        if len(content) != size:
+        if len(content) != size or not unchanged:
             raise UserError(f"{path} changed while curation ran; run again")
         return content
 
@@ -249,7 +251,9 @@ class Source:
             self._scanned = (
                 tar,
                 [
-                    ImageFile(key, f"{row['path']}/{member.name}", member.image.size, member=member)
+                    ImageFile(
+                        key, f"{row['path']}/{member.name}", member.image.size, row["changed"], member=member
+                    )
                     for key, member in zip(keys, members, strict=True)
                 ],
             )
