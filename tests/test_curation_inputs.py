@@ -294,6 +294,25 @@ def test_links_to_folders_and_to_nothing_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_keys_never_collide_across_tars_and_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_tar(folder / "x.tar", [("y_1.jpg", b"1"), ("z.jpg", b"2")])
+    alone = listed(folder, tmp_path / "out")
+    assert [image.key for image in alone.between(0, len(alone))] == ["x_y_1", "x_z"]
+    before = alone.identity(0)
+    write_tar(folder / "x" / "y.tar", [("1.jpg", b"3"), ("2.jpg", b"4")])
+    write_tar(folder / "x_y.tar", [("1.jpg", b"5")])
+    (folder / "x" / "z.jpg").write_bytes(b"6")
+    found = listed(folder, tmp_path / "out")
+    images = {image.path: image for image in found.between(0, len(found))}
+    assert len({image.key for image in images.values()}) == len(images) == 6
+    assert images["x/z.jpg"].key == "x_z"
+    assert {found.read(image) for image in images.values()} == {b"1", b"2", b"3", b"4", b"5", b"6"}
+    # The keys of x.tar's images are others now, so what was made of them is stale.
+    assert [found.identity(n)[:5] for n in range(found.slices)].count(before) == 1
+    assert before not in [found.identity(n) for n in range(found.slices)]
+
+
 def test_a_tar_that_vanishes_or_changes_is_never_taken_for_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -129,6 +129,7 @@ class _Search:
         self._formats: Counter[str] = Counter()
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
+        self._ambiguous: set[str] = set()
         self.found = 0
         """Images, duplicates left out."""
 
@@ -166,12 +167,14 @@ class _Search:
         self.found += int(first.sum())
         values, counts = np.unique(keys[first], return_counts=True)
         shared = np.isin(keys, values[counts > 1])
+        tars = {plain_key(_stem(tar)) for tar in self._tars}
         for number, row in enumerate(candidates.rows(0, len(candidates))):
             if first[number]:
                 name = row["path"]
                 key = plain_key(name.rsplit(".", 1)[0])
                 if shared[number] or len(key.encode()) > MAX_KEY_BYTES:
                     key = mark_key(key, name)
+                self._ambiguous.update(_beginnings(key, tars))
                 yield {"key": key, **row}
 
     def look_into_tars(
@@ -179,7 +182,7 @@ class _Search:
     ) -> Iterator[dict[str, Any]]:
         """A row for each tar."""
         rows: list[dict[str, Any]] = []
-        for tar, key in zip(self._tars, sample_keys([_stem(tar) for tar in self._tars]), strict=True):
+        for tar, key in zip(self._tars, self._tar_keys(), strict=True):
             state = _state(tar.path)
             found = known.get((tar.name, state.st_size, state.st_mtime_ns), {})
             rows.append({
@@ -256,6 +259,18 @@ class _Search:
                 _state(path)
                 self._others += 1
 
+    def _tar_keys(self) -> list[str]:
+        """How the keys of each tar's images begin; no image of another tar or folder begins likewise."""
+        names = [_stem(tar) for tar in self._tars]
+        plain = {plain_key(name) for name in names}
+        # The images x_y.tar/1 and x.tar/y_1 would have one key, and so would the file x_1.jpg and x.tar/1.
+        for key in plain:
+            self._ambiguous.update(_beginnings(key, plain))
+        return [
+            mark_key(key, name) if key in self._ambiguous else key
+            for name, key in zip(names, sample_keys(names), strict=True)
+        ]
+
     def _name(self, path: str, why: str) -> None:
         if len(self._bad) < NAMED:
             self._bad[path] = why
@@ -317,6 +332,11 @@ def _count(path: Path) -> dict[str, Any]:
 
 def _stem(tar: Found) -> str:
     return tar.name.rsplit(".", 1)[0]
+
+
+def _beginnings(key: str, among: set[str]) -> Iterable[str]:
+    """Those keys of a set that a key begins with, up to one of its underscores."""
+    return [key[:place] for place, letter in enumerate(key) if letter == "_" and key[:place] in among]
 
 
 def _state(path: Path) -> os.stat_result:

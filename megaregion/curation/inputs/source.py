@@ -149,7 +149,10 @@ class Source:
         tar, first = self._place_of(number)
         if tar is not None:
             row = self._tar(tar)
-            return [row["path"], row["size"], row["changed"], first, self.count(number)]
+            found = [row["path"], row["size"], row["changed"], first, self.count(number)]
+            # What lies beside a tar can change the key of its images.
+            marked = row["key"] != plain_key(row["path"].rsplit(".", 1)[0])
+            return [*found, row["key"]] if marked else found
         return [
             (image.key, image.sha256, image.annotation) if image.annotation else (image.key, image.sha256)
             for image in self.images(number)
