@@ -16,13 +16,13 @@ from toy_scenes import RUN, write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.comparison import joined_tables, read_runs
 from megaregion.evaluation.encoders import BoxedImage
 from megaregion.evaluation.estimates import share
+from megaregion.evaluation.huggingface import load_huggingface
 from megaregion.evaluation.network import open_run
 from megaregion.export.huggingface import export_checkpoint
-from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table
+from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table, write_evaluation
 
 TOOL = Path(__file__).parents[1] / "tools" / "report.py"
 
@@ -50,7 +50,7 @@ def leave_run(folder: Path, accuracy: float, lr: float, told: str = "8 objects")
     columns = (Column("knn", "5-NN", 0.1),)
     table = Table("region", "Naming regions", told, columns, {"trained": (share(right, range(40)),)})
     evaluation = Evaluation(folder.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)
-    (folder / "evaluation.json").write_text(evaluation.to_json())
+    write_evaluation(folder / "evaluation.json", evaluation)
     for kind in ("map", "frame"):
         Image.new("RGB", (30, 20), (90, 30, 200)).save(folder / "pictures" / f"scene-1.{kind}.jpg")
     return folder
@@ -161,7 +161,7 @@ def test_names_settings_and_tables_from_outside_never_become_tags(tmp_path: Path
             f"chance{hostile}",
         )
         evaluation = Evaluation(run.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)
-        (run / "evaluation.json").write_text(evaluation.to_json())
+        write_evaluation(run / "evaluation.json", evaluation)
         for kind in ("map", "frame"):
             picture = run / "pictures" / f"scene-1.{kind}.jpg"
             picture.rename(picture.with_name(f"frame{hostile}.{kind}.jpg"))
@@ -177,7 +177,7 @@ def test_a_runs_own_export_is_compared_as_the_run_itself(tmp_path: Path) -> None
     dataset = write_shards(tmp_path / "shards", write_scenes(tmp_path / "scenes"))
     write_run(tmp_path / "run", dataset, read_info(dataset).text_classes)
     export_checkpoint(tmp_path / "run", tmp_path / "exported")
-    theirs, ours = load_compared(str(tmp_path / "exported")), open_run(tmp_path / "run").trained()
+    theirs, ours = load_huggingface(str(tmp_path / "exported")), open_run(tmp_path / "run").trained()
     pixels = np.random.default_rng(0).integers(0, 255, (60, 70, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels), Image.fromarray(pixels[:, ::-1].copy())]
     assert theirs.name == "exported"
@@ -194,7 +194,7 @@ def test_a_runs_own_export_is_compared_as_the_run_itself(tmp_path: Path) -> None
 
 def test_a_model_that_cannot_be_compared_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--compare .* cannot be loaded"):
-        load_compared(str(tmp_path))
+        load_huggingface(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"--compare .* cannot be loaded"):
-        load_compared(str(tmp_path))
+        load_huggingface(str(tmp_path))

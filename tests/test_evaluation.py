@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import runpy
 import shutil
@@ -19,7 +18,7 @@ from megaregion.data.info import load_tokenizer, read_info, token_set
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation import knn
+from megaregion.evaluation.classifiers import Neighbours, largest, nearest, vote
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, Features, centred_pixels, crop, raw_pixels
 from megaregion.evaluation.encoding import encode_scenes
 from megaregion.evaluation.estimates import share
@@ -41,7 +40,7 @@ from megaregion.evaluation.study import Study, StudyConfig, evaluate
 from megaregion.evaluation.visualise import visualise
 from megaregion.evaluation.vocabulary import frequent_tokens, open_vocabulary
 from megaregion.models import RegionEncoder, initialise
-from megaregion.schemas.evaluation import Evaluation, read_evaluation, text
+from megaregion.schemas.evaluation import read_evaluation, scalars, text, write_evaluation
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -79,21 +78,21 @@ def rows(*values: tuple[float, ...]) -> NDArray[np.float32]:
 def test_a_query_takes_the_class_of_most_of_its_neighbours() -> None:
     gallery = rows((1, 0), (0.9, 0.1), (0.8, 0.2), (0, 1), (0.1, 0.9))
     names = ["cat", "dog", "dog", "cat", "cat"]
-    found = knn.nearest(rows((1, 0.05)), gallery, neighbours=3)
+    found = nearest(rows((1, 0.05)), gallery, neighbours=3)
     assert found.index.tolist() == [[0, 1, 2]]
-    assert knn.vote(found, names) == ["dog"]
+    assert vote(found, names) == ["dog"]
 
 
 def test_of_classes_with_equally_many_votes_the_more_similar_wins() -> None:
     gallery = rows((1, 0), (0.9, 0.3), (0.7, 0.7), (0.6, 0.8), (-1, 0))
     names = ["far", "near", "near", "far", "other"]
-    found = knn.nearest(rows((0.85, 0.55)), gallery, neighbours=4)
+    found = nearest(rows((0.85, 0.55)), gallery, neighbours=4)
     assert sorted(found.index[0].tolist()) == [0, 1, 2, 3]
-    assert knn.vote(found, names) == ["near"]
+    assert vote(found, names) == ["near"]
 
 
 def test_similarity_is_the_cosine_whatever_the_length_of_the_features() -> None:
-    found = knn.nearest(rows((5, 0)), rows((100, 100), (0.01, 0.0)), neighbours=2)
+    found = nearest(rows((5, 0)), rows((100, 100), (0.01, 0.0)), neighbours=2)
     assert found.index.tolist() == [[1, 0]]
     assert found.similarity[0] == pytest.approx([1, 0.5**0.5], abs=1e-6)
 
@@ -101,27 +100,27 @@ def test_similarity_is_the_cosine_whatever_the_length_of_the_features() -> None:
 def test_a_training_region_never_meets_its_own_scene_but_does_meet_its_cut_out_elsewhere() -> None:
     features = rows((1, 0), (1, 0.01), (1, 0.02), (0, 1))
     scene = np.array([0, 0, 1, 1])
-    found = knn.nearest(features, features, scene, scene, neighbours=1)
+    found = nearest(features, features, scene, scene, neighbours=1)
     assert found.index[:, 0].tolist() == [2, 2, 1, 1]
 
 
 def test_a_gallery_smaller_than_k_gives_all_it_has() -> None:
-    found = knn.nearest(rows((1, 0)), rows((1, 0), (0, 1)))
+    found = nearest(rows((1, 0)), rows((1, 0), (0, 1)))
     assert found.index.tolist() == [[0, 1, -1, -1, -1]]
-    assert knn.vote(found, ["a", "b"]) == ["a"]
-    assert knn.vote(knn.nearest(rows((1, 0)), np.zeros((0, 2), np.float32)), []) == [""]
+    assert vote(found, ["a", "b"]) == ["a"]
+    assert vote(nearest(rows((1, 0)), np.zeros((0, 2), np.float32)), []) == [""]
 
 
 def test_the_largest_scores_are_those_of_a_full_sort_also_over_blocks_of_queries() -> None:
     scores = np.random.default_rng(0).normal(size=(2500, 40)).astype(np.float32)
     full = np.argsort(-scores, axis=1, kind="stable")
-    assert np.array_equal(knn.largest(scores, 5), full[:, :5])
+    assert np.array_equal(largest(scores, 5), full[:, :5])
     gallery = np.random.default_rng(1).normal(size=(60, 8)).astype(np.float32)
     queries = np.random.default_rng(2).normal(size=(2500, 8)).astype(np.float32)
     cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
         gallery / np.linalg.norm(gallery, axis=1)[:, None]
     ).T
-    assert np.array_equal(knn.nearest(queries, gallery).index, np.argsort(-cosine, axis=1)[:, :5])
+    assert np.array_equal(nearest(queries, gallery).index, np.argsort(-cosine, axis=1)[:, :5])
 
 
 def test_an_interval_is_wide_when_few_cut_outs_stand_in_many_scenes() -> None:
@@ -171,7 +170,7 @@ def test_the_head_names_the_nearest_centers_whatever_their_length(place: Workpla
 
 
 def test_neighbours_name_their_most_common_tokens_and_the_nearer_ones_break_ties() -> None:
-    neighbours = knn.Neighbours(np.array([[0, 1, 2, -1, -1]]), rows((0.9, 0.8, 0.7, -np.inf, -np.inf)))
+    neighbours = Neighbours(np.array([[0, 1, 2, -1, -1]]), rows((0.9, 0.8, 0.7, -np.inf, -np.inf)))
     assert neighbour_tokens(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5, 6)]
 
 
@@ -396,13 +395,12 @@ def test_a_study_has_all_four_encoders_and_shares_between_0_and_1(study: Study, 
         assert (mean(study, encoder, "ocr_recall_at_5") is not None) == has_head
         assert (mean(study, encoder, "ocr_train_recall_at_5") is not None) == has_head
         assert mean(study, encoder, "ocr_knn_recall_at_5") is not None
-    (tmp_path / "evaluation.json").write_text(found.to_json())
-    assert rounded(read_evaluation(tmp_path / "evaluation.json")) == rounded(found)
-
-
-def rounded(found: Evaluation) -> object:
-    """All numbers and words of an evaluation, as exact as its file is."""
-    return json.loads(found.to_json())
+    write_evaluation(tmp_path / "evaluation.json", found)
+    again = read_evaluation(tmp_path / "evaluation.json")
+    for name in ("trained", "curation"):
+        assert scalars(again.tables, name) == pytest.approx(scalars(found.tables, name), abs=1e-5)
+    write_evaluation(tmp_path / "again.json", again)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "evaluation.json").read_bytes()
 
 
 def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: Study) -> None:
@@ -411,7 +409,7 @@ def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: S
     for name, embed in (("raw", raw_pixels), ("centred", centred_pixels)):
         known, asked = (encode_scenes(s, [CropEncoder("p", embed)], 8, 1, {})["p"].objects for s in scenes)
         gallery, queries = map(object_table, scenes)
-        named = knn.vote(knn.nearest(asked, known), gallery.names)
+        named = vote(nearest(asked, known), gallery.names)
         accuracies[name] = np.mean(np.asarray(named) == queries.names)
     form = study.summary.notes["pixels"].removeprefix("crops at 32 x 32, ")
     assert mean(study, "pixels", "region_knn") == max(accuracies.values()) == accuracies[form]

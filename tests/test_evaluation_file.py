@@ -19,6 +19,7 @@ from megaregion.schemas.evaluation import (
     read_evaluation,
     scalars,
     text,
+    write_evaluation,
 )
 
 OLD = Path(__file__).parent / "fixtures" / "run" / "evaluation.json"
@@ -43,7 +44,7 @@ WHOLE = Evaluation(
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "evaluation.json"
-    path.write_text(WHOLE.to_json())
+    write_evaluation(path, WHOLE)
     return path
 
 

@@ -32,6 +32,7 @@ from megaregion.evaluation.study import StudyConfig, evaluate
 from megaregion.export import ExportOptions, export_checkpoint
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, VisionTransformer, initialise
+from megaregion.schemas.evaluation import write_evaluation
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -107,7 +108,7 @@ def test_every_table_of_a_real_evaluation_arrives_in_the_card_with_its_intervals
     run = tmp_path / "run"
     write_toy_run(run, dataset, read_info(dataset).text_classes)
     evaluation = evaluate(open_run(run), StudyConfig(tmp_path / "scenes", dataset)).evaluation()
-    (run / "evaluation.json").write_text(evaluation.to_json())
+    write_evaluation(run / "evaluation.json", evaluation)
     export_checkpoint(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Measured at step 40 on the `test` split" in card

@@ -11,11 +11,17 @@ from PIL import Image
 
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
-from megaregion.evaluation import knn, probe
+from megaregion.evaluation.classifiers import DECAYS, choose_decay, fit_probe, hold_out, nearest, vote
 from megaregion.evaluation.encoders import CropEncoder, centred_pixels, pixel_map
-from megaregion.evaluation.encoding import EncodedScenes, SceneFeatures
-from megaregion.evaluation.estimates import estimate, ratio, share
-from megaregion.evaluation.maps import MappedScenes, SceneMap, coverage, pooled
+from megaregion.evaluation.encoding import (
+    EncodedScenes,
+    MappedScenes,
+    SceneFeatures,
+    SceneMap,
+    coverage,
+    pooled,
+)
+from megaregion.evaluation.estimates import estimate, share
 from megaregion.evaluation.measures.correspondence import (
     Pair,
     correspondence_table,
@@ -138,9 +144,20 @@ def test_the_interval_holds_the_truth_in_about_95_of_100_worlds_whose_groups_dif
     assert alone.high - alone.low < 0.75 * (found.high - found.low)
 
 
+def test_a_query_counts_under_the_seeds_that_ask_it_and_no_other() -> None:
+    right = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    found = share(right, ["a", "b", "c"], asked=[[1, 1, 0], [0, 0, 1]])
+    assert found is not None
+    assert found.seeds == (1.0, 1.0)
+    by_seed = share(right, [["a", "b", "c"], ["c", "b", "a"]])
+    assert by_seed is not None
+    assert by_seed.seeds == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+
+
 def test_what_cannot_be_said_is_none_and_not_a_number() -> None:
     assert share(np.zeros((3, 0), bool), []) is None
-    assert estimate(np.zeros((1, 4, 2)), ratio) is None
+    assert estimate(np.zeros((1, 4, 9)), mean_iou) is None
+    assert share(np.ones((2, 3)), ["a", "b", "c"], asked=np.zeros((2, 3), bool)) is None
 
 
 def test_sums_give_the_textbook_values() -> None:
@@ -171,7 +188,7 @@ def test_a_probe_learns_what_is_linear_also_of_features_wider_than_they_are_many
     features = (middles[label] + rng.standard_normal((300, width)) * 0.3).astype(np.float32)
     features[:, 0] += 1000  # A shifted, scaled channel must not matter.
     names = [CLASSES[i] for i in label]
-    fitted = probe.fit(features[:200], names[:200], 0.1)
+    fitted = fit_probe(features[:200], names[:200], 0.1)
     assert np.mean(np.asarray(fitted.predict(features[200:])) == names[200:]) > 0.95
 
 
@@ -180,14 +197,14 @@ def test_weight_decay_is_strong_where_labels_are_noise_and_weak_where_they_are_n
     features = rng.standard_normal((240, 40)).astype(np.float32)
     groups = [f"g{i // 4}" for i in range(240)]
     clear = [CLASSES[int(row[0] > 0)] for row in features]
-    assert probe.choose_decay(features, clear, groups, 0) in probe.DECAYS
-    assert probe.choose_decay(features, ["one"] * 120 + ["two"] * 120, ["a"] * 120 + ["b"] * 120, 0) > 0
+    assert choose_decay(features, clear, groups, 0) in DECAYS
+    assert choose_decay(features, ["one"] * 120 + ["two"] * 120, ["a"] * 120 + ["b"] * 120, 0) > 0
 
 
 def test_a_held_out_group_is_whole_and_never_a_class_of_its_own() -> None:
     names = ["cat"] * 8 + ["dog"] * 4
     groups = ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e", "e", "e"]
-    held = probe.hold_out(names, groups, seed=3)
+    held = hold_out(names, groups, seed=3)
     assert held[:8].sum() == 2
     assert len({group for group, out in zip(groups, held, strict=True) if out}) == 1
     assert not held[8:].any()
@@ -234,8 +251,9 @@ def test_one_seed_takes_the_whole_gallery_and_more_take_four_fifths_of_its_scene
     assert all(each.sum() == 16 for each in drawn)
     assert len({each.tobytes() for each in drawn}) > 1
     known, asked = labelled(make_scenes(9, 1), True, 1), labelled(make_scenes(5, 2), False, 2)
-    by_hand = knn.vote(knn.nearest(asked.features, known.features), known.names)
-    found = recognise(known, asked, 1)[0]
+    by_hand = vote(nearest(asked.features, known.features), known.names)
+    everything = (np.ones(len(known.names), bool), np.ones(len(asked.names), bool))
+    found = recognise(known, asked, [everything])[0]
     assert found is not None
     assert found.mean == pytest.approx(np.mean(np.asarray(by_hand) == asked.names))
 

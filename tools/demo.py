@@ -22,7 +22,7 @@ from benchmark.memory import TreeMemory
 from megaregion.bounds import PositiveInt, Steps
 from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
-from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation, write_evaluation
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) ->
         seconds={**evaluation.seconds, **{f"demo: {step}": value for step, value in seconds.items()}},
         demo_peak_memory_bytes=memory,
     )
-    file.write_text(evaluation.to_json())
+    write_evaluation(file, evaluation)
     summary = evaluation.table(SUMMARY)
     found = {encoder: summary.estimate(encoder, "region_knn") for encoder in summary.rows}
     knn = {encoder: share.mean for encoder, share in found.items() if share is not None}

@@ -11,27 +11,30 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
+from textwrap import fill
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megaregion.command_line import run
+from megaregion.bounds import Count, Images, PositiveInt, Seed, Whole, Workers
+from megaregion.command_line import Parser, flag, path, run
 from megaregion.curation.engines import load_embedder
 from megaregion.curation.engines.lite0 import Lite0
 from megaregion.curation.picture import resize
 from megaregion.curation.types import Pixels
 from megaregion.errors import UserError
-from megaregion.evaluation.compare import load_compared
 from megaregion.evaluation.encoders import CropEncoder, Encoder
+from megaregion.evaluation.huggingface import load_huggingface
 from megaregion.evaluation.measures import MEASURES, QUICK
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import write_report
 from megaregion.evaluation.study import StudyConfig, evaluate
 from megaregion.evaluation.visualise import save_pictures, visualise
 from megaregion.files import write_text
-from megaregion.schemas.evaluation import FOOTNOTE, markdown, text, write_board
+from megaregion.schemas.evaluation import FOOTNOTE, markdown, text, write_board, write_evaluation
 
 STRIDE = 32
 """Pixels along each side of a place of the curation encoder's map."""
@@ -52,8 +55,8 @@ def main() -> None:
         device=device,
         projected=arguments.projected,
         seed=arguments.seed,
-        measures=_measures(arguments.measures),
-        seeds=_at_least_one("--seeds", arguments.seeds),
+        measures=arguments.measures,
+        seeds=arguments.seeds,
         images=arguments.images,
     )
     others = _others(arguments, device, opened.config.model.grid)
@@ -68,13 +71,13 @@ def main() -> None:
         for name in ("evaluation{}.json", "evaluation{}.md", "report{}.html")
     )
     evaluation = study.evaluation()
-    write_text(numbers, evaluation.to_json())
+    write_evaluation(numbers, evaluation)
     title = f"# {evaluation.run} after step {evaluation.step:,}, {evaluation.split} split"
     write_text(tables, f"{title}\n\n{markdown(evaluation.tables)}")
     write_board(opened.folder / "tensorboard", opened.step, study.tables)
     save_pictures(visuals, opened.folder / f"pictures{suffix}")
     write_report(study, visuals, opened.folder / "metrics.jsonl", page)
-    print(f"{text([study.summary], intervals=False)}\n\n{study.summary.told}")
+    print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
     if study.tables:
         print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")
     print(f"\n{numbers}\n{tables}\n{page}")
@@ -91,8 +94,8 @@ def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Enco
             return network.maps(resize(image, side, side)).coarse
 
         others.append(CropEncoder("curation", embedder.embed, max(1, arguments.workers), see))
-    for path in arguments.compare:
-        model = load_compared(path, device)
+    for name in arguments.compare:
+        model = load_huggingface(name, device)
         others += [model, model.crops()]
     names = [other.name for other in others]
     for name in names:
@@ -110,70 +113,49 @@ def _measures(text: str) -> tuple[str, ...]:
     return chosen
 
 
-def _at_least_one(flag: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{flag} must be at least 1, got {value}")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description="Measure a run's encoder on scenes with known truth, beside the same network untrained, "
         "raw pixels and the curation encoder. Prints a table; RUN gets evaluation.json, evaluation.md, "
         "TensorBoard scalars and report.html.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=Path, help="the run's folder, with its checkpoints and metrics.jsonl")
-    add("--scenes", type=Path, required=True, help="scene set of tools/make_scenes.py, with its truth")
-    add("--dataset", type=Path, help="shards that the run was trained on; by default the run's data.path")
-    add(
-        "--split",
-        choices=("test", "val"),
-        default="test",
-        help="held-out split to ask about; tune on val only (it writes evaluation_val.json), never on test",
-    )
-    add("--checkpoint", type=int, metavar="STEP", help="evaluate this step instead of the newest")
-    add("--limit", type=int, default=4000, metavar="N", help="training objects in the gallery; 0 takes all")
-    add("--batch", type=int, default=32, metavar="IMAGES", help="images that go through an encoder at once")
-    add("--workers", type=int, default=2, metavar="THREADS", help="threads that read and crop-embed images")
+    add("run", metavar="RUN", type=path, help="the run's folder, with its checkpoints and metrics.jsonl")
+    add("--scenes", metavar="FOLDER", type=path, required=True,
+        help="scene set of tools/make_scenes.py, with its truth")  # fmt: skip
+    add("--dataset", metavar="FOLDER", type=path,
+        help="shards that the run was trained on; by default the run's data.path")  # fmt: skip
+    add("--split", choices=("test", "val"), default="test",
+        help="held-out split to ask about; tune on val only (it writes evaluation_val.json), never on "
+        "test")  # fmt: skip
+    add("--checkpoint", metavar="STEP", type=flag(Count), help="evaluate this step instead of the newest")
+    add("--limit", metavar="N", type=flag(Count), default=4000,
+        help="training objects in the gallery; 0 takes all")  # fmt: skip
+    add("--batch", metavar="IMAGES", type=flag(Images), default=32,
+        help="images that go through an encoder at once")  # fmt: skip
+    add("--workers", metavar="THREADS", type=flag(Workers), default=2,
+        help="threads that read and crop-embed images")  # fmt: skip
     add("--device", default="auto", help="where the network computes: auto, cpu, cuda, cuda:1 ...")
     add("--curation", choices=("lite0", "none"), default="lite0", help="curation encoder to compare with")
-    add(
-        "--measures",
-        default=",".join(QUICK),
-        metavar="NAME[,NAME ...]",
-        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; or all, or none",
-    )
-    add("--seeds", type=int, default=5, metavar="N", help="galleries, splits and pairs drawn behind a mean")
-    add(
-        "--images",
-        type=Path,
-        metavar="FOLDER",
-        help="also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and FOLDER/test/CLASS",
-    )
-    add(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="a vision transformer in HuggingFace form, folder or hub id, as further rows; repeatable",
-    )
-    add(
-        "--frames",
-        type=Path,
-        metavar="PATH",
-        help="image or folder of frames whose features the report paints; by default held-out scenes",
-    )
-    add(
-        "--map-side",
-        type=int,
-        default=0,
-        metavar="PX",
-        help="longest side at which frames are read for maps; 0 takes three times the training size",
-    )
+    add("--measures", metavar="NAME[,NAME ...]", type=_measures, default=",".join(QUICK),
+        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; "
+        "or all, or none")  # fmt: skip
+    add("--seeds", metavar="N", type=flag(PositiveInt), default=5,
+        help="galleries, splits and pairs drawn behind a mean")  # fmt: skip
+    add("--images", metavar="FOLDER", type=path,
+        help="also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
+        "FOLDER/test/CLASS")  # fmt: skip
+    add("--compare", metavar="MODEL", action="append", default=[],
+        help="a vision transformer in HuggingFace form, folder or hub id, as further rows; "
+        "repeatable")  # fmt: skip
+    add("--frames", metavar="PATH", type=path,
+        help="image or folder of frames whose features the report paints; "
+        "by default held-out scenes")  # fmt: skip
+    add("--map-side", metavar="PX", type=flag(Annotated[int, Whole(0, 16_384)]), default=0,
+        help="longest side at which frames are read for maps; 0 takes three times the training "
+        "size")  # fmt: skip
     add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")
-    add("--seed", type=int, default=0, help="draws the gallery and the pictures of the report")
+    add("--seed", type=flag(Seed), default=0, help="draws the gallery and the pictures of the report")
     return parser
 
 

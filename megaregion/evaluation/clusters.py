@@ -19,9 +19,9 @@ from PIL import Image
 from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, Box, parse_sample
 from megaregion.data.shards import ShardedDataset
+from megaregion.evaluation.classifiers import nearest, unit
 from megaregion.evaluation.encoders import BoxedImage, Encoder
 from megaregion.evaluation.estimates import share
-from megaregion.evaluation.knn import nearest, unit
 from megaregion.schemas.evaluation import Estimate
 
 SAMPLES = 300

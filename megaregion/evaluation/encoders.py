@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PIXELS = 32
-"""Side to which the raw-pixel baseline resizes a crop."""
+PIXELS = "pixels"
+"""Name of the raw-pixel baseline's row."""
+SIDE = 32
+"""Side to which it resizes a crop."""
 
 CELL = 8
 """Pixels along each side of a place of the pixels' map."""
@@ -129,9 +131,9 @@ def crop(image: Image.Image, box: Sequence[float] | NDArray[np.float32]) -> Imag
 
 def raw_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
     """Pixels of each crop at 32 x 32, on the 0..1 scale, as one vector, [R, 3072]."""
-    side = (PIXELS, PIXELS)
+    side = (SIDE, SIDE)
     small = [np.asarray(Image.fromarray(c).resize(side, Image.Resampling.BILINEAR)) for c in crops]
-    return np.asarray(small, np.float32).reshape(len(crops), 3 * PIXELS**2) / np.float32(255)
+    return np.asarray(small, np.float32).reshape(len(crops), 3 * SIDE**2) / np.float32(255)
 
 
 def centred_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -155,5 +157,5 @@ def pixel_encoders(cells: int) -> list[CropEncoder]:
     Args:
         cells: Places along each side of their maps: the grid of the network that they are compared with.
     """
-    forms = (("pixels/raw", raw_pixels), ("pixels/centred", centred_pixels))
+    forms = ((f"{PIXELS}/raw", raw_pixels), (f"{PIXELS}/centred", centred_pixels))
     return [CropEncoder(name, embed, see=lambda image: pixel_map(image, cells)) for name, embed in forms]

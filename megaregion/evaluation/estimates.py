@@ -4,7 +4,7 @@ Test regions are not independent: the same few cut-outs stand in many scenes, an
 share its background. So whole groups (cut-outs, scenes, images) are drawn with replacement, never single
 regions, and the seeds behind the mean are drawn again with them.
 
-Shapes: S seeds, G groups, K numbers that a statistic is made of, B draws.
+Shapes: S seeds, Q queries, G groups, K numbers that a statistic is made of.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megaregion.schemas.evaluation import Estimate
 
@@ -53,24 +53,34 @@ def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estim
 
 
 def share(
-    right: NDArray[np.bool_] | NDArray[np.float64], groups: Sequence[object], seed: int = 0
+    right: ArrayLike,
+    groups: Sequence[object] | Sequence[Sequence[object]],
+    asked: ArrayLike | None = None,
+    seed: int = 0,
 ) -> Estimate | None:
     """Estimate a mean of single verdicts, such as an accuracy.
 
     Args:
-        right: Verdict on each of Q queries under each seed, [S, Q] or [Q]; between 0 and 1.
-        groups: Group of each query, Q of them.
+        right: Verdict on each query under each seed, [S, Q] or [Q]; between 0 and 1.
+        groups: Group of each query, [Q], or under each seed, [S, Q].
+        asked: Whether each query was asked under each seed, [S, Q]; all of them if None.
         seed: Of the draws.
     """
     verdicts = np.atleast_2d(np.asarray(right, np.float64))
-    _, group = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
-    total = int(group.max()) + 1 if len(group) else 0
-    hits = np.stack([np.bincount(group, row, minlength=total) for row in verdicts])
-    sizes = np.broadcast_to(np.bincount(group, minlength=total), hits.shape)
-    return estimate(np.stack([hits, sizes], axis=-1).astype(np.float64), ratio, seed)
+    tries = np.ones_like(verdicts) if asked is None else np.asarray(asked, np.float64)
+    names = np.asarray(groups, dtype=np.str_)
+    group = np.broadcast_to(np.unique(names, return_inverse=True)[1].reshape(names.shape), verdicts.shape)
+    total = int(group.max()) + 1 if group.size else 0
+    hits, sizes = (
+        np.stack(
+            [np.bincount(own, weights, minlength=total) for own, weights in zip(group, each, strict=True)]
+        )
+        for each in (verdicts * tries, tries)
+    )
+    return estimate(np.stack([hits, sizes], axis=-1), _ratio, seed)
 
 
-def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Hits over tries, [..., 2] to [...]; nan without a try."""
     with np.errstate(invalid="ignore", divide="ignore"):
         quotient: NDArray[np.float64] = sums[..., 0] / sums[..., 1]

@@ -27,8 +27,7 @@ from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
 
 BODY = "body.weight."
-TEXT_CENTERS = "head.text.weight"
-OBJECT_CENTERS = "head.object.weight"
+HEAD = "head.{}.weight"
 
 
 class NetworkEncoder:
@@ -179,48 +178,31 @@ class TrainedRun:
                         f"ask for {list(parameter.shape)}; the checkpoint and its config do not match"
                     )
                 parameter.copy_(value)
-        return self._encoder("trained", model, device, projected, self.text_centers())
+        return NetworkEncoder("trained", model, self._transform, device, projected, self._centers("text"))
 
     def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The same network with the weights that the run began with."""
-        model = self._model()
+        model, centers = self._model(), None
         initialise(model, self.config.seed)
-        return self._encoder("untrained", model, device, projected, self.first_text_centers())
+        if HEAD.format("text") in self.reader.names():
+            classes, width = self.reader.shape(HEAD.format("text"))
+            centers = _array(random_centers(self.config.seed, "text", range(classes), width))
+        return NetworkEncoder("untrained", model, self._transform, device, projected, centers)
 
     def object_centers(self) -> NDArray[np.float32] | None:
         """Weight of the object head, [K, E]; None if the run has none."""
-        return _array(self._read(OBJECT_CENTERS)) if OBJECT_CENTERS in self.reader.names() else None
-
-    def text_centers(self) -> NDArray[np.float32] | None:
-        """Weight of the text head, [V, E]; None if the run has none.
-
-        Raises:
-            UserError: The checkpoint is damaged.
-        """
-        if TEXT_CENTERS not in self.reader.names():
-            return None
-        return _array(self._read(TEXT_CENTERS))
-
-    def first_text_centers(self) -> NDArray[np.float32] | None:
-        """Weight of the text head as the run began with it, [V, E]; None if the run has none."""
-        if TEXT_CENTERS not in self.reader.names():
-            return None
-        classes, width = self.reader.shape(TEXT_CENTERS)
-        return _array(random_centers(self.config.seed, "text", range(classes), width))
+        return self._centers("object")
 
     def _model(self) -> RegionEncoder:
         return RegionEncoder(self.config.model, self.config.head.embedding_dim)
 
-    def _encoder(
-        self,
-        name: str,
-        model: RegionEncoder,
-        device: str,
-        projected: bool,
-        text_centers: NDArray[np.float32] | None,
-    ) -> NetworkEncoder:
-        transform = EvalTransform(self.config.data, self.config.model)
-        return NetworkEncoder(name, model, transform, device, projected, text_centers)
+    @property
+    def _transform(self) -> EvalTransform:
+        return EvalTransform(self.config.data, self.config.model)
+
+    def _centers(self, kind: str) -> NDArray[np.float32] | None:
+        name = HEAD.format(kind)
+        return _array(self._read(name)) if name in self.reader.names() else None
 
     def _read(self, name: str) -> Tensor:
         try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megaregion.errors import UserError
-from megaregion.evaluation.maps import SceneMap
+from megaregion.evaluation.encoding import SceneMap
 from megaregion.evaluation.network import NetworkEncoder, patch_map
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")

@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from megaregion.data.sample import RLE, decode_mask
+from megaregion.data.sample import RLE, Box, decode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation.vocabulary import Tokens
-
-Box = tuple[float, float, float, float]
 
 TRUTH = 96
 """Cells along each side of the truth: scenes have some 256 pixels, maps 12 to 37 cells."""
@@ -135,10 +133,7 @@ def truth_map(scene: Scene) -> TruthMap | None:
 
 
 def read_scenes(folder: Path) -> list[Scene]:
-    """Read one split of a scene set, as tools/make_scenes.py writes it.
-
-    Args:
-        folder: Folder with truth.jsonl and images/.
+    """Read one split of a scene set, a folder with truth.jsonl and images/ as tools/make_scenes.py writes it.
 
     Raises:
         UserError: The file is missing or empty, or a line of it is not a scene.
@@ -147,10 +142,11 @@ def read_scenes(folder: Path) -> list[Scene]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; tools/make_scenes.py writes it")
     scenes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             scenes.append(_parse_scene(json.loads(line), folder))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{path} line {number} is not a scene ({reason}); make the scenes again"
@@ -161,15 +157,12 @@ def read_scenes(folder: Path) -> list[Scene]:
 
 
 def pick_scenes(scenes: Sequence[Scene], regions: int, seed: int) -> list[Scene]:
-    """Draw whole scenes until they hold this many objects, so that no image is read for one box.
+    """Draw whole scenes, in their order, until they hold this many objects: no image is read for one box.
 
     Args:
         scenes: Scenes to draw from.
         regions: Objects wanted; 0 takes every scene.
         seed: The draw is a function of it; a larger wish only adds scenes.
-
-    Returns:
-        The drawn scenes, in the order of ``scenes``.
     """
     if regions <= 0:
         return list(scenes)

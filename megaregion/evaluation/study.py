@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import numpy as np
 from megaregion.data.info import DatasetInfo
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import CropEncoder, Encoder, pixel_encoders
-from megaregion.evaluation.encoding import EncodedScenes, Progress, encode_scenes
-from megaregion.evaluation.knn import NEIGHBOURS
+from megaregion.evaluation.classifiers import NEIGHBOURS
+from megaregion.evaluation.encoders import PIXELS, CropEncoder, Encoder, pixel_encoders
+from megaregion.evaluation.encoding import EncodedScenes, Progress, counter, encode_scenes
 from megaregion.evaluation.measures import MEASURES, Evidence, measure
 from megaregion.evaluation.measures.images import image_table, read_image_folder
 from megaregion.evaluation.measures.summary import Answers, answer, summary_table
@@ -23,7 +23,6 @@ from megaregion.evaluation.vocabulary import Vocabulary, open_vocabulary
 from megaregion.schemas.evaluation import Evaluation, Table
 
 GALLERY_SPLIT = "train"
-PIXELS = "pixels"
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def evaluate(
                 config.batch,
                 config.workers,
                 seconds,
-                _counter(progress, split, len(truth.scenes)),
+                counter(progress, split, len(truth.scenes)),
             ),
         )
         for split, truth in ((GALLERY_SPLIT, gallery), (config.split, queries))
@@ -215,14 +214,3 @@ def _scenes(folder: Path) -> list[Scene]:
 def _truth(scenes: Sequence[Scene], vocabulary: Vocabulary | None) -> Truth:
     words = [word for scene in scenes for word in scene.words]
     return Truth(scenes, tuple(vocabulary.tokens(word.text) if vocabulary else () for word in words))
-
-
-def _counter(progress: Progress, split: str, images: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(split, done, images)
-
-    return count

@@ -40,14 +40,11 @@ class Vocabulary:
 
 
 def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vocabulary | None:
-    """Open a dataset's tokenizer and count its tokens.
+    """Open a dataset's tokenizer and count its tokens; None for a dataset without text.
 
     Args:
         shards: The dataset.
         trained_on: The dataset's description in the checkpoint's manifest.
-
-    Returns:
-        The vocabulary; None for a dataset without text.
 
     Raises:
         UserError: The tokenizer cannot be read, or is not the one that the run was trained with.
@@ -65,11 +62,7 @@ def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vo
 
 
 def frequent_tokens(regions: Iterable[Tokens]) -> Tokens:
-    """The five tokens that most training regions hold; of equally frequent ones, the smaller ids.
-
-    Args:
-        regions: Distinct tokens of each training text region.
-    """
+    """The five tokens that most regions hold, given each one's distinct tokens; ties go to the smaller id."""
     counts = Counter(token for tokens in regions for token in tokens)
     return tuple(sorted(counts, key=lambda token: (-counts[token], token))[:TOP])
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megaregion.errors import UserError
+from megaregion.files import write_text
 
 EVALUATION = "evaluation.json"
 """Name of the file in a run's folder; that of another split than test has the split in its name."""
@@ -131,15 +132,6 @@ class Evaluation:
         """
         return {table.key: table for table in self.tables}[key]
 
-    def to_json(self) -> str:
-        """The file's text."""
-        content = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        content["seconds"] = {name: round(value, 2) for name, value in self.seconds.items()}
-        content["tables"] = [_table_content(table) for table in self.tables]
-        if self.demo_peak_memory_bytes is None:
-            del content["demo_peak_memory_bytes"]
-        return json.dumps(content, indent=1) + "\n"
-
 
 def summary_columns(split: str, region_chance: float | None, word_chance: float | None) -> tuple[Column, ...]:
     """Columns of the summary: each number of the held-out split beside that of the training scenes.
@@ -240,6 +232,16 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 # ---- the file --------------------------------------------------------------------------------------
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write evaluation.json, so that a reader sees the old file or the new one."""
+    content = {each.name: getattr(evaluation, each.name) for each in dataclasses.fields(evaluation)}
+    content["seconds"] = {name: round(value, 2) for name, value in evaluation.seconds.items()}
+    content["tables"] = [_table_content(table) for table in evaluation.tables]
+    if evaluation.demo_peak_memory_bytes is None:
+        del content["demo_peak_memory_bytes"]
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:

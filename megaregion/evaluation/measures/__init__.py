@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.encoders import Encoder
-from megaregion.evaluation.encoding import EncodedScenes, Progress
-from megaregion.evaluation.maps import MappedScenes, encode_maps
+from megaregion.evaluation.encoding import EncodedScenes, MappedScenes, Progress, counter, encode_maps
 from megaregion.evaluation.measures.correspondence import correspondence_table
 from megaregion.evaluation.measures.reading import reading_table
 from megaregion.evaluation.measures.recognition import recognition_table
@@ -52,13 +51,7 @@ class Evidence:
         drawn = [_with_masks(part.truth.scenes) for part in (self.known, self.asked)]
         if not all(scenes for scenes, _ in drawn):
             return None
-        total, done = sum(len(scenes) for scenes, _ in drawn), 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            self.progress("maps of", done, total)
-
+        count = counter(self.progress, "maps of", sum(len(scenes) for scenes, _ in drawn))
         known, asked = (
             MappedScenes(scenes, truths, encode_maps(scenes, self.encoders, self.batch, self.seconds, count))
             for scenes, truths in drawn

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation.estimates import estimate, ratio
-from megaregion.evaluation.knn import unit
-from megaregion.evaluation.maps import MappedScenes, SceneMap, pooled
-from megaregion.evaluation.scenes import Scene, TruthMap
+from megaregion.evaluation.classifiers import unit
+from megaregion.evaluation.encoding import MappedScenes, SceneMap, pooled
+from megaregion.evaluation.estimates import share
+from megaregion.evaluation.scenes import Scene, TrueObject, TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 PAIRS = 400
@@ -61,7 +61,7 @@ def correspondence_table(
         "does its box pick that object's box among all boxes of the other scene, and does its mean feature "
         "have its peak on that object's mask?"
     )
-    rows = {name: _row(features[name], asked.maps.get(name), scenes, truths, drawn) for name in features}
+    rows = {name: _row(features[name], asked.maps.get(name), asked, drawn) for name in features}
     return Table("correspondence", "Pointing at the like", told, columns, rows, "random place")
 
 
@@ -91,26 +91,16 @@ def draw_pairs(scenes: Sequence[Scene], seed: int) -> list[Pair]:
 def _row(
     features: Sequence[NDArray[np.float32]],
     maps: Sequence[SceneMap] | None,
-    scenes: Sequence[Scene],
-    truths: Sequence[TruthMap],
+    asked: MappedScenes,
     drawn: Sequence[Sequence[Pair]],
 ) -> tuple[Estimate | None, ...]:
     # Every seed draws as many pairs, so that one bootstrap over their source cut-outs serves all.
-    boxes = [[right_box(features, scenes, pair) for pair in pairs] for pairs in drawn]
-    instances = [[_instance(scenes, pair.source) for pair in pairs] for pairs in drawn]
-    peaks = None if maps is None else [[peak_inside(maps, truths, pair) for pair in pairs] for pairs in drawn]
-    return _joined(boxes, instances), None if peaks is None else _joined(peaks, instances)
-
-
-def _joined(verdicts: Sequence[Sequence[bool]], instances: Sequence[Sequence[str]]) -> Estimate | None:
-    """Mean over seeds, with the pairs of all seeds grouped by the cut-out that asks."""
-    names = sorted({name for row in instances for name in row})
-    place = {name: number for number, name in enumerate(names)}
-    parts = np.zeros((len(verdicts), len(names), 2))
-    for seed, (row, asked) in enumerate(zip(verdicts, instances, strict=True)):
-        for verdict, name in zip(row, asked, strict=True):
-            parts[seed, place[name]] += (verdict, 1)
-    return estimate(parts, ratio)
+    cutouts = [[_object(asked.scenes, pair.source).instance for pair in pairs] for pairs in drawn]
+    boxes = [[right_box(features, asked.scenes, pair) for pair in pairs] for pairs in drawn]
+    if maps is None:
+        return share(boxes, cutouts), None
+    peaks = [[peak_inside(maps, asked.truths, pair) for pair in pairs] for pairs in drawn]
+    return share(boxes, cutouts), share(peaks, cutouts)
 
 
 def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], pair: Pair) -> bool:
@@ -118,7 +108,7 @@ def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], 
     (source, own), (target, _) = pair.source, pair.target
     best = int((unit(features[target]) @ unit(features[source][own])).argmax())
     named = scenes[target].objects
-    return best < len(named) and named[best].name == scenes[source].objects[own].name
+    return best < len(named) and named[best].name == _object(scenes, pair.source).name
 
 
 def peak_inside(maps: Sequence[SceneMap], truths: Sequence[TruthMap], pair: Pair) -> bool:
@@ -136,5 +126,5 @@ def _mask(truths: Sequence[TruthMap], place: tuple[int, int]) -> NDArray[np.bool
     return truths[scene].owner == number + 1
 
 
-def _instance(scenes: Sequence[Scene], place: tuple[int, int]) -> str:
-    return scenes[place[0]].objects[place[1]].instance
+def _object(scenes: Sequence[Scene], place: tuple[int, int]) -> TrueObject:
+    return scenes[place[0]].objects[place[1]]

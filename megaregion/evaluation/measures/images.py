@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megaregion.errors import UserError
-from megaregion.evaluation import knn, probe
+from megaregion.evaluation.classifiers import NEIGHBOURS
 from megaregion.evaluation.encoders import Encoder
 from megaregion.evaluation.encoding import Progress
-from megaregion.evaluation.estimates import estimate, ratio
-from megaregion.evaluation.measures.recognition import Labelled, majority_share, recognise
-from megaregion.schemas.evaluation import Column, Estimate, Table
+from megaregion.evaluation.measures.recognition import Labelled, draw_scenes, majority_share, recognise
+from megaregion.schemas.evaluation import Column, Table
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 ASKED_SPLITS = ("test", "val")
@@ -93,69 +92,42 @@ def image_table(
         UserError: An image cannot be read.
     """
     features = _encode(folder, encoders, batch, workers, progress)
-    drawn = [_asked(folder, seed) for seed in range(1 if folder.asked is not None else seeds)]
-    names = np.asarray(folder.names)
-    chance = np.mean([majority_share(names[~asked].tolist(), names[asked].tolist()) for asked in drawn])
+    draws = [_draw(folder, seed, seeds) for seed in range(seeds)]
+    names, fixed = np.asarray(folder.names), folder.asked is not None
+    chance = float(
+        np.mean([majority_share(names[~asked].tolist(), names[asked].tolist()) for _, asked in draws])
+    )
     how = (
-        f"fixed split, mean over {seeds} galleries" if folder.asked is not None
+        f"fixed split, mean over {seeds} galleries"
+        if fixed
         else f"a fifth of each class, mean over {seeds} splits"
-    )  # fmt: skip
+    )
     told = (
-        f"{int(drawn[0].sum()):,} of {len(names):,} images of {folder.folder.name} in "
+        f"{int(draws[0][1].sum()):,} of {len(names):,} images of {folder.folder.name} in "
         f"{len(set(folder.names))} classes are asked about ({how})."
     )
-    columns = (
-        Column("knn", f"{knn.NEIGHBOURS}-NN", float(chance)),
-        Column("linear", "linear probe", float(chance)),
-    )
-    rows = {name: _row(own, folder, drawn, seeds) for name, own in features.items()}
+    columns = (Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
+    rows = {}
+    for name, own in features.items():
+        images = Labelled(own, folder.names, [str(path) for path in folder.paths], np.arange(len(names)))
+        rows[name] = recognise(images, images, draws, tuning=~draws[0][1])
     return Table("image", "Naming images", told, columns, rows, "most frequent class")
 
 
-def _row(
-    features: NDArray[np.float32], folder: ImageFolder, drawn: Sequence[NDArray[np.bool_]], seeds: int
-) -> tuple[Estimate | None, ...]:
+def _draw(folder: ImageFolder, seed: int, seeds: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Images of a seed's gallery, and those that it asks about: a fifth of each class, never all."""
     if folder.asked is not None:
-        gallery = _labelled(features, folder, ~folder.asked)
-        return recognise(gallery, _labelled(features, folder, folder.asked), seeds)
-    names = list(folder.names)
-    groups = [str(path) for path in folder.paths]
-    first = np.flatnonzero(~drawn[0])
-    decay = probe.choose_decay(features[first], [names[i] for i in first], [groups[i] for i in first], seed=0)
-    # An image is asked about under some seeds only: hits and tries of each image and seed.
-    parts = np.zeros((2, len(drawn), len(names), 2))
-    for seed, asked in enumerate(drawn):
-        known = [name for name, flag in zip(names, asked, strict=True) if not flag]
-        true = np.asarray(names)[asked]
-        voted = knn.vote(knn.nearest(features[asked], features[~asked]), known)
-        fitted = probe.fit(features[~asked], known, decay).predict(features[asked])
-        for column, predicted in enumerate((voted, fitted)):
-            parts[column, seed, asked, 0] = np.asarray(predicted) == true
-            parts[column, seed, asked, 1] = 1
-    return tuple(estimate(part, ratio) for part in parts)
-
-
-def _labelled(features: NDArray[np.float32], folder: ImageFolder, rows: NDArray[np.bool_]) -> Labelled:
-    chosen = np.flatnonzero(rows)
-    return Labelled(
-        features[chosen],
-        [folder.names[row] for row in chosen],
-        [str(folder.paths[row]) for row in chosen],
-        chosen.astype(np.int64),
-    )
-
-
-def _asked(folder: ImageFolder, seed: int) -> NDArray[np.bool_]:
-    """Images that a seed asks about: a fifth of each class, at least one, never all."""
-    if folder.asked is not None:
-        return folder.asked
+        gallery = np.flatnonzero(~folder.asked)
+        known = np.zeros_like(folder.asked)
+        known[gallery[draw_scenes(gallery, seed, seeds)]] = True
+        return known, folder.asked
     names = np.asarray(folder.names)
     rng = np.random.Generator(np.random.Philox(key=seed))
     asked = np.zeros(len(names), np.bool_)
     for name in sorted(set(folder.names)):
         own = rng.permutation(np.flatnonzero(names == name))
         asked[own[: max(1, round(ASKED_SHARE * len(own)))]] = True
-    return asked
+    return ~asked, asked
 
 
 def _encode(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megaregion.evaluation import knn
+from megaregion.evaluation.classifiers import NEIGHBOURS, Neighbours, nearest
 from megaregion.evaluation.encoding import EncodedScenes
 from megaregion.evaluation.estimates import share
 from megaregion.evaluation.measures.recognition import draw_scenes
@@ -46,8 +46,8 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
     columns = (
         Column("head_recall", "tokens, text head", recall),
         Column("head_exact", "exact words, text head", exact),
-        Column("knn_recall", f"tokens, {knn.NEIGHBOURS}-NN", recall),
-        Column("knn_exact", f"exact words, {knn.NEIGHBOURS}-NN", exact),
+        Column("knn_recall", f"tokens, {NEIGHBOURS}-NN", recall),
+        Column("knn_exact", f"exact words, {NEIGHBOURS}-NN", exact),
     )
     told = (
         f"{len(queries.tokens):,} words of held-out scenes: recall of their tokens among five named ones, "
@@ -60,7 +60,7 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
         by_words = []
         for seed in range(seeds):
             drawn = np.flatnonzero(draw_scenes(gallery.words.scene, seed, seeds))
-            neighbours = knn.nearest(own.words, known.features[name].words[drawn])
+            neighbours = nearest(own.words, known.features[name].words[drawn])
             by_words.append(neighbour_tokens(neighbours, [gallery.tokens[row] for row in drawn]))
         rows[name] = tuple(
             judged(named, queries, verdict)
@@ -104,7 +104,7 @@ def is_exact(named: Tokens, true: Tokens) -> bool:
     return set(named[: len(set(true))]) == set(true)
 
 
-def neighbour_tokens(neighbours: knn.Neighbours, gallery: Sequence[Tokens]) -> list[Tokens]:
+def neighbour_tokens(neighbours: Neighbours, gallery: Sequence[Tokens]) -> list[Tokens]:
     """Name the tokens that most of a word's nearest training words hold; ties go to the more similar.
 
     Args:

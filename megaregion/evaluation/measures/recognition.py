@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation import knn, probe
+from megaregion.evaluation.classifiers import NEIGHBOURS, choose_decay, fit_probe, nearest, vote
 from megaregion.evaluation.encoding import EncodedScenes
 from megaregion.evaluation.estimates import share
 from megaregion.schemas.evaluation import Column, Estimate, Table
@@ -52,37 +52,46 @@ def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) ->
         "training scenes."
     )
     chance = majority_share(gallery.names, queries.names)
-    columns = (Column("knn", f"{knn.NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
+    columns = (Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
+    draws = [
+        (draw_scenes(gallery.scene, seed, seeds), np.ones(len(queries), np.bool_)) for seed in range(seeds)
+    ]
     rows = {
         name: recognise(
             Labelled(known.features[name].objects, gallery.names, gallery.instances, gallery.scene),
             Labelled(own.objects, queries.names, queries.instances, queries.scene),
-            seeds,
+            draws,
         )
         for name, own in asked.features.items()
     }
     return Table("region", "Naming regions", told, columns, rows, "most frequent class")
 
 
-def recognise(known: Labelled, asked: Labelled, seeds: int) -> tuple[Estimate | None, ...]:
-    """k-NN and linear probe accuracy of one encoder.
+def recognise(
+    known: Labelled,
+    asked: Labelled,
+    draws: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]],
+    tuning: NDArray[np.bool_] | slice = slice(None),
+) -> tuple[Estimate | None, ...]:
+    """k-NN and linear probe accuracy of one encoder, with what regions show as groups.
 
     Args:
-        known: The gallery; each seed draws four fifths of its scenes.
-        asked: What is named.
-        seeds: Galleries drawn.
+        known: What galleries are drawn from, G rows.
+        asked: What is named, Q rows.
+        draws: For each seed the rows of its gallery, [G], and the rows that it asks about, [Q].
+        tuning: Rows of ``known`` on which the probe's weight decay is chosen.
     """
-    true = np.asarray(asked.names)
-    by_neighbours, by_probe = [], []
-    decay = probe.choose_decay(known.features, known.names, known.instances, seed=0)
-    for seed in range(seeds):
-        rows = np.flatnonzero(draw_scenes(known.scenes, seed, seeds)).tolist()
-        names = [known.names[row] for row in rows]
-        neighbours = knn.nearest(asked.features, known.features[rows])
-        by_neighbours.append(np.asarray(knn.vote(neighbours, names)) == true)
-        fitted = probe.fit(known.features[rows], names, decay)
-        by_probe.append(np.asarray(fitted.predict(asked.features)) == true)
-    return tuple(share(np.stack(right), asked.instances) for right in (by_neighbours, by_probe))
+    names, true, instances = (np.asarray(column) for column in (known.names, asked.names, known.instances))
+    decay = choose_decay(known.features[tuning], names[tuning].tolist(), instances[tuning].tolist(), seed=0)
+    right = np.zeros((2, len(draws), len(true)))
+    for seed, (gallery, queries) in enumerate(draws):
+        features, labels = known.features[gallery], names[gallery].tolist()
+        by_neighbours = vote(nearest(asked.features[queries], features), labels)
+        by_probe = fit_probe(features, labels, decay).predict(asked.features[queries])
+        for column, named in enumerate((by_neighbours, by_probe)):
+            right[column, seed, queries] = np.asarray(named) == true[queries]
+    counted = np.stack([queries for _, queries in draws])
+    return tuple(share(verdicts, asked.instances, counted) for verdicts in right)
 
 
 def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.bool_]:

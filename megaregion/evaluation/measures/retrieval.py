@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation import knn
+from megaregion.evaluation.classifiers import Neighbours, nearest
 from megaregion.evaluation.estimates import share
 from megaregion.evaluation.scenes import RegionTable
 from megaregion.schemas.evaluation import Column, Estimate, Table
@@ -43,7 +43,7 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
     )
     rows = {}
     for name, own in features.items():
-        found = knn.nearest(own, own, objects.scene, objects.scene, neighbours=max(DEPTHS))
+        found = nearest(own, own, objects.scene, objects.scene, neighbours=max(DEPTHS))
         cells: list[Estimate | None] = []
         for kind, _, labels in kinds:
             cells += recalls(found, labels, asking[kind], objects.instances)
@@ -52,7 +52,7 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
 
 
 def recalls(
-    found: knn.Neighbours, labels: Sequence[str], asking: NDArray[np.bool_], groups: Sequence[str]
+    found: Neighbours, labels: Sequence[str], asking: NDArray[np.bool_], groups: Sequence[str]
 ) -> list[Estimate | None]:
     """Recall at each depth.
 

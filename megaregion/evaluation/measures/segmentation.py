@@ -11,34 +11,19 @@ Shapes: K classes with the background first, T x T truth cells, h x w cells of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation import probe
+from megaregion.evaluation.classifiers import Probe, choose_decay, fit_probe
+from megaregion.evaluation.encoding import MappedScenes, SceneMap, pooled, resized
 from megaregion.evaluation.estimates import estimate
-from megaregion.evaluation.maps import MappedScenes, SceneMap, pooled, resized
-from megaregion.evaluation.measures.recognition import draw_scenes
+from megaregion.evaluation.measures.recognition import Labelled, draw_scenes
 from megaregion.evaluation.scenes import TRUTH, TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BACKGROUND = "(background)"
 """Sorts before any class."""
-
-
-@dataclass(frozen=True)
-class MaskRows:
-    """Mask-pooled features of training scenes."""
-
-    features: NDArray[np.float32]
-    """[R, C]."""
-    names: list[str]
-    """Class of each, or BACKGROUND."""
-    instances: list[str]
-    """Cut-out of each; a background's is its scene."""
-    scenes: NDArray[np.int64]
-    """[R]."""
 
 
 def segmentation_table(known: MappedScenes, asked: MappedScenes, seeds: int) -> Table:
@@ -55,15 +40,16 @@ def segmentation_table(known: MappedScenes, asked: MappedScenes, seeds: int) -> 
         "over classes and background."
     )
     rows = {name: _row(name, known, asked, seeds) for name in known.maps}
-    columns = (
-        Column("miou", "mIoU", _all_background(asked)),
-        Column("object_miou", "mIoU, objects only", 0.0),
-    )
+    blind = Column("miou", "mIoU", _all_background(asked))
+    columns = (blind, Column("object_miou", "mIoU, objects only", 0.0))
     return Table("segmentation", "Naming every place", told, columns, rows, "all background")
 
 
-def mask_rows(known: MappedScenes, encoder: str) -> MaskRows:
-    """Mean features under every true mask, and under the background of each quarter of a scene."""
+def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
+    """Mean features under every true mask, and under the background of each quarter of a scene.
+
+    A background's cut-out is its scene.
+    """
     features, names, instances, places = [], [], [], []
     quarters = [
         (slice(y, y + TRUTH // 2), slice(x, x + TRUTH // 2)) for y in (0, TRUTH // 2) for x in (0, TRUTH // 2)
@@ -80,7 +66,7 @@ def mask_rows(known: MappedScenes, encoder: str) -> MaskRows:
                 names.append(name)
                 instances.append(instance)
                 places.append(place)
-    return MaskRows(np.stack(features), names, instances, np.asarray(places, np.int64))
+    return Labelled(np.stack(features), names, instances, np.asarray(places, np.int64))
 
 
 def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> NDArray[np.float64]:
@@ -92,12 +78,12 @@ def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: in
 
 def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> tuple[Estimate | None, ...]:
     rows = mask_rows(known, encoder)
-    decay = probe.choose_decay(rows.features, rows.names, rows.instances, seed=0)
+    decay = choose_decay(rows.features, rows.names, rows.instances, seed=0)
     classes = sorted(set(rows.names))
     parts = []
     for seed in range(seeds):
-        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds))
-        fitted = probe.fit(rows.features[drawn], [rows.names[row] for row in drawn], decay)
+        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds)).tolist()
+        fitted = fit_probe(rows.features[drawn], [rows.names[row] for row in drawn], decay)
         parts.append([_asked_scene(fitted, own, truth, classes) for own, truth in
                       zip(asked.maps[encoder], asked.truths, strict=True)])  # fmt: skip
     joined = np.asarray(parts)
@@ -135,7 +121,7 @@ def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _asked_scene(
-    fitted: probe.Probe, own: SceneMap, truth: TruthMap, classes: Sequence[str]
+    fitted: Probe, own: SceneMap, truth: TruthMap, classes: Sequence[str]
 ) -> NDArray[np.float64]:
     """Confusion of one held-out scene, over the classes of all seeds."""
     scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation import probe
+from megaregion.evaluation.classifiers import DECAYS, fit_probe
+from megaregion.evaluation.encoding import MappedScenes, SceneMap, coverage, resized
 from megaregion.evaluation.estimates import estimate
-from megaregion.evaluation.maps import MappedScenes, SceneMap, coverage, resized
 from megaregion.evaluation.pca_maps import fit_basis
 from megaregion.evaluation.scenes import TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
@@ -124,7 +124,7 @@ def _cells(
 
 
 def _linear(features: NDArray[np.float32], inside: NDArray[np.bool_]) -> Reading:
-    fitted = probe.fit(features, [INSIDE if verdict else OUTSIDE for verdict in inside], probe.DECAYS[0])
+    fitted = fit_probe(features, [INSIDE if verdict else OUTSIDE for verdict in inside], DECAYS[0])
 
     def read(asked: NDArray[np.float32]) -> NDArray[np.float32]:
         scores = fitted.scores(asked)

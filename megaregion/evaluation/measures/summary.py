@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaregion.evaluation import knn
+from megaregion.evaluation.classifiers import Neighbours, nearest, vote
+from megaregion.evaluation.encoders import PIXELS
 from megaregion.evaluation.encoding import EncodedScenes, SceneFeatures
 from megaregion.evaluation.estimates import share
 from megaregion.evaluation.measures.reading import judged, neighbour_tokens, prior_share, word_recall
@@ -29,7 +30,7 @@ from megaregion.schemas.evaluation import SUMMARY, Estimate, Table, summary_colu
 class Answers:
     """What one encoder answers about each held-out region."""
 
-    neighbours: knn.Neighbours
+    neighbours: Neighbours
     """Of the held-out objects, rows of the gallery's objects."""
     named: list[str]
     """Class given to each held-out object by its neighbours."""
@@ -39,9 +40,9 @@ class Answers:
 
 def answer(known: SceneFeatures, asked: SceneFeatures, gallery: Truth) -> Answers:
     """Ask one encoder about each held-out region."""
-    neighbours = knn.nearest(asked.objects, known.objects)
+    neighbours = nearest(asked.objects, known.objects)
     read = None if asked.read is None else [tokens[:TOP] for tokens in asked.read]
-    return Answers(neighbours, knn.vote(neighbours, gallery.objects.names), read)
+    return Answers(neighbours, vote(neighbours, gallery.objects.names), read)
 
 
 def summary_table(
@@ -76,8 +77,10 @@ def summary_table(
         f"{len(queries.objects):,} objects and {len(queries.words):,} words of {len(queries.scenes):,} "
         f"{split} scenes against {len(gallery.objects):,} objects and {len(gallery.words):,} words of "
         f"{len(gallery.scenes):,} training scenes. Train: the gallery against itself without the own scene; "
-        "the same cut-outs stand in other scenes. Pixels: the better of raw and centred."
+        "the same cut-outs stand in other scenes."
     )
+    if PIXELS in rows:
+        told += f" {PIXELS.capitalize()}: the better of two forms ({notes[PIXELS]})."
     return Table(
         SUMMARY,
         "Test beside train",
@@ -93,9 +96,9 @@ def _row(
     answers: Answers, known: SceneFeatures, asked: SceneFeatures, gallery: Truth, queries: Truth
 ) -> tuple[Estimate | None, ...]:
     own, met = gallery.objects.scene, gallery.words.scene
-    within = knn.vote(knn.nearest(known.objects, known.objects, own, own), gallery.objects.names)
-    by_words = neighbour_tokens(knn.nearest(asked.words, known.words), gallery.tokens)
-    words_within = neighbour_tokens(knn.nearest(known.words, known.words, met, met), gallery.tokens)
+    within = vote(nearest(known.objects, known.objects, own, own), gallery.objects.names)
+    by_words = neighbour_tokens(nearest(asked.words, known.words), gallery.tokens)
+    words_within = neighbour_tokens(nearest(known.words, known.words, met, met), gallery.tokens)
     return (
         named_right(answers.named, queries.objects),
         named_right(within, gallery.objects),

@@ -6,7 +6,6 @@ Shapes: B images, R regions, h x w patches, C width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,6 @@ BATCH = 32
 """Crops that go through the model at once."""
 LAST_NORMS = ("post_layernorm", "layernorm", "norm")
 """Names that vision transformers give the norm behind their last block."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the model says of B whole images."""
-
-    image: NDArray[np.float32]
-    """[B, C]."""
-    maps: list[NDArray[np.float32]]
-    """[h, w, C] each, read as those of the run's own network: what enters the last block, normed."""
 
 
 class HuggingFaceEncoder:
@@ -67,11 +56,11 @@ class HuggingFaceEncoder:
 
     def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Pooled feature of each whole image, [B, C]."""
-        return self._encode(images).image
+        return self._encode(images)[0]
 
     def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]]:
         """Patch features of each image, [h, w, C] each."""
-        return self._encode(images).maps
+        return self._encode(images)[1]
 
     def crops(self) -> CropEncoder:
         """The same model asked about each region's crop, as the curation encoder is."""
@@ -85,7 +74,8 @@ class HuggingFaceEncoder:
         return np.concatenate(parts)
 
     @torch.inference_mode()
-    def _encode(self, images: Sequence[Image.Image]) -> Encoded:
+    def _encode(self, images: Sequence[Image.Image]) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Pooled features [B, C], and maps of what enters the last block, as of the run's own network."""
         pixels = torch.stack([self._transform(image, [])[0] for image in images]).to(self._device)
         output = self._model(pixel_values=pixels, output_hidden_states=True)
         pooled = getattr(output, "pooler_output", None)
@@ -93,7 +83,7 @@ class HuggingFaceEncoder:
         side = self._transform.patch
         rows, columns = self._transform.height // side, self._transform.width // side
         patches = self._norm(output.hidden_states[-2])[:, -rows * columns :]
-        return Encoded(_array(image), list(_array(patches.unflatten(1, (rows, columns)))))
+        return _array(image), list(_array(patches.unflatten(1, (rows, columns))))
 
     def _norm(self, tokens: Tensor) -> Tensor:
         for name in LAST_NORMS:
@@ -104,7 +94,7 @@ class HuggingFaceEncoder:
         return tokens
 
 
-def load_compared(path: str, device: str = "cpu") -> HuggingFaceEncoder:
+def load_huggingface(path: str, device: str = "cpu") -> HuggingFaceEncoder:
     """Load a folder that save_pretrained wrote, or a model by its hub id, from safetensors alone.
 
     Raises:
