@@ -9,39 +9,42 @@ python tools/convert_checkpoint.py check runs/demo exported/demo --images photos
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-
-from megaregion.bounds import NonNegative, Pixels, Positive
+from megaregion.bounds import NonNegative, Pixels, Real, shown
 from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
-from megaregion.export import Exported, ExportOptions, export_checkpoint, write_start
-from megaregion.export.layouts import LAYOUTS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
 
+    from megaregion.export import Exported
+
+Gigabytes = Annotated[float, Real(0, 10**6, "GB", above=True)]
 TOLERANCE = 1e-4
 """Largest difference of features, as a share of the largest feature, that rounding can explain."""
 
 
-OURS = "a run's folder, its checkpoints folder or one step-... folder"
-
-
 def main() -> None:
     arguments = _parser().parse_args()
-    {"to-hf": _to_hf, "from-hf": _from_hf, "check": _check}[arguments.command](arguments)
+    arguments.command(arguments)
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megaregion.export import ExportOptions, export_checkpoint
+
     if arguments.check and arguments.format != "mlcd":
         raise UserError(f"--check cannot load --format {arguments.format}; leave one of them out")
     options = ExportOptions(
-        dtype=DTYPES[arguments.dtype],
+        dtype=torch.bfloat16 if arguments.dtype == "bf16" else torch.float32,
         layout=arguments.format,
         regions=arguments.regions,
         license=arguments.license,
-        shard_bytes=int(arguments.shard_gb * 1e9),
+        shard_bytes=max(1, int(arguments.shard_gb * 1e9)),
         evaluation=arguments.evaluation,
     )
     exported = export_checkpoint(arguments.checkpoint, arguments.out, options)
@@ -51,6 +54,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
+    from megaregion.export import write_start
+
     start, parameters = write_start(arguments.folder, arguments.out, arguments.image_size)
     model = start.model
     for notice in start.notices:
@@ -73,12 +78,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _compare(
-    a: Path, b: Path, tolerance: float, images: Path | None, dtype: torch.dtype = torch.float32
+    a: Path, b: Path, tolerance: float, images: Path | None, dtype: torch.dtype | None = None
 ) -> None:
     from megaregion.export.parity import compare, open_encoder, picture_files
 
     pictures = picture_files(images) if images is not None else []
-    found = compare(open_encoder(a, dtype), open_encoder(b), pictures)
+    found = compare(open_encoder(a, dtype) if dtype else open_encoder(a), open_encoder(b), pictures)
     told = f"{len(pictures)} images" if pictures else "noise"
     print(f"\n{'largest difference':<20}{'patches':>10}{'class':>10}{'pooled':>10}   on {told}")
     for each in found:
@@ -96,66 +101,67 @@ def _compare(
 
 def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_to_hf(
-        commands.add_parser(
-            "to-hf",
-            help="a HuggingFace folder for AutoModel and AutoImageProcessor",
-            description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
-            "processor, whatever topology wrote it.",
-        )
-    )
-    _add_from_hf(
-        commands.add_parser(
-            "from-hf",
-            help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
-            description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
-        )
-    )
-    _add_check(
-        commands.add_parser(
-            "check",
-            help="the largest difference between two encoders' features",
-            description="Compare the features of two encoders: checkpoints are run by megaregion, "
-            "HuggingFace folders by transformers. Exit code 2 if they differ by more than --tolerance.",
-        )
-    )
-    return parser
-
-
-def _add_to_hf(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", type=path, help=OURS)
-    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
-    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the written weights")
-    add("--regions", action="store_true",
-        help="add get_region_features: the projection, region tokens' own weights and a class that "
-        "AutoModel loads with trust_remote_code")  # fmt: skip
-    add("--license", metavar="ID", default="unknown", help="licence of the weights, as the hub calls it")
-    add("--evaluation", metavar="FILE", type=path,
-        help="evaluation.json for the card; the run's own if not given")  # fmt: skip
-    add("--shard-gb", metavar="GB", type=flag(Positive), default=5.0,
-        help="most gigabytes of weights in one file")  # fmt: skip
-    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
-
-
-def _add_from_hf(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_to_hf(commands.add_parser(
+        "to-hf", help="a HuggingFace folder for AutoModel and AutoImageProcessor",
+        description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
+        "processor, whatever topology wrote it.",
+    ))  # fmt: skip
+    from_hf = commands.add_parser(
+        "from-hf", help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
+        description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
+    )  # fmt: skip
+    from_hf.set_defaults(command=_from_hf)
+    add = from_hf.add_argument
     add("folder", metavar="FOLDER", type=path, help="folder with config.json and safetensors files")
     add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
-    add("--image-size", metavar="PX", type=flag(Pixels),
+    add("--image-size", type=flag(Pixels), metavar="PX",
         help="side of the images to train on; the folder's own if not given")  # fmt: skip
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("a", metavar="A", type=path, help=f"{OURS}, or a HuggingFace folder")
+    check = commands.add_parser(
+        "check", help="the largest difference between two encoders' features",
+        description="Compare the features of two encoders: checkpoints are run by megaregion, HuggingFace "
+        "folders by transformers. Exit code 2 if they differ by more than --tolerance.",
+    )  # fmt: skip
+    check.set_defaults(command=_check)
+    add = check.add_argument
+    add("a", metavar="A", type=path, help=f"{_OURS}, or a HuggingFace folder")
     add("b", metavar="B", type=path, help="the same")
     add("--images", metavar="FOLDER", type=path,
         help="folder of images, of which 8 are taken; noise if not given")  # fmt: skip
     add("--tolerance", metavar="SHARE", type=flag(NonNegative), default=TOLERANCE,
         help="largest difference, as a share of the largest feature")  # fmt: skip
+    return parser
+
+
+def _add_to_hf(parser: argparse.ArgumentParser) -> None:
+    from megaregion.export.layouts import LAYOUTS
+
+    parser.set_defaults(command=_to_hf)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=path, help=_OURS)
+    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
+    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the written weights")
+    add("--regions", action="store_true",
+        help="add get_region_features: the projection, region tokens' own weights and a class that "
+        "AutoModel loads with trust_remote_code")  # fmt: skip
+    add("--license", type=_license, metavar="ID", default="unknown",
+        help="licence of the weights, as the hub calls it")  # fmt: skip
+    add("--evaluation", metavar="FILE", type=path,
+        help="evaluation.json for the card; the run's own if not given")  # fmt: skip
+    add("--shard-gb", metavar="GB", type=flag(Gigabytes), default=5.0,
+        help="most gigabytes of weights in one file")  # fmt: skip
+    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
+
+
+def _license(text: str) -> str:
+    """An identifier of the hub's; anything else could write into the card's head."""
+    if not re.fullmatch(r"[\w.+-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be the hub's name of a licence, as mit, got {shown(text)}")
+    return text
+
+
+_OURS = "a run's folder, its checkpoints folder or one step-... folder"
 
 
 def _print_exported(exported: Exported, dtype: str) -> None:

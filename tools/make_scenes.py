@@ -6,26 +6,34 @@ python tools/make_scenes.py --out data/scenes --train 3000 --test 400
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from megaregion.bounds import Count, Workers
+from megaregion.bounds import Count, Seed, Workers
 from megaregion.command_line import Parser, flag, path, run
-from megaregion.demo.assets import Part, load_library
-from megaregion.demo.folder import PartSummary, identity, is_done, summarise, write_scenes
-from megaregion.demo.scenes import SceneSettings
 from megaregion.errors import UserError
+
+if TYPE_CHECKING:
+    from megaregion.demo.assets import Part
+    from megaregion.demo.folder import PartSummary
 
 
 def main() -> None:
     arguments = _parser().parse_args()
+
+    import time
+
+    from tqdm import tqdm
+
+    from megaregion.demo.assets import load_library
+    from megaregion.demo.folder import identity, is_done, summarise, write_scenes
+    from megaregion.demo.scenes import SceneSettings
+
     counts: dict[Part, int] = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
     counts = {part: count for part, count in counts.items() if count}
     if not counts:
         raise UserError("--train, --val and --test are all 0; ask for at least one scene")
-    settings = SceneSettings(arguments.seed, tuple(_size(text) for text in arguments.size))
+    settings = SceneSettings(arguments.seed, tuple(arguments.size))
     library = load_library(arguments.cutouts, arguments.backgrounds)
     for file, reason in list(library.left_out.items())[:5]:
         print(f"left out: {file} {reason}", file=sys.stderr)
@@ -40,14 +48,6 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"{arguments.out}: {sum(counts.values())} scenes in {seconds:.1f} s")
     print(_table(summarise(arguments.out)))
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, _, height = text.partition("x")
-        return int(width), int(height or width)
-    except ValueError:
-        raise UserError(f"--size must be like 256 or 256x320 (width x height), got {text!r}") from None
 
 
 def _table(summaries: dict[Part, PartSummary]) -> str:
@@ -73,21 +73,29 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--out", metavar="FOLDER", type=path, default=Path("data/scenes"), help="folder to make")
-    add("--train", metavar="N", type=flag(Count), default=3000, help="scenes to train on")
-    add("--val", metavar="N", type=flag(Count), default=0,
+    add("--train", type=flag(Count), default=3000, metavar="N", help="scenes to train on")
+    add("--val", type=flag(Count), default=0, metavar="N",
         help="scenes to tune on, of files that no other part shows")  # fmt: skip
-    add("--test", metavar="N", type=flag(Count), default=400, help="scenes to measure on")
-    add("--size", nargs="+", default=["256"],
+    add("--test", type=flag(Count), default=400, metavar="N", help="scenes to measure on")
+    add("--size", metavar="SIZE", type=_size, nargs="+", default=[(256, 256)],
         help="pixels, as 256 or 256x320; each scene draws one of those given")  # fmt: skip
-    add("--seed", type=int, default=0,
+    add("--seed", metavar="SEED", type=flag(Seed), default=0,
         help="other scenes of the same files; the parts of the files stay the same")  # fmt: skip
     add("--workers", metavar="N", type=flag(Workers), default=2,
         help="processes; the scenes are the same for any number")  # fmt: skip
-    add("--cutouts", metavar="DIR", type=path,
+    add("--cutouts", type=path, metavar="DIR",
         help="your own: one folder per class, pictures with transparency")  # fmt: skip
-    add("--backgrounds", metavar="DIR", type=path, help="your own background pictures")
+    add("--backgrounds", type=path, metavar="DIR", help="your own background pictures")
     add("--force", action="store_true", help="replace scenes of other settings in OUT")
     return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height from WIDTHxHEIGHT, or from the side of a square."""
+    from megaregion.demo.scenes import Side
+
+    width, _, height = text.partition("x")
+    return flag(Side)(width), flag(Side)(height or width)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ Reads what tools/pretrain.py and tools/evaluate.py left in the runs' folders, an
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megaregion.command_line import run
+from megaregion.command_line import Parser, path, run
 from megaregion.errors import UserError
-from megaregion.evaluation.comparison import joined_tables, read_runs, write_comparison
-from megaregion.schemas.evaluation import FOOTNOTE, text
 
 
 def main() -> None:
     arguments = _parser().parse_args()
+
+    from megaregion.evaluation.comparison import joined_tables, read_runs, write_comparison
+    from megaregion.schemas.evaluation import FOOTNOTE, text
+
     if not arguments.out.parent.is_dir():
         raise UserError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
     runs = read_runs(arguments.runs)
@@ -28,20 +29,17 @@ def main() -> None:
     print(f"\n{arguments.out}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Show runs side by side: a table a measure on the terminal, and one page.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description="Show runs side by side: a table a measure on the terminal, and one page.")
     add = parser.add_argument
     add(
         "runs",
         metavar="RUN",
-        type=Path,
+        type=path,
         nargs="+",
         help="folder of a run that tools/evaluate.py has measured",
     )
-    add("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="the page")
+    add("--out", type=path, default=Path("comparison.html"), metavar="FILE", help="the page")
     return parser
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
+from megaregion.bounds import Whole
 from megaregion.data.sample import encode_mask
 from megaregion.demo.assets import PARTS, Library, Part
 from megaregion.demo.compose import OBJECTS, WORDS, Canvas, lay_background, place_object, write_word
 from megaregion.demo.words import load_vocabulary
-from megaregion.errors import UserError
+from megaregion.settings import check
 
-SMALLEST_SIDE = 96
-"""Letters of readable height need this many pixels of scene."""
-LARGEST_SIDE = 4096
-"""Beyond this a scene costs memory and shows nothing more."""
+Side = Annotated[int, Whole(96, 4096, "PX", advice="256 is usual")]
+"""Letters of readable height need the least; beyond the most a scene costs memory and shows nothing more."""
 QUALITY = (84, 93)
 """JPEG quality is drawn from here: lowest, and one above the highest."""
 ATTEMPTS = 16
@@ -33,20 +32,13 @@ class SceneSettings:
         UserError: A value does not make sense.
     """
 
-    seed: int = 0
-    sizes: tuple[tuple[int, int], ...] = ((256, 256),)
+    seed: Annotated[int, Whole(0, 2**63 - 1, "SEED")] = 0
+    """Other scenes of the same files."""
+    sizes: tuple[tuple[Side, Side], ...] = ((256, 256),)
     """Widths and heights in pixels; each scene draws one of them."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must lie in [0, 2**63), got {self.seed}; take a small whole number")
-        if not self.sizes:
-            raise UserError("sizes must name at least one size, such as 256 or 256x320")
-        for width, height in self.sizes:
-            if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST_SIDE:
-                raise UserError(
-                    f"size {width}x{height} is outside {SMALLEST_SIDE}..{LARGEST_SIDE} pixels; 256 is usual"
-                )
+        check(self)
 
 
 @dataclass(frozen=True)
