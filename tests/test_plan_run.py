@@ -20,15 +20,20 @@ from megaregion.models.recompute import watch_kept
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero.engine import deepspeed_config
 from megaregion.planning import memory
-from megaregion.planning.activations import activation_bytes
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
-from megaregion.planning.plan import Plan, make_plan
+from megaregion.planning.memory import activation_bytes
+from megaregion.planning.plan import (
+    Plan,
+    all_plans,
+    best_plans,
+    fullest,
+    make_plan,
+    stage_plans,
+    weak_scaling,
+)
 from megaregion.planning.report import efficiency
-from megaregion.planning.scaling import weak_scaling
-from megaregion.planning.search import all_plans, best_plans
-from megaregion.planning.stages import fullest, stage_plans
 
 MODEL = ModelConfig(image_size=64, patch_size=8, width=256, depth=6, heads=8, mlp_width=1024, region_layers=2)
 LABELS = Labels(50_000, 5_000)

@@ -8,10 +8,11 @@ python tools/plan.py goodput --gpus 64 1024 --save 0.5 --write 20 --detection 45
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from megaregion.bounds import LARGE, Count, Positive, PositiveInt, Real, Seconds, Seed, Whole
+from megaregion.bounds import LARGE, Count, PositiveInt, Real, Seed, Whole
 from megaregion.command_line import (
     Parser,
     add_settings,
@@ -24,7 +25,11 @@ from megaregion.command_line import (
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.planning import faults
+from megaregion.planning.faults import FaultModel
 from megaregion.planning.hardware import GIB, Hardware, Ranks, check_hardware, load_hardware
+
+if TYPE_CHECKING:
+    from megaregion.planning.plan import Plan
 
 Samples = Annotated[int, Whole(1, LARGE)]
 Faults = Annotated[int, Whole(1, 10**7)]
@@ -37,72 +42,53 @@ def main() -> int:
 
 
 def plan_run(flags: argparse.Namespace) -> int:
+    from megaregion.planning import plan as planner
+    from megaregion.planning import report
+    from megaregion.planning.layout import known_labels
+
     config = run_settings(flags)
     hardware = changed_settings(flags, load_hardware(flags.cluster))
     check_hardware(hardware)
-    return show_plan(config, hardware, flags)
-
-
-def show_plan(config: Any, hardware: Hardware, flags: Any) -> int:
-    from megaregion.planning.layout import known_labels
-    from megaregion.planning.report import choices_text, plan_text, plan_values, scaling_text, stages_text
-    from megaregion.planning.scaling import SIZES, weak_scaling
-    from megaregion.planning.search import all_plans, best_plans
-    from megaregion.planning.stages import fullest, stage_plans
-
     labels = known_labels(config, flags.classes, flags.vocabulary)
-    stages = stage_plans(config, hardware, labels, flags.samples)
+    stages = planner.stage_plans(config, hardware, labels, flags.samples)
     # What follows is about the first resolution, which most samples have.
-    plan, worst = stages[0], fullest(stages)
-    config, best = plan.layout.config, []
+    plan, best, built = stages[0], [], None
     if flags.choices or not plan.fits:
-        best = best_plans(all_plans(config, hardware, labels, plan.samples), max(1, flags.choices))
-    sizes = SIZES if flags.scaling is None else flags.scaling
-    scaled = weak_scaling(plan, sizes) if sizes else []
-    built = None
+        plans = planner.all_plans(plan.layout.config, hardware, labels, plan.samples)
+        best = planner.best_plans(plans, max(1, flags.choices))
+    scaled = planner.weak_scaling(plan, planner.SIZES if flags.scaling is None else flags.scaling)
     if flags.dry_run is not None:
         from megaregion.planning.dry_run import build_rank
 
         built = build_rank(plan, flags.dry_run)
     if flags.json:
-        values = {
-            "plan": plan_values(plan),
-            "stages": [plan_values(one) for one in stages],
-            "choices": [plan_values(one) for one in best],
-            "scaling": [plan_values(one) for one in scaled],
-            "dry_run": built and built.values(),
-        }
-        print(json.dumps(values, indent=2))
+        print(json.dumps(report.values(stages, best, scaled, built), indent=2))
     else:
-        texts = [plan_text(plan)]
-        texts += [stages_text(stages)] if len(stages) > 1 else []
-        texts += [choices_text(best, plan)] if best else []
-        texts += [scaling_text(scaled)] if scaled else []
-        texts += [built.text()] if built else []
-        print("\n\n".join(texts))
+        print(report.text(stages, best, scaled, built))
     if built is not None:
         built.check()
-    if not worst.fits:
-        size = worst.layout.config.model.image_size
-        raise UserError(
-            f"{config.name} needs {worst.over:.1f} GiB more than a rank of {hardware.name} may use "
-            f"at {size} px; "
-            + (
-                "take one of the choices above"
-                if worst is plan
-                else "lower its stage's micro_batch, or set "
-                f"train.activation_gib {max(1, int(worst.memory.activations / GIB - worst.over))}"
-            )
-        )
+    _check_memory(planner.fullest(stages), plan)
     return 0
 
 
+def _check_memory(worst: Plan, first: Plan) -> None:
+    """Refuse a run of which a resolution does not fit; the choices are about the first."""
+    if worst.fits:
+        return
+    config, way_out = worst.layout.config, "take one of the choices above"
+    if worst is not first:
+        budget = max(1, int(worst.memory.activations / GIB - worst.over))
+        way_out = f"lower its stage's micro_batch, or set train.activation_gib {budget}"
+    raise UserError(
+        f"{config.name} needs {worst.over:.1f} GiB more than a rank of {worst.hardware.name} may use at "
+        f"{config.model.image_size} px; {way_out}"
+    )
+
+
 def plan_goodput(flags: argparse.Namespace) -> int:
-    times = flags.save, flags.write, flags.detection, flags.restart
+    model = changed_settings(flags, FaultModel())
     rows = [
-        faults.goodput(
-            faults.Cluster(gpus, flags.faults_per_gpu_day, *times), flags.interval, flags.seed, flags.faults
-        )
+        faults.goodput(dataclasses.replace(model, gpus=gpus), flags.interval, flags.seed, flags.faults)
         for gpus in flags.gpus
     ]
     print(json.dumps(rows, indent=2) if flags.json else faults.table(rows))
@@ -140,24 +126,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_goodput(parser: argparse.ArgumentParser) -> None:
-    add, cluster = parser.add_argument, faults.Cluster
+    add = parser.add_argument
     add("--gpus", type=flag(Ranks), nargs="+", default=[64, 1024], help="sizes of the run")
-    add("--faults-per-gpu-day", type=flag(Positive), default=faults.LLAMA3_FAULTS,
-        help="faults that end the run; the default is Llama 3's 419 in 54 days on 16,384 GPUs")  # fmt: skip
-    add(
-        "--save",
-        type=flag(Seconds),
-        default=cluster.save,
-        help="seconds that training stands still for a save",
-    )
-    add("--write", type=flag(Seconds), default=cluster.write, help="seconds until a save is then published")
-    add("--detection", type=flag(Seconds), default=cluster.detection,
-        help="seconds from a fault to the run's end")  # fmt: skip
-    add("--restart", type=flag(Seconds), default=cluster.restart,
-        help="seconds from there to the next first step")  # fmt: skip
-    add(
-        "--interval", type=flag(Interval), help="seconds of training between saves; the best one if not given"
-    )
+    add_settings(parser, FaultModel(), flat=True, without=("gpus",))
+    add("--interval", type=flag(Interval), metavar="SECONDS",
+        help="training between two saves; the best one if not given")  # fmt: skip
     add("--faults", type=flag(Faults), default=100_000, help="simulated faults")
     add("--seed", type=flag(Seed), default=0, help="seed of the faults' times")
     add("--json", action="store_true", help="print JSON instead of a table")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,16 @@ from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.recompute import watch_kept
 from megaregion.models.vit import RegionEncoder, decays
+from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
-from megaregion.planning.activations import activation_bytes
+from megaregion.parallel.zero import ZeroEngine
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Layout
-from megaregion.planning.memory import gradients_of_one_pass
+from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
+from megaregion.tables import aligned
 
+MIB = 2**20
 TOLERANCE = 0.05
 """Share by which the plan's memory may be off."""
 
@@ -55,35 +58,20 @@ class BuiltRank:
 
     def off(self, kind: str) -> float:
         """Share by which the plan of a kind is above (or below, negative) what was counted."""
-        counted = self.counted[kind]
-        return self.planned[kind] / counted - 1 if counted else 0.0
+        return _off(self.counted[kind], self.planned[kind])
 
     def text(self) -> str:
         """Counted and planned below each other."""
-        lines = [
-            f"rank {self.rank}, built with a fake process group",
-            f"  {'':12}{'counted MiB':>12}{'planned MiB':>12}{'off':>8}",
+        sizes = {kind: (float(size), self.planned[kind]) for kind, size in self.counted.items()}
+        rows = [("", "counted MiB", "planned MiB", "off")]
+        rows += [
+            (kind, f"{counted / MIB:,.1f}", f"{planned / MIB:,.1f}", f"{_off(counted, planned):.1%}")
+            for kind, (counted, planned) in {**sizes, "total": self.total}.items()
         ]
-        lines += [
-            f"  {kind:12}{size / 2**20:>12,.1f}{self.planned[kind] / 2**20:>12,.1f}{self.off(kind):>8.1%}"
-            for kind, size in self.counted.items()
-        ]
-        counted, planned = self.total
-        lines.append(
-            f"  {'total':12}{counted / 2**20:>12,.1f}{planned / 2**20:>12,.1f}{planned / counted - 1:>8.1%}"
+        return (
+            f"rank {self.rank}, built with a fake process group\n{aligned(rows, indent='  ')}\n"
+            f"  parameters  {self.parameters:,} counted, {self.planned_parameters:,} planned"
         )
-        lines.append(f"  parameters  {self.parameters:,} counted, {self.planned_parameters:,} planned")
-        return "\n".join(lines)
-
-    def values(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {
-            "rank": self.rank,
-            "parameters": self.parameters,
-            "planned_parameters": self.planned_parameters,
-            "counted": self.counted,
-            "planned": self.planned,
-        }
 
     def check(self) -> None:
         """Compare.
@@ -101,6 +89,10 @@ class BuiltRank:
             )
 
 
+def _off(counted: float, planned: float) -> float:
+    return planned / counted - 1 if counted else 0.0
+
+
 def build_rank(plan: Plan, rank: int) -> BuiltRank:
     """Build one rank of the planned job, pass an image through it, and count its tensors.
 
@@ -114,19 +106,53 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
     layout = plan.layout
     if not 0 <= rank < layout.ranks:
         raise UserError(f"--dry-run must name a rank in [0, {layout.ranks - 1}], got {rank}")
-    with _fake_group(rank, plan.hardware, layout.tensor) as topology, warnings.catch_warnings():
+    with _fake_group(rank, plan.hardware, layout.tensor) as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        body = _Body(layout, topology)
-        counted = body.at_rest()
-        heads = [_head(kind, layout, topology) for kind in layout.heads]
-        counted["head"] = sum(_bytes(p.tensor for p in head.state().values()) for head in heads)
-        counted["activations"] = round(body.kept * layout.micro_batch)
+        model, places = _encoder(layout, place)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # As many images as share the tokens: their parts have no rows that only pad them.
+        images = _images(layout, layout.spread)
+        kept = kept_bytes(model.parameters(), lambda: model(*images)) / layout.spread
+        engine = ZeroEngine(model, places, layout.config, place, decays)
+        heads = [_head(kind, layout, place) for kind in layout.heads]
+        counted = {**state_bytes(engine, heads), "activations": round(kept * layout.micro_batch)}
         # ZeRO 3 compares notes with the other ranks before its first pass, and there are none.
         if layout.zero_stage < 3:
-            body.pass_one_image()
-            counted["gradients"] = body.gradients()
-        parameters = body.parameters
+            engine.backward(engine(*_images(layout, 1)).float().sum(), last=layout.micro_steps == 1)
+            counted["gradients"] = storage_bytes(engine.held()["gradients"])
     return BuiltRank(rank, parameters, layout.parameters, counted, _planned(plan, rank))
+
+
+def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[str, int]:
+    """Bytes of what stays from step to step, by the plan's kinds."""
+    held = engine.held()
+    return {
+        **{kind: storage_bytes(held[kind]) for kind in ("weights", "masters", "moments")},
+        "head": sum(storage_bytes(piece.tensor for piece in head.state().values()) for head in heads),
+    }
+
+
+def kept_bytes(parameters: Iterable[Tensor], forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters left out."""
+    own, kept = list(parameters), dict[int, Tensor]()
+
+    def note(tensor: Tensor) -> None:
+        place = tensor.untyped_storage().data_ptr()
+        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
+        if all(place != parameter.untyped_storage().data_ptr() for parameter in own):
+            kept[place] = tensor
+
+    with watch_kept(note):
+        embeddings = forward()
+    size = storage_bytes(kept.values())
+    del embeddings
+    return size
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; those that share memory count once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _planned(plan: Plan, rank: int) -> dict[str, float]:
@@ -153,15 +179,14 @@ def _fake_group(rank: int, hardware: Hardware, tensor: int) -> Iterator[Topology
     """The place of a rank among ranks that are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megaregion.parallel import topology
-
     local, ranks = hardware.gpus_per_node, hardware.gpus
     told = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update({name: str(value) for name, value in told.items()})
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        yield topology.join(tensor)
+        # Also where there is a GPU: what autograd keeps is planned for a processor.
+        yield dataclasses.replace(topology.join(tensor), device=torch.device("cpu"))
     finally:
         dist.destroy_process_group()
         for name, value in before.items():
@@ -181,79 +206,40 @@ class _Unset(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
 
-class _Body:
-    """The encoder of one rank under its engine, as the trainer builds it."""
+def _encoder(layout: Layout, place: Topology) -> tuple[RegionEncoder, Any]:
+    """The encoder of one rank, and the places of its parameters, as the trainer builds them."""
+    from megaregion.parallel.tensor_parallel import parallelize
 
-    def __init__(self, layout: Layout, topology: Topology) -> None:
-        from megaregion.parallel.tensor_parallel import parallelize
-        from megaregion.parallel.zero import ZeroEngine
-
-        config = layout.config
-        with _Unset():
-            model = RegionEncoder(config.model, config.head.embedding_dim)
-        model.vit.levels = layout.levels
-        cut = config.parallel.tokens_cut
-        partial = partial_gradients(model, cut)
-        places = parallelize(model, tensor_parallel_plan(model), partial, topology, cut)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._config, self._device = config, topology.device
-        self._several = layout.micro_steps > 1
-        if config.train.precision == "bf16":
-            model = model.to(torch.bfloat16)
-        # As many images as share the tokens: their parts have no rows that only pad them.
-        self.kept = self._kept_of_images(model, layout.spread) / layout.spread
-        """Bytes that autograd keeps of one image from forward to backward."""
-        self._engine = ZeroEngine(model.to(topology.device), places, config, topology, decays)
-
-    def at_rest(self) -> dict[str, int]:
-        """Bytes of what stays from step to step, by the plan's kinds."""
-        held = self._engine.held()
-        return {kind: _bytes(held[kind]) for kind in ("weights", "masters", "moments")}
-
-    def pass_one_image(self) -> None:
-        """Send one image forward and back."""
-        self._engine.backward(self._engine(*self._images(1)).float().sum(), last=not self._several)
-
-    def gradients(self) -> int:
-        """Bytes of gradients that wait for the next micro-step, or for the update."""
-        return _bytes(self._engine.held()["gradients"])
-
-    def _kept_of_images(self, model: RegionEncoder, count: int) -> int:
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept: dict[int, Tensor] = {}
-
-        def note(tensor: Tensor) -> None:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-
-        with watch_kept(note):
-            embeddings = model(*self._images(count))
-        size = _bytes(tensor for place, tensor in kept.items() if place not in own)
-        del embeddings
-        return size
-
-    def _images(self, count: int) -> tuple[Tensor, Tensor]:
-        model, regions = self._config.model, self._config.data.regions_per_image
-        kind = torch.bfloat16 if self._config.train.precision == "bf16" else torch.float32
-        images = torch.zeros(count, 3, model.image_size, model.image_size, device=self._device, dtype=kind)
-        return images, torch.ones(count, regions, model.grid**2, dtype=torch.bool, device=self._device)
+    config = layout.config
+    with _Unset():
+        model = RegionEncoder(config.model, config.head.embedding_dim)
+    model.vit.levels = layout.levels
+    cut = config.parallel.tokens_cut
+    places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
+    return model.to(_dtype(layout)), places
 
 
-def _head(kind: str, layout: Layout, topology: Topology) -> ClassShardedHead:
+def _images(layout: Layout, count: int) -> tuple[Tensor, Tensor]:
+    """Images of zeros, and regions that see all of them."""
+    model, regions = layout.config.model, layout.config.data.regions_per_image
+    images = torch.zeros(count, 3, model.image_size, model.image_size, dtype=_dtype(layout))
+    return images, torch.ones(count, regions, model.grid**2, dtype=torch.bool)
+
+
+def _dtype(layout: Layout) -> torch.dtype:
+    return torch.bfloat16 if layout.config.train.precision == "bf16" else torch.float32
+
+
+def _head(kind: str, layout: Layout, place: Topology) -> ClassShardedHead:
     config, labels = layout.config, layout.labels
     return ClassShardedHead(
         config.head.object if kind == "object" else config.head.text,
         labels.object_classes if kind == "object" else labels.text_classes,
         config.head.embedding_dim,
-        world_group=topology.world_group,
-        data_group=topology.data_group,
-        tensor_group=topology.tensor_group,
+        world_group=place.world_group,
+        data_group=place.data_group,
+        tensor_group=place.tensor_group,
         seed=config.seed,
         name=kind,
         optimizer=config.optimizer,
     )
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors; those that share memory count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())

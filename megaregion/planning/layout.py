@@ -5,7 +5,6 @@ Shapes: D width, M MLP width, E embedding width, K classes of a head over all ra
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from megaregion.batching import batching
 from megaregion.config import HeadConfig, ModelConfig, RunConfig
+from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
 from megaregion.models.recompute import Level, recompute_levels
@@ -35,13 +35,13 @@ class Labels:
 
 def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None) -> Labels:
     """The label spaces: given ones, else those of the run's dataset, else the paper's."""
-    file, labels = Path(config.data.path) / "dataset.json", Labels()
-    if file.is_file():
+    folder, labels = Path(config.data.path), Labels()
+    if (folder / INFO_NAME).is_file():
         try:
-            facts = json.loads(file.read_text())
-            labels = Labels(facts["object_classes"], facts["text_classes"], source=str(file))
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}); give --classes and --vocabulary") from error
+            info = read_info(folder)
+        except UserError as error:
+            raise UserError(f"{error}; or give --classes and --vocabulary") from None
+        labels = Labels(info.object_classes, info.text_classes, source=str(folder / INFO_NAME))
     if classes is None and vocabulary is None:
         return labels
     return Labels(

@@ -1,11 +1,19 @@
-"""The plan of a run on a cluster: memory, time, traffic, and what the whole run will take."""
+"""The plan of a run on a cluster: memory, time, traffic, and what the whole run will take.
+
+Beside one plan: those of a run's resolutions, of more and fewer ranks, and of every legal way to spread it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megaregion.config import RunConfig
+from megaregion.checks import check_config
+from megaregion.config import ParallelConfig, RunConfig
+from megaregion.errors import UserError
 from megaregion.planning import faults
 from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Labels, Layout, lay_out
@@ -44,14 +52,14 @@ class Plan:
     @property
     def goodput(self) -> float:
         """Share of the wall time that is left when machines fail as Llama 3's did."""
-        cluster = faults.Cluster(
+        model = faults.FaultModel(
             self.hardware.gpus,
             save=max(self.time.notes["save_blocks"], 1e-3),
             write=self.time.notes["save_writes"],
         )
         interval = self.layout.config.checkpoint.every * self.time.total
         # The save's own pause is part of the step already.
-        share = faults.expected(cluster, interval) * (interval + cluster.save) / interval
+        share = faults.expected(model, interval) * (interval + model.save) / interval
         return min(1.0, share) if math.isfinite(share) else 0.0
 
     @property
@@ -91,3 +99,174 @@ def make_plan(config: RunConfig, hardware: Hardware, labels: Labels, samples: in
         tuple(list_transfers(layout, hardware)),
         samples or config.train.steps * config.train.global_batch,
     )
+
+
+def stage_plans(
+    config: RunConfig, hardware: Hardware, labels: Labels, samples: int | None = None
+) -> list[Plan]:
+    """A plan for each resolution that the run reaches, in their order.
+
+    Args:
+        config: The run; without stages it has one resolution.
+        hardware: The cluster.
+        labels: The label spaces.
+        samples: Images of the whole run; those of train.steps if None.
+
+    Raises:
+        UserError: The ranks do not suit parallel.tensor or the global batch.
+    """
+    end = samples or config.train.steps * config.train.global_batch
+    starts = [0, *(stage.from_image for stage in config.stages), end]
+    plans = []
+    for number, start in enumerate(starts[:-1]):
+        if (span := min(end, starts[number + 1]) - start) > 0:
+            plans.append(make_plan(at_stage(config, number), hardware, labels, span))
+    return plans
+
+
+def at_stage(config: RunConfig, number: int) -> RunConfig:
+    """The run as if it had only one resolution: the first for 0, then those of its stages."""
+    if number == 0:
+        return dataclasses.replace(config, stages=())
+    stage = config.stages[number - 1]
+    model = dataclasses.replace(config.model, image_size=stage.image_size)
+    micro_batch = stage.micro_batch or config.train.micro_batch
+    train = dataclasses.replace(config.train, micro_batch=micro_batch)
+    return dataclasses.replace(config, model=model, train=train, stages=())
+
+
+def fullest(plans: Sequence[Plan]) -> Plan:
+    """The resolution that needs the most memory."""
+    return max(plans, key=lambda plan: plan.memory.peak)
+
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def weak_scaling(plan: Plan, sizes: Sequence[int] = SIZES) -> list[Plan]:
+    """Plans of the same run on more and fewer ranks, the global batch growing with them.
+
+    Sizes that do not suit parallel.tensor, or that need parts of a node, are left out.
+    """
+    config, plans = plan.layout.config, []
+    for gpus in sizes:
+        hardware = plan.hardware.sized(gpus)
+        if gpus % plan.layout.tensor or gpus % hardware.gpus_per_node:
+            continue
+        batch = plan.layout.images * gpus // plan.layout.tensor
+        train = dataclasses.replace(config.train, global_batch=batch, micro_batch=plan.layout.micro_batch)
+        # Draws keep their number of rows where it divides a micro-step's, else they take the next that does.
+        images = plan.layout.micro_batch * gpus // plan.layout.tensor
+        drawn = next((d for d in range(config.head.draw_images, images) if d and images % d == 0), 0)
+        head = dataclasses.replace(config.head, draw_images=drawn)
+        try:
+            scaled = make_plan(
+                dataclasses.replace(config, train=train, head=head),
+                hardware,
+                plan.layout.labels,
+                plan.samples,
+            )
+        except UserError:
+            continue
+        plans.append(scaled)
+    return plans
+
+
+def all_plans(
+    config: RunConfig, hardware: Hardware, labels: Labels, samples: int | None = None
+) -> list[Plan]:
+    """Plans of every legal choice, the fastest first; whether they fit is not asked.
+
+    Args:
+        config: The run; what is chosen here is replaced.
+        hardware: The cluster.
+        labels: The label spaces.
+        samples: Images of the whole run.
+    """
+    plans = []
+    for choice in _choices(config, hardware):
+        try:
+            check_config(choice)
+            plans.append(make_plan(choice, hardware, labels, samples))
+        except UserError:
+            continue
+    return sorted(plans, key=lambda plan: plan.time.total)
+
+
+def best_plans(plans: list[Plan], count: int) -> list[Plan]:
+    """The fastest plans that fit, one for each (tensor, sequence, ZeRO stage, recompute).
+
+    Args:
+        plans: Plans, the fastest first.
+        count: Plans wanted.
+
+    Raises:
+        UserError: None fits; the text says by how much and what would.
+    """
+    fitting: dict[tuple[int, bool, int, bool], Plan] = {}
+    for plan in plans:
+        if plan.fits:
+            fitting.setdefault(_way(plan), plan)
+    if not fitting:
+        raise UserError(_nothing_fits(plans))
+    return list(fitting.values())[:count]
+
+
+def _way(plan: Plan) -> tuple[int, bool, int, bool]:
+    parallel = plan.layout.config.parallel
+    return parallel.tensor, parallel.sequence, parallel.zero_stage, plan.layout.config.train.recompute
+
+
+def _choices(config: RunConfig, hardware: Hardware) -> Iterator[RunConfig]:
+    most = min(hardware.gpus_per_node, hardware.gpus)
+    # More than a node's ranks would send every block's activations over the network.
+    tensors = [size for size in range(1, most + 1) if hardware.gpus % size == 0 and most % size == 0]
+    stages = (0, 1, 2, 3) if config.train.precision == "fp32" else (1, 2, 3)
+    for tensor in tensors:
+        data = hardware.gpus // tensor
+        if config.train.global_batch % data:
+            continue
+        images = config.train.global_batch // data
+        for micro_batch in (size for size in range(1, images + 1) if images % size == 0):
+            for stage in stages:
+                for recompute, sequence in itertools.product((False, True), {tensor > 1, False}):
+                    yield dataclasses.replace(
+                        config,
+                        parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=stage),
+                        train=dataclasses.replace(config.train, micro_batch=micro_batch, recompute=recompute),
+                    )
+
+
+def _nothing_fits(plans: list[Plan]) -> str:
+    if not plans:
+        return (
+            "no choice of parallel.tensor and train.micro_batch is legal on these ranks; train.global_batch "
+            "must be a multiple of ranks / parallel.tensor, and parallel.tensor must divide model.heads"
+        )
+    least = min(plans, key=lambda plan: plan.memory.peak)
+    tensor, _, stage, recompute = _way(least)
+    hardware, layout = least.hardware, least.layout
+    greatest = max(least.memory.kinds, key=lambda kind: least.memory.kinds[kind])
+    return (
+        f"no legal choice fits {hardware.name}: the smallest (parallel.tensor {tensor}, zero_stage {stage}, "
+        f"micro_batch {layout.micro_batch}, recompute {str(recompute).lower()}) needs "
+        f"{least.memory.peak / GIB:.1f} GiB a rank, {least.over:.1f} GiB over the "
+        f"{hardware.usable_bytes / GIB:.1f} that may be used; most of it is {greatest} "
+        f"({least.memory.kinds[greatest] / GIB:.1f} GiB); it would fit GPUs of "
+        f"{least.memory.peak / GIB + hardware.reserve_gib:.0f} GiB{_more_gpus(least)}"
+    )
+
+
+def _more_gpus(least: Plan) -> str:
+    """The least number of the same GPUs, in powers of two, on which the smallest choice would fit."""
+    config, hardware = least.layout.config, least.hardware
+    gpus = hardware.gpus
+    while gpus < 4096:
+        gpus *= 2
+        try:
+            plan = make_plan(config, hardware.sized(gpus), least.layout.labels)
+        except UserError:
+            continue
+        if plan.fits:
+            return f", or {gpus} of these"
+    return ""

@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaregion.models.recompute import LEVELS
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
+from megaregion.tables import aligned
+
+if TYPE_CHECKING:
+    from megaregion.planning.dry_run import BuiltRank
+
+
+def text(
+    stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan], built: BuiltRank | None
+) -> str:
+    """Everything that was planned.
+
+    Args:
+        stages: The run's resolutions.
+        best: The best choices for the first of them.
+        scaled: The first of them on more and fewer ranks.
+        built: One rank beside its plan.
+    """
+    texts = [plan_text(stages[0])]
+    texts += [_stages(stages)] if len(stages) > 1 else []
+    texts += [_choices(best, stages[0])] if best else []
+    texts += [_scaling(scaled)] if scaled else []
+    texts += [built.text()] if built else []
+    return "\n\n".join(texts)
+
+
+def values(
+    stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan], built: BuiltRank | None
+) -> dict[str, Any]:
+    """The same for JSON."""
+    return {
+        "plan": plan_values(stages[0]),
+        "stages": [plan_values(plan) for plan in stages],
+        "choices": [plan_values(plan) for plan in best],
+        "scaling": [plan_values(plan) for plan in scaled],
+        "dry_run": built and dataclasses.asdict(built),
+    }
 
 
 def plan_text(plan: Plan) -> str:
@@ -17,17 +53,17 @@ def plan_text(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def choices_text(plans: Sequence[Plan], own: Plan) -> str:
+def _choices(plans: Sequence[Plan], own: Plan) -> str:
     """The best choices below each other, and the config's own for comparison."""
     head = (
         "choice", "tensor", "sequence", "data", "ZeRO", "micro-batch", "recompute", "GiB", "s/step", "img/s",
         "MFU",
     )  # fmt: skip
     rows = [_choice(str(number), plan) for number, plan in enumerate(plans, 1)]
-    return "best of the legal choices\n" + _table([head, *rows, _choice("config", own)])
+    return "best of the legal choices\n" + _rows([head, *rows, _choice("config", own)])
 
 
-def stages_text(plans: Sequence[Plan]) -> str:
+def _stages(plans: Sequence[Plan]) -> str:
     """The run's resolutions below each other, and their sum."""
     head = ("pixels", "micro-batch", "recomputed", "GiB", "s/step", "img/s", "MFU", "samples", "hours")
     rows = [
@@ -49,12 +85,12 @@ def stages_text(plans: Sequence[Plan]) -> str:
     hours = sum(plan.gpu_hours for plan in plans)
     return (
         "resolutions\n"
-        + _table([head, *rows, total])
+        + _rows([head, *rows, total])
         + f"\n  {days:.2f} days, {hours:,.0f} GPU-hours, faults included"
     )
 
 
-def scaling_text(plans: Sequence[Plan]) -> str:
+def _scaling(plans: Sequence[Plan]) -> str:
     """Weak scaling as a table; efficiency is per GPU, against the first line."""
     head = ("GPUs", "batch", "GiB", "s/step", "img/s", "efficiency", "comm", "head", "goodput", "days")
     rows = []
@@ -74,7 +110,7 @@ def scaling_text(plans: Sequence[Plan]) -> str:
                 f"{plan.days:.2f}",
             )
         )
-    return "weak scaling: the same images a rank, the same samples in all\n" + _table([head, *rows])
+    return "weak scaling: the same images a rank, the same samples in all\n" + _rows([head, *rows])
 
 
 def efficiency(plan: Plan, first: Plan) -> float:
@@ -166,16 +202,15 @@ def _memory(plan: Plan) -> str:
     verdict = "fits" if plan.fits else f"{plan.over:.1f} GiB TOO MUCH"
     rows.append(("peak", f"{memory.peak / GIB:.2f} GiB", ""))
     usable = plan.hardware.usable_bytes / GIB
-    return f"memory of a rank, greatest in: {memory.when} ({verdict}; {usable:.1f} GiB usable)\n" + _table(
-        rows
-    )
+    head = f"memory of a rank, greatest in: {memory.when} ({verdict}; {usable:.1f} GiB usable)"
+    return f"{head}\n{_rows(rows)}"
 
 
 def _time(plan: Plan) -> str:
     total = plan.time.total
     rows = [(name, f"{1e3 * part:.1f} ms", f"{part / total:.1%}") for name, part in plan.time.phases.items()]
     rows.append(("step", f"{1e3 * total:.1f} ms", f"MFU {plan.mfu:.1%}"))
-    text = "time of a step\n" + _table(rows)
+    text = "time of a step\n" + _rows(rows)
     starts, head = plan.time.notes["head_kernels"], plan.time.phases["head"]
     if starts >= head > 0.05 * total:
         text += (
@@ -202,7 +237,7 @@ def _traffic(plan: Plan) -> str:
     every = plan.layout.config.checkpoint.every
     return (
         "traffic\n"
-        + _table(rows)
+        + _rows(rows)
         + f"\n  a save every {every:,} steps stops training {notes['save_blocks']:.2f} s and is on the disk "
         f"after {notes['save_writes']:.1f} s"
     )
@@ -233,13 +268,5 @@ def _choice(name: str, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    return aligned(rows, indent="  ")

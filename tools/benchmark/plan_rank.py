@@ -10,23 +10,23 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmark.memory import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.heap import keep_freed_memory, return_freed_memory
 from megaregion.models.linear import Linear
-from megaregion.models.recompute import watch_kept
 from megaregion.models.rotary import rotation, split_and_turn
 from megaregion.parallel import topology
 from megaregion.parallel.zero.engine import REDUCE_BUCKET
+from megaregion.planning.dry_run import kept_bytes, state_bytes
 from megaregion.planning.layout import body_parameters
 from megaregion.products import product
 
@@ -78,7 +78,12 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
         memory.reset()
         trainer.train_step(batches)
         peak = memory.peak() - before
-        kinds = {**state_bytes(trainer), "activations": kept_bytes(trainer, next(batches))}
+        batch = next(batches)
+        kinds = state_bytes(trainer.engine, trainer.heads.by_kind.values())
+        kinds["activations"] = kept_bytes(
+            trainer.engine.parameters.values(),
+            lambda: trainer.engine(trainer._inputs(batch.images), batch.visible),
+        )
         keep_freed_memory()
         for _ in range(config.train.steps):
             probe.round()
@@ -94,39 +99,6 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
         "peak": peak,
         "kinds": kinds,
     }
-
-
-def state_bytes(trainer: Any) -> dict[str, int]:
-    """Bytes of what stays from step to step, by the plan's kinds."""
-    held, heads = trainer.engine.held(), trainer.heads.by_kind.values()
-    return {
-        **{kind: storage_bytes(held[kind]) for kind in ("weights", "masters", "moments")},
-        "head": sum(storage_bytes(piece.tensor for piece in head.state().values()) for head in heads),
-    }
-
-
-def kept_bytes(trainer: Any, batch: Any) -> int:
-    """Bytes that autograd keeps of one forward pass, parameters left out."""
-    parameters = trainer.engine.parameters.values()
-    kept: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> None:
-        place = tensor.untyped_storage().data_ptr()
-        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
-        if all(place != parameter.untyped_storage().data_ptr() for parameter in parameters):
-            kept[place] = tensor
-
-    with watch_kept(note):
-        embeddings = trainer.engine(trainer._inputs(batch.images), batch.visible)
-    size = storage_bytes(kept.values())
-    del embeddings
-    return size
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors; those that share memory count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 class MachineProbe:
