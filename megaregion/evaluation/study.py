@@ -118,27 +118,19 @@ def evaluate(
     """
     shards = ShardedDataset(config.dataset)
     vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset") or {})
-    gallery = _truth(
-        pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed), vocabulary
-    )
+    scenes = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
+    gallery = _truth(scenes, vocabulary)
     queries = _truth(_scenes(config.scenes / config.split), vocabulary)
     folder = read_image_folder(config.images) if config.images else None
     encoders = [*_own_encoders(run, config), *others]
     seconds: dict[str, float] = {}
-    known, asked = (
-        EncodedScenes(
-            truth,
-            encode_scenes(
-                truth.scenes,
-                encoders,
-                config.batch,
-                config.workers,
-                seconds,
-                counter(progress, split, len(truth.scenes)),
-            ),
-        )
-        for split, truth in ((GALLERY_SPLIT, gallery), (config.split, queries))
-    )
+
+    def encoded(split: str, truth: Truth) -> EncodedScenes:
+        count = counter(progress, split, len(truth.scenes))
+        found = encode_scenes(truth.scenes, encoders, config.batch, config.workers, seconds, count)
+        return EncodedScenes(truth, found)
+
+    known, asked = encoded(GALLERY_SPLIT, gallery), encoded(config.split, queries)
     encoders, known, asked, form = _keep_better_pixels(encoders, known, asked)
     answers = {name: answer(known.features[name], own, gallery) for name, own in asked.features.items()}
     prior = vocabulary.prior if vocabulary else ()
@@ -177,7 +169,6 @@ def _keep_better_pixels(
         return float(np.mean(np.asarray(found.named) == true))
 
     best = max(forms, key=accuracy)
-
     names = {each.name: each.name for each in encoders if each is best or each not in forms}
     names[best.name] = PIXELS
     known, asked = (

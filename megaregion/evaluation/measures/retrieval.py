@@ -30,7 +30,7 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
         objects: Their classes, cut-outs and scenes.
     """
     kinds = (("class", "same class", objects.names), ("cutout", "same cut-out", objects.instances))
-    asking = {kind: _has_match(labels, objects.scene) for kind, _, labels in kinds}
+    asking = {kind: _matches(labels, objects.scene) > 0 for kind, _, labels in kinds}
     columns = tuple(
         Column(f"{kind}_at_{depth}", f"{title} @{depth}", _chance(labels, objects.scene, asking[kind], depth))
         for kind, title, labels in kinds
@@ -68,10 +68,6 @@ def recalls(
         share(hit[asking, :depth].any(axis=1), np.asarray(groups)[asking].tolist()) if asking.any() else None
         for depth in DEPTHS
     ]
-
-
-def _has_match(labels: Sequence[str], scene: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return _matches(labels, scene) > 0
 
 
 def _matches(labels: Sequence[str], scene: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -86,10 +86,16 @@ def best_colour(colours: NDArray[np.float32], inside: NDArray[np.bool_]) -> tupl
 
 def exact_area(scores: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
     """Area under the ROC curve of scores [n], ties counting half."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    positive, negative = int(inside.sum()), int((~inside).sum())
-    return float((ranks[inside].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    values, bins = np.unique(scores, return_inverse=True)
+    return float(area_under_curve(_histograms(bins, ~inside, inside, len(values))))
+
+
+def _histograms(
+    bins: NDArray[np.int64], negative: NDArray[np.bool_], positive: NDArray[np.bool_], total: int
+) -> NDArray[np.float64]:
+    """How many negatives and then how many positives each bin holds, [2 * total]."""
+    counts = [np.bincount(bins[own], minlength=total) for own in (negative, positive)]
+    return np.concatenate(counts).astype(np.float64)
 
 
 def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -140,14 +146,9 @@ def _judge(reading: Reading, maps: Sequence[SceneMap], truths: Sequence[TruthMap
     for own in maps:
         plane = reading(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], 1)
         scores.append(resized(plane.astype(np.float32))[..., 0])
-    edges = np.quantile(
-        np.concatenate([plane.ravel() for plane in scores]), np.linspace(0, 1, BINS + 1)[1:-1]
-    )
-    parts = []
-    for plane, truth in zip(scores, truths, strict=True):
-        place = np.searchsorted(edges, plane)
-        parts.append(
-            np.concatenate([np.bincount(place[truth.owner == 0], minlength=BINS),
-                            np.bincount(place[truth.owner > 0], minlength=BINS)])
-        )  # fmt: skip
-    return estimate(np.asarray(parts, np.float64)[None], area_under_curve)
+    edges = np.quantile(np.stack(scores), np.linspace(0, 1, BINS + 1)[1:-1])
+    parts = [
+        _histograms(np.searchsorted(edges, plane), truth.owner == 0, truth.owner > 0, BINS)
+        for plane, truth in zip(scores, truths, strict=True)
+    ]
+    return estimate(np.asarray(parts)[None], area_under_curve)
