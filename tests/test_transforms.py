@@ -17,8 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
+from megaregion.curation.picture import read_picture
 from megaregion.data.batch import OBJECT, TEXT, collate, normalise
-from megaregion.data.image import Crop, decode_crop, eighths_needed, fitting_grid, open_image, random_crop
+from megaregion.data.image import (
+    Crop,
+    decode_crop,
+    decode_image,
+    eighths_needed,
+    fitting_grid,
+    open_image,
+    random_crop,
+)
 from megaregion.data.sample import BadSample, RegionRecord, SampleRecord, decode_mask, encode_mask, mask_area
 from megaregion.data.transforms import EvalTransform, Transform, sample_regions, visibility
 from megaregion.errors import UserError
@@ -334,6 +343,15 @@ def test_any_colour_mode_becomes_rgb(mode: str) -> None:
     image = Image.new("RGB", (20, 10), RED).convert("L" if mode == "I;16" else mode)
     content = encode(image.convert(mode), "JPEG" if mode in ("L", "CMYK") else "PNG")
     assert decode_crop(open_image(content), Crop(0, 0, 20, 10), 8, 8).shape == (8, 8, 3)
+
+
+def test_sixteen_bit_grey_keeps_its_light_and_shade_in_training_and_in_curation() -> None:
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    content = encode(Image.fromarray(ramp), "PNG")
+    assert Image.open(io.BytesIO(content)).mode == "I;16"
+    expected = np.repeat((ramp // 256).astype(np.uint8)[..., None], 3, axis=2)
+    assert np.array_equal(np.asarray(decode_image(content)), expected)
+    assert np.array_equal(read_picture(content, 10**6).pixels, expected)
 
 
 def test_the_evaluation_transform_shows_the_whole_image_at_any_size() -> None:

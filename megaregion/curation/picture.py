@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megaregion.curation.types import Pixels
-from megaregion.data.image import FORMATS
+from megaregion.data.image import FORMATS, to_rgb
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
 """Files that are taken for images, in lower or upper case."""
@@ -128,8 +128,8 @@ def _orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image) -> Pixels:
     image.load()
     upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
+    if upright.has_transparency_data and not upright.mode.startswith("I"):
         # Whatever colour hides under transparent pixels was never meant to be seen.
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-    return np.asarray(upright.convert("RGB"))
+    return np.asarray(to_rgb(upright))

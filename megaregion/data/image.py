@@ -182,6 +182,13 @@ def decode_image(content: bytes) -> Image.Image:
     return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The colours of a decoded image; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def decode_crop(
     image: Image.Image | Jpeg, crop: Crop, width: int, height: int, shrink: bool = False
 ) -> Pixels:
@@ -288,6 +295,6 @@ def _decode_by_pillow(image: Image.Image | Jpeg) -> Image.Image:
         if isinstance(image, Jpeg):
             image = Image.open(io.BytesIO(image.content), formats=FORMATS)
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:
         raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from None

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from megaregion.data.image import to_rgb
 from megaregion.errors import UserError
 from megaregion.evaluation.encoding import SceneMap
 from megaregion.evaluation.network import NetworkEncoder, patch_map
@@ -98,7 +99,7 @@ def read_frames(path: Path) -> list[Frame]:
     for file in files:
         try:
             with Image.open(file) as image:
-                frames.append(Frame(file.stem, image.convert("RGB")))
+                frames.append(Frame(file.stem, to_rgb(image)))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} cannot be read ({error}); remove it from the frames") from None
     return frames

@@ -30,6 +30,7 @@ class Embed(Stage):
     """Writes regions.jsonl and features.npy, float16 [r, C]; a row of zeros is a region without label."""
 
     name = "embed"
+    version = 2
 
     @override
     def settings(self) -> dict[str, Any]:

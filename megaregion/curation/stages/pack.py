@@ -48,6 +48,7 @@ class Pack(Stage):
     """
 
     name = "pack"
+    version = 2
 
     @override
     def settings(self) -> dict[str, Any]:

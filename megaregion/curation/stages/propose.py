@@ -30,7 +30,7 @@ class Propose(Stage):
     """
 
     name = "propose"
-    version = 2
+    version = 3
 
     @override
     def settings(self) -> dict[str, Any]:

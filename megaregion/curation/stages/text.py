@@ -25,6 +25,7 @@ class Ocr(Stage):
     """Writes words.jsonl."""
 
     name = "ocr"
+    version = 2
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from megaregion.data.image import to_rgb
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import NEIGHBOURS
 from megaregion.evaluation.encoders import Encoder
@@ -150,7 +151,7 @@ def _encode(
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            return to_rgb(file)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove it from the folder") from None
 
