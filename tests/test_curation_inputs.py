@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from curation_scenes import contents, run, scene
+from PIL import Image
 
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import Scan, scan_tar
-from megaregion.curation.picture import BadImage
+from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
@@ -196,14 +198,60 @@ def test_masks_that_came_with_images_are_kept_without_proposing(
 
 
 def test_only_annotations_count_and_only_json_is_read() -> None:
-    assert read_annotations(b'{"caption": "a dog", "annotations": "none"}', 10, 10) is None
-    assert read_annotations(b"[1, 2]", 10, 10) is None
-    clipped = read_annotations(b'{"annotations": [{"bbox": [-3, 2, 9, 90]}]}', 10, 10)
+    picture = Picture(np.zeros((10, 10, 3), np.uint8), None)
+    assert read_annotations(b'{"caption": "a dog", "annotations": "none"}', picture) is None
+    assert read_annotations(b"[1, 2]", picture) is None
+    clipped = read_annotations(b'\xef\xbb\xbf{"annotations": [{"bbox": [-3, 2, 9, 90]}]}', picture)
     assert clipped is not None
     assert clipped[0][0].box == (0.0, 2.0, 6.0, 10.0)
     for content in (b"", b"\xff\xfe", b"[" * 100_000):
         with pytest.raises(BadImage, match="cannot be read"):
-            read_annotations(content, 10, 10)
+            read_annotations(content, picture)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["mask", "box"])
+@pytest.mark.parametrize("size", [(40, 24), (32, 32)])
+def test_annotations_turn_with_an_image_that_exif_turns(
+    orientation: int, kind: str, size: tuple[int, int]
+) -> None:
+    stored = np.zeros(size, bool)
+    stored[5:9, 2:17] = True
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(stored.astype(np.uint8) * 255).save(file, "PNG", exif=exif)
+    picture = read_picture(file.getvalue(), 10**6)
+    upright = picture.pixels[..., 0] > 0
+    runs = {"size": list(size), "counts": pack(stored)}
+    row = {"segmentation": runs} if kind == "mask" else {"bbox": [2, 5, 15, 4]}
+    [region], dropped = read_annotations(json.dumps({"annotations": [row]}).encode(), picture) or ([], None)
+    assert dropped == {}
+    rows, columns = np.flatnonzero(upright.any(axis=1)), np.flatnonzero(upright.any(axis=0))
+    assert region.box == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    if kind == "mask":
+        assert region.mask is not None
+        assert np.array_equal(decode_mask(region.mask), upright)
+    # The sides tell where somebody annotated the upright image.
+    if upright.shape != size:
+        runs = {"size": list(upright.shape), "counts": pack(upright)}
+        x, y = int(columns[0]), int(rows[0])
+        row = {"segmentation": runs} if kind == "mask" else {"bbox": [x, y, len(columns), len(rows)]}
+        image = {"width": upright.shape[1], "height": upright.shape[0]}
+        content = json.dumps({"image": image, "annotations": [row]}).encode()
+        [again], _ = read_annotations(content, picture) or ([], None)
+        assert again == region
+
+
+def test_hostile_run_lengths_cost_no_time() -> None:
+    row = {"segmentation": {"size": [10, 10], "counts": "o" * 2**20}}
+    picture = Picture(np.zeros((10, 10, 3), np.uint8), None)
+    began = time.monotonic()
+    assert read_annotations(json.dumps({"annotations": [row]}).encode(), picture) == (
+        [],
+        {"bad annotation": 1},
+    )
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class Picture:
     pixels: Pixels
     jpeg: bytes | None
     """The file's own bytes if they are an upright JPEG of these pixels; else None."""
+    orientation: int = 1
+    """How the file's pixels were turned to these, as EXIF numbers it; 1 is not at all."""
 
     @property
     def height(self) -> int:
@@ -92,8 +94,9 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
                 raise BadImage("image too small")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise BadImage("image too elongated")
-            kept = image.format == "JPEG" and _orientation(image) == 1
-            return Picture(_upright(image), content if kept else None)
+            orientation = int(image.getexif().get(ORIENTATION, 1))
+            kept = image.format == "JPEG" and orientation == 1
+            return Picture(_upright(image), content if kept else None, orientation)
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -119,10 +122,6 @@ def crop(pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
     x0, y0 = min(max(int(box[0]), 0), width - 1), min(max(int(box[1]), 0), height - 1)
     x1, y1 = min(max(int(np.ceil(box[2])), x0 + 1), width), min(max(int(np.ceil(box[3])), y0 + 1), height)
     return pixels[y0:y1, x0:x1]
-
-
-def _orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(ORIENTATION, 1))
 
 
 def _upright(image: Image.Image) -> Pixels:

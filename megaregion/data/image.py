@@ -183,7 +183,7 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The colours of a decoded image; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
+    """A decoded image as RGB; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

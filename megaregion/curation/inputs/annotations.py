@@ -12,23 +12,29 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megaregion.curation.boxes import Box
-from megaregion.curation.picture import BadImage
+from megaregion.curation.picture import BadImage, Picture
 from megaregion.curation.types import Proposal
-from megaregion.data.sample import RLE
+from megaregion.data.sample import RLE, decode_mask, encode_mask
+
+MAX_SHIFT = 60
+"""Bits of a run length before its last character: no image has more pixels, and endless numbers cost time."""
 
 
-def read_annotations(content: bytes, width: int, height: int) -> tuple[list[Proposal], Counter[str]] | None:
-    """The regions of an annotation file.
+def read_annotations(content: bytes, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
+    """The regions of an annotation file, on the upright image.
+
+    Annotations are of the pixels as they are stored. Where the camera was held upright or upside down, its
+    sides tell whether they are of the upright image instead.
 
     Args:
         content: The file.
-        width: Of the image, in pixels.
-        height: Likewise.
+        picture: Its image.
 
     Returns:
         Regions inside the image, and how many were dropped, by reason; None if the file annotates nothing.
@@ -37,17 +43,18 @@ def read_annotations(content: bytes, width: int, height: int) -> tuple[list[Prop
         BadImage: It is not JSON in UTF-8.
     """
     try:
-        record = json.loads(content.decode())
+        record = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise BadImage("its JSON file cannot be read") from None
     rows = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return None
+    turn = _turn_of(record, rows, picture)
     found: list[Proposal] = []
     dropped: Counter[str] = Counter()
     for row in rows:
         try:
-            region = _region(row, width, height)
+            region = _region(row, turn)
         except (KeyError, TypeError, ValueError, OverflowError):
             dropped["bad annotation"] += 1
             continue
@@ -58,19 +65,80 @@ def read_annotations(content: bytes, width: int, height: int) -> tuple[list[Prop
     return found, dropped
 
 
-def _region(row: dict[str, Any], width: int, height: int) -> Proposal | None:
+class _Turn(NamedTuple):
+    """From the pixels that annotations speak of to the upright ones: transposed, then mirrored."""
+
+    width: int
+    """Of the image that annotations speak of, in pixels."""
+    height: int
+    transposed: bool
+    left_right: bool
+    top_bottom: bool
+
+    def box(self, box: Box) -> Box:
+        """The same box on the upright image."""
+        x0, y0, x1, y1 = box
+        width, height = float(self.width), float(self.height)
+        if self.transposed:
+            x0, y0, x1, y1, width, height = y0, x0, y1, x1, height, width
+        if self.left_right:
+            x0, x1 = width - x1, width - x0
+        if self.top_bottom:
+            y0, y1 = height - y1, height - y0
+        return x0, y0, x1, y1
+
+    def mask(self, mask: RLE) -> RLE:
+        """The same mask on the upright image."""
+        if not (self.transposed or self.left_right or self.top_bottom):
+            return mask
+        pixels = decode_mask(mask)
+        pixels = pixels.T if self.transposed else pixels
+        pixels = pixels[:, ::-1] if self.left_right else pixels
+        return encode_mask(pixels[::-1] if self.top_bottom else pixels)
+
+
+TURNS = {
+    2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False),
+    6: (True, True, False), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
+"""What makes an image of each EXIF orientation upright: see _Turn."""
+
+
+def _turn_of(record: dict[str, Any], rows: list[dict[str, Any]], picture: Picture) -> _Turn:
+    turn = TURNS.get(picture.orientation, (False, False, False))
+    upright = picture.width, picture.height
+    stored = upright[::-1] if turn[0] else upright
+    if stored != upright and upright in _sizes(record, rows):
+        return _Turn(*upright, False, False, False)
+    return _Turn(*stored, *turn)
+
+
+def _sizes(record: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Width and height that the file gives for its image and for its masks."""
+    image = record.get("image")
+    if isinstance(image, dict):
+        yield image.get("width"), image.get("height")
+    for row in rows:
+        match row.get("segmentation"):
+            case {"size": [height, width]}:
+                yield width, height
+
+
+def _region(row: dict[str, Any], turn: _Turn) -> Proposal | None:
     score = float(row.get("predicted_iou", 1.0))
     if not math.isfinite(score):
         raise ValueError(f"predicted_iou is {score}")
     mask, box = None, None
     if row.get("segmentation"):
         mask = _mask(row["segmentation"])
-        if mask.size != (height, width):
-            raise ValueError(f"a mask of {mask.size} on an image of {(height, width)}")
+        if mask.size != (turn.height, turn.width):
+            raise ValueError(f"a mask of {mask.size} on an image of {(turn.height, turn.width)}")
         box = _frame(mask)
     else:
-        box = _clipped(row["bbox"], width, height)
-    return None if box is None else Proposal(box, min(max(score, 0.0), 1.0), mask)
+        box = _clipped(row["bbox"], turn.width, turn.height)
+    if box is None:
+        return None
+    return Proposal(turn.box(box), min(max(score, 0.0), 1.0), None if mask is None else turn.mask(mask))
 
 
 def _mask(segmentation: dict[str, Any]) -> RLE:
@@ -90,7 +158,7 @@ def _unpack(text: str) -> list[int]:
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > MAX_SHIFT:
             raise ValueError(f"{character!r} is no part of packed run lengths")
         value |= (bits & 31) << shift
         shift += 5

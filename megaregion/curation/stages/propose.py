@@ -73,7 +73,7 @@ class Propose(Stage):
 
     def _annotated(self, image: ImageFile, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
         content = self.job.source.annotation(image)
-        return None if content is None else read_annotations(content, picture.width, picture.height)
+        return None if content is None else read_annotations(content, picture)
 
     @cached_property
     def _proposer(self) -> Proposer:
