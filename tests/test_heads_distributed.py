@@ -18,7 +18,7 @@ from torch import Tensor
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
 from megaregion.heads import ClassShardedHead, gather_features, portions, tiles
-from megaregion.heads.communication import gather_rows, scatter_sums
+from megaregion.heads.collectives import gather_rows, scatter_sums
 from megaregion.parallel import topology
 
 RANKS = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megaregion import products
-from megaregion.heads.products import Products
+from megaregion.heads.kernels import Products
 from megaregion.models.linear import Linear
 from megaregion.products import onednn_is_faster, outer_sum, product
 

@@ -1,8 +1,9 @@
-"""Which negatives a draw holds: a function of (seed, step, group, head, class), never of ranks.
+"""What a head scores in a micro-step: its rows, their positives, and the drawn classes of each group of rows.
 
 A *draw* is the set of classes that one group of rows is scored against: the positives of the group's
-rows, always, and each other class if its hash lies under a threshold. The hash knows the class by its
-global number, so a rank finds its part of the draw alone and any sharding finds the same draw.
+rows, always, and each other class if its hash lies under a threshold. The hash is a function of (seed, step,
+group, head, class), never of ranks: it knows the class by its global number, so a rank finds its part of the
+draw alone and any sharding finds the same draw.
 
 The floor: at least ``min_negatives`` classes that are no row's positive are drawn (all of them, if
 there are fewer), however many classes the positives take. When the rate alone gives that many with
@@ -10,17 +11,30 @@ probability 1 - 1e-15, nothing more is done; when it may not, the threshold is r
 ``min_negatives`` among all K classes that are not positive, which every rank computes for itself.
 Both depend on counts that all ranks know, so they hold for any number of ranks.
 
-Shapes: K classes in all, C classes in the draw on this rank, R rows, T labels of a row.
+All of it follows from labels and numbers alone, not from features, and it is the only place where sizes
+that depend on data must be known to the host. So it is made on the host while a GPU runs the encoder.
+
+Shapes: K classes in all, C classes of a draw on this rank, r rows on this rank, R rows of the head over all
+data ranks, T labels of a row (padded with -1).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megaregion.errors import UserError
+from megaregion.heads.collectives import GatheringRows
+from megaregion.parallel.topology import Topology
+
+LOG = logging.getLogger(__name__)
+LEAST_SAVING = 0.1
+"""Share of classes, and so of head time, that sampling must save to be worth its noise."""
 HASH_SPAN = 2**32
 """Hashes are the integers [0, HASH_SPAN), held in int64."""
 
@@ -94,3 +108,232 @@ def _rate_reaches_floor(rivals: int, rate: float, min_negatives: int) -> bool:
     mean = rivals * rate
     # Chernoff: P(X <= mean - t) <= exp(-t * t / (2 * mean)).
     return mean - math.sqrt(2 * mean * 35.0) >= min_negatives
+
+
+@dataclass(frozen=True)
+class DrawRule:
+    """What decides a head's draws besides step and rows."""
+
+    name: str
+    """Name of the head."""
+    classes: int
+    """Number of classes over all ranks."""
+    local: range
+    """This rank's classes."""
+    ranks: int
+    """Ranks that share the classes."""
+    seed: int
+    """Seed of the run."""
+    rate: float
+    """Share of classes drawn."""
+    min_negatives: int
+    """Random negatives that are always drawn."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One group of rows and the classes on this rank that it is scored against."""
+
+    rows: slice
+    """The group's rows among the head's rows."""
+    index: Tensor
+    """The group's rows in the micro-step's global order, int64 [rows]."""
+    valid: Tensor
+    """Which positives the rows have, on any rank, bool [rows, T]."""
+    classes: Tensor | None
+    """Rising class numbers within this rank's range, int64 [C]; None for the whole range."""
+    columns: Tensor
+    """Where each positive stands among those classes, -1 if not on this rank, int64 [rows, T]."""
+    size: int
+    """C."""
+    typical_size: int
+    """About C, and the same number on every rank."""
+    positives: Tensor
+    """Distinct positives of the rows on this rank, counted from its first class, int64."""
+
+    def to(self, device: torch.device) -> Draw:
+        """The draw on a device, without waiting for it."""
+        return replace(
+            self,
+            index=send(self.index, device),
+            valid=send(self.valid, device),
+            classes=None if self.classes is None else send(self.classes, device),
+            columns=send(self.columns, device),
+            positives=send(self.positives, device),
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a head scores in one micro-step."""
+
+    index: Tensor
+    """The head's rows in the micro-step's global order, int64 [R]."""
+    labels: Tensor
+    """Distinct positives of these rows, -1 padded, int64 [R, T]."""
+    draws: tuple[Draw, ...]
+    """Groups of rows with their classes; together they are all rows."""
+    step: int
+    """Optimizer step."""
+
+    def to(self, device: torch.device) -> Targets:
+        """The targets on a device, without waiting for it."""
+        draws = tuple(draw.to(device) for draw in self.draws)
+        return replace(self, index=send(self.index, device), labels=send(self.labels, device), draws=draws)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a GPU that is busy is not waited for."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    # From memory that is not page-locked the copy would wait for all that is queued.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def build_targets(
+    labels: Tensor, rows: Tensor, rule: DrawRule, step: int, first_row: int, draw_rows: int
+) -> Targets:
+    """Choose the head's rows, check their labels and draw their classes.
+
+    Args:
+        labels: Labels of the micro-step's rows over all data ranks, -1 padded, int64 [all rows, T].
+        rows: Which of them belong to this head, bool [all rows].
+        rule: What decides the head's draws.
+        step: Optimizer step.
+        first_row: Place of the micro-step's first row within the step.
+        draw_rows: Rows of the global order that share one draw; 0 for all of the micro-step.
+
+    Raises:
+        UserError: A label lies outside the label space, or a row of this head has none.
+    """
+    index = rows.nonzero().squeeze(1)
+    chosen = labels[index]
+    check_labels(chosen, index, rule.name, rule.classes)
+    chosen = distinct(chosen)
+    group_of_row = (index + first_row) // (draw_rows or max(1, len(rows)))
+    groups, counts = group_of_row.unique_consecutive(return_counts=True)
+    draws, start = [], 0
+    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+        part = slice(start, start + count)
+        draws.append(_draw(part, index[part], chosen[part], rule, step, group))
+        start += count
+    return Targets(index, chosen, tuple(draws), step)
+
+
+def check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
+    """Refuse labels that cannot be positives.
+
+    Args:
+        labels: Labels of the head's rows, [R, T].
+        index: The rows' numbers, for the message, [R].
+        name: Name of the head.
+        classes: Number of classes.
+
+    Raises:
+        UserError: A label is below -1 or not below ``classes``, or a row has no label.
+    """
+    outside = ((labels < -1) | (labels >= classes)).any(1)
+    empty = (labels < 0).all(1)
+    if not bool((outside | empty).any()):
+        return
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        found = labels[row][(labels[row] < -1) | (labels[row] >= classes)]
+        raise UserError(
+            f"label {int(found[0])} of row {int(index[row])} lies outside the {classes} classes of head "
+            f"{name}; the dataset's label space and the head's must be the same"
+        )
+    row = int(empty.nonzero()[0])
+    raise UserError(f"row {int(index[row])} belongs to head {name} but has no label; drop it or label it")
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """Replace repeated labels of a row by -1, since positives are a set, [R, T]; the order may change."""
+    if labels.shape[1] < 2:
+        return labels
+    ordered = labels.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    ordered[:, 1:].masked_fill_(repeated, -1)
+    return ordered
+
+
+def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int, group: int) -> Draw:
+    key, local = draw_key(rule.seed, rule.name, step, group), rule.local
+    found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
+    here = (labels >= local.start) & (labels < local.stop)
+    columns = labels - local.start
+    share = -(-rule.classes // rule.ranks)
+    if found is not None:
+        place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
+        place[found] = torch.arange(len(found), device=labels.device)
+        columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
+        share = min(share, int(share * rule.rate) + labels.numel() // rule.ranks)
+    columns = columns.masked_fill(~here, -1)
+    return Draw(
+        rows=rows,
+        index=index,
+        valid=labels >= 0,
+        classes=found,
+        columns=columns,
+        size=len(local) if found is None else len(found),
+        typical_size=share,
+        positives=(labels[here] - local.start).unique(),
+    )
+
+
+class SamplingWatch:
+    """Warns once when sampling does not pay."""
+
+    def __init__(self, name: str, rate: float) -> None:
+        self._name, self._rate = name, rate
+        self._quiet = rate >= 1.0
+
+    def look(self, targets: Targets, local_classes: int) -> None:
+        """Compare the classes drawn with all that could be."""
+        possible = local_classes * len(targets.draws)
+        drawn = sum(draw.size for draw in targets.draws)
+        if self._quiet or drawn <= (1 - LEAST_SAVING) * possible:
+            return
+        self._quiet = True
+        LOG.warning(
+            "head.%s.sample_rate %g saves less than %.0f%% of the head's time: positives and floor take "
+            "%.0f%% of the classes; set it to 1.0, or let fewer images share a draw (head.draw_images)",
+            self._name,
+            self._rate,
+            100 * LEAST_SAVING,
+            100 * drawn / possible,
+        )
+
+
+class GatheringLabels:
+    """Labels of a micro-step's rows on their way from all data ranks to this host, which draws from them.
+
+    What a GPU does for them is queued when they are sent, ahead of the encoder's pass: the host then waits
+    while the GPU is busy with the pass. They come back by a stream of their own, since the pass need not
+    wait for the other ranks.
+    """
+
+    def __init__(self, labels: Tensor, topology: Topology, stream: torch.cuda.Stream | None) -> None:
+        """Send this rank's labels.
+
+        Args:
+            labels: On the host, [r, T].
+            topology: This rank's place.
+            stream: The stream they come back by; None on a processor.
+        """
+        own = send(labels, topology.device)
+        self._rows = GatheringRows(own, topology.data_group, topology.node_groups)
+        self._stream = stream
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                # Held here, since the copy reads it later.
+                self._arrived = self._rows.arrive()
+                self._host = labels.new_empty(self._arrived.shape, pin_memory=True)
+                self._host.copy_(self._arrived, non_blocking=True)
+
+    def arrive(self) -> Tensor:
+        """Wait for the labels of all data ranks, [R, T], on the host. Call it once."""
+        if self._stream is None:
+            return self._rows.arrive()
+        self._stream.synchronize()
+        return self._host

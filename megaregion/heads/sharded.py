@@ -4,13 +4,14 @@ Rank r of the world holds a contiguous range of classes, ceil(K / W) each (the l
 or none). It scores all rows of the micro-step against them; only row sums travel. The head stays outside
 the training engine, which would broadcast one rank's shard over the others.
 
-Shapes: r rows on this rank, R rows over all data ranks, K classes over all ranks, E embedding width,
+Shapes: R rows over all data ranks, K classes over all ranks, E embedding width,
 T labels of a row (padded with -1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,23 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.config import HeadBackend, HeadConfig, OptimizerConfig
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.heads.census import Census, take_census
-from megaregion.heads.centers import given_centers, random_centers
-from megaregion.heads.class_gradient import ClassGradient
-from megaregion.heads.communication import GatheredFeatures, gather_features, gather_rows
-from megaregion.heads.exponentials import choose_kernel
+from megaregion.heads.centers import DeadClasses, find_doubles, given_centers, random_centers
+from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.finite import FiniteGuard
-from megaregion.heads.head_loss import HeadLoss, SamplingWatch, report_loss
-from megaregion.heads.products import Products
-from megaregion.heads.ranking import nearest_classes
-from megaregion.heads.row_adamw import RowAdamW
-from megaregion.heads.scoring import fetch_centers, score_rows
-from megaregion.heads.scratch import Scratch
-from megaregion.heads.streaming import StreamSettings
-from megaregion.heads.targets import DrawRule, Targets, build_targets
-from megaregion.parallel.topology import NodeGroups
+from megaregion.heads.kernels import Products, choose_kernel
+from megaregion.heads.optimizer import ClassGradient, RowAdamW
+from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets
+from megaregion.heads.streaming import RowSums, StreamSettings, fetch_centers, score_rows
+from megaregion.heads.tiles import Scratch
+from megaregion.parallel.topology import Topology
 
 
 class LocalTensor(NamedTuple):
@@ -45,61 +40,64 @@ class LocalTensor(NamedTuple):
     tensor: Tensor
 
 
+@dataclass(frozen=True)
+class HeadLoss:
+    """Loss of one head over all rows of a micro-step; the same on every rank."""
+
+    sum: Tensor
+    """Sum of the row losses, with gradient, 0-d."""
+    count: Tensor
+    """Rows of this head over all data ranks, 0-d int64."""
+    metrics: dict[str, Tensor]
+    """0-d: positive_cosine (mean), accuracy (share of rows in which a positive beats all drawn negatives),
+    sample_rate (share of classes drawn, positives included), positive_share (share of drawn classes that
+    are positives of some row)."""
+
+
 class ClassShardedHead:
     """Centers of one label kind, their loss and their optimizer."""
 
     def __init__(
         self,
-        config: HeadConfig,
+        kind: str,
+        config: RunConfig,
         classes: int,
-        dim: int,
-        *,
-        world_group: dist.ProcessGroup,
-        data_group: dist.ProcessGroup,
-        tensor_group: dist.ProcessGroup | None = None,
-        node_groups: NodeGroups | None = None,
-        seed: int,
-        name: str,
-        chunk_bytes: int = 256 * 2**20,
-        backend: HeadBackend = "auto",
-        optimizer: OptimizerConfig | None = None,
+        topology: Topology,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Lay out the class range and its first centers.
+        """Lay out this rank's class range and its first centers.
 
         Args:
-            config: Loss, margin, scale and sampling.
+            kind: object or text; part of every random key.
+            config: The run: loss and sampling of this kind of head, embedding width, optimizer, seed.
             classes: Number K of classes over all ranks.
-            dim: Embedding width E.
-            world_group: All ranks; together they hold all classes.
-            data_group: The data-parallel ranks of this rank, in data-rank order.
-            tensor_group: The ranks that hold the same rows; known, it lightens the gradients' way back.
-            node_groups: The data group by nodes, for rows that shall enter each node once.
-            seed: Seed of centers and draws.
-            name: Name of the head (object or text); part of every random key.
-            chunk_bytes: Memory for logits.
-            backend: Kernel between the matrix products: torch, triton, or auto, which is torch.
-            optimizer: Betas, eps, decay and type of moments of the centers' AdamW.
+            topology: This rank's place; the classes are spread over its world group.
             dtype: Type of the centers; float64 serves tests.
 
         Raises:
             UserError: No classes, or a backend that is not there.
         """
         if classes < 1:
-            raise UserError(f"head {name} needs at least 1 class, got {classes}")
-        self.config, self.classes, self.dim, self.name, self.seed = config, classes, dim, name, seed
-        self.world_group, self.data_group = world_group, data_group
-        self.tensor_group, self.node_groups = tensor_group, node_groups
-        self.chunk_bytes, self.kernel = chunk_bytes, choose_kernel(backend)
-        share = -(-classes // world_group.size())
-        start = min(world_group.rank() * share, classes)
+            raise UserError(f"head {kind} needs at least 1 class, got {classes}")
+        self.config, self.classes, self.name, self.seed = (
+            config.head.by_kind[kind],
+            classes,
+            kind,
+            config.seed,
+        )
+        self.dim, self.chunk_bytes = config.head.embedding_dim, config.head.chunk_bytes
+        self.kernel = choose_kernel(config.head.backend)
+        self.topology, self.world_group = topology, topology.world_group
+        ranks, rank = self.world_group.size(), self.world_group.rank()
+        share = -(-classes // ranks)
+        start = min(rank * share, classes)
         self.local = range(start, min(start + share, classes))
         self.operand: torch.dtype | None = None
         """Type of the operands of matrix products; None chooses bf16 for bf16 features on a GPU."""
-        self.weight = random_centers(seed, name, self.local, dim).to(dtype)
-        self.optimizer = RowAdamW(self.weight, optimizer or OptimizerConfig())
+        self.weight = random_centers(self.seed, kind, self.local, self.dim).to(dtype)
+        self.optimizer = RowAdamW(self.weight, config.optimizer)
         self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
-        self.guard, self.sampling = FiniteGuard(name), SamplingWatch(name, config.sample_rate)
+        self.guard, self.sampling = FiniteGuard(kind), SamplingWatch(kind, self.config.sample_rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
 
     @property
@@ -131,43 +129,22 @@ class ClassShardedHead:
             )
         self.weight.copy_(given_centers(centers, self.seed, self.name, self.local, self.dim))
 
-    def prepare(
-        self,
-        labels: Tensor,
-        rows: Tensor,
-        step: int,
-        first_row: int = 0,
-        draw_rows: int = 0,
-        row_counts: Sequence[int] | None = None,
-    ) -> Targets:
-        """Gather and check the labels of a micro-step and draw its negatives.
-
-        Args:
-            labels: Labels of this rank's rows, -1 padded, int64 [r, T]; T is the same on all ranks.
-            rows: Which rows belong to this head, bool [r].
-            step: Optimizer step; part of the draw's key.
-            first_row: Place of the micro-step's first row in the step's global order.
-            draw_rows: Consecutive global rows that share one draw; 0 for all of the micro-step.
-            row_counts: Rows of each data rank; None when all bring as many.
-
-        Raises:
-            UserError: Labels of a wrong type or shape or outside the label space, or a row without any.
-        """
-        if labels.dtype != torch.int64 or labels.ndim != 2:
-            raise UserError(
-                f"labels of head {self.name} must be int64 [rows, tokens], "
-                f"got {labels.dtype} {list(labels.shape)}"
-            )
-        marked = torch.cat([labels, rows[:, None].to(labels)], 1).to(self.device)
-        marked = gather_rows(marked, self.data_group, row_counts, self.node_groups)
-        return self.draw(marked[:, :-1], marked[:, -1] > 0, step, first_row, draw_rows)
-
     def draw(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
     ) -> Targets:
-        """As ``prepare``, from labels [R, T] and rows [R] that were gathered already.
+        """Check the labels of a micro-step and draw its negatives, on the device where the labels are.
 
-        The draw is made where they are: on the host it asks nothing of a GPU, however much is queued there.
+        On the host this asks nothing of a GPU, however much is queued there.
+
+        Args:
+            labels: Labels of the rows of all data ranks, -1 padded, int64 [R, T].
+            rows: Which rows belong to this head, bool [R].
+            step: Optimizer step; part of the draw's key.
+            first_row: Place of the micro-step's first row in the step's global order.
+            draw_rows: Consecutive global rows that share one draw; 0 for all of the micro-step.
+
+        Raises:
+            UserError: A label outside the label space, or a row of this head without any.
         """
         targets = build_targets(
             labels,
@@ -188,40 +165,12 @@ class ClassShardedHead:
         self.sampling.look(targets, len(self.local))
         return targets.to(self.device)
 
-    def loss(
-        self,
-        features: Tensor | GatheredFeatures,
-        labels: Tensor,
-        rows: Tensor,
-        step: int,
-        first_row: int = 0,
-        draw_rows: int = 0,
-        row_counts: Sequence[int] | None = None,
-    ) -> HeadLoss:
-        """Loss of this rank's rows together with those of all other ranks.
-
-        Args:
-            features: Region embeddings [r, E] with gradient, or what ``gather_features`` made of them.
-            labels: As for ``prepare``.
-            rows: As for ``prepare``.
-            step: As for ``prepare``.
-            first_row: As for ``prepare``.
-            draw_rows: As for ``prepare``.
-            row_counts: As for ``prepare``.
+    def score(self, features: GatheredFeatures, targets: Targets) -> HeadLoss:
+        """Loss of the rows of all data ranks against their draws.
 
         Raises:
-            NonFiniteFeatures: A row of this head holds NaN or infinity; nothing was changed.
-            UserError: As for ``prepare``.
+            NonFiniteFeatures: On a processor, if a row of this head holds NaN or infinity.
         """
-        targets = self.prepare(labels, rows, step, first_row, draw_rows, row_counts)
-        if isinstance(features, Tensor):
-            features = gather_features(
-                features, self.world_group, self.data_group, self.tensor_group, row_counts, self.node_groups
-            )
-        return self.score(features, targets)
-
-    def score(self, features: GatheredFeatures, targets: Targets) -> HeadLoss:
-        """Loss of gathered features against prepared targets; see ``loss``."""
         # The rows may still be under way: what does not need them comes first.
         ahead = fetch_centers(targets.draws[0], self.weight, self.scratch) if targets.draws else None
         narrow = features.rows.is_cuda and features.rows.dtype == torch.bfloat16
@@ -295,30 +244,36 @@ class ClassShardedHead:
             piece.tensor.copy_(found[name])
         self.zero_grad()
 
-    def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k classes nearest to each feature, over all ranks.
-
-        Args:
-            features: Region embeddings, the same on every rank, [r, E].
-            k: Classes wanted.
-
-        Returns:
-            Falling cosines and their classes, both [r, k].
-        """
-        wanted = min(k, self.classes)
-        return nearest_classes(features.to(self.device), self.weight, self.local, self.world_group, wanted)
-
-    def census(self, step: int, patience: int, probes: int = 1024, threshold: float = 0.95) -> Census:
-        """Classes idle for ``patience`` steps, and centers that have become alike; see census.py."""
-        group = self.world_group
-        return take_census(
-            self.weight,
-            self.last_positive,
-            self.local,
-            self.classes,
-            group,
-            step,
-            patience,
-            probes,
-            threshold,
+    def find_dead_classes(
+        self, step: int, idle_steps: int, probes: int = 1024, threshold: float = 0.95
+    ) -> DeadClasses:
+        """Classes that were nobody's positive for ``idle_steps`` steps, and centers that have a double."""
+        idle = (self.last_positive < step - idle_steps).sum()
+        dist.all_reduce(idle, group=self.world_group)
+        probed, doubles = find_doubles(
+            self.weight, self.local, self.classes, self.world_group, step, probes, threshold
         )
+        return DeadClasses(int(idle), probed, doubles)
+
+
+def report_loss(sums: RowSums, targets: Targets, classes: int, group: dist.ProcessGroup) -> HeadLoss:
+    """Put sums over rows and draws together.
+
+    Args:
+        sums: Sums over the head's rows, the same on every rank.
+        targets: The rows and this rank's part of the draws.
+        classes: Classes over all ranks.
+        group: All ranks.
+    """
+    device = sums.loss.device
+    sizes = [sum(draw.size for draw in targets.draws), sum(len(draw.positives) for draw in targets.draws)]
+    drawn = torch.tensor(sizes, dtype=torch.float32, device=device)
+    dist.all_reduce(drawn, group=group)
+    count = torch.tensor(len(targets.index), device=device)
+    metrics = {
+        "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
+        "accuracy": sums.won / count.clamp_min(1),
+        "sample_rate": drawn[0] / max(1, classes * len(targets.draws)),
+        "positive_share": drawn[1] / drawn[0].clamp_min(1),
+    }
+    return HeadLoss(sums.loss, count, metrics)

@@ -1,10 +1,11 @@
-"""The streaming loss of one draw: row losses and gradients, and never the matrix of scores.
+"""The streaming loss: row losses and gradients of one draw after the other, and never the matrix of scores.
 
 For a block of rows, tile after tile of classes: product, exponential, row sums. When the row sums of
 all ranks are known, the same tiles - kept where memory allows, else computed again - become the
 gradient of features and centers. The gradient is made here, in the forward pass, since loss and
 gradient need the same exponentials and only a factor of the whole loss comes later: three matrix
-products per tile instead of the four of a backward pass that recomputes.
+products per tile instead of the four of a backward pass that recomputes. What backward adds is that
+factor: at once to the rows' gradient, at the end of the step to the centers'.
 
 Cosines are bounded, so exp(s) of scales up to 70 fits fp32 with room for all sums: no running maximum.
 Greater scales take one more sweep for the rows' maxima. The logarithm of the scale's base is folded into
@@ -18,22 +19,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig
-from megaregion.heads.exponentials import Kernel, greatest_scores
-from megaregion.heads.lengths import inverse_lengths
-from megaregion.heads.losses import RowTerms, row_terms
-from megaregion.heads.margin import apply_margin
-from megaregion.heads.portions import kind_of_device
-from megaregion.heads.products import Products
-from megaregion.heads.scratch import Scratch
-from megaregion.heads.targets import Draw
-from megaregion.heads.tiles import TileBuffer, own_places, plan_tiles
+from megaregion.heads.centers import inverse_norms, normalise
+from megaregion.heads.kernels import Kernel, Products, greatest_scores
+from megaregion.heads.loss import RowTerms, apply_margin, row_terms
+from megaregion.heads.optimizer import ClassGradient
+from megaregion.heads.sampling import Draw, Targets
+from megaregion.heads.tiles import Scratch, TileBuffer, kind_of_device, own_places, plan_tiles
 
 LOG2E = math.log2(math.e)
 BOUNDED_SCALE = 70.0
@@ -63,7 +61,7 @@ class RowResults:
     """Positives' cosines, 0 where there is none, [head's rows, T]."""
     best: Tensor
     """Greatest cosine with a negative among this rank's classes, [head's rows]."""
-    by_features: Tensor | None
+    grad_features: Tensor | None
     """This rank's part of the gradient of all unit rows of the micro-step; None when it is not wanted."""
 
 
@@ -103,7 +101,7 @@ class DrawStream:
         self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
         self._draw, self._features, self._results = draw, features, results
         self._products, self._kernel = settings.products, settings.kernel
-        self._inverse = inverse_lengths(centers) if draw.classes is None else None
+        self._inverse = inverse_norms(centers) if draw.classes is None else None
         self._like = centers
         self._centers = settings.products.narrow(centers)
         self._unit = settings.config.scale * LOG2E
@@ -119,11 +117,11 @@ class DrawStream:
         )
         self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
 
-    def run(self, by_centers: Tensor | None) -> None:
+    def run(self, grad_centers: Tensor | None) -> None:
         """Find the rows' losses and, where room for them is given, the gradients.
 
         Args:
-            by_centers: Gradient of the unit centers, over the centers' lengths if these were given as they
+            grad_centers: Gradient of the unit centers, over the centers' lengths if these were given as they
                 are; is added to, [C, E].
         """
         buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
@@ -131,9 +129,9 @@ class DrawStream:
         for number, rows in enumerate(self._plan.blocks()):
             waiting.append(self._sweep(rows, buffers[number % self._in_flight]))
             if len(waiting) == self._in_flight:
-                self._finish(waiting.pop(0), by_centers)
+                self._finish(waiting.pop(0), grad_centers)
         for swept in waiting:
-            self._finish(swept, by_centers)
+            self._finish(swept, grad_centers)
 
     def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
         """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
@@ -143,14 +141,14 @@ class DrawStream:
         for number, tile in enumerate(self._plan.tiles()):
             scores = buffer.tile(number, len(features), tile)
             self._multiply(features, rows, tile, scores, parts[:, :-1])
-            mass, top = self._exponentiate(scores, rows, tile)
-            parts[:, -1] += mass
+            sum_exp, top = self._exponentiate(scores, rows, tile)
+            parts[:, -1] += sum_exp
             torch.maximum(best, top, out=best)
         self._results.best[self._draw.rows][rows] = best / self._unit
         work = dist.all_reduce(parts, group=self._group, async_op=True)
         return _Swept(rows, features, buffer, parts, work)
 
-    def _finish(self, swept: _Swept, by_centers: Tensor | None) -> None:
+    def _finish(self, swept: _Swept, grad_centers: Tensor | None) -> None:
         """Losses of a swept block, and the gradients from its tiles."""
         if swept.work is not None:
             swept.work.wait()
@@ -162,31 +160,33 @@ class DrawStream:
             config.loss,
             scores=with_margin * config.scale,
             valid=self._draw.valid[swept.rows],
-            mass=swept.parts[:, -1],
+            sum_exp=swept.parts[:, -1],
             shift=cosines.new_zeros(()) if self._shift is None else self._shift[swept.rows],
         )
         results.loss += terms.loss.sum(dtype=torch.float64)
-        if results.by_features is not None and by_centers is not None:
-            pulled = self._pull(swept, terms._replace(by_positive=terms.by_positive * slope), by_centers)
-            results.by_features.index_copy_(0, self._draw.index[swept.rows], pulled)
+        if results.grad_features is not None and grad_centers is not None:
+            pulled = self._pull(
+                swept, terms._replace(grad_positive=terms.grad_positive * slope), grad_centers
+            )
+            results.grad_features.index_copy_(0, self._draw.index[swept.rows], pulled)
 
-    def _pull(self, swept: _Swept, terms: RowTerms, by_centers: Tensor) -> Tensor:
+    def _pull(self, swept: _Swept, terms: RowTerms, grad_centers: Tensor) -> Tensor:
         """Turn a block's exponentials into gradients; return that of its unit rows, [r, E]."""
         features = swept.features
-        by_rows = self._like.new_zeros(features.shape)
+        grad_rows = self._like.new_zeros(features.shape)
         for number, tile in enumerate(self._plan.tiles()):
             scores = swept.buffer.tile(number, len(features), tile)
             if number >= self._plan.kept:
                 self._multiply(features, swept.rows, tile, scores)
                 self._exponentiate(scores, swept.rows, tile)
             line, inside = own_places(self._draw.columns[swept.rows], tile)
-            scores.mul_(terms.by_negative)
-            own = self._scaled(terms.by_positive.T, tile, line)
+            scores.mul_(terms.grad_negative)
+            own = self._scaled(terms.grad_positive.T, tile, line)
             scores.scatter_add_(0, line, torch.where(inside, own, 0.0))
             operand = self._products.narrow(scores)
-            self._products.add(by_rows, operand.T, self._centers[tile])
-            self._products.add(by_centers[tile], operand, features, 1 / LOG2E)
-        return by_rows.mul_(self._config.scale)
+            self._products.add(grad_rows, operand.T, self._centers[tile])
+            self._products.add(grad_centers[tile], operand, features, 1 / LOG2E)
+        return grad_rows.mul_(self._config.scale)
 
     def _block(self, rows: slice) -> Tensor:
         """Unit rows of a block, times what makes their products scores in units of log 2, [r, E]."""
@@ -237,3 +237,103 @@ class DrawStream:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
         return (top / LOG2E).clamp_min(floor)
+
+
+class RowSums(NamedTuple):
+    """Sums over the head's rows, 0-d each."""
+
+    loss: Tensor
+    cosine: Tensor
+    """Positives' cosines."""
+    positives: Tensor
+    won: Tensor
+    """Rows in which a positive beats all drawn negatives."""
+
+
+def fetch_centers(draw: Draw, weight: Tensor, scratch: Scratch) -> Tensor:
+    """Centers of a draw's classes, [C, E]; the same memory holds the next draw's.
+
+    Chosen centers are copied, and as copies made unit ones: that is one pass over them instead of two over
+    the scores. Where all classes are drawn there is no copy, and they keep their lengths.
+
+    Args:
+        draw: The draw.
+        weight: Centers of this rank, [local classes, E].
+        scratch: Memory for chosen centers.
+    """
+    return weight if draw.classes is None else normalise(scratch.rows("centers", weight, draw.classes))
+
+
+def score_rows(
+    features: Tensor,
+    targets: Targets,
+    weight: Tensor,
+    gradient: ClassGradient,
+    settings: StreamSettings,
+    ahead: Tensor | None = None,
+) -> RowSums:
+    """Score unit rows against the targets' draws.
+
+    Args:
+        features: Unit rows of the micro-step, [R, E].
+        targets: Which of them the head scores, against what.
+        weight: Centers of this rank, of any length, [local classes, E].
+        gradient: Receives the centers' gradients if ``features`` wants one.
+        settings: What all draws share.
+        ahead: Centers of the first draw, if they were fetched already.
+
+    Returns:
+        The sums; the loss carries gradient.
+    """
+    learns = torch.is_grad_enabled() and features.requires_grad
+    wanted = gradient if learns else None
+    return RowSums(*_ScoreRows.apply(features, targets, weight, wanted, settings, ahead))
+
+
+class _ScoreRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        targets: Targets,
+        weight: Tensor,
+        gradient: ClassGradient | None,
+        settings: StreamSettings,
+        ahead: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        rows = len(targets.index)
+        results = RowResults(
+            loss=torch.zeros((), dtype=torch.float64, device=features.device),
+            cosines=torch.zeros_like(targets.labels, dtype=features.dtype),
+            best=features.new_full((rows,), float("-inf")),
+            grad_features=None if gradient is None else torch.zeros_like(features),
+        )
+        for draw in targets.draws:
+            chosen = draw.classes
+            centers = fetch_centers(draw, weight, settings.scratch) if ahead is None else ahead
+            ahead = None
+            room = None if gradient is None else gradient.buffer(chosen)
+            DrawStream(settings, draw, features, centers, results).run(room)
+            if gradient is not None and room is not None:
+                gradient.accumulate(chosen, room)
+        if gradient is not None:
+            gradient.expect_factor()
+            ctx.gradient, ctx.grad_features = gradient, results.grad_features
+        sums = (results.loss.to(features.dtype), *_count(results, targets, settings.group))
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since this is its only use: a second backward is refused by take_factor's count.
+        ctx.gradient.take_factor(grad_total)
+        return ctx.grad_features.mul_(grad_total), None, None, None, None, None
+
+
+def _count(results: RowResults, targets: Targets, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of positives' cosines, number of positives, rows won."""
+    dist.all_reduce(results.best, op=dist.ReduceOp.MAX, group=group)
+    valid = targets.labels >= 0
+    own = torch.where(valid, results.cosines, -2.0)
+    won = (own.amax(1) > results.best).sum() if own.numel() else valid.sum()
+    return results.cosines.sum(), valid.sum(), won

@@ -1,4 +1,4 @@
-"""How a matrix of scores is cut: blocks of rows, tiles of classes, and the buffer that holds them.
+"""How work is cut: a matrix of scores into blocks of rows and tiles of classes, centers into portions.
 
 A tile lies in memory with a class per line and the block's rows side by side: processors multiply
 (centers x rows) markedly faster than (rows x centers) when the rows are few.
@@ -8,21 +8,61 @@ Tiles that fit the memory budget are kept between the two; the others are comput
 make efficient matrix products, so a block is never shorter than ``MIN_ROWS``: with a small budget it is
 tiles that give way, not rows.
 
-Shapes: R rows, C classes of a draw on this rank.
+Several passes follow each other over the same elements. On a processor a portion stays in its cache between
+them; on a GPU it keeps the device busy for longer than its host takes to start the next pass.
+
+Shapes: R rows, C classes of a draw on this rank, K lines of a matrix, E width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-
-from megaregion.heads.portions import SCORES
-from megaregion.heads.scratch import Scratch
 
 MIN_ROWS = 128
 """Rows below which a matrix product spends its time on moving centers."""
+ELEMENTS = {"processor": 1 << 17, "gpu": 1 << 22}
+"""Elements of centers, gradients and moments."""
+SCORES = {"processor": 1 << 19, "gpu": 1 << 23}
+"""Scores of a tile, between two matrix products; a GPU's lie in its L2 cache (33 MB of an H100's 50)."""
+
+
+def kind_of_device(matrix: Tensor) -> str:
+    """Key of the tables above."""
+    return "processor" if matrix.device.type == "cpu" else "gpu"
+
+
+def lines_at_a_time(matrix: Tensor) -> int:
+    """Lines of a matrix [K, E] that make a portion, at least 1."""
+    return max(1, ELEMENTS[kind_of_device(matrix)] // max(1, matrix.shape[1]))
+
+
+class Scratch:
+    """Buffers by name. On a GPU, whose allocator keeps memory itself, each request is a fresh tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        """Buffers of the type and on the device of a tensor."""
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor; what was taken under the name before is overwritten."""
+        size = math.prod(shape)
+        if self._like.device.type != "cpu":
+            return self._like.new_empty(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers.pop(name, None)  # first let go, then take: never both
+            self._buffers[name] = self._like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+    def rows(self, name: str, matrix: Tensor, chosen: Tensor) -> Tensor:
+        """Copy chosen rows [n] of a matrix [K, E] into a buffer, [n, E]."""
+        taken = self.take(name, (len(chosen), matrix.shape[1]))
+        return torch.index_select(matrix, 0, chosen, out=taken)
 
 
 @dataclass(frozen=True)

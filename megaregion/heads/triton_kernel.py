@@ -24,7 +24,7 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
     products,
     inverse,
     shift,
-    mass,
+    sum_exp,
     best,
     rows,
     classes,
@@ -53,7 +53,7 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
         power = tl.exp2(score - offset[None, :])
         total += tl.sum(power, 0)
         tl.store(place, power * scale, mask=inside)
-    tl.store(mass + span * rows + row, total, mask=there)
+    tl.store(sum_exp + span * rows + row, total, mask=there)
     tl.store(best + span * rows + row, top, mask=there)
 
 
@@ -63,13 +63,13 @@ def exponentiate_fused(
     """As ``exponentials.exponentiate``, for contiguous fp32 tiles."""
     classes, rows = products.shape
     spans = triton.cdiv(classes, SPAN)
-    mass, best = (torch.empty((spans, rows), device=products.device) for _ in range(2))
+    sum_exp, best = (torch.empty((spans, rows), device=products.device) for _ in range(2))
     kernel: Any = _exponentiate_span[(triton.cdiv(rows, ROWS), spans)]
     kernel(
         products,
         products if inverse is None else inverse,
         products if shift is None else shift,
-        mass,
+        sum_exp,
         best,
         rows,
         classes,
@@ -79,4 +79,4 @@ def exponentiate_fused(
         CLASSES=CLASSES,
         SPAN=SPAN,
     )
-    return mass.sum(0), best.amax(0)
+    return sum_exp.sum(0), best.amax(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaregion.heads.portions import ELEMENTS
+from megaregion.heads.tiles import ELEMENTS
 from megaregion.models.flops import encoder_flops, head_flops
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout

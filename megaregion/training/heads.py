@@ -6,7 +6,7 @@ Shapes: B images of this rank's micro-step, N regions of an image, E embedding w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,11 +20,10 @@ from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.heads.communication import gather_features
+from megaregion.heads.collectives import gather_features
 from megaregion.heads.finite import NonFiniteFeatures
-from megaregion.heads.labels import LabelsUnderWay
+from megaregion.heads.sampling import GatheringLabels, Targets
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.heads.targets import Targets
 from megaregion.parallel.topology import NodeGroups, Topology
 from megaregion.training.metrics import LOG
 
@@ -52,26 +51,12 @@ class Heads:
     def __init__(self, config: RunConfig, dataset: ShardedDataset, topology: Topology) -> None:
         """Build a head for each label kind with classes and weight; classes spread over all ranks."""
         self._config = config
-        self._topology = topology
-        self._nodes = _node_groups(config, topology)
+        self._topology = topology = replace(topology, node_groups=_node_groups(config, topology))
         self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
         classes = {"object": dataset.info.object_classes, "text": dataset.info.text_classes}
-        settings = {"object": config.head.object, "text": config.head.text}
+        settings = config.head.by_kind
         self.by_kind = {
-            kind: ClassShardedHead(
-                settings[kind],
-                classes=classes[kind],
-                dim=config.head.embedding_dim,
-                world_group=topology.world_group,
-                data_group=topology.data_group,
-                tensor_group=topology.tensor_group,
-                node_groups=self._nodes,
-                seed=config.seed,
-                name=kind,
-                chunk_bytes=config.head.chunk_bytes,
-                backend=config.head.backend,
-                optimizer=config.optimizer,
-            ).to(topology.device)
+            kind: ClassShardedHead(kind, config, classes[kind], topology).to(topology.device)
             for kind in KINDS
             if classes[kind] and settings[kind].weight
         }
@@ -80,20 +65,19 @@ class Heads:
             centers = np.load(dataset.folder / "centers.npy", allow_pickle=False)
             self.by_kind["object"].start_from(torch.from_numpy(centers))
 
-    def send_labels(self, batch: Batch) -> LabelsUnderWay:
+    def send_labels(self, batch: Batch) -> GatheringLabels:
         """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued.
 
         Args:
             batch: This rank's samples, on the host.
         """
         marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
-        place = self._topology
-        return LabelsUnderWay(marked, place.device, place.data_group, self._nodes, self._stream)
+        return GatheringLabels(marked, self._topology, self._stream)
 
     def loss(
         self,
         embeddings: Tensor,
-        labels: LabelsUnderWay,
+        labels: GatheringLabels,
         keys: Sequence[str],
         step: int,
         micro_step: int,
@@ -118,13 +102,10 @@ class Heads:
             NonFiniteFeatures: Features are not finite, and they are to be refused here.
         """
         leaf = embeddings.detach().requires_grad_()
-        place = self._topology
         # While the rows travel, the classes are drawn and the centers fetched.
-        rows = gather_features(
-            leaf.flatten(0, 1), place.world_group, place.data_group, place.tensor_group, nodes=self._nodes
-        )
+        rows = gather_features(leaf.flatten(0, 1), self._topology)
         each = self._config.data.regions_per_image
-        first = micro_step * cut.micro_batch * place.data_size * each
+        first = micro_step * cut.micro_batch * self._topology.data_size * each
         marked = labels.arrive()
         targets = {
             kind: self._draw(kind, marked, step, first, cut.draw_images * each) for kind in self.by_kind
@@ -203,10 +184,10 @@ class Heads:
         """
         shares = {}
         for kind, head in self.by_kind.items():
-            found = head.census(step, self._config.head.idle_steps)
+            found = head.find_dead_classes(step, self._config.head.idle_steps)
             shares[f"{kind}/idle_share"] = found.idle / head.classes
-            shares[f"{kind}/alike_share"] = len(found.alike) / found.probed
-            if self._topology.rank == 0 and (found.idle or found.alike):
+            shares[f"{kind}/alike_share"] = len(found.doubles) / found.probed
+            if self._topology.rank == 0 and (found.idle or found.doubles):
                 LOG.warning("%s", found.report(kind, head.classes, self._config.head.idle_steps))
         return shares
 
