@@ -6,13 +6,16 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.config import HeadConfig
-from megaregion.heads import ClassShardedHead, Targets
+from megaregion.config import HeadConfig, HeadsConfig, OptimizerConfig, RunConfig
+from megaregion.heads import ClassShardedHead, HeadLoss, Targets, gather_features
+from megaregion.heads.sampling import GatheringLabels
+from megaregion.parallel.topology import NodeGroups, Topology
 
 
 def dense_loss(
@@ -60,6 +63,56 @@ def unit(rows: Tensor) -> Tensor:
 
 def positives_of(targets: Targets) -> list[set[int]]:
     return [{label for label in row if label >= 0} for row in targets.labels.tolist()]
+
+
+def place_of(world: Any, data: Any = None, tensor: Any = None, nodes: NodeGroups | None = None) -> Topology:
+    """A rank's place from its groups; without others the world's ranks are all data-parallel."""
+    data = data or world
+    size = world.size() // data.size()
+    return Topology(
+        rank=world.rank(), world_size=world.size(), tensor_rank=world.rank() % size, tensor_size=size,
+        device=torch.device("cpu"), world_group=world, data_group=data, tensor_group=tensor or data,
+        node_groups=nodes,
+    )  # fmt: skip
+
+
+def build_head(
+    config: HeadConfig,
+    classes: int,
+    dim: int,
+    place: Topology,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerConfig | None = None,
+    chunk_bytes: int = 256 * 2**20,
+) -> ClassShardedHead:
+    """A head of objects."""
+    heads = HeadsConfig(embedding_dim=dim, chunk_bytes=chunk_bytes, object=config)
+    run = RunConfig(seed=seed, head=heads, optimizer=optimizer or OptimizerConfig())
+    return ClassShardedHead("object", run, classes, place, dtype)
+
+
+def targets_of(
+    head: ClassShardedHead, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
+) -> Targets:
+    """Targets from the labels of this rank's rows, gathered as a run gathers them."""
+    place = head.topology
+    found, mine = (GatheringLabels(own, place, None).arrive() for own in (labels, rows[:, None].long()))
+    return head.draw(found, mine[:, 0] > 0, step, first_row, draw_rows)
+
+
+def loss_of(
+    head: ClassShardedHead,
+    features: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    step: int,
+    first_row: int = 0,
+    draw_rows: int = 0,
+) -> HeadLoss:
+    """Loss of this rank's rows together with those of all other ranks."""
+    targets = targets_of(head, labels, rows, step, first_row, draw_rows)
+    return head.score(gather_features(features, head.topology), targets)
 
 
 def drawn_of(targets: Targets, classes: int) -> list[set[int]]:

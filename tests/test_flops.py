@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from head_reference import build_head, loss_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.measure import alone
 from megaregion.config import HeadConfig, ModelConfig
-from megaregion.heads import ClassShardedHead
 from megaregion.models import RegionEncoder, initialise
 from megaregion.models.flops import encoder_flops, head_flops
 from megaregion.parallel import topology
@@ -79,14 +79,12 @@ def test_a_heads_operations_are_those_that_torch_counts(chunk_bytes: int, kept: 
     rows, classes, dim = 512, 6144, 32
     place = alone(torch.device("cpu"))
     try:
-        head = ClassShardedHead(
-            HeadConfig(sample_rate=1.0), classes, dim, world_group=place.world_group,
-            data_group=place.data_group, seed=0, name="object", chunk_bytes=chunk_bytes,
-        )  # fmt: skip
+        config = HeadConfig(sample_rate=1.0)
+        head = build_head(config, classes, dim, place, chunk_bytes=chunk_bytes)
         features = torch.randn(rows, dim, requires_grad=True)
         labels = torch.randint(classes, (rows, 1))
         with counter() as counted:
-            head.loss(features, labels, torch.ones(rows, dtype=torch.bool), step=0).sum.backward()
+            loss_of(head, features, labels, torch.ones(rows, dtype=torch.bool), step=0).sum.backward()
     finally:
         topology.leave()
     assert counted.get_total_flops() == head_flops(rows, classes, dim, kept)

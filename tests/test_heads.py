@@ -17,11 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from head_reference import (
+    build_head,
     dense_center_gradient,
     dense_loss,
     drawn_of,
     group_of_one,
+    loss_of,
+    place_of,
     positives_of,
+    targets_of,
     with_margin,
 )
 from hypothesis import HealthCheck, given, settings
@@ -31,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, portions, tiles
+from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.kernels import choose_kernel
 from megaregion.heads.loss import apply_margin
@@ -54,7 +58,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even toy problems into several blocks and tiles."""
     monkeypatch.setattr(tiles, "MIN_ROWS", 3)
-    monkeypatch.setitem(portions.SCORES, "processor", 12)
+    monkeypatch.setitem(tiles.SCORES, "processor", 12)
 
 
 def make_head(
@@ -64,12 +68,9 @@ def make_head(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> ClassShardedHead:
-    names = ("chunk_bytes", "optimizer", "seed", "name")
+    names = ("chunk_bytes", "optimizer", "seed")
     own = {name: options.pop(name) for name in names if name in options}
-    own = {"seed": 1, "name": "object", **own}
-    return ClassShardedHead(
-        HeadConfig(**options), classes, dim, world_group=group, data_group=group, dtype=dtype, **own
-    )
+    return build_head(HeadConfig(**options), classes, dim, place_of(group), dtype=dtype, **own)
 
 
 def make_rows(
@@ -96,8 +97,8 @@ def assert_equals_dense(
     draw_rows: int = 0,
 ) -> None:
     rows = everyone(labels) if rows is None else rows
-    targets = head.prepare(labels, rows, step=3, first_row=0, draw_rows=draw_rows)
-    result = head.score(gather_features(features, head.world_group, head.data_group), targets)
+    targets = targets_of(head, labels, rows, step=3, first_row=0, draw_rows=draw_rows)
+    result = head.score(gather_features(features, head.topology), targets)
     (result.sum * 0.37).backward()
     own = features.detach().double().requires_grad_()
     centers = head.weight.detach().double().requires_grad_()
@@ -217,7 +218,7 @@ def test_a_row_of_zeros_has_finite_loss_and_no_gradient(
     head = make_head(group, loss=loss, margin_kind=margin_kind, dtype=torch.float32)
     head.weight[0] = 0
     features = torch.zeros((2, 6), requires_grad=True)
-    result = head.loss(features, torch.tensor([[0], [1]]), everyone(features), 0)
+    result = loss_of(head, features, torch.tensor([[0], [1]]), everyone(features), 0)
     result.sum.backward()
     assert torch.isfinite(result.sum)
     assert torch.equal(features.grad, torch.zeros(2, 6))
@@ -247,7 +248,7 @@ def test_metrics_count_what_they_say(group: dist.ProcessGroup) -> None:
     head.weight.copy_(torch.eye(10, dtype=torch.float64))
     features = torch.eye(10, dtype=torch.float64)[[0, 1, 2, 3]].requires_grad_()
     labels = torch.tensor([[0], [1], [2], [9]])
-    metrics = head.loss(features, labels, everyone(labels), 0).metrics
+    metrics = loss_of(head, features, labels, everyone(labels), 0).metrics
     assert float(metrics["positive_cosine"]) == pytest.approx(0.75)
     assert float(metrics["accuracy"]) == pytest.approx(0.75)
     assert float(metrics["sample_rate"]) == 1.0
@@ -267,7 +268,7 @@ def test_a_step_without_rows_of_the_kind_changes_nothing(group: dist.ProcessGrou
     head = make_head(group)
     before = head.weight.clone()
     features, labels = make_rows(4, 6, 13, 1)
-    result = head.loss(features, labels, torch.zeros(4, dtype=torch.bool), 0)
+    result = loss_of(head, features, labels, torch.zeros(4, dtype=torch.bool), 0)
     result.sum.backward()
     assert float(result.sum.detach()) == 0
     assert not features.grad.any()
@@ -282,7 +283,7 @@ def test_micro_steps_add_up_to_one_step(group: dist.ProcessGroup, sample_rate: f
         head = make_head(group, 60, 6, sample_rate=sample_rate, min_negatives=4)
         features, labels = make_rows(12, 6, 60, 1)
         for part in torch.arange(12).chunk(parts):
-            result = head.loss(features[part], labels[part], everyone(part), 0, int(part[0]), draw_rows=3)
+            result = loss_of(head, features[part], labels[part], everyone(part), 0, int(part[0]), draw_rows=3)
             (result.sum / 12).backward()
         head.step(1e-2)
         return head
@@ -296,11 +297,11 @@ def test_losses_of_one_step_with_different_weights_are_refused(group: dist.Proce
     head = make_head(group)
     features, labels = make_rows(4, 6, 13, 1)
     for weight in (1.0, 0.5):
-        (head.loss(features, labels, everyone(labels), 0).sum * weight).backward()
+        (loss_of(head, features, labels, everyone(labels), 0).sum * weight).backward()
     with pytest.raises(RuntimeError, match="same weight"):
         head.step(1e-3)
     head.zero_grad()
-    head.loss(features, labels, everyone(labels), 0)
+    loss_of(head, features, labels, everyone(labels), 0)
     with pytest.raises(RuntimeError, match="backward was missed"):
         head.step(1e-3)
 
@@ -309,9 +310,9 @@ def test_loss_without_gradient_leaves_none_behind(group: dist.ProcessGroup) -> N
     head = make_head(group)
     features, labels = make_rows(4, 6, 13, 1)
     with torch.no_grad():
-        plain = head.loss(features, labels, everyone(labels), 0)
+        plain = loss_of(head, features, labels, everyone(labels), 0)
     assert len(head.gradient.values) == 0
-    assert torch.equal(plain.sum, head.loss(features, labels, everyone(labels), 0).sum.detach())
+    assert torch.equal(plain.sum, loss_of(head, features, labels, everyone(labels), 0).sum.detach())
 
 
 class _Watch(TorchDispatchMode):
@@ -338,7 +339,7 @@ def test_no_tensor_approaches_the_matrix_of_scores(group: dist.ProcessGroup) -> 
     head = make_head(group, classes, dim, torch.float32, sample_rate=1.0, chunk_bytes=64 * 1024 * 4)
     features, labels = make_rows(rows, dim, classes, 1, dtype=torch.float32)
     with _Watch() as watch:
-        head.loss(features, labels, everyone(labels), 0).sum.backward()
+        loss_of(head, features, labels, everyone(labels), 0).sum.backward()
         head.step(1e-3)
     assert watch.greatest <= 64 * 1024
 
@@ -348,10 +349,10 @@ def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup
     head = make_head(group, 100, 8, torch.float32, sample_rate=sample_rate)
     features, labels = make_rows(20, 8, 100, 3, dtype=torch.float32)
     for micro_step in range(2):
-        targets = head.prepare(labels, everyone(labels), 0, first_row=20 * micro_step, draw_rows=5)
+        targets = targets_of(head, labels, everyone(labels), 0, first_row=20 * micro_step, draw_rows=5)
         assert len(targets.draws) == 4
         with _Watch() as watch:
-            gathered = gather_features(features, group, group)
+            gathered = gather_features(features, place_of(group))
             head.score(gathered, targets).sum.backward()
         # One check of finite features, which only a head on a processor makes at once.
         assert watch.waits == ["aten._local_scalar_dense.default"]
@@ -368,7 +369,7 @@ def test_targets_that_the_host_made_reach_a_device_whole(
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a GPU
     head = make_head(group, 100, 8, torch.float32, sample_rate=0.1)
     _, labels = make_rows(20, 8, 100, 3, dtype=torch.float32)
-    targets = head.prepare(labels, everyone(labels), 0, draw_rows=5)
+    targets = targets_of(head, labels, everyone(labels), 0, draw_rows=5)
     there = targets.to(torch.device("meta"))
     for made, moved in ((targets, there), *zip(targets.draws, there.draws, strict=True)):
         for field in dataclasses.fields(made):
@@ -456,7 +457,7 @@ def test_rows_that_take_no_part_keep_weight_and_moments_bit_for_bit(group: dist.
     features, labels = make_rows(10, 8, 300, 1, dtype=torch.float32)
     for step in range(4):
         before = {name: piece.tensor.clone() for name, piece in head.state().items()}
-        head.loss(features, labels, everyone(labels), step).sum.backward()
+        loss_of(head, features, labels, everyone(labels), step).sum.backward()
         touched = torch.zeros(300, dtype=torch.bool)
         touched[head.gradient.rows] = True
         head.step(0.01)
@@ -491,26 +492,17 @@ def test_bf16_operands_stay_close_to_a_dense_head(group: dist.ProcessGroup, loss
     assert_equals_dense(head, features, labels, 1e-2)
 
 
-def test_topk_finds_the_nearest_centers(group: dist.ProcessGroup) -> None:
-    head = make_head(group, 30, 5, torch.float32)
-    features, _ = make_rows(7, 5, 30, 1, dtype=torch.float32)
-    cosines, classes = head.topk(features.detach(), 4)
-    dense = torch.nn.functional.cosine_similarity(features.detach()[:, None], head.weight[None], dim=2)
-    expected = dense.topk(4, dim=1)
-    assert torch.equal(classes, expected.indices)
-    torch.testing.assert_close(cosines, expected.values)
-    assert head.topk(features.detach(), 99)[1].shape == (7, 30)
-
-
-def test_census_finds_idle_classes_and_centers_that_are_alike(group: dist.ProcessGroup) -> None:
+def test_dead_classes_are_idle_ones_and_centers_that_are_alike(
+    group: dist.ProcessGroup,
+) -> None:
     head = make_head(group, 40, 16, torch.float32, **ALL)
     head.weight[31] = head.weight[4] * 3.0 + 0.001
     features, labels = make_rows(6, 16, 40, 1, dtype=torch.float32)
-    head.loss(features, torch.arange(6)[:, None], everyone(labels), step=10).sum.backward()
-    found = head.census(step=100, patience=95, probes=40)
+    loss_of(head, features, torch.arange(6)[:, None], everyone(labels), step=10).sum.backward()
+    found = head.find_dead_classes(step=100, idle_steps=95, probes=40)
     assert (found.idle, found.probed) == (34, 40)
-    assert {(one, other) for one, other, _ in found.alike} == {(4, 31), (31, 4)}
-    assert head.census(step=200, patience=95).idle == 40
+    assert {(one, other) for one, other, _ in found.doubles} == {(4, 31), (31, 4)}
+    assert head.find_dead_classes(step=200, idle_steps=95).idle == 40
 
 
 def test_sampling_that_saves_nothing_warns_once(
@@ -518,7 +510,7 @@ def test_sampling_that_saves_nothing_warns_once(
 ) -> None:
     head = make_head(group, 20, 4, sample_rate=0.1, min_negatives=1)
     for step in range(2):
-        head.prepare(torch.arange(20)[:, None], torch.ones(20, dtype=torch.bool), step)
+        targets_of(head, torch.arange(20)[:, None], torch.ones(20, dtype=torch.bool), step)
     assert [record.message for record in caplog.records if "saves less than 10%" in record.message] == [
         caplog.records[0].message
     ]
@@ -566,7 +558,7 @@ def test_a_center_counts_its_own_steps(group: dist.ProcessGroup) -> None:
     head = make_head(group, 50, 4, sample_rate=1e-9, min_negatives=0)
     features, _ = make_rows(1, 4, 50, 1)
     for step, label in enumerate((3, 3, 8)):
-        head.loss(features, torch.tensor([[label]]), torch.ones(1, dtype=torch.bool), step).sum.backward()
+        loss_of(head, features, torch.tensor([[label]]), torch.ones(1, dtype=torch.bool), step).sum.backward()
         head.step(0.01)
         head.zero_grad()
     counts = head.state()["count"].tensor
@@ -604,7 +596,7 @@ def test_a_loaded_head_goes_on_as_the_saved_one(group: dist.ProcessGroup) -> Non
 
     def train(head: ClassShardedHead, steps: range) -> None:
         for step in steps:
-            head.loss(features, labels, everyone(labels), step).sum.backward()
+            loss_of(head, features, labels, everyone(labels), step).sum.backward()
             head.step(0.01)
             head.zero_grad()
 
@@ -631,7 +623,7 @@ def test_a_loaded_head_goes_on_as_the_saved_one(group: dist.ProcessGroup) -> Non
 def test_wrong_labels_are_refused(group: dist.ProcessGroup, labels: Tensor, message: str) -> None:
     head = make_head(group)
     with pytest.raises(UserError, match=message):
-        head.loss(torch.zeros((2, 6), dtype=torch.float64), labels, torch.ones(2, dtype=torch.bool), 0)
+        loss_of(head, torch.zeros((2, 6), dtype=torch.float64), labels, torch.ones(2, dtype=torch.bool), 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -642,14 +634,14 @@ def test_features_that_are_not_finite_are_refused_and_named(group: dist.ProcessG
         features[2, 3] = features[5, 0] = bad
     before = head.weight.clone()
     with pytest.raises(NonFiniteFeatures, match="rows 2, 5 of the micro-step") as refused:
-        head.loss(features, labels, everyone(labels), 0)
+        loss_of(head, features, labels, everyone(labels), 0)
     assert refused.value.rows == [2, 5]
     head.step(0.1)
     assert torch.equal(head.weight, before)
     head.zero_grad()
     with torch.no_grad():
         features[2, 3] = features[5, 0] = 0.5
-    head.loss(features, labels, everyone(labels), 0).sum.backward()
+    loss_of(head, features, labels, everyone(labels), 0).sum.backward()
 
 
 @settings(max_examples=200, deadline=None)
@@ -676,6 +668,6 @@ def test_tiles_cover_the_scores_once_within_the_budget(
 def test_a_text_head_can_do_without_labels_on_its_last_slots(group: dist.ProcessGroup) -> None:
     features, labels = make_rows(6, 6, 13, 3)
     padded = torch.cat([labels, torch.full((6, 5), -1)], 1)
-    plain = make_head(group).loss(features, labels, everyone(labels), 0)
-    wide = make_head(group).loss(features, padded, everyone(labels), 0)
+    plain = loss_of(make_head(group), features, labels, everyone(labels), 0)
+    wide = loss_of(make_head(group), features, padded, everyone(labels), 0)
     assert_close(plain.sum.detach(), wide.sum.detach(), 1e-12)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from head_reference import dense_center_gradient
+from head_reference import build_head, dense_center_gradient, loss_of, place_of, targets_of
 from launch import launch
 from torch import Tensor
 
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, gather_features, portions, tiles
-from megaregion.heads.collectives import gather_rows, scatter_sums
+from megaregion.heads import gather_features, tiles
+from megaregion.heads.collectives import GatheringRows, scatter_sums
 from megaregion.parallel import topology
 
 RANKS = 4
@@ -58,7 +58,6 @@ CASES["only the floor"] = {
     "config": HeadConfig(sample_rate=1e-9, min_negatives=2),
     "draw_rows": 6,
 }
-CASES["uneven rows"] = {**CASES["separated, cosface, 4 labels, rate 0.2"], "uneven": True}
 CASES["scale beyond the bound"] = {
     **CASES["softmax, cosface, 4 labels, rate 1.0"],
     "config": HeadConfig(loss="softmax", scale=200.0, sample_rate=1.0),
@@ -68,7 +67,7 @@ CASES["scale beyond the bound"] = {
 def on_rank(folder: str) -> None:
     """What every rank does: all cases on all layouts that it belongs to, results to files."""
     dist.init_process_group("gloo")
-    tiles.MIN_ROWS, portions.SCORES["processor"] = 3, 12  # even toy problems become several blocks and tiles
+    tiles.MIN_ROWS, tiles.SCORES["processor"] = 3, 12  # even toy problems become several blocks and tiles
     rank = dist.get_rank()
     groups = make_groups()
     dist.barrier()
@@ -123,13 +122,11 @@ def both_ways(data: Any, nodes: Any) -> dict[str, list[Tensor]]:
     """What flat and node-by-node collectives bring to this rank; whole numbers, whose sums are exact."""
     generator = torch.Generator().manual_seed(data.rank())
     found: dict[str, list[Tensor]] = {"gather": [], "scatter": []}
-    for counts in (None, [3, 0, 5, 1]):
-        own = 4 if counts is None else counts[data.rank()]
-        rows = torch.randint(0, 1000, (own, 2, 3), generator=generator)
-        whole = torch.randint(0, 1000, (sum(counts or [4] * 4), 3), generator=generator).float()
-        for way in (None, nodes):
-            found["gather"].append(gather_rows(rows, data, counts, way))
-            found["scatter"].append(scatter_sums(whole, data, counts, way))
+    rows = torch.randint(0, 1000, (4, 2, 3), generator=generator)
+    whole = torch.randint(0, 1000, (16, 3), generator=generator).float()
+    for way in (None, nodes):
+        found["gather"].append(GatheringRows(rows, data, way).arrive())
+        found["scatter"].append(scatter_sums(whole, data, way))
     return found
 
 
@@ -137,18 +134,8 @@ def train(
     case: dict[str, Any], world: Any, data: Any, tensor: Any, nodes: Any, resume: Path | None = None
 ) -> dict[str, Any]:
     """Some steps of two micro-steps each; what this rank saw."""
-    head = ClassShardedHead(
-        case["config"],
-        case["classes"],
-        DIM,
-        world_group=world,
-        data_group=data,
-        tensor_group=tensor,
-        node_groups=nodes,
-        seed=3,
-        name="object",
-        chunk_bytes=case["chunk_bytes"],
-    )
+    place = place_of(world, data, tensor, nodes)
+    head = build_head(case["config"], case["classes"], DIM, place, seed=3, chunk_bytes=case["chunk_bytes"])
     first = 0
     if resume is not None:
         head.load(reader(resume, "separated, cosface, 4 labels, rate 0.2"))
@@ -157,13 +144,9 @@ def train(
     for step in range(first, first + STEPS):
         for micro_step in range(2):
             features, labels, rows = micro_batch(case, step, micro_step, data)
-            counts = row_counts(data.size()) if "uneven" in case else None
-            # The head gathers by itself or, as for two heads, is given what was gathered once.
-            given = features
-            if micro_step:
-                given = gather_features(features, world, data, tensor, counts, nodes)
-            first_row = micro_step * ROWS
-            result = head.loss(given, labels, rows, step, first_row, case["draw_rows"], counts)
+            # The head's own gather or, as for two heads, one that was made before.
+            targets = targets_of(head, labels, rows, step, micro_step * ROWS, case["draw_rows"])
+            result = head.score(gather_features(features, place), targets)
             (result.sum / (2 * ROWS)).backward()
             found["loss"].append(result.sum.detach())
             found["metrics"].append({name: float(value) for name, value in result.metrics.items()})
@@ -172,10 +155,8 @@ def train(
         found["centers"].append(dense_center_gradient(head))
         head.step(0.01)
         head.zero_grad()
-    queries = torch.randn((3, DIM), generator=torch.Generator().manual_seed(5))
-    census = head.census(step=first + STEPS, patience=1, threshold=0.5)
-    found["topk"] = list(head.topk(queries, 4)[1].tolist())
-    found["census"] = [census.idle, census.probed, [line[:2] for line in census.alike]]
+    census = head.find_dead_classes(step=first + STEPS, idle_steps=1, threshold=0.5)
+    found["census"] = [census.idle, census.probed, [line[:2] for line in census.doubles]]
     return {**found, "state": {name: tuple(piece) for name, piece in head.state().items()}}
 
 
@@ -187,15 +168,8 @@ def micro_batch(case: dict[str, Any], step: int, micro_step: int, data: Any) -> 
     labels[:, 0] = labels[:, 0].clamp_min(0)
     rows = torch.rand(ROWS, generator=generator) < 0.7
     share = ROWS // data.size()
-    counts = row_counts(data.size()) if "uneven" in case else [share] * data.size()
-    features, labels, rows = (whole.split(counts)[data.rank()] for whole in (features, labels, rows))
+    features, labels, rows = (whole.split(share)[data.rank()] for whole in (features, labels, rows))
     return features.clone().requires_grad_(), labels, rows
-
-
-def row_counts(ranks: int) -> list[int]:
-    """Rows of each rank: 1, 3, 5, ... and the rest on the last."""
-    counts = [2 * rank + 1 for rank in range(ranks - 1)]
-    return [*counts, ROWS - sum(counts)]
 
 
 def reader(saved: Path, case: str) -> Callable[[str, Sequence[int], Sequence[int]], Tensor]:
@@ -215,15 +189,13 @@ def refuse(world: Any, data: Any) -> list[str]:
     """Errors that this rank reports when only the last rank's rows are wrong."""
     messages = []
     for broken in ("label", "feature"):
-        head = ClassShardedHead(
-            HeadConfig(), 9, DIM, world_group=world, data_group=data, seed=3, name="object"
-        )
+        head = build_head(HeadConfig(), 9, DIM, place_of(world, data), seed=3)
         features, labels = torch.ones((2, DIM)), torch.zeros((2, 1), dtype=torch.int64)
         if data.rank() == data.size() - 1:
             labels[1] = 9 if broken == "label" else 0
             features[1, 2] = 1.0 if broken == "label" else float("nan")
         try:
-            head.loss(features.requires_grad_(), labels, torch.ones(2, dtype=torch.bool), 0)
+            loss_of(head, features.requires_grad_(), labels, torch.ones(2, dtype=torch.bool), 0)
         except UserError as error:
             messages.append(str(error))
     return messages
@@ -245,7 +217,6 @@ def assert_agrees(found: list[dict[str, Any]], expected: dict[str, Any], tensor:
     for one, other in zip(found[0]["loss"], expected["loss"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for rank in found:
-        assert rank["topk"] == expected["topk"]
         assert rank["census"] == expected["census"]
         assert [float(loss) for loss in rank["loss"]] == [float(loss) for loss in found[0]["loss"]]
         assert rank["metrics"] == [pytest.approx(metrics, abs=1e-5) for metrics in expected["metrics"]]
@@ -287,12 +258,11 @@ def test_a_head_saved_on_some_ranks_goes_on_on_others(results: Path, saved: str)
 def test_rows_that_go_node_by_node_come_in_the_same_order_with_the_same_sums(results: Path) -> None:
     for found in pieces(results, "ways"):
         for way in ("gather", "scatter"):
-            even, by_node, uneven, uneven_by_node = found[way]
-            assert torch.equal(even, by_node)
-            assert torch.equal(uneven, uneven_by_node)
-    numbers = [found["gather"][3] for found in pieces(results, "ways")]
+            flat, by_node = found[way]
+            assert torch.equal(flat, by_node)
+    numbers = [found["gather"][1] for found in pieces(results, "ways")]
     assert all(torch.equal(one, numbers[0]) for one in numbers)
-    assert len(numbers[0]) == 9
+    assert len(numbers[0]) == 16
 
 
 def test_rows_go_node_by_node_only_between_equal_nodes_of_several_ranks(results: Path) -> None:

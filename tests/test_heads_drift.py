@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from head_reference import build_head, loss_of, place_of
 from launch import launch
 
-from megaregion.config import HeadConfig, OptimizerConfig
-from megaregion.heads import ClassShardedHead
+from megaregion.config import HeadConfig
 
 STEPS = int(os.environ.get("MEGAREGION_DRIFT_STEPS", "400"))
 ROWS, INPUT, DIM, CLASSES = 8, 6, 5, 22
@@ -34,16 +34,7 @@ def on_rank(folder: str) -> None:
 
 def train(group: Any) -> list[float]:
     """Learn to tell noisy class patterns apart through one linear map; the loss of every step."""
-    head = ClassShardedHead(
-        HeadConfig(scale=16.0, sample_rate=0.3, min_negatives=3),
-        CLASSES,
-        DIM,
-        world_group=group,
-        data_group=group,
-        seed=1,
-        name="object",
-        optimizer=OptimizerConfig(),
-    )
+    head = build_head(HeadConfig(scale=16.0, sample_rate=0.3, min_negatives=3), CLASSES, DIM, place_of(group))
     patterns = torch.randn((CLASSES, INPUT), generator=torch.Generator().manual_seed(2))
     body = torch.randn((INPUT, DIM), generator=torch.Generator().manual_seed(3)).requires_grad_()
     own = slice(ROWS // group.size() * group.rank(), ROWS // group.size() * (group.rank() + 1))
@@ -52,7 +43,9 @@ def train(group: Any) -> list[float]:
         generator = torch.Generator().manual_seed(100 + step)
         labels = torch.randint(0, CLASSES, (ROWS, 1), generator=generator)
         seen = patterns[labels[:, 0]] + 0.3 * torch.randn((ROWS, INPUT), generator=generator)
-        result = head.loss(seen[own] @ body, labels[own], torch.ones(len(seen[own]), dtype=torch.bool), step)
+        result = loss_of(
+            head, seen[own] @ body, labels[own], torch.ones(len(seen[own]), dtype=torch.bool), step
+        )
         (result.sum / ROWS).backward()
         assert body.grad is not None
         dist.all_reduce(body.grad, group=group)

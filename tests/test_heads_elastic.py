@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from head_reference import group_of_one
+from head_reference import build_head, group_of_one, loss_of, place_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,16 +47,9 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 
 def make_head(group: Any, classes: int, moments: str = "fp32", seed: int = 1) -> ClassShardedHead:
-    return ClassShardedHead(
-        HeadConfig(sample_rate=0.4, min_negatives=2),
-        classes,
-        DIM,
-        world_group=cast(dist.ProcessGroup, group),
-        data_group=cast(dist.ProcessGroup, group),
-        seed=seed,
-        name="object",
-        optimizer=OptimizerConfig(head_moments=cast(Any, moments)),
-    )
+    optimizer = OptimizerConfig(head_moments=cast(Any, moments))
+    config = HeadConfig(sample_rate=0.4, min_negatives=2)
+    return build_head(config, classes, DIM, place_of(group), seed, optimizer=optimizer)
 
 
 def train(head: ClassShardedHead, steps: range) -> list[float]:
@@ -65,7 +58,7 @@ def train(head: ClassShardedHead, steps: range) -> list[float]:
         generator = torch.Generator().manual_seed(step)
         features = torch.randn((9, DIM), generator=generator).requires_grad_()
         labels = torch.randint(0, head.classes, (9, 1), generator=generator)
-        result = head.loss(features, labels, torch.ones(9, dtype=torch.bool), step)
+        result = loss_of(head, features, labels, torch.ones(9, dtype=torch.bool), step)
         result.sum.backward()
         head.step(0.01)
         head.zero_grad()

@@ -267,7 +267,7 @@ def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int,
         place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
         columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
-        share = min(share, int(share * rule.rate) + labels.numel() // rule.ranks)
+        share = min(share, int(share * rule.rate) + int((labels >= 0).sum()) // rule.ranks)
     columns = columns.masked_fill(~here, -1)
     return Draw(
         rows=rows,

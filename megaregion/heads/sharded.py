@@ -144,8 +144,13 @@ class ClassShardedHead:
             draw_rows: Consecutive global rows that share one draw; 0 for all of the micro-step.
 
         Raises:
-            UserError: A label outside the label space, or a row of this head without any.
+            UserError: Labels of a wrong type or shape or outside the label space, or a row without any.
         """
+        if labels.dtype != torch.int64 or labels.ndim != 2:
+            raise UserError(
+                f"labels of head {self.name} must be int64 [rows, tokens], "
+                f"got {labels.dtype} {list(labels.shape)}"
+            )
         targets = build_targets(
             labels,
             rows,

@@ -231,15 +231,6 @@ def _dtype(layout: Layout) -> torch.dtype:
 
 
 def _head(kind: str, layout: Layout, place: Topology) -> ClassShardedHead:
-    config, labels = layout.config, layout.labels
-    return ClassShardedHead(
-        config.head.object if kind == "object" else config.head.text,
-        labels.object_classes if kind == "object" else labels.text_classes,
-        config.head.embedding_dim,
-        world_group=place.world_group,
-        data_group=place.data_group,
-        tensor_group=place.tensor_group,
-        seed=config.seed,
-        name=kind,
-        optimizer=config.optimizer,
-    )
+    labels = layout.labels
+    classes = {"object": labels.object_classes, "text": labels.text_classes}
+    return ClassShardedHead(kind, layout.config, classes[kind], place)

@@ -62,8 +62,9 @@ class Heads:
         }
         self._weights = {kind: settings[kind].weight for kind in self.by_kind}
         if config.head.init == "centers" and "object" in self.by_kind:
-            centers = np.load(dataset.folder / "centers.npy", allow_pickle=False)
-            self.by_kind["object"].start_from(torch.from_numpy(centers))
+            # Mapped, so that a rank reads the centers of its own classes only.
+            centers = np.load(dataset.folder / "centers.npy", mmap_mode="r", allow_pickle=False)
+            self.by_kind["object"].start_from(centers)
 
     def send_labels(self, batch: Batch) -> GatheringLabels:
         """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued.

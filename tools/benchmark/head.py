@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmark.measure import Stopwatch, add_clock, alone, describe_host
 from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report, cases
-from megaregion.config import HeadConfig, LossName
-from megaregion.heads import ClassShardedHead
+from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig
+from megaregion.heads import ClassShardedHead, gather_features
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.products import product
@@ -219,23 +219,17 @@ def _warm_up(place: Topology) -> None:
 
 
 def _ours(sizes: HeadSizes, place: Topology) -> Contender:
-    head = ClassShardedHead(
-        HeadConfig(loss=sizes.loss, sample_rate=sizes.sample_rate),
-        sizes.classes,
-        sizes.dim,
-        world_group=place.world_group,
-        data_group=place.data_group,
-        seed=0,
-        name="object",
-        chunk_bytes=sizes.chunk_bytes,
-    ).to(place.device)
+    kind = HeadConfig(loss=sizes.loss, sample_rate=sizes.sample_rate)
+    shared = HeadsConfig(embedding_dim=sizes.dim, chunk_bytes=sizes.chunk_bytes, object=kind)
+    head = ClassShardedHead("object", RunConfig(head=shared), sizes.classes, place).to(place.device)
     features, labels = _rows(sizes, place.device)
     everyone = torch.ones(sizes.rows, dtype=torch.bool, device=place.device)
     steps = itertools.count()
 
     def forward_backward() -> None:
         features.grad = None
-        loss = head.loss(features, labels[:, None], everyone, next(steps))
+        rows = gather_features(features, place)
+        loss = head.score(rows, head.draw(labels[:, None], everyone, next(steps)))
         (loss.sum / sizes.rows).backward()
 
     def update() -> None:
