@@ -143,14 +143,8 @@ def collate(
     """Stack samples of one size, or pack samples of any size into one sequence of patches.
 
     Stacked samples are written into the batch one by one as they come, so that their own memory is used
-    again for the next and stays in the processor's cache.
-
-    Args:
-        samples: B samples in the order of their positions.
-        count: Their number.
-        mean: Of R, G, B on the 0..1 scale.
-        std: Of R, G, B on the 0..1 scale.
-        pool: Where a worker process takes the batch's memory.
+    again for the next and stays in the processor's cache. A worker process takes the batch's memory from
+    the pool.
     """
     rest = iter(samples)
     first = next(rest)
@@ -238,12 +232,10 @@ class Block:
 
     @staticmethod
     def of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pool: Pool | None = None) -> Block:
-        """Allocate a block with unspecified content.
+        """Allocate a block with unspecified content for tensors of these types and shapes.
 
-        Args:
-            shapes: Type and shape of each tensor, by name.
-            pool: Where a worker process takes memory; when all of it is in use the block gets its own,
-                which is copied through the pipe when it is sent.
+        A worker process takes memory from the pool; while all of it is in use the block gets its own, which
+        is copied through the pipe when it is sent.
         """
         slots, end = {}, 0
         for name, (dtype, shape) in shapes.items():
@@ -296,14 +288,10 @@ class Lease(NamedTuple):
 
 
 class Pool:
-    """Pieces of shared memory, the same number for each worker.
+    """Pieces of shared memory, the same number for each of the worker processes that will be forked.
 
     A piece is marked as taken by its worker and as free by the process that reads; since each of the two
     waits for the other's mark, no lock is needed.
-
-    Args:
-        workers: Processes that will be forked from this one.
-        pieces: Pieces of each.
     """
 
     def __init__(self, workers: int, pieces: int) -> None:

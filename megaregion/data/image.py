@@ -51,10 +51,9 @@ class Crop:
     """Whether left and right change places."""
 
     def edges(self, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Borders of a grid over the crop, in pixels of the stored image and before the mirror.
+        """Borders of the columns, [columns + 1], and rows, [rows + 1], of a grid over the crop.
 
-        Returns:
-            Borders of the columns, [columns + 1], and of the rows, [rows + 1].
+        They are in pixels of the stored image and before the mirror.
         """
         # As linspace does, which takes ten times as long for the few numbers of a patch grid.
         x_edges = self.x0 + np.arange(columns + 1, dtype=np.float64) * ((self.x1 - self.x0) / columns)

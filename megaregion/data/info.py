@@ -150,11 +150,7 @@ def load_tokenizer(path: Path) -> SentencePieceProcessor:
 
 
 def token_set(processor: SentencePieceProcessor, text: str) -> tuple[int, ...]:
-    """Tokenize a region's text into the set of classes that are its positives.
-
-    Args:
-        processor: The dataset's tokenizer.
-        text: What the region reads, one word or several.
+    """Tokenize a region's text, one word or several, into the set of classes that are its positives.
 
     Returns:
         Distinct token ids in order of first appearance, without the bare word-start piece, control

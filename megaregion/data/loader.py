@@ -73,13 +73,8 @@ class Failure:
 class RegionLoader:
     """Prepares batches ahead of the training loop.
 
-    Args:
-        dataset: Where samples are read.
-        order: Which sample stands at which position.
-        transform: What is made of a sample.
-        config: Workers, prefetching and the bearable share of bad samples.
-        skips_lost: Whether samples of a shard that cannot be read are replaced; False ends the run, where
-            several ranks read the same samples and must agree on them.
+    With `skips_lost`, samples of a shard that cannot be read are replaced. Without, they end the run: several
+    ranks that read the same samples must agree on them.
     """
 
     def __init__(
@@ -100,11 +95,7 @@ class RegionLoader:
         atexit.register(_close, weakref.ref(self))
 
     def batches(self, positions: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """Prepare exactly these batches, in this order.
-
-        Args:
-            positions: Positions of each batch; read only as far ahead as workers prefetch, so it may
-                be endless.
+        """Prepare exactly these batches, in this order; positions are read only as far as workers prefetch.
 
         Raises:
             UserError: A label lies outside its label space, too many samples are bad, or a worker died.
@@ -352,10 +343,8 @@ class Batcher(Dataset[Batch | Failure]):
 class RetryingReader:
     """Reads samples in spite of storage errors, in one process.
 
-    Args:
-        dataset: Where samples are read.
-        retries: How often a read is tried again before its shard counts as lost.
-        pause: Seconds before the first of these; each later pause is twice as long.
+    A read is tried again `retries` times before its shard counts as lost, first after `pause` seconds and
+    then after twice as long each time.
     """
 
     def __init__(self, dataset: ShardedDataset, retries: int, pause: float) -> None:

@@ -148,15 +148,8 @@ def step_positions(
 ) -> range:
     """Positions that one data-parallel rank takes in one micro-step.
 
-    Step s covers [s * G, (s + 1) * G); micro-step m its m-th part; each rank a contiguous slice of that.
-
-    Args:
-        step: Optimizer step, from 0.
-        global_batch: Images G of one optimizer step over all ranks.
-        micro_step: Micro-step within the step, from 0.
-        micro_steps: Micro-steps of one step.
-        data_rank: This data-parallel rank.
-        data_ranks: Number of data-parallel ranks.
+    Step s of G images covers [s * G, (s + 1) * G); micro-step m its m-th part; each rank a contiguous slice
+    of that. Steps, micro-steps and ranks count from 0.
 
     Raises:
         ValueError: The global batch cannot be divided into equal slices.

@@ -53,10 +53,6 @@ def is_remote(path: str) -> bool:
 class Mirror:
     """The local side of a remote dataset.
 
-    Args:
-        url: The dataset's folder, or `pipe:COMMAND`.
-        settings: Folder and size of the cache, and shards of a window.
-
     Raises:
         UserError: dataset.json or a label file cannot be had or is damaged, or the cache is too small.
     """
@@ -150,10 +146,7 @@ def index_bytes(samples: int) -> int:
 
 
 class RemoteFolder:
-    """Reads whole files of a remote folder.
-
-    Args:
-        url: The folder, or `pipe:COMMAND` with `{}` for the name of a file.
+    """Reads whole files of a remote folder: a URL, or `pipe:COMMAND` with `{}` for the name of a file.
 
     Raises:
         UserError: The URL is of a kind that is not known, or its package is missing.

@@ -201,19 +201,12 @@ def decode_mask(rle: RLE) -> NDArray[np.bool_]:
 
 
 def mask_area(rle: RLE, x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exact area of the mask in each cell of a grid, without decoding the mask.
+    """Exact area of the mask in each cell of a grid, [g, g] in square pixels, without decoding the mask.
 
     The number of ones among the first t pixels, column by column, is a piecewise linear function
     of t with its knots at the ends of the runs. So the part of a column between two heights is a
-    difference of two interpolations, and the cells follow by weighting the columns.
-
-    Args:
-        rle: The mask.
-        x_edges: Rising borders of the cells in pixels, [g + 1], within 0..w.
-        y_edges: Rising borders of the cells in pixels, [g + 1], within 0..h.
-
-    Returns:
-        Area in square pixels, [g, g], rows first.
+    difference of two interpolations, and the cells follow by weighting the columns. The grid's rising
+    borders, [g + 1], lie within the image.
     """
     first, last = int(np.floor(x_edges[0])), int(np.ceil(x_edges[-1]))
     columns = np.arange(first, last)

@@ -58,14 +58,7 @@ class Framed(NamedTuple):
 
 @dataclass(frozen=True)
 class Transform:
-    """The training transform.
-
-    Args:
-        data: Crop, mirror and region settings.
-        model: Size of the crop and of a patch.
-        seed: The run's seed.
-        stages: Other sizes of the crop, from some position on.
-    """
+    """The training transform; `stages` are other sizes of the crop, from some position on."""
 
     data: DataConfig
     model: ModelConfig
@@ -80,12 +73,6 @@ class Transform:
         self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
     ) -> TransformedSample | None:
         """Transform one sample; the same (seed, position) gives the same bits anywhere.
-
-        Args:
-            image: The image, decoded or not; it stays as it is.
-            record: Its size and regions.
-            position: The sample's place in the stream, which seeds its random numbers.
-            key: Name of the sample.
 
         Returns:
             The sample, or None if no region is left in the crop.
@@ -162,12 +149,7 @@ class Transform:
 
 
 class EvalTransform:
-    """The whole image stretched to a fixed size, and the patches that each box sees.
-
-    Args:
-        data: Mean, deviation and the coverage that makes a patch visible.
-        model: Size of the image and of a patch.
-        size: Height and width of the result in pixels, when not the model's own.
+    """The whole image stretched to a fixed height and width, and the patches that each box sees.
 
     Raises:
         UserError: The patch does not divide the size.
@@ -268,7 +250,7 @@ def visibility(
     columns: int,
     coverage: float,
 ) -> NDArray[np.bool_]:
-    """Find the patches that each region sees: those it covers by at least a given share.
+    """Find the patches that each region sees, bool [N, P]: those it covers by at least a given share.
 
     A region that would see no patch sees the one nearest to its center, because attention over
     nothing is undefined.
@@ -280,9 +262,6 @@ def visibility(
         rows: Patches from top to bottom.
         columns: Patches from left to right.
         coverage: Least share of a patch that a region must cover.
-
-    Returns:
-        True where region n sees patch p, bool [N, P].
     """
     x_edges, y_edges = crop.edges(rows, columns)
     width, height = x_edges[1] - x_edges[0], y_edges[1] - y_edges[0]

@@ -31,13 +31,9 @@ MAX_KEY_BYTES = 95
 class ShardWriter:
     """Writes one shard; it appears under its name complete, or not at all.
 
-        with ShardWriter(folder, "shard-00000") as writer:
-            writer.add(key, jpeg, record)
-        entries.append(writer.entry)
-
-    Args:
-        folder: Folder of the dataset; made when missing.
-        name: File name without an ending.
+    with ShardWriter(folder, "shard-00000") as writer:
+        writer.add(key, jpeg, record)
+    entries.append(writer.entry)
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -61,12 +57,7 @@ class ShardWriter:
         return self._entry
 
     def add(self, key: str, jpeg: bytes, record: SampleRecord) -> None:
-        """Append one sample.
-
-        Args:
-            key: Name of the sample, unique in the dataset, without dots and slashes.
-            jpeg: The encoded image.
-            record: Its size and regions.
+        """Append one sample under a key that is unique in the dataset, without dots and slashes.
 
         Raises:
             UserError: The key is already in the shard, or cannot name a tar member.
@@ -142,11 +133,11 @@ def write_dataset(
     centers: Path | None = None,
     tokenizer: Path | None = None,
 ) -> DatasetInfo:
-    """Finish a dataset: bring its label files into the folder and write dataset.json last.
+    """Finish a dataset: copy its label files into the folder and write dataset.json last.
 
     Args:
         folder: Where the shards already lie.
-        shards: The shards in the order of the dataset.
+        shards: In the order of the dataset.
         object_classes: Number of centers, K.
         text_classes: Size of the tokenizer's vocabulary, V; 0 without text.
         centers: File with the centers, float32 [K, C]; copied to centers.npy.

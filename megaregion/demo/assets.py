@@ -103,15 +103,10 @@ class Library:
 
 
 def load_library(cutouts: Path | None = None, backgrounds: Path | None = None) -> Library:
-    """Look through the folders of cut-outs and backgrounds, and open every file that is not the pack's.
+    """Look through folders of cut-outs (one folder per class) and of backgrounds; the pack's by default.
 
-    Args:
-        cutouts: Folder with one folder per class, of pictures with alpha; the pack's by default.
-        backgrounds: Folder of pictures; the pack's by default.
-
-    Returns:
-        The usable files. Files that cannot be decoded, are too large, or are cut-outs without
-        any transparent pixel are left out, each with its reason.
+    Every file that is not the pack's is opened. Those that cannot be decoded, are too large, or are cut-outs
+    without any transparent pixel are left out, each with its reason.
 
     Raises:
         UserError: A folder is missing, or nothing in it is usable.
@@ -238,18 +233,12 @@ def _example(left_out: dict[Path, str]) -> str:
 
 
 def split_names(names: Iterable[str]) -> dict[str, Part]:
-    """Deal the names of one stratum to the three parts.
+    """Deal the names of one stratum (a class, or all words) to the three parts.
 
-    The names are put in the order of their hashes and cut at the shares, so the parts are
+    The names are put in the order of their hashes and parted at the shares, so the parts are
     stratified to the unit, do not depend on the order of the files, and stay disjoint from each
     other in every run. One name alone trains; of two, one is for test; from three on, every part
     gets at least one.
-
-    Args:
-        names: Names of one stratum (a class, or all words); repeated names count once.
-
-    Returns:
-        The part of each name.
     """
     ordered = sorted(set(names), key=_hash)
     count = len(ordered)

@@ -89,15 +89,10 @@ def write_scenes(
     workers: int = 2,
     on_progress: Callable[[int], None] = lambda scenes: None,
 ) -> None:
-    """Make all scenes and put the folder in place, replacing what is there.
+    """Make all scenes and put the folder in place of what is there, which :func:`is_done` looks at first.
 
-    Args:
-        out: Folder to make; check it with :func:`is_done` first.
-        library: Files to compose of.
-        settings: Looks and seed.
-        counts: Number of scenes of each part.
-        workers: Processes; 0 and 1 work in this one. The scenes are the same for any number.
-        on_progress: Called with the number of scenes just made.
+    The scenes are the same for any number of worker processes; 0 and 1 work in this one. `on_progress` gets
+    the number of scenes just made.
 
     Raises:
         UserError: A part has too few files, the disk takes no more, or a worker died.

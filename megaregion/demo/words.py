@@ -62,9 +62,7 @@ class Vocabulary:
 def load_vocabulary(part: Part, path: Path = WORD_FILE) -> Vocabulary:
     """The words of one part; no word, in whatever case, is in two parts.
 
-    Args:
-        part: Part of the demo.
-        path: Text file of words between white space; lines that start with # are comments.
+    The file has words between white space; its lines that start with # are comments.
 
     Raises:
         UserError: The file has too few words to give every part some.
@@ -121,12 +119,9 @@ class WordStyle:
 
 
 def draw_style(rng: np.random.Generator, heights: tuple[int, int], bright_ground: bool) -> WordStyle:
-    """A random style that keeps the letters readable.
+    """A random style that keeps the letters readable; small heights, in pixels, are likelier.
 
-    Args:
-        rng: Source of the draw.
-        heights: Smallest and largest height of the letters, in pixels; small ones are likelier.
-        bright_ground: Whether the scene is bright where the word will stand.
+    `bright_ground` says whether the scene is bright where the word will stand.
     """
     plated = bool(rng.random() < 0.45)
     light_ink = bool(rng.random() < 0.5) if plated else not bright_ground
@@ -145,13 +140,7 @@ def draw_style(rng: np.random.Generator, heights: tuple[int, int], bright_ground
 
 
 def letter(text: str, style: WordStyle, widest: int) -> Lettering:
-    """Draw a word.
-
-    Args:
-        text: The word.
-        style: Its looks.
-        widest: Room in pixels; a longer word becomes smaller.
-    """
+    """Draw a word at most `widest` pixels wide; a longer word becomes smaller."""
     font = _fitting_font(text, style, widest)
     left, top, right, bottom = font.getbbox(text)
     width, height = int(right - left), int(bottom - top)

@@ -116,13 +116,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, layout: Layout, evaluation: str) -> str:
-    """Write the card.
-
-    Args:
-        facts: What it tells.
-        layout: The folder's format.
-        evaluation: Markdown of what was measured.
-    """
+    """Write the card; `evaluation` is Markdown of what was measured."""
     model = facts.config.model
     values = {
         "name": facts.name, "run": facts.config.name, "license": facts.license,
@@ -143,14 +137,10 @@ def model_card(facts: CardFacts, layout: Layout, evaluation: str) -> str:
 
 
 def evaluation_section(checkpoint: Path, file: Path | None = None) -> str:
-    """Markdown of what was measured of a run; a sentence if nothing was.
-
-    Args:
-        checkpoint: A step folder.
-        file: The run's evaluation.json; the one in its folder if None.
+    """Markdown of what evaluation.json, the run's own or another, says of a checkpoint, if there is one.
 
     Raises:
-        UserError: The file was named and cannot be used.
+        UserError: A file was named and cannot be used.
     """
     found = file or checkpoint.parent.parent / EVALUATION
     if file is None and not found.is_file():

@@ -76,13 +76,7 @@ class Layout:
     """Which section of the card says how to load it."""
 
     def config(self, run: RunConfig, dtype: torch.dtype, regions: bool, projected: bool) -> dict[str, Any]:
-        """Content of config.json.
-
-        Args:
-            run: Settings of the run.
-            dtype: Type of the weights.
-            regions: Whether the region part comes along.
-            projected: Whether the projection does.
+        """Content of config.json, with the region part and its projection where they come along.
 
         Raises:
             UserError: The format cannot hold the model.
@@ -140,15 +134,9 @@ def _prefixed_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterato
 
 
 def llava_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Rename one parameter, and reorder the rows of a fused projection.
+    """Name and tensor in that project of one parameter of VisionTransformer.
 
-    Args:
-        name: Name of the parameter in VisionTransformer.
-        tensor: The whole parameter; one on the meta device gives the shapes.
-        config: The model's settings.
-
-    Yields:
-        Name and tensor in that project; nothing for the last norm, which it does not have.
+    The rows of a fused projection are reordered. Nothing comes for the last norm, which it does not have.
     """
     if name.startswith("post_norm."):
         return

@@ -56,12 +56,7 @@ class Difference:
 
 
 def load_transformer(pretrained: Pretrained, dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    """Build the transformer of some weights, in float32.
-
-    Args:
-        pretrained: The weights.
-        dtype: Type that the weights are rounded to on the way.
-    """
+    """Build the transformer of some weights in float32, rounded to a type on the way."""
     vit = VisionTransformer(pretrained.model)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -70,11 +65,7 @@ def load_transformer(pretrained: Pretrained, dtype: torch.dtype = torch.float32)
 
 
 def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
-    """Open a checkpoint with our code, or a HuggingFace folder with transformers.
-
-    Args:
-        path: The checkpoint or folder.
-        dtype: Type that a checkpoint's weights are rounded to.
+    """Open a checkpoint with our code, its weights rounded to `dtype`, or an HF folder with transformers.
 
     Raises:
         UserError: It is neither, or another architecture.
@@ -115,13 +106,10 @@ def _theirs(path: Path) -> Features:
 def compare(a: Encoder, b: Encoder, pictures: Sequence[Path] = ()) -> list[Difference]:
     """Compare all features at a's training size, at a larger one and at a non-square one.
 
-    Args:
-        a: One encoder.
-        b: The other; its patch must be of the same size.
-        pictures: Image files, each stretched to these sizes; noise if there is none.
+    Pictures are stretched to these sizes; noise is looked at if there is none.
 
     Raises:
-        UserError: The encoders' features have different shapes, or a picture cannot be read.
+        UserError: The encoders' patches or features have different shapes, or a picture cannot be read.
     """
     side, patch = a.model.image_size, a.model.patch_size
     if patch != b.model.patch_size:
