@@ -11,9 +11,21 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from megaregion.bounds import Choice, Kind, Misfit, Several, Switch, Text, did_you_mean, kind_of, shown
+from megaregion.bounds import (
+    COUNT,
+    Choice,
+    Kind,
+    Misfit,
+    Several,
+    Switch,
+    Text,
+    Whole,
+    did_you_mean,
+    kind_of,
+    shown,
+)
 from megaregion.checks import check_config
 from megaregion.config import RunConfig
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
@@ -94,6 +106,11 @@ def flag(kind: Any) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+def whole(low: int = 1, high: int = COUNT, multiple: int = 1) -> Callable[[str], int]:
+    """A ``type=`` of argparse for whole numbers of one command's own."""
+    return flag(Annotated[int, Whole(low, high, multiple=multiple)])
 
 
 def path(text: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import benchmark.assign
 import benchmark.kmeans
 from benchmark.kmeans import gaussian_features
 from benchmark.scenes import scene_features
+from megaregion.command_line import Parser
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.kmeans import cost, features
 from megaregion.curation.kmeans.features import Vectors, evenly
@@ -403,15 +403,17 @@ def test_the_projection_counts_disk_and_grows_with_the_regions() -> None:
 def test_the_benchmarks_run_at_any_size_and_say_what_they_need(
     part: ModuleType, cases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     part.add_arguments(parser)
     small = ["--case=mixture", "--vectors=2000", "--components=64", "--passes=2"]
     report = part.measure(parser.parse_args(small), torch.device("cpu"))
     report.write_json(tmp_path / "out.json")
     assert len(json.loads((tmp_path / "out.json").read_text())["cases"]) == cases
     assert ("modelled: coarse" in capsys.readouterr().out) == (part is benchmark.kmeans)
-    with pytest.raises(UserError, match="--components must lie in"):
-        part.measure(parser.parse_args(["--components=9"]), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--components must lie in \[16, 1e9\], got 9"):
+        parser.parse_args(["--components=9"])
+    with pytest.raises(UserError, match="--components must be at most --vectors 20, got 64"):
+        part.measure(parser.parse_args(["--components=64", "--vectors=20"]), torch.device("cpu"))
 
 
 def test_embeddings_of_scenes_are_made_once_and_another_file_is_refused(tmp_path: Path) -> None:

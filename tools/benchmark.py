@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from megaregion.command_line import run
+from megaregion.command_line import Parser, path, run, whole
 from megaregion.errors import UserError
 
 PARTS = (
@@ -39,16 +38,17 @@ def main() -> int:
 
 
 def parse(parts: dict[str, ModuleType]) -> argparse.Namespace:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="part", required=True)
     for name, part in parts.items():
         told = (part.__doc__ or "").partition("\n")[0].rstrip(".")
-        command = commands.add_parser(name, help=told, description=part.__doc__, formatter_class=form)
+        command = commands.add_parser(name, help=told, description=part.__doc__)
         part.add_arguments(command)
-        command.add_argument("--threads", type=int, help="threads of the processor; all when not given")
+        command.add_argument(
+            "--threads", type=whole(1, 1024), help="threads of the processor; all when not given"
+        )
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-        command.add_argument("--json", type=Path, metavar="FILE", help="also write the cases there")
+        command.add_argument("--json", type=path, metavar="FILE", help="also write the cases there")
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmark.memory import TreeMemory
-from megaregion.bounds import PositiveInt, Steps
+from megaregion.bounds import NonNegative, PositiveInt, Steps
 from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation, write_evaluation
@@ -120,7 +120,12 @@ def _parser() -> Parser:
         help="held-out scenes of unseen cut-outs")  # fmt: skip
     add("--first-steps", metavar="STEPS", type=flag(Steps), default=60,
         help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks")  # fmt: skip
-    add("--gate", type=float, default=0.10, help="least gain in region 5-NN over the untrained encoder")
+    add(
+        "--gate",
+        type=flag(NonNegative),
+        default=0.10,
+        help="least gain in region 5-NN over the untrained encoder",
+    )
     return parser
 
 

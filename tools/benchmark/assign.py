@@ -15,6 +15,7 @@ import torch
 from benchmark.kmeans import ASSIGNED, add_data_arguments, exact_search, run_ours, vectors_of
 from benchmark.measure import describe_host
 from benchmark.report import Case, Report
+from megaregion.command_line import whole
 from megaregion.curation.kmeans.features import Vectors, in_chunks
 from megaregion.curation.kmeans.hierarchy import Plan, in_order
 from megaregion.curation.kmeans.probing import build_probing
@@ -26,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add_data_arguments(parser)
     add = parser.add_argument
-    add("--clusters", type=int, default=20_000, help="centers for the scenes")
-    add("--probes", type=int, default=AssignSettings().assign_probes, help="cells that are looked through")
-    add("--passes", type=int, default=2, help="passes of the k-means that makes the scenes' centers")
+    add("--clusters", type=whole(16), default=20_000, help="centers for the scenes")
+    add(
+        "--probes", type=whole(), default=AssignSettings().assign_probes, help="cells that are looked through"
+    )
+    add("--passes", type=whole(0), default=2, help="passes of the k-means that makes the scenes' centers")
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
@@ -38,8 +41,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         UserError: A flag is out of range, or the file of embeddings is of another kind.
     """
     made = vectors_of(options)
-    if options.probes < 1 or options.passes < 0 or not 16 <= options.clusters <= options.crops:
-        raise UserError("--probes must be at least 1, --passes 0 or more, --clusters in 16..--crops")
+    if options.clusters > options.crops:
+        raise UserError(f"--clusters must be at most --crops {options.crops}, got {options.clusters}")
     threads = torch.get_num_threads()
     plans = {
         "scenes": Plan.of(options.clusters, 10, 0, options.passes),

@@ -24,6 +24,7 @@ from benchmark.report import Case, Report
 from megaregion.checkpoint.fence import Fence
 from megaregion.checkpoint.format import Piece, step_folder
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
+from megaregion.command_line import path, whole
 from megaregion.errors import UserError
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
@@ -39,22 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     parser.add_argument(
         "--parameters",
-        type=lambda text: int(float(text)),
+        type=whole(1024, 10**12),
         default=300_000_000,
         help="parameters of the model; the state is 12 bytes for each, and memory and disk hold it twice",
     )
-    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure")
-    parser.add_argument("--repeats", type=int, default=2, help="saves of each kind; the fastest counts")
+    parser.add_argument("--folder", type=path, default=Path(), help="folder on the disk to measure")
+    parser.add_argument("--repeats", type=whole(), default=2, help="saves of each kind; the fastest counts")
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Save a state of that size both ways.
 
     Raises:
-        UserError: A flag is out of range, or the disk has too little room.
+        UserError: The disk has too little room.
     """
-    if options.parameters < 1024 or options.repeats < 1:
-        raise UserError("--parameters must be at least 1024 and --repeats at least 1")
     needed, free = 24 * options.parameters, shutil.disk_usage(options.folder).free
     if free < needed:
         raise UserError(f"--folder {options.folder} needs {needed / 1e9:.0f} GB free, has {free / 1e9:.0f}")

@@ -24,6 +24,7 @@ from benchmark.measure import describe_host
 from benchmark.report import Case, Report
 from megaregion.checkpoint.format import Piece, step_folder
 from megaregion.checkpoint.writer import publish, write_pieces
+from megaregion.command_line import path, whole
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.models import RegionEncoder
@@ -45,18 +46,16 @@ TOOL = Path(__file__).parents[1] / "convert_checkpoint.py"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     parser.add_argument("--shape", choices=list(SHAPES), default="L/14", help="which encoder")
-    parser.add_argument("--ranks", type=int, default=8, help="ranks that wrote the checkpoint")
-    parser.add_argument("--folder", type=Path, default=Path(), help="folder on the disk to measure")
+    parser.add_argument("--ranks", type=whole(1, 4096), default=8, help="ranks that wrote the checkpoint")
+    parser.add_argument("--folder", type=path, default=Path(), help="folder on the disk to measure")
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Write a checkpoint of that shape and convert it.
 
     Raises:
-        UserError: A flag is out of range, or the disk has too little room.
+        UserError: The disk has too little room.
     """
-    if options.ranks < 1:
-        raise UserError(f"--ranks must be at least 1, got {options.ranks}")
     free = shutil.disk_usage(options.folder).free
     if free < DISK:
         raise UserError(f"--folder {options.folder} needs {DISK / 1e9:.0f} GB free, has {free / 1e9:.0f}")

@@ -21,6 +21,7 @@ from benchmark.measure import describe_host
 from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report
 from benchmark.scenes import scene_folder
+from megaregion.command_line import whole
 from megaregion.curation.runner.pipeline import LIST, Share, curate, curate_share
 from megaregion.curation.settings import settings_from
 from megaregion.curation.stages import NAMES
@@ -31,19 +32,17 @@ FLAT = 1 / 1.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
-    parser.add_argument("--images", type=int, default=40, help="images of the small input")
-    parser.add_argument("--factor", type=int, default=10, help="how many times larger the large one is")
-    parser.add_argument("--clusters", type=int, default=32, help="object classes of both")
+    parser.add_argument("--images", type=whole(8), default=40, help="images of the small input")
+    parser.add_argument("--factor", type=whole(2), default=10, help="how many times larger the large one is")
+    parser.add_argument("--clusters", type=whole(), default=32, help="object classes of both")
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
     """Run every stage in a process of its own, on both inputs.
 
     Raises:
-        UserError: A flag is out of range, or an input has too few regions for the clusters.
+        UserError: An input has too few regions for the clusters.
     """
-    if options.images < 8 or options.factor < 2:
-        raise UserError("--images must be at least 8 and --factor at least 2")
     report = Report(describe_host(device))
     sizes = (options.images, options.images * options.factor)
     with scene_folder(sizes[1], 256) as scenes, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:

@@ -15,27 +15,26 @@ import torch
 from benchmark.measure import Stopwatch, add_clock, describe_host
 from benchmark.report import Case, Report
 from benchmark.scenes import compose_scenes
+from megaregion.command_line import whole
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
 from megaregion.curation.picture import crop, resize
-from megaregion.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
-    parser.add_argument("--scenes", type=int, default=60, help="scenes to cut crops from, about 3 each")
-    parser.add_argument("--crop-side", type=int, default=128, help="pixels to which a crop is resized")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes; the fastest counts")
+    parser.add_argument("--scenes", type=whole(), default=60, help="scenes to cut crops from, about 3 each")
+    parser.add_argument(
+        "--crop-side",
+        type=whole(32, 1024, multiple=32),
+        default=128,
+        help="pixels to which a crop is resized",
+    )
+    parser.add_argument("--repeats", type=whole(), default=3, help="timed passes; the fastest counts")
     add_clock(parser)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Time every way on the same crops, on one thread each, as a worker of curation runs.
-
-    Raises:
-        UserError: A flag is out of range.
-    """
-    if options.scenes < 1 or options.repeats < 1 or options.crop_side % 32:
-        raise UserError("--scenes and --repeats must be at least 1 and --crop-side a multiple of 32")
+    """Time every way on the same crops, on one thread each, as a worker of curation runs."""
     torch.set_num_threads(1)
     crops = [
         crop(scene.pixels, tuple(item["box"]))

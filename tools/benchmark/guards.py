@@ -21,8 +21,8 @@ import torch
 from benchmark.measure import Stopwatch, describe_host
 from benchmark.report import Case, Report
 from megaregion.checkpoint.fence import Fence
+from megaregion.command_line import whole
 from megaregion.config import GuardConfig, ModelConfig
-from megaregion.errors import UserError
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
@@ -41,23 +41,19 @@ LOGGED = ("loss", "loss_object", "loss_text", "lr", "grad_norm", "images_per_sec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
-    parser.add_argument("--images", type=int, default=8, help="images of a rank's step")
-    parser.add_argument("--width", type=int, default=768, help="width of the encoder")
-    parser.add_argument("--depth", type=int, default=12, help="blocks of the encoder")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the fastest counts")
+    parser.add_argument("--images", type=whole(), default=8, help="images of a rank's step")
+    parser.add_argument(
+        "--width", type=whole(64, 65_536, multiple=64), default=768, help="width of the encoder"
+    )
+    parser.add_argument("--depth", type=whole(4, 1000), default=12, help="blocks of the encoder")
+    parser.add_argument(
+        "--image-size", type=whole(16, 16_384, multiple=16), default=224, help="side of the images, in pixels"
+    )
+    parser.add_argument("--repeats", type=whole(), default=5, help="timed steps; the fastest counts")
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Time guards and steps.
-
-    Raises:
-        UserError: A flag is out of range.
-    """
-    if options.images < 1 or options.repeats < 1 or options.depth < 4 or options.width % 64:
-        raise UserError("--images and --repeats must be at least 1, --depth 4, --width a multiple of 64")
-    if options.image_size < 16 or options.image_size % 16:
-        raise UserError(f"--image-size must be a multiple of 16, got {options.image_size}")
+    """Time guards and steps."""
     model = ModelConfig(
         image_size=options.image_size, width=options.width, depth=options.depth,
         heads=options.width // 64, mlp_width=4 * options.width,

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from benchmark.measure import Stopwatch, add_clock, alone, describe_host
 from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report, cases
+from megaregion.bounds import PositiveShare
+from megaregion.command_line import flag, whole
 from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig
 from megaregion.heads import ClassShardedHead, gather_features
 from megaregion.parallel import topology
@@ -71,14 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add = parser.add_argument
     add("--case", choices=[*STANDARD, "all"], default="all", help="standard sizes with goals")
-    add("--classes", type=int, help="classes K; given, it replaces the standard sizes")
-    add("--dim", type=int, default=256, help="embedding width")
-    add("--rows", type=int, default=1024, help="region features of a step")
-    add("--sample-rate", type=float, default=0.1, help="share of classes drawn")
-    add("--chunk-mib", type=int, default=64, help="memory for scores, in MiB")
+    add("--classes", type=whole(), help="classes K; given, it replaces the standard sizes")
+    add("--dim", type=whole(), default=256, help="embedding width")
+    add("--rows", type=whole(), default=1024, help="region features of a step")
+    add("--sample-rate", type=flag(PositiveShare), default=0.1, help="share of classes drawn")
+    add("--chunk-mib", type=whole(), default=64, help="memory for scores, in MiB")
     add("--loss", choices=["softmax", "separated"], default="softmax", help="our loss")
     add("--dense", action="store_true", help="run the dense softmax also where rows are sampled")
-    add("--repeats", type=int, default=3, help="timed steps; the fastest counts")
+    add("--repeats", type=whole(), default=3, help="timed steps; the fastest counts")
     add_clock(parser)
 
 

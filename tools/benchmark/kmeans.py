@@ -20,6 +20,8 @@ from tqdm import tqdm
 from benchmark.measure import describe_host
 from benchmark.report import Case, Report
 from benchmark.scenes import scene_features
+from megaregion.bounds import Positive
+from megaregion.command_line import flag, path, whole
 from megaregion.curation.kmeans import cost
 from megaregion.curation.kmeans.features import Vectors, in_chunks
 from megaregion.curation.kmeans.hierarchy import Plan, cluster, in_order
@@ -40,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add_data_arguments(parser)
     add = parser.add_argument
-    add("--clusters", type=int, default=1024, help="centers for the scenes")
-    add("--passes", type=int, default=10, help="our passes over all vectors after the cells, 1 or more")
-    add("--iterations", type=int, default=20, help="our passes of k-means inside the cells")
+    add("--clusters", type=whole(), default=1024, help="centers for the scenes")
+    add("--passes", type=whole(), default=10, help="our passes over all vectors after the cells")
+    add("--iterations", type=whole(), default=20, help="our passes of k-means inside the cells")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +53,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--case", choices=["scenes", "mixture", "all"], default="all", help="which vectors")
     add(
         "--features",
-        type=Path,
+        type=path,
         default=Path("data/benchmark/lite0.npy"),
         metavar="FILE",
         help="embeddings of crops of scenes; made if missing, in about 6 minutes",
     )
-    add("--crops", type=int, default=50_000, help="crops of scenes that are embedded")
-    add("--vectors", type=int, default=200_000, help="vectors of the mixture of Gaussians, 128 channels")
-    add("--components", type=int, default=20_000, help="its Gaussians, and as many centers")
-    add("--spread", type=float, default=1.0, help="length of the noise beside means of length 1")
+    add("--crops", type=whole(1024), default=50_000, help="crops of scenes that are embedded")
+    add(
+        "--vectors", type=whole(16), default=200_000, help="vectors of the mixture of Gaussians, 128 channels"
+    )
+    add("--components", type=whole(16), default=20_000, help="its Gaussians, and as many centers")
+    add("--spread", type=flag(Positive), default=1.0, help="length of the noise beside means of length 1")
 
 
 def vectors_of(options: argparse.Namespace) -> dict[str, Callable[[], Vectors]]:
@@ -68,12 +72,8 @@ def vectors_of(options: argparse.Namespace) -> dict[str, Callable[[], Vectors]]:
     Raises:
         UserError: A flag is out of range.
     """
-    if options.components < 16 or options.vectors < options.components:
-        raise UserError(f"--components must lie in 16..--vectors {options.vectors}, got {options.components}")
-    if options.crops < 1024:
-        raise UserError(f"--crops must be at least 1024, got {options.crops}")
-    if options.spread <= 0:
-        raise UserError(f"--spread must be above 0, got {options.spread:g}")
+    if options.vectors < options.components:
+        raise UserError(f"--components must be at most --vectors {options.vectors}, got {options.components}")
     made: dict[str, Callable[[], Vectors]] = {
         "scenes": lambda: scene_features(options.features, options.crops),
         "mixture": lambda: gaussian_features(options.vectors, 128, options.components, options.spread),
@@ -106,8 +106,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         UserError: A flag is out of range, or the file of embeddings is of another kind.
     """
     made = vectors_of(options)
-    if options.passes < 1 or options.iterations < 1 or not 1 <= options.clusters <= options.crops:
-        raise UserError("--passes and --iterations must be at least 1, --clusters in 1..--crops")
+    if options.clusters > options.crops:
+        raise UserError(f"--clusters must be at most --crops {options.crops}, got {options.clusters}")
     threads = torch.get_num_threads()
     clusters = {"scenes": options.clusters, "mixture": options.components}
     goals = {"scenes": (3.0, 1.03), "mixture": (8.0, 1.05)}

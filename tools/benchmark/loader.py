@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmark.measure import add_clock, describe_host
 from benchmark.report import Case, Report
+from megaregion.command_line import path, whole
 from megaregion.config import DataConfig, ModelConfig
 from megaregion.data.batch import TransformedSample
 from megaregion.data.image import Crop, decode_crop, open_image, stay_on_one_core
@@ -64,11 +65,11 @@ Share = list[tuple[bytes, Crop]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add = parser.add_argument
-    add("--images", type=int, default=4096, help="images of the dataset that is composed, 90 KB each")
-    add("--workers", type=int, default=2, help="processes that decode, of each side")
-    add("--batch", type=int, default=64, help="images of a batch")
-    add("--folder", type=Path, default=Path(), help="folder on the disk to read from; emptied afterwards")
-    add("--repeats", type=int, default=3, help="passes over the images of each side; the fastest counts")
+    add("--images", type=whole(), default=4096, help="images of the dataset that is composed, 90 KB each")
+    add("--workers", type=whole(1, 1024), default=2, help="processes that decode, of each side")
+    add("--batch", type=whole(), default=64, help="images of a batch")
+    add("--folder", type=path, default=Path(), help="folder on the disk to read from; emptied afterwards")
+    add("--repeats", type=whole(), default=3, help="passes over the images of each side; the fastest counts")
     add_clock(parser)
 
 
@@ -79,8 +80,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
         UserError: A flag is out of range.
     """
     workers, batch = options.workers, options.batch
-    if workers < 1 or options.repeats < 1 or batch < 1:
-        raise UserError("--workers, --repeats and --batch must be at least 1")
     if options.images < workers * batch:
         raise UserError(
             f"--images must be at least --workers times --batch, {workers * batch}, got {options.images}"
@@ -270,8 +269,8 @@ def _write_photos(folder: Path, samples: int) -> None:
 def _photos() -> list[Image.Image]:
     """The photos that need no more than a slight enlargement, lying on their long side."""
     found = []
-    for path in sorted((PACK / "backgrounds").iterdir()):
-        with Image.open(path) as opened:
+    for file in sorted((PACK / "backgrounds").iterdir()):
+        with Image.open(file) as opened:
             image = opened.convert("RGB")
         if max(image.size) >= 590:
             found.append(image if image.width > image.height else image.rotate(90, expand=True))

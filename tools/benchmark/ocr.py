@@ -15,10 +15,10 @@ import torch
 from benchmark.measure import Stopwatch, add_clock, describe_host
 from benchmark.report import Case, Report
 from benchmark.scenes import ComposedScene, compose_scenes
+from megaregion.command_line import whole
 from megaregion.curation.engines.ocr import RapidReader
 from megaregion.curation.quality.truth import READABLE
 from megaregion.curation.types import to_words
-from megaregion.errors import UserError
 
 MISREAD = 0.1
 """Greatest share of the readable words that may be misread."""
@@ -29,20 +29,14 @@ Read = Callable[[Any], Sequence[Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
-    parser.add_argument("--scenes", type=int, default=40, help="scenes to read")
-    parser.add_argument("--side", type=int, default=256, help="side of a scene, in pixels")
-    parser.add_argument("--ocr-side", type=int, default=384, help="as of tools/curate.py")
+    parser.add_argument("--scenes", type=whole(), default=40, help="scenes to read")
+    parser.add_argument("--side", type=whole(96, 4096), default=256, help="side of a scene, in pixels")
+    parser.add_argument("--ocr-side", type=whole(32, 8192), default=384, help="as of tools/curate.py")
     add_clock(parser)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Read the same scenes both ways.
-
-    Raises:
-        UserError: A flag is out of range.
-    """
-    if options.scenes < 1 or options.ocr_side < 32:
-        raise UserError("--scenes must be at least 1 and --ocr-side at least 32")
+    """Read the same scenes both ways."""
     scenes = compose_scenes(options.scenes, options.side)
     watch = Stopwatch(torch.device("cpu"), options.clock == "processor")
     needed = [

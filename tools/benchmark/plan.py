@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmark.measure import add_clock, describe_host
 from benchmark.report import Case, Report
+from megaregion.command_line import whole
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -68,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--case", choices=[*CASES, "all"], nargs="+", default=["1", "2"], help="ranks and what is special")
     add("--model", choices=list(MODELS), default="b16", help="ViT that is trained, at 224 pixels")
-    add("--batch", type=int, default=4, help="images of a micro-step and rank")
-    add("--steps", type=int, default=4, help="timed training steps, the first left out")
+    add("--batch", type=whole(), default=4, help="images of a micro-step and rank")
+    add("--steps", type=whole(2), default=4, help="timed training steps, the first left out")
     add_clock(parser)
 
 
@@ -79,8 +80,6 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     Raises:
         UserError: A flag is out of range, or training failed.
     """
-    if options.batch < 1 or options.steps < 2:
-        raise UserError("--batch must be at least 1 and --steps at least 2")
     if device.type != "cpu":
         raise UserError("benchmark.py plan measures processors only so far; use --device cpu")
     cores = 1 if options.clock == "processor" else options.threads or os.cpu_count() or 1

@@ -20,9 +20,9 @@ from benchmark.contestant import Build, Work, contestants, take_turns
 from benchmark.measure import Stopwatch, add_clock, alone, describe_host
 from benchmark.report import Case, Report, cases
 from megaregion.checks import check_model
+from megaregion.command_line import whole
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.data.image import Crop, fitting_grid
-from megaregion.errors import UserError
 from megaregion.heap import keep_freed_memory
 from megaregion.models import VisionTransformer, decays
 from megaregion.models.flops import encoder_flops
@@ -68,15 +68,15 @@ class StepSizes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this part's flags."""
     add = parser.add_argument
-    add("--width", type=int, default=768, help="width D of a token")
-    add("--depth", type=int, default=12, help="blocks")
-    add("--heads", type=int, default=12, help="attention heads")
-    add("--patch", type=int, default=16, help="side of a patch, in pixels")
-    add("--size", type=int, default=224, help="side of an image, in pixels")
-    add("--batch", type=int, default=8, help="images of a step")
+    add("--width", type=whole(), default=768, help="width D of a token")
+    add("--depth", type=whole(), default=12, help="blocks")
+    add("--heads", type=whole(), default=12, help="attention heads")
+    add("--patch", type=whole(), default=16, help="side of a patch, in pixels")
+    add("--size", type=whole(), default=224, help="side of an image, in pixels")
+    add("--batch", type=whole(), default=8, help="images of a step")
     add("--bf16", action="store_true", help="bf16 instead of float32")
     add("--compile", action="store_true", help="run torch.compile beside them; it compiles for minutes")
-    add("--rounds", type=int, default=5, help="timed steps of each; the fastest counts")
+    add("--rounds", type=whole(), default=5, help="timed steps of each; the fastest counts")
     add_clock(parser)
 
 
@@ -86,8 +86,6 @@ def step_sizes(options: argparse.Namespace) -> StepSizes:
     Raises:
         UserError: The sizes do not fit each other.
     """
-    if min(options.batch, options.rounds) < 1:
-        raise UserError("--batch and --rounds must be at least 1")
     model = ModelConfig(
         image_size=options.size,
         patch_size=options.patch,
