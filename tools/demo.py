@@ -120,12 +120,8 @@ def _parser() -> Parser:
         help="held-out scenes of unseen cut-outs")  # fmt: skip
     add("--first-steps", metavar="STEPS", type=flag(Steps), default=60,
         help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks")  # fmt: skip
-    add(
-        "--gate",
-        type=flag(NonNegative),
-        default=0.10,
-        help="least gain in region 5-NN over the untrained encoder",
-    )
+    add("--gate", metavar="SHARE", type=flag(NonNegative), default=0.10,
+        help="least gain in region 5-NN over the untrained encoder")  # fmt: skip
     return parser
 
 
