@@ -226,7 +226,7 @@ def _poisoned(dataset: str, output: str) -> None:
     place = topology.join(1)
     open_log(Path(output) / "poisoned" / "logs", 0)
     trainer = Trainer(config, place, StopRequest())
-    batch = next(trainer._loader.batches([range(16)]))
+    batch = next(trainer.loader.batches([range(16)]))
     before = {kind: head.weight.clone() for kind, head in trainer.heads.by_kind.items()}
     embeddings = torch.randn(16, 3, 16)
     embeddings[5, 2] = float("nan")

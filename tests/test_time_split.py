@@ -16,7 +16,7 @@ from launch import repository
 from toy import toy_dataset
 
 from megaregion.errors import UserError
-from megaregion.training.phases import PHASES, Phases, Split
+from megaregion.training.clock import PHASES, Clock, RankTimes, Times
 from megaregion.training.profiling import parse_window
 
 CPU = torch.device("cpu")
@@ -28,29 +28,54 @@ TOY = [
 ]  # fmt: skip
 
 
+def rank_times(own: float = 0.0, steps: float = 0.0, **phases: float) -> RankTimes:
+    return RankTimes({**dict.fromkeys(PHASES, 0.0), **phases}, own, 0.0, steps)
+
+
 def test_a_phase_inside_another_takes_its_time_from_it() -> None:
-    phases = Phases(CPU)
-    with phases("backward"):
+    clock = Clock(CPU)
+    with clock.span("backward"):
         time.sleep(0.02)
-        with phases("communication"):
+        with clock.span("communication"):
             time.sleep(0.2)
     time.sleep(0.1)
     began = time.perf_counter()
-    with phases("data"):
+    with clock.span("data"):
         time.sleep(0.02)
-    seconds = phases.take()
+    seconds = clock.take().phases
     assert seconds["communication"] >= 0.2
     assert seconds["backward"] >= 0.02
     assert seconds["data"] <= time.perf_counter() - began
-    assert phases.take() == dict.fromkeys(PHASES, 0.0)
+    assert clock.take().phases == dict.fromkeys(PHASES, 0.0)
 
 
 def test_the_slowest_rank_of_each_phase_is_named() -> None:
-    nothing = dict.fromkeys(PHASES, 0.0)
-    split = Split(({**nothing, "data": 1.0, "head": 3.0}, {**nothing, "data": 2.0, "head": 1.0}))
-    assert split.slowest() == {"data": 1, "head": 0}
-    assert split.mean()["data"] == 1.5
-    assert "1 on b: 2.000 s" in split.table(["a", "b"])
+    times = Times((rank_times(data=1.0, head=3.0), rank_times(data=2.0, head=1.0)))
+    assert times.slowest() == {"data": 1, "head": 0}
+    assert times.mean()["data"] == 1.5
+    assert "1 on b: 2.000 s" in times.table(["a", "b"])
+
+
+def test_a_rank_is_slow_by_its_own_time_and_by_enough_of_a_step() -> None:
+    times = Times(tuple(rank_times(own=own, steps=10.0) for own in (1.0, 1.0, 1.2, 2.0)))
+    assert times.slow_ranks(1.5) == {3: pytest.approx(2.0 / 1.1)}
+    assert times.slow_ranks(0) == {}
+    jitter = Times(tuple(rank_times(own=own, steps=10.0) for own in (0.01, 0.01, 0.4)))
+    assert jitter.slow_ranks(1.5) == {}
+
+
+def test_own_time_leaves_out_what_a_forward_pass_waits_for_others() -> None:
+    for waits_inside in (False, True):
+        clock = Clock(CPU, waits_inside)
+        clock.begin_step(1)
+        with clock.span("data"):
+            time.sleep(0.05)
+        with clock.span("forward"):
+            time.sleep(0.2)
+        clock.end_step(bad=0)
+        found = clock.take()
+        assert found.data >= 0.05
+        assert (found.own - found.data >= 0.2) is not waits_inside
 
 
 @pytest.mark.parametrize(("text", "window"), [("7", (7, 9)), ("3:", (3, 5)), ("3:20", (3, 20))])
@@ -86,7 +111,7 @@ def test_a_run_splits_its_time_and_writes_a_profile(tmp_path: Path) -> None:
     assert "slowest rank" in done.stdout
     with gzip.open(run / "profile" / "rank-00.trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {"aten::mm", "aten::_fused_adamw_"} <= names
+    assert {"aten::mm", "aten::_fused_adamw_", "forward", "optimizer"} <= names
     memory = json.loads((run / "profile" / "rank-00.memory.json").read_text())
     assert memory["peak_bytes"] > 1e6
     assert memory["operations"][0]["bytes"] > 0

@@ -85,7 +85,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     from megaregion.data.transforms import Transform
     from megaregion.models.initialisation import initialise
     from megaregion.models.vit import RegionEncoder, decays
-    from megaregion.training.schedule import learning_rate
+    from megaregion.training.trainer import learning_rate
 
     dataset = ShardedDataset(config.data.path)
     order = SampleOrder(dataset.info.shard_sizes, config.seed, config.data.window_shards)

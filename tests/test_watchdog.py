@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launch import free_port, repository
 from test_run import command
 from toy import toy_dataset
@@ -131,10 +132,20 @@ def test_a_sleeping_thread_is_not_in_a_collective() -> None:
     assert not in_collective(sys._getframe())
 
 
+def spoilt_steps(faults: Faults, steps: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Steps of two micro-steps each, and the micro-step whose output was NaN."""
+    model = torch.nn.Identity()
+    faults.spoil(model)
+    found = []
+    for step in steps:
+        faults.begin_step(step)
+        found += [(step, micro) for micro in range(2) if model(torch.ones(1)).isnan()]
+    return found
+
+
 def test_a_fault_is_silent_when_unset_and_acts_on_its_own_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGAREGION_FAULT", raising=False)
-    assert Faults.of_rank(0).factor("nan", 5) is None
+    assert spoilt_steps(Faults.of_rank(0), (4, 5)) == []
     monkeypatch.setenv("MEGAREGION_FAULT", "nan:rank=1:step=5:count=2,slow:rank=0:seconds=0")
-    assert Faults.of_rank(0).factor("nan", 5) is None
-    faults = Faults.of_rank(1)
-    assert [faults.factor("nan", step) is None for step in (4, 5, 5, 6)] == [True, False, False, True]
+    assert spoilt_steps(Faults.of_rank(0), (4, 5)) == []
+    assert spoilt_steps(Faults.of_rank(1), (4, 5, 5, 6)) == [(5, 0), (5, 0)]

@@ -46,11 +46,11 @@ def train(
     config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None, profile: str | None = None
 ) -> int:
     from megaregion.parallel import topology
+    from megaregion.training.clock import Clock
     from megaregion.training.evaluation import BackgroundEvaluation
     from megaregion.training.metrics import LOG, open_log
     from megaregion.training.preflight import check_machines
     from megaregion.training.profiling import parse_window
-    from megaregion.training.progress import Progress
     from megaregion.training.trainer import Trainer
     from megaregion.training.watchdog import Watchdog
 
@@ -69,12 +69,12 @@ def train(
     if not resume and any(checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints} holds checkpoints; use --resume auto, or another --name")
     open_log(folder / "logs", place.rank)
-    progress = Progress()
+    clock = Clock.of_run(config, place)
     store = topology.own_store("watchdog") if patience else None
-    watchdog = Watchdog(progress, place.rank, place.world_size, store, folder / "logs", patience).start()
+    watchdog = Watchdog(clock, place.rank, place.world_size, store, folder / "logs", patience).start()
     after_save = evaluation.after_save if place.rank == 0 else lambda step: None
     begin = first_weights(config, checkpoints, resume, place.rank == 0)
-    trainer = Trainer(config, place, STOP, progress, window, after_save, begin)
+    trainer = Trainer(config, place, STOP, clock, window, after_save, begin)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
         LOG.info(
@@ -83,8 +83,9 @@ def train(
             config.train.precision, trainer.dataset.info.samples, trainer.dataset.info.object_classes,
             trainer.dataset.info.text_classes,
         )  # fmt: skip
-    progress.note("load", 0)
-    if resume and not trainer.state.resume(checkpoints):
+    with clock.span("load"):
+        resumed = resume and trainer.state.resume()
+    if resume and not resumed:
         if config.init and begin is None:
             raise UserError(
                 f"{checkpoints} holds no whole checkpoint; start with --init under another --name"

@@ -14,10 +14,14 @@ by commas. Unset, nothing here does anything.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from megaregion.errors import UserError
 
@@ -46,6 +50,7 @@ class Faults:
 
     def __init__(self, faults: list[Fault]) -> None:
         self._faults = faults
+        self._step, self._first_forward = 0, False
 
     @classmethod
     def of_rank(cls, rank: int) -> Faults:
@@ -58,29 +63,44 @@ class Faults:
         start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls([fault for fault in faults if fault.rank == rank and fault.start in (None, start)])
 
-    def forward(self, step: int) -> None:
-        """Called in the middle of a step.
+    def begin_step(self, step: int) -> None:
+        """Called when a step is tried, from 1."""
+        self._step, self._first_forward = step, True
+
+    def strike(self, phase: str, step: int) -> None:
+        """Called where a phase of the run begins.
 
         Args:
-            step: The step that is being taken, from 1.
+            phase: The phase, as the clock calls it.
+            step: The step that is being taken, from 1, or was last taken.
         """
+        if phase == "save" and self._due("die-in-save", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if phase != "forward":
+            return
         if self._due("die", step):
             os.kill(os.getpid(), signal.SIGKILL)
-        while self._due("hang", step):
+        if self._due("hang", step):
             while True:
                 time.sleep(3600)
         for fault in self._faults:
             if fault.kind == "slow" and step >= fault.step:
                 time.sleep(fault.seconds)
 
-    def save(self, step: int) -> None:
-        """Called when a save begins, after so many steps."""
-        if self._due("die-in-save", step):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def spoil(self, model: nn.Module) -> None:
+        """Let what a model gives, or the gradient that it gets back, become NaN in a step's first forward."""
+        if any(fault.kind in ("nan", "nan-gradient") for fault in self._faults):
+            model.register_forward_hook(self._spoil)
 
-    def factor(self, kind: str, step: int) -> float | None:
-        """NaN if the named value ("nan", "nan-gradient") is to be spoilt in this step, else None."""
-        return float("nan") if self._due(kind, step) else None
+    def _spoil(self, model: nn.Module, inputs: Any, given: Tensor) -> Tensor | None:
+        first, self._first_forward = self._first_forward, False
+        if not first:
+            return None
+        if self._due("nan", self._step):
+            given = given * math.nan
+        if self._due("nan-gradient", self._step):
+            given.register_hook(lambda gradient: gradient * math.nan)
+        return given
 
     def _due(self, kind: str, step: int) -> bool:
         for fault in self._faults:

@@ -5,6 +5,7 @@ Shapes: B images of this rank's micro-step, N regions of an image, E embedding w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,8 @@ from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sampling import GatheringLabels, Targets
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.parallel.topology import NodeGroups, Topology
-from megaregion.training.metrics import LOG
+
+LOG = logging.getLogger("megaregion")
 
 KINDS = {"object": OBJECT, "text": TEXT}
 """Label kinds by head name."""

@@ -16,7 +16,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from megaregion.config import RunConfig
+from megaregion.data.batch import Batch
 from megaregion.schemas.metrics import METRICS
+from megaregion.training.heads import HeadsLoss
 
 LOG = logging.getLogger("megaregion")
 
@@ -142,3 +148,49 @@ class Metrics:
             f"head {number('head_share', '5.1%')}  data {number('data_share', '5.1%')}  "
             f"bad {values.get('bad', 0)}"
         )
+
+
+class StepSums:
+    """What one optimizer step gathers over its micro-steps: losses, and the samples they came from."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._weights = {"object": config.head.object.weight, "text": config.head.text.weight}
+        self._regions = config.train.global_batch * config.data.regions_per_image
+        self.sums: dict[str, Tensor] = {}
+        """Sum of the row losses by kind over all ranks, 0-d."""
+        self.counts: dict[str, Tensor] = {}
+        """Rows by kind over all ranks, 0-d."""
+        self.metrics: dict[str, Tensor] = {}
+        """The heads' further numbers in the last micro-step."""
+        self.positions: list[Tensor] = []
+        """Positions of each micro-step's samples, on the processor."""
+        self.keys: list[list[str]] = []
+        """Names of each micro-step's samples."""
+        self.bad = 0
+        """Samples that were replaced."""
+
+    def see(self, batch: Batch) -> None:
+        """Note a micro-step's samples, before they go to the device."""
+        self.positions.append(batch.positions)
+        self.keys.append(batch.keys)
+        self.bad += batch.bad
+
+    def add(self, loss: HeadsLoss) -> None:
+        """Add a micro-step's losses."""
+        self.sums = {kind: self.sums.get(kind, 0.0) + part for kind, part in loss.sums.items()}
+        self.counts = {kind: self.counts.get(kind, 0.0) + part for kind, part in loss.counts.items()}
+        self.metrics = loss.metrics
+
+    def loss(self) -> Tensor:
+        """The step's loss, per region of the global batch, 0-d; no wait for the device."""
+        scaled = [total * (self._weights[kind] / self._regions) for kind, total in self.sums.items()]
+        return torch.stack(scaled).sum()
+
+    def means(self) -> dict[str, float | None]:
+        """The loss, and the mean loss of each kind's rows, None without rows; waits for the device."""
+        sums = {kind: total.item() for kind, total in self.sums.items()}
+        counts = {kind: count.item() for kind, count in self.counts.items()}
+        return {
+            "loss": sum(self._weights[kind] * sums[kind] for kind in sums) / self._regions,
+            **{f"loss_{kind}": sums[kind] / counts[kind] if counts[kind] else None for kind in sums},
+        }

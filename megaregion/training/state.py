@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import Piece, step_folder
+from megaregion.checkpoint.format import ENCODER, Piece, step_folder, step_of
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
@@ -35,7 +33,7 @@ from megaregion.training.metrics import LOG
 
 
 class TrainingState:
-    """Steps taken, position in the data, body, moments and heads."""
+    """Steps taken, position in the data, body, moments, heads and the guard's memory."""
 
     def __init__(
         self,
@@ -46,7 +44,6 @@ class TrainingState:
         dataset: DatasetInfo,
         fence: Fence,
         events: Events,
-        guard: LossGuard,
     ) -> None:
         self.step = 0
         """Optimizer steps taken."""
@@ -54,6 +51,9 @@ class TrainingState:
         """Next sample of the endless stream, over all ranks."""
         self.blocked = 0.0
         """Seconds that the last save or wait took from training."""
+        self.guard = LossGuard(config.guard)
+        self.checkpoints = Path(config.output) / config.name / "checkpoints"
+        """Where the run saves."""
         self._config = config
         self._topology = topology
         self._engine = engine
@@ -71,11 +71,14 @@ class TrainingState:
             Path(settings.local) / config.name if settings.local else None,
         )
         self._snapshot = Snapshot(topology.device)
-        self._guard = guard
 
     def advance(self) -> None:
         """Count one optimizer step."""
         self.step += 1
+        self.position += self._config.train.global_batch
+
+    def skip(self) -> None:
+        """Count the samples of a refused step, which is no step."""
         self.position += self._config.train.global_batch
 
     def note_loss(self, loss: float | None) -> None:
@@ -83,11 +86,7 @@ class TrainingState:
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
 
-    def skip(self) -> None:
-        """Count the samples of a refused step, which is no step."""
-        self.position += self._config.train.global_batch
-
-    def save(self, checkpoints: Path) -> bool:
+    def save(self) -> bool:
         """Save the state of this step; a collective.
 
         With checkpoint.asynchronous it returns as soon as the state is copied; training may go on, and the
@@ -102,14 +101,14 @@ class TrainingState:
         """
         began = time.perf_counter()
         self._saver.wait()
-        saved = self._saver.prepare(checkpoints, self.step)
+        saved = self._saver.prepare(self.checkpoints, self.step)
         if saved:
             facts, self._losses = self._facts(), []
             if self._config.checkpoint.asynchronous:
                 pieces = self._snapshot.take(self._pieces())
             else:
                 pieces = [replace(piece, tensor=piece.tensor.detach().cpu()) for piece in self._pieces()]
-            self._saver.start(Save(checkpoints, self.step, pieces, facts))
+            self._saver.start(Save(self.checkpoints, self.step, pieces, facts))
             if not self._config.checkpoint.asynchronous:
                 saved = self._saver.wait()
         self._count_blocked(began)
@@ -137,11 +136,14 @@ class TrainingState:
         """Whether rank 0 has seen a newer start of this run, so that this one must stop; no collective."""
         return self._topology.rank == 0 and self._fence.lost()
 
-    def resume(self, checkpoints: Path) -> bool:
+    def resume(self, checkpoints: Path | None = None) -> bool:
         """Go on from the newest checkpoint that is whole; a collective.
 
         It may be called at the start and in the middle of a run; a save under way is waited for. Every rank
         checks its share of the files' checksums.
+
+        Args:
+            checkpoints: Where to look; the run's own folder if None.
 
         Returns:
             Whether there was one.
@@ -150,6 +152,7 @@ class TrainingState:
             UserError: The checkpoint does not fit the settings or the dataset.
         """
         self._saver.wait()
+        checkpoints = checkpoints or self.checkpoints
         for step in self._candidates(checkpoints):
             folder = step_folder(checkpoints, step)
             reader, damage = None, ""
@@ -160,40 +163,52 @@ class TrainingState:
                 damage = str(error)
             found = [text for text in all_gather_strings(damage, self._topology) if text]
             if reader is not None and not found:
-                self.load(reader)
+                self._load(reader)
                 self._events.write("resumed", step=self.step)
                 return True
             if self._topology.rank == 0:
                 LOG.warning("skipped %s: %s", folder, found[0])
         return False
 
-    def _candidates(self, checkpoints: Path) -> list[int]:
-        """Steps of the checkpoints that rank 0 finds finished and published by their owner, newest first."""
-        steps = torch.empty(0, dtype=torch.int64)
-        if self._topology.rank == 0:
-            names = [folder.name for folder in usable_folders(checkpoints)]
-            steps = torch.tensor([int(name.removeprefix("step-")) for name in names], dtype=torch.int64)
-        count = torch.tensor(len(steps), device=self._topology.device)
-        dist.broadcast(count, src=0)
-        shared = torch.zeros(int(count), dtype=torch.int64, device=self._topology.device)
-        if self._topology.rank == 0:
-            shared.copy_(steps)
-        if len(shared):
-            dist.broadcast(shared, src=0)
-        return [int(step) for step in shared]
-
-    def load(self, reader: CheckpointReader) -> None:
-        """Take over a checkpoint's state, whatever topology wrote it; a collective.
+    def go_back(self) -> None:
+        """Return to the last checkpoint and go on with the data behind the refused steps; a collective.
 
         Raises:
-            UserError: The checkpoint does not fit the settings or the dataset.
+            UserError: There is none, or the run has gone back too often.
         """
+        guard, step, position = self.guard, self.step, self.position
+        guard.check_rollback()
+        refused, skipped, rollbacks = guard.consecutive, guard.skipped, guard.rollbacks
+        if not self.resume():
+            raise UserError(
+                f"the loss guard refused {refused} steps in a row after step {step} and there is no "
+                f"checkpoint to go back to; see {self.checkpoints.parent}/guard.jsonl for their samples"
+            )
+        self.position = position
+        guard.went_back(skipped, rollbacks)
+        LOG.warning(
+            "went back from step %d to step %d and on from position %d (return %d)",
+            step, self.step, position, rollbacks + 1,
+        )  # fmt: skip
+
+    def _candidates(self, checkpoints: Path) -> list[int]:
+        """Steps of the checkpoints that rank 0 finds finished and published by their owner, newest first."""
+        found = usable_folders(checkpoints) if self._topology.rank == 0 else []
+        told = all_gather_strings(" ".join(str(step_of(folder)) for folder in found), self._topology)
+        return [int(step) for step in told[0].split()]
+
+    def _load(self, reader: CheckpointReader) -> None:
+        """Take over a checkpoint's state, whatever topology wrote it; a collective."""
         self._check_fits(reader)
         self._losses = []
-        self._engine.load(lambda name, place: _read_placed(reader, f"body.{name}", place), reader.step)
+
+        def read(name: str, place: Placement) -> Tensor:
+            return reader.read(f"body.{name}", place.offset, place.shape)
+
+        self._engine.load(read, reader.step)
         self._heads.load(reader)
         self.step, self.position = reader.step, int(reader.manifest["position"])
-        self._guard.load(reader.manifest.get("guard"))
+        self.guard.load(reader.manifest.get("guard"))
         if self._topology.rank == 0:
             LOG.info("resumed from %s, position %d", reader.folder, self.position)
 
@@ -217,7 +232,7 @@ class TrainingState:
             "loss": sum(self._losses) / len(self._losses) if self._losses else None,
             "config": dataclasses.asdict(self._present_config()),
             "dataset": self._labels(),
-            "guard": self._guard.state(),
+            "guard": self.guard.state(),
             "ranks": {"tensor": self._topology.tensor_size, "data": self._topology.data_size},
         }
 
@@ -250,13 +265,11 @@ class TrainingState:
                     "with another --name"
                 )
         for name, place in self._engine.placements.items():
-            full = reader.shape(f"body.weight.{name}")
+            known = f"{ENCODER}{name}" in reader.names()
+            full = reader.shape(f"{ENCODER}{name}") if known else None
             if full != place.full_shape:
+                found = list(full) if full else "no such tensor is"
                 raise UserError(
-                    f"{name} has shape {list(place.full_shape)} by the settings and {list(full)} in "
+                    f"{name} has shape {list(place.full_shape)} by the settings and {found} in "
                     f"{reader.folder}; use the model settings of that run (its config.yaml)"
                 )
-
-
-def _read_placed(reader: CheckpointReader, name: str, place: Placement) -> Tensor:
-    return reader.read(name, place.offset, place.shape)

@@ -1,6 +1,6 @@
 """The watchdog: a run that stands still is ended, and the rank and host that hold it up are named.
 
-A thread of every rank looks at the rank's own progress. Where it has stood still too long, all ranks tell
+A thread of every rank looks at the rank's own clock. Where it has stood still too long, all ranks tell
 each other through the launcher's store where they stand; the one with the least progress is the culprit,
 and of equals the one whose main thread does not wait in a collective. Every rank writes the stacks of all
 its threads into its log and ends with exit code 87 (the main thread hangs and could not do it).
@@ -28,8 +28,8 @@ from typing import Any
 
 from megaregion.errors import WATCHDOG_EXIT
 from megaregion.parallel.topology import host_name
+from megaregion.training.clock import Clock
 from megaregion.training.metrics import LOG
-from megaregion.training.progress import Progress
 
 PATIENT_PHASES = {"start": 3.0, "save": 3.0, "load": 3.0}
 """How many times longer a phase may last: start-up builds a model, saves and loads move it."""
@@ -49,7 +49,7 @@ class Standing:
     rank: int
     host: str
     turns: int
-    """Notes of progress so far; all ranks take the same ones."""
+    """Spans begun so far; all ranks begin the same ones."""
     step: int
     phase: str
     seconds: float
@@ -61,22 +61,22 @@ class Standing:
 
 
 class Watchdog:
-    """Watches one rank's progress from a thread of its own."""
+    """Watches one rank's clock from a thread of its own."""
 
     def __init__(
-        self, progress: Progress, rank: int, world_size: int, store: Any, logs: Path, seconds: float
+        self, clock: Clock, rank: int, world_size: int, store: Any, logs: Path, seconds: float
     ) -> None:
         """Prepare; nothing is watched before :meth:`start`.
 
         Args:
-            progress: What the rank notes.
+            clock: Knows what the rank does.
             rank: This rank.
             world_size: Number of ranks.
             store: A store of torch.distributed that no other thread uses.
             logs: Folder of the ranks' logs, which exists.
             seconds: Stand-still after which the run ends; 0 turns the watchdog off.
         """
-        self._progress, self._rank, self._world_size = progress, rank, world_size
+        self._clock, self._rank, self._world_size = clock, rank, world_size
         self._store, self._logs, self._seconds = store, logs, seconds
         self._host = host_name()
         self._interval = min(5.0, max(0.1, seconds / 10))
@@ -114,10 +114,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            allowed = self._seconds * PATIENT_PHASES.get(self._progress.phase, 1.0)
+            allowed = self._seconds * PATIENT_PHASES.get(self._clock.phase, 1.0)
             # A main thread that keeps the interpreter to itself would silence this one.
             faulthandler.dump_traceback_later(4 * allowed + 60, file=self._stacks, exit=True)
-            if time.monotonic() - self._progress.since > allowed or self._another_calls():
+            if time.monotonic() - self._clock.since > allowed or self._another_calls():
                 self._end_the_run()
 
     def _another_calls(self) -> bool:
@@ -169,14 +169,14 @@ class Watchdog:
     def _own_standing(self) -> Standing:
         frames = sys._current_frames()
         frame = frames.get(self._main or 0)
-        progress = self._progress
+        clock = self._clock
         return Standing(
             rank=self._rank,
             host=self._host,
-            turns=progress.turns,
-            step=progress.step,
-            phase=progress.phase,
-            seconds=time.monotonic() - progress.since,
+            turns=clock.turns,
+            step=clock.step,
+            phase=clock.phase,
+            seconds=time.monotonic() - clock.since,
             collective=in_collective(frame),
             where=_line_of(frame),
         )

@@ -26,10 +26,9 @@ from megaregion.config import GuardConfig, ModelConfig
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
+from megaregion.training.clock import PHASES, Clock, gather_times
 from megaregion.training.guard import LossGuard, agree
 from megaregion.training.metrics import LOG, Metrics
-from megaregion.training.progress import PHASES, Progress
-from megaregion.training.slow import OwnTime, RankTimes, gather_times, slow_ranks
 
 GOAL = 100.0
 """Least ratio of a step's time to that of the guards: at most 1%."""
@@ -88,22 +87,22 @@ def _guards_seconds(folder: Path, place: Topology, calls: int) -> float:
 
 def _guards_of_a_step(folder: Path, place: Topology) -> Callable[[int], None]:
     """What the training loop calls in each step beside training."""
-    progress, guard = Progress(), LossGuard(GuardConfig())
+    clock, guard = Clock(place.device), LossGuard(GuardConfig())
     metrics = Metrics(folder, place.rank == 0, total_steps=1)
-    own_time, fence = OwnTime(place.device, waits_inside=False), Fence(folder, 0, "benchmark")
+    fence = Fence(folder, 0, "benchmark")
     loss = torch.ones((), device=place.device)
     values: dict[str, float | int | None] = dict.fromkeys(LOGGED, 1.0)
     for _ in range(GuardConfig().window):
         guard.judge(agree(False, loss, loss, place.world_group))
 
     def guards(step: int) -> None:
-        for phase in PHASES[1:7]:
-            progress.note(phase, step)
-        with own_time.forward():
-            pass
+        clock.begin_step(step)
+        for phase in PHASES:
+            with clock.span(phase):
+                pass
         guard.judge(agree(False, loss, loss, place.world_group))
-        since = RankTimes().plus(own_time.take(), 0.0, 0, 1.0)
-        slow_ranks(gather_times(since, place), 1.5)
+        clock.end_step(bad=0)
+        gather_times(clock.take(), place).slow_ranks(1.5)
         fence.lost()
         metrics.write(step, values, {"slow": []})
 

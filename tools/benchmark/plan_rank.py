@@ -70,7 +70,7 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
     before = memory.now()
     open_log(Path(config.output) / config.name / "logs", place.rank)
     trainer = Trainer(config, place, StopRequest())
-    batches = trainer._loader.batches(trainer._positions())
+    batches = trainer.batches()
     seconds = []
     try:
         trainer.train_step(batches)
@@ -82,7 +82,7 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
         kinds = state_bytes(trainer.engine, trainer.heads.by_kind.values())
         kinds["activations"] = kept_bytes(
             trainer.engine.parameters.values(),
-            lambda: trainer.engine(trainer._inputs(batch.images), batch.visible),
+            lambda: trainer.encode(batch),
         )
         keep_freed_memory()
         for _ in range(config.train.steps):
@@ -92,7 +92,7 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
             trainer.train_step(batches)
             seconds.append(clock() - began)
     finally:
-        trainer._loader.close()
+        trainer.loader.close()
     return {
         "rates": probe.rates(),
         "seconds": statistics.median(seconds[1:]),

@@ -1,0 +1,316 @@
+"""One clock for a rank: a span marks a phase, and everything that is said of time is read from the spans.
+
+    with clock.span("forward"):
+        ...
+
+the watchdog     the last span that began, and how many have begun
+the log line     seconds of the step, and what the host spent with the heads and waited for data
+metrics.jsonl    seconds of each phase on every rank; on a GPU by marks in its queue, which no host waits for
+slow ranks       each rank's own time, without what it waits for the others
+a profile        the ranges in its trace
+drills           faults strike where a span begins (faults.py)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from megaregion.config import RunConfig
+from megaregion.data.batch import Batch
+from megaregion.models.flops import encoder_flops, head_flops
+from megaregion.parallel.topology import Topology
+from megaregion.products import product
+from megaregion.training.faults import Faults
+
+PHASES = ("data", "forward", "head", "backward", "communication", "optimizer", "save")
+"""Parts of a step whose times are kept; a run also starts and loads. communication is what a rank waits for
+others outside of forward, head and backward: gradients reduced behind the backward pass, and the agreement
+on the step. What overlaps with computing costs nothing."""
+
+LEAST_SHARE = 0.05
+"""Share of a step that a rank must lose to be called slow; jitter of short steps is no news."""
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """What one rank says of its steps since the last log line, in seconds."""
+
+    phases: dict[str, float]
+    """Time of each phase; one inside another is not counted in both."""
+    own: float
+    """Waiting for data, and its own forward passes."""
+    data: float
+    """The part of these that went to waiting for data."""
+    steps: float
+    """Length of the steps."""
+    bad: int = 0
+    """Samples that it replaced; ranks that share a model all say the same."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step of this rank, as the host sees it."""
+
+    seconds: float
+    """Its length."""
+    head_share: float
+    """Share of it spent with the heads."""
+    data_share: float
+    """Share of it spent waiting for data."""
+
+
+class Clock:
+    """What this rank does now, and where its steps' time goes.
+
+    All ranks of a run pass the same spans, so the number of turns says who is behind.
+    """
+
+    def __init__(
+        self, device: torch.device, waits_inside: bool = False, faults: Faults | None = None
+    ) -> None:
+        """Start the clock in the phase "start".
+
+        Args:
+            device: Where the rank computes.
+            waits_inside: Whether the forward pass has collectives inside (tensor parallelism, ZeRO 3), in
+                which ranks wait for each other: on a processor the thread's own processor time then is its
+                own time; on a GPU a slow rank shows as the group of ranks that share its model.
+            faults: What is to go wrong, for drills.
+        """
+        self.phase = "start"
+        """What the rank is doing."""
+        self.step = 0
+        """The step it is in, from 1; 0 before the first."""
+        self.turns = 0
+        """Spans begun so far."""
+        self.since = time.monotonic()
+        """When the last span began or an inner one ended, on the monotonic clock, in seconds."""
+        self.faults = faults or Faults([])
+        self._on_gpu = device.type == "cuda"
+        self._by_thread = waits_inside and not self._on_gpu
+        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._open: list[str] = []
+        self._host: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+        self._thread_seconds = self._data_seconds = self._step_seconds = 0.0
+        self._bad = 0
+
+    @classmethod
+    def of_run(cls, config: RunConfig, topology: Topology) -> Clock:
+        """The clock of a rank of a run, with the faults that the environment asks of it.
+
+        Raises:
+            UserError: The environment variable cannot be read.
+        """
+        waits_inside = config.parallel.tensor > 1 or config.parallel.zero_stage == 3
+        return cls(topology.device, waits_inside, Faults.of_rank(topology.rank))
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Mark a phase; one inside another takes its time from it."""
+        self._open.append(phase)
+        self._turn(phase)
+        self.turns += 1
+        began, thread = time.perf_counter(), time.thread_time()
+        try:
+            with record_function(phase):
+                self.faults.strike(phase, self.step)
+                yield
+        finally:
+            self._host[phase] += time.perf_counter() - began
+            if phase == "forward":
+                self._thread_seconds += time.thread_time() - thread
+            self._open.pop()
+            if self._open:
+                self._turn(self._open[-1])
+            else:
+                self._mark(None)
+
+    def begin_step(self, step: int) -> None:
+        """Start the clock of a step, from 1; one that was refused is begun again."""
+        self.step = step
+        self.faults.begin_step(step)
+        self._host.clear()
+        self._began = time.perf_counter()
+
+    def end_step(self, bad: int) -> StepTimes:
+        """Stop the clock of a step.
+
+        Args:
+            bad: Samples that this rank replaced in it.
+        """
+        seconds = time.perf_counter() - self._began
+        self._step_seconds += seconds
+        self._data_seconds += self._host["data"]
+        self._bad += bad
+        return StepTimes(seconds, self._host["head"] / seconds, self._host["data"] / seconds)
+
+    def take(self) -> RankTimes:
+        """The times since the last call; a GPU's queue has to be past the last mark."""
+        phases = dict.fromkeys(PHASES, 0.0)
+        for (name, began), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
+            if name in phases:
+                phases[name] += _between(began, ended)
+        forward = self._thread_seconds if self._by_thread else phases["forward"]
+        own, data = forward + self._data_seconds, self._data_seconds
+        times = RankTimes(phases, own, data, self._step_seconds, self._bad)
+        self._marks.clear()
+        self._thread_seconds = self._data_seconds = self._step_seconds = 0.0
+        self._bad = 0
+        return times
+
+    def _turn(self, phase: str) -> None:
+        self.phase, self.since = phase, time.monotonic()
+        self._mark(phase)
+
+    def _mark(self, phase: str | None) -> None:
+        if not self._on_gpu:
+            self._marks.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((phase, event))
+
+
+def _between(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    if isinstance(began, float):
+        assert isinstance(ended, float)
+        return ended - began
+    return float(began.elapsed_time(ended)) / 1e3  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of all ranks over the steps since the last log line."""
+
+    by_rank: tuple[RankTimes, ...]
+    """In rank order."""
+
+    def mean(self) -> dict[str, float]:
+        """Mean seconds of each phase over the ranks."""
+        return {name: sum(r.phases[name] for r in self.by_rank) / len(self.by_rank) for name in PHASES}
+
+    def slowest(self) -> dict[str, int]:
+        """The rank that spent most time in each phase; phases without time have none."""
+        ranks = range(len(self.by_rank))
+        found = {name: max(ranks, key=lambda rank: self.by_rank[rank].phases[name]) for name in PHASES}
+        return {name: rank for name, rank in found.items() if self.by_rank[rank].phases[name] > 0}
+
+    def rounded(self) -> list[dict[str, float]]:
+        """Phases by rank, to milliseconds, as metrics.jsonl keeps them."""
+        return [{name: round(s, 3) for name, s in rank.phases.items()} for rank in self.by_rank]
+
+    def slow_ranks(self, factor: float) -> dict[int, float]:
+        """Ranks slower than the median, with how many times slower they are.
+
+        Args:
+            factor: How many times the median a rank's own time may take; 0 finds nothing.
+        """
+        if factor == 0:
+            return {}
+        usual = statistics.median(rank.own for rank in self.by_rank)
+        return {
+            number: rank.own / max(usual, 1e-9)
+            for number, rank in enumerate(self.by_rank)
+            if rank.own > factor * usual and rank.own - usual > LEAST_SHARE * rank.steps
+        }
+
+    def table(self, hosts: Sequence[str]) -> str:
+        """Aligned text: mean share of each phase, and the slowest rank with its host."""
+        total = sum(self.mean().values()) or 1.0
+        slowest = self.slowest()
+        lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}   slowest rank"]
+        for name, seconds in self.mean().items():
+            line = f"{name:<14}{seconds:>9.3f}{seconds / total:>8.1%}"
+            if (rank := slowest.get(name)) is not None:
+                line += f"   {rank} on {hosts[rank]}: {self.by_rank[rank].phases[name]:.3f} s"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def gather_times(own: RankTimes, topology: Topology) -> Times:
+    """The times of all ranks; a collective."""
+    numbers = [own.phases[name] for name in PHASES] + [own.own, own.data, own.steps, own.bad]
+    told = torch.tensor(numbers, dtype=torch.float64).to(topology.device)
+    gathered = told.new_empty(topology.world_size * len(told))
+    dist.all_gather_single(gathered, told, group=topology.world_group)
+    found = []
+    for row in gathered.view(topology.world_size, len(told)).tolist():
+        phases, (own_time, data, steps, bad) = row[: len(PHASES)], row[len(PHASES) :]
+        found.append(RankTimes(dict(zip(PHASES, phases, strict=True)), own_time, data, steps, int(bad)))
+    return Times(tuple(found))
+
+
+class Utilisation:
+    """Model FLOPs utilisation: counted operations of the steps against what bare matrix products reach here.
+
+    Only what the method needs counts: forward and backward of the encoder and the scores of the heads once
+    each way; what recomputing adds is no work done. See models/flops.py for the count.
+    """
+
+    def __init__(self, config: RunConfig, classes: dict[str, int], topology: Topology) -> None:
+        """Measure the matrix rate.
+
+        Args:
+            config: The run.
+            classes: Classes of each head.
+            topology: This rank's place.
+        """
+        self._config = config
+        self._tensor_size = topology.tensor_size
+        precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self._rate = matrix_rate(topology.device, precision)
+        self._operations = 0.0
+        settings = {"object": config.head.object, "text": config.head.text}
+        self._scored = sum(count * settings[kind].sample_rate for kind, count in classes.items())
+
+    def see(self, batch: Batch) -> None:
+        """Count a micro-batch."""
+        model, regions = self._config.model, self._config.data.regions_per_image
+        patch, dim = model.patch_size, self._config.head.embedding_dim
+        if batch.grids is None:
+            side = batch.pixels.shape[-2] // patch, batch.pixels.shape[-1] // patch
+            grids = dict.fromkeys([side], len(batch.keys))
+        else:
+            grids = {grid: batch.grids.count(grid) for grid in set(batch.grids)}
+        for grid, images in grids.items():
+            self._operations += encoder_flops(model, regions, dim, grid).training * images
+        self._operations += head_flops(len(batch.keys) * regions, self._scored, dim)
+
+    def take(self, seconds: float) -> float:
+        """Utilisation over some seconds of steps since the last call.
+
+        Every data rank is taken to have done what this one did; ranks that share a model share the work.
+        """
+        share = self._operations / self._tensor_size / seconds / self._rate
+        self._operations = 0.0
+        return share
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a square matrix product on this rank, the fastest of three."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    product(a, b)
+    seconds = []
+    for _ in range(3):
+        _wait(device)
+        began = time.perf_counter()
+        product(a, b)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
