@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from curation_scenes import contents, run, scene
+from curation_scenes import contents, run, scene, silent
 from PIL import Image
 
 from megaregion.curation.inputs.annotations import read_annotations
@@ -23,6 +23,8 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import Scan, scan_tar
 from megaregion.curation.picture import BadImage, Picture, read_picture
+from megaregion.curation.runner.pipeline import curate
+from megaregion.curation.settings import settings_from
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
@@ -426,3 +428,52 @@ def test_what_megaregion_wrote_is_never_input(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"nothing but what megaregion wrote .* the original images"):
             run(folder / own, folder, **FEW)
     assert contents(folder / "shards") == shards
+
+
+# What stands in the way is one line
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "stage"),
+    [
+        ("stages", False, "list"),
+        ("stages/inputs.json", True, "list"),
+        ("run.json", True, "list"),
+        ("stages/propose", False, "propose"),
+        ("shards", False, "all"),
+        ("summary.json", True, "list"),
+    ],
+)
+def test_a_file_or_folder_in_the_way_is_named(path: str, folder: bool, stage: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").write_bytes(jpeg(1))
+    place = tmp_path / "out" / path
+    place.parent.mkdir(parents=True)
+    if folder:
+        place.mkdir()
+    else:
+        place.write_text("in the way")
+    with pytest.raises(
+        UserError, match=rf"{path}.* cannot be written .*; remove what is in the way"
+    ) as error:
+        run(tmp_path / "in", tmp_path / "out", stage, **{**FEW, "clusters": 1, "ocr": "none"})
+    assert "\n" not in str(error.value)
+
+
+def test_workers_tell_what_the_machine_refuses_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "out" / "stages").mkdir(parents=True)
+    (tmp_path / "out" / "stages" / "propose").write_text("in the way")
+    with pytest.raises(UserError, match=r"propose/.* cannot be written"):
+        curate(tmp_path / "in", tmp_path / "out", settings_from(FEW), silent, "propose", workers=1)
+
+
+def test_an_unreadable_corpus_and_images_without_a_region_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match="--corpus /proc/self/mem cannot be read"):
+        run(tmp_path / "in", tmp_path / "out", **FEW, corpus="/proc/self/mem")
+    for method in ("flat", "cells"):
+        with pytest.raises(UserError, match="no image has a region that can be embedded; loosen --min-edge"):
+            run(tmp_path / "in", tmp_path / "out", **FEW, min_edge=5000.0, ocr="none", cluster_method=method)

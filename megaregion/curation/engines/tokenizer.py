@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
+from megaregion.files import file_sha256
 
 OTHER_PIECES = 3 + 256 + 1
 """Unknown, start and end of text, one piece for each byte, and the word start."""
@@ -43,7 +44,7 @@ def read_corpus(path: str) -> set[str]:
     """The distinct words of a text file, or of the default corpus if no path is given.
 
     Raises:
-        UserError: The file is not UTF-8 or holds no text.
+        UserError: The file cannot be read, is not UTF-8 or holds no text.
     """
     if not path:
         return default_corpus()
@@ -52,11 +53,21 @@ def read_corpus(path: str) -> set[str]:
         with Path(path).open(encoding="utf-8") as file:
             for line in file:
                 words.update(line.split())
+    except OSError as error:
+        raise UserError(f"--corpus {path} cannot be read ({error.strerror}); name another file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--corpus {path} is not UTF-8 ({error.reason}); convert it first") from None
     if not words:
         raise UserError(f"--corpus {path} holds no text")
     return words
+
+
+def corpus_identity(path: str) -> str:
+    """Hash of a corpus, or the name of the default one; raises as :func:`read_corpus`."""
+    try:
+        return file_sha256(Path(path)) if path else "default"
+    except OSError as error:
+        raise UserError(f"--corpus {path} cannot be read ({error.strerror}); name another file") from None
 
 
 def train_tokenizer(texts: Iterable[str], corpus: Iterable[str], vocabulary: int) -> bytes:

@@ -164,6 +164,10 @@ def check_enough(vectors: int, clusters: int) -> None:
     Raises:
         UserError: There are fewer vectors than centers.
     """
+    if not vectors:
+        raise UserError(
+            "no image has a region that can be embedded; loosen --min-edge, --max-area or --min-objectness"
+        )
     if vectors < clusters:
         raise UserError(
             f"--clusters must be at most the {vectors} regions that were embedded, got {clusters}; "

@@ -21,7 +21,7 @@ from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
 from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
-from megaregion.curation.stages.store import Manifest, Piece, Store, enough_space
+from megaregion.curation.stages.store import Manifest, Piece, Store, writable
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 from megaregion.settings import read_settings
@@ -74,7 +74,7 @@ def curate(
     Raises:
         UserError: Something that the user can mend; what is done stays done.
     """
-    with folder_held(out), enough_space(out):
+    with folder_held(out), writable(out):
         source = find_images(images, out / "stages", out, settings.image.piece_images, workers)
         record_run(out, images, settings)
         with closing(Pipeline(Job(settings, source, Store(out)), bar, workers)) as pipeline:
@@ -103,7 +103,7 @@ def curate_share(
     """
     if stage not in NAMES:
         raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
-    with folder_held(out, shared=True), enough_space(out):
+    with folder_held(out, shared=True), writable(out):
         with closing(Pipeline(open_job(images, out, settings), bar, workers, share)) as pipeline:
             outcome = pipeline.run(stage)
         if stage == NAMES[-1] and outcome.pieces:

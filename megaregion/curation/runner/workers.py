@@ -21,7 +21,7 @@ from typing import NamedTuple
 from megaregion.curation.runner.holder import held
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.stage import Job, Stage
-from megaregion.curation.stages.store import Piece, enough_space
+from megaregion.curation.stages.store import Piece, writable
 from megaregion.errors import UserError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -182,8 +182,9 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
         try:
             _do(task, job, stages, tick)
             answer: str | Exception = DONE
-        except UserError as error:
-            answer = UserError(str(error))
+        except (UserError, OSError, MemoryError) as error:
+            # A line says enough of them.
+            answer = error
         except Exception:
             answer = RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
         pipe.send(answer)
@@ -192,7 +193,7 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
 def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
     began = time.monotonic()
     piece = task.piece
-    with enough_space(job.store.root), held(job.store.folder(piece).parent, piece.number, tick) as count:
+    with writable(job.store.root), held(job.store.folder(piece).parent, piece.number, tick) as count:
         output = job.store.begin(piece, count)
         stages[piece.stage].work(piece.number, output)
         job.store.finish(piece, task.key, output, began, task.recipes)

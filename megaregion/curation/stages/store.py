@@ -29,6 +29,8 @@ from megaregion.files import file_sha256, new_file, write_bytes
 VERSION = 1
 """Version of the manifest's layout."""
 
+_IN_THE_WAY = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
 
 class Piece(NamedTuple):
     """One independent piece of a stage's work."""
@@ -95,15 +97,21 @@ class Output:
 
 
 @contextmanager
-def enough_space(root: Path) -> Iterator[None]:
-    """Turn a full disk into a clear message.
+def writable(root: Path) -> Iterator[None]:
+    """Turn a full disk, and what stands in the way in a run's folder, into a clear message.
 
     Raises:
-        UserError: It is full.
+        UserError: Something there cannot be written.
     """
     try:
         yield
     except OSError as error:
+        path = str(error.filename2 or error.filename or "")
+        if error.errno in _IN_THE_WAY and Path(path).is_relative_to(root):
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); "
+                "remove what is in the way, or choose another --out"
+            ) from None
         # numpy tells of a short write in words alone.
         short = error.errno is None and "requested and" in str(error)
         if not short and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -9,14 +9,13 @@ from typing import Any
 from typing_extensions import override
 
 from megaregion.curation.engines import load_reader
-from megaregion.curation.engines.tokenizer import DistinctTexts, read_corpus, train_tokenizer
+from megaregion.curation.engines.tokenizer import DistinctTexts, corpus_identity, read_corpus, train_tokenizer
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
 from megaregion.curation.stages.records import ImageWords, read_words, write_words
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import Output, Piece
 from megaregion.curation.types import Reader
-from megaregion.files import file_sha256
 
 WORDS = "words.jsonl"
 
@@ -63,8 +62,7 @@ class Tokenizer(Stage):
     @override
     def settings(self) -> dict[str, Any]:
         settings = self.job.settings.tokenizer
-        corpus = file_sha256(Path(settings.corpus)) if settings.corpus else "default"
-        return plain(settings) | {"corpus": corpus}
+        return plain(settings) | {"corpus": corpus_identity(settings.corpus)}
 
     @override
     def needs(self, number: int) -> list[Piece]:
