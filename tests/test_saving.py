@@ -201,3 +201,30 @@ def test_a_changed_number_in_the_manifest_is_recognised(tmp_path: Path) -> None:
     found = newest_whole(tmp_path)
     assert found is not None
     assert found.step == 5
+
+
+def _resume_where_nothing_is_whole(dataset: str, output: str) -> None:
+    from test_training import train
+
+    from megaregion.errors import UserError
+
+    runs = Path(output)
+    config = toy_config(Path(dataset), runs, "lost", train__steps=2, checkpoint__every=1)
+    train(config)
+    folders = [step_folder(checkpoints(runs, "lost"), step) for step in (1, 2)]
+    (folders[0] / "rank-00000.safetensors").write_bytes(b"")
+    manifest = folders[1] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UserError, match=r"holds checkpoints, but none is whole \(.*has no version 1\)"):
+        train(config, resume_from=checkpoints(runs, "lost"))
+    for folder in folders:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"none is whole \(.*step-00000002 has no manifest.json\)"):
+        train(config, resume_from=checkpoints(runs, "lost"))
+    assert saved_steps(checkpoints(runs, "lost")) == ["step-00000001", "step-00000002"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_over_them(
+    dataset: Path, tmp_path: Path
+) -> None:
+    launch(_resume_where_nothing_is_whole, 1, str(dataset), str(tmp_path))

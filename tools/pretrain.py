@@ -39,59 +39,51 @@ def pretrain(flags: argparse.Namespace) -> int:
     if flags.fit_nodes is not None:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
-    return train(config, flags.resume == "auto", flags.stop_at, flags.preflight, flags.profile)
+    from megaregion.parallel import topology
+    from megaregion.training.evaluation import BackgroundEvaluation
+    from megaregion.training.preflight import check_machines
+    from megaregion.training.profiling import parse_window
+
+    window = parse_window(flags.profile) if flags.profile else None
+    evaluation = BackgroundEvaluation(config)
+    # A collective must not give up before the watchdog has named who is missing from it.
+    patience = 30 + int(config.train.watchdog_seconds / 15)
+    place = topology.join(config.parallel.tensor, timeout_minutes=patience)
+    if flags.preflight:
+        code = check_machines(config, place)
+        if code or flags.preflight == "only":
+            topology.leave()
+            return code
+    return train(config, place, flags.resume == "auto", flags.stop_at, window, evaluation)
 
 
 def train(
-    config: RunConfig, resume: bool, stop_at: int | None, preflight: str | None, profile: str | None = None
+    config: RunConfig,
+    place: Any,
+    resume: bool,
+    stop_at: int | None,
+    window: tuple[int, int] | None,
+    evaluation: Any,
 ) -> int:
     from megaregion.parallel import topology
     from megaregion.training.clock import Clock
-    from megaregion.training.evaluation import BackgroundEvaluation
-    from megaregion.training.metrics import LOG, open_log
-    from megaregion.training.preflight import check_machines
-    from megaregion.training.profiling import parse_window
+    from megaregion.training.metrics import open_log
     from megaregion.training.trainer import Trainer
     from megaregion.training.watchdog import Watchdog
 
-    window = parse_window(profile) if profile else None
-    evaluation = BackgroundEvaluation(config)
-    patience = config.train.watchdog_seconds
-    # A collective must not give up before the watchdog has named who is missing from it.
-    place = topology.join(config.parallel.tensor, timeout_minutes=30 + int(patience / 15))
-    if preflight:
-        code = check_machines(config, place)
-        if code or preflight == "only":
-            topology.leave()
-            return code
     folder = Path(config.output) / config.name
     checkpoints = folder / "checkpoints"
     if not resume and any(checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints} holds checkpoints; use --resume auto, or another --name")
     open_log(folder / "logs", place.rank)
     clock = Clock.of_run(config, place)
-    store = topology.own_store("watchdog") if patience else None
-    watchdog = Watchdog(clock, place.rank, place.world_size, store, folder / "logs", patience).start()
+    watchdog = Watchdog(clock, place, folder / "logs", config.train.watchdog_seconds).start()
     after_save = evaluation.after_save if place.rank == 0 else lambda step: None
     begin = first_weights(config, checkpoints, resume, place.rank == 0)
     trainer = Trainer(config, place, STOP, clock, window, after_save, begin)
     if place.rank == 0:
         write_run_files(folder, config, trainer.engine.settings)
-        LOG.info(
-            "%d ranks: tensor %d x data %d, ZeRO %d, %s, %d samples, %d object and %d text classes",
-            place.world_size, place.tensor_size, place.data_size, trainer.engine.stage,
-            config.train.precision, trainer.dataset.info.samples, trainer.dataset.info.object_classes,
-            trainer.dataset.info.text_classes,
-        )  # fmt: skip
-    with clock.span("load"):
-        resumed = resume and trainer.state.resume()
-    if resume and not resumed:
-        if config.init and begin is None:
-            raise UserError(
-                f"{checkpoints} holds no whole checkpoint; start with --init under another --name"
-            )
-        if place.rank == 0:
-            LOG.info("no checkpoint in %s yet: starting", checkpoints)
+    trainer.start(resume)
     if place.rank == 0:
         evaluation.begin(trainer.state.step)
     try:

@@ -7,6 +7,7 @@ good one stays, the log says so, and the next save tries again. checkpoint/saver
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import ENCODER, Piece, step_folder, step_of
+from megaregion.checkpoint.format import ENCODER, MANIFEST, Piece, step_folder, step_folders, step_of
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
@@ -149,11 +150,13 @@ class TrainingState:
             Whether there was one.
 
         Raises:
-            UserError: The checkpoint does not fit the settings or the dataset.
+            UserError: The checkpoint does not fit the settings or the dataset, or there are checkpoints and
+                none is whole: to begin anew would be to train over them.
         """
         self._saver.wait()
         checkpoints = checkpoints or self.checkpoints
-        for step in self._candidates(checkpoints):
+        usable, reason = self._candidates(checkpoints)
+        for step in usable:
             folder = step_folder(checkpoints, step)
             reader, damage = None, ""
             try:
@@ -168,6 +171,12 @@ class TrainingState:
                 return True
             if self._topology.rank == 0:
                 LOG.warning("skipped %s: %s", folder, found[0])
+            reason = reason or found[0]
+        if reason:
+            raise UserError(
+                f"{checkpoints} holds checkpoints, but none is whole ({reason}); copy one there again, move "
+                "them away to begin anew, or use another --name"
+            )
         return False
 
     def go_back(self) -> None:
@@ -191,11 +200,17 @@ class TrainingState:
             step, self.step, position, rollbacks + 1,
         )  # fmt: skip
 
-    def _candidates(self, checkpoints: Path) -> list[int]:
-        """Steps of the checkpoints that rank 0 finds finished and published by their owner, newest first."""
-        found = usable_folders(checkpoints) if self._topology.rank == 0 else []
-        told = all_gather_strings(" ".join(str(step_of(folder)) for folder in found), self._topology)
-        return [int(step) for step in told[0].split()]
+    def _candidates(self, checkpoints: Path) -> tuple[list[int], str]:
+        """Steps of the usable checkpoints that rank 0 finds, newest first, and what a cut one lacks."""
+        found: tuple[list[int], str] = [], ""
+        if self._topology.rank == 0:
+            cut = [folder for folder in step_folders(checkpoints) if not (folder / MANIFEST).exists()]
+            found = (
+                [step_of(folder) for folder in usable_folders(checkpoints)],
+                f"{cut[0]} has no {MANIFEST}" if cut else "",
+            )
+        steps, reason = json.loads(all_gather_strings(json.dumps(found), self._topology)[0])
+        return steps, reason
 
     def _load(self, reader: CheckpointReader) -> None:
         """Take over a checkpoint's state, whatever topology wrote it; a collective."""

@@ -138,6 +138,23 @@ class Trainer:
         info = self.dataset.info
         return TrainingState(self.config, self.topology, self.engine, self.heads, info, fence, self.events)
 
+    def start(self, resume: bool) -> None:
+        """Say what runs here, and go on from the run's newest whole checkpoint if it is wanted; a collective.
+
+        Raises:
+            UserError: The run's checkpoints do not fit, or none of them is whole.
+        """
+        place, info = self.topology, self.dataset.info
+        if place.rank == 0:
+            LOG.info(
+                "%d ranks: tensor %d x data %d, ZeRO %d, %s, %d samples, %d object and %d text classes",
+                place.world_size, place.tensor_size, place.data_size, self.engine.stage,
+                self.config.train.precision, info.samples, info.object_classes, info.text_classes,
+            )  # fmt: skip
+        with self.clock.span("load"):
+            if resume and not self.state.resume() and place.rank == 0:
+                LOG.info("no checkpoint in %s yet: starting", self.state.checkpoints)
+
     def run(self, stop_at: int | None = None) -> int:
         """Train to the last step, or until a stop is asked for.
 

@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from megaregion.errors import WATCHDOG_EXIT
-from megaregion.parallel.topology import host_name
+from megaregion.parallel.topology import Topology, host_name, own_store
 from megaregion.training.clock import Clock
 from megaregion.training.metrics import LOG
 
@@ -63,21 +62,17 @@ class Standing:
 class Watchdog:
     """Watches one rank's clock from a thread of its own."""
 
-    def __init__(
-        self, clock: Clock, rank: int, world_size: int, store: Any, logs: Path, seconds: float
-    ) -> None:
+    def __init__(self, clock: Clock, topology: Topology, logs: Path, seconds: float) -> None:
         """Prepare; nothing is watched before :meth:`start`.
 
         Args:
             clock: Knows what the rank does.
-            rank: This rank.
-            world_size: Number of ranks.
-            store: A store of torch.distributed that no other thread uses.
+            topology: This rank's place.
             logs: Folder of the ranks' logs, which exists.
             seconds: Stand-still after which the run ends; 0 turns the watchdog off.
         """
-        self._clock, self._rank, self._world_size = clock, rank, world_size
-        self._store, self._logs, self._seconds = store, logs, seconds
+        self._clock, self._rank, self._world_size = clock, topology.rank, topology.world_size
+        self._logs, self._seconds = logs, seconds
         self._host = host_name()
         self._interval = min(5.0, max(0.1, seconds / 10))
         self._main = threading.main_thread().ident
@@ -90,6 +85,7 @@ class Watchdog:
         if self._seconds:
             # Opened now: when storage hangs, opening a file would hang too.
             self._stacks = log_file(self._logs, self._rank).open("a")
+            self._store = own_store("watchdog")
             self._store.set(f"host-{self._rank}", self._host)
             self._thread.start()
         return self
