@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megaregion.checkpoint.huggingface import mlcd_tensors
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
-from megaregion.models.recompute import choose_levels, kept_bytes
+from megaregion.models.recompute import choose_recompute, kept_bytes
 from megaregion.models.rotary import Rotation, rotation, split_and_turn
 from megaregion.models.vit import Attention, Block
 
@@ -128,20 +133,20 @@ def test_a_region_block_passes_on_nothing_from_outside_the_region(config: ModelC
     torch.manual_seed(0)
     block = Block(SMALL)
     angles = rotation(noise(8), 4, 4, theta=10_000.0, images=1)
-    image = noise(1, 17, 64).requires_grad_()
+    image = noise(17, 64).requires_grad_()
     inside = torch.zeros(17, dtype=torch.bool)
     inside[[6, 7, 10, 11]] = True
     mask = torch.zeros(1, 1, 1, 17).masked_fill(~inside, -torch.inf)
-    own = noise(1, 1, 64, seed=5)
+    own = noise(1, 64, seed=5)
     _, region = block(image, own, angles, mask)
     region.square().sum().backward()
-    assert image.grad[0, ~inside].abs().max() == 0
-    assert image.grad[0, inside].abs().amin(-1).max() > 0
+    assert image.grad[~inside].abs().max() == 0
+    assert image.grad[inside].abs().amin(-1).max() > 0
 
     perturbed = image.detach().clone()
-    perturbed[:, ~inside] += 10 * noise(1, 13, 64, seed=6)
+    perturbed[~inside] += 10 * noise(13, 64, seed=6)
     assert torch.equal(block(perturbed, own, angles, mask)[1], region)
-    perturbed[:, 6] += 1
+    perturbed[6] += 1
     assert not torch.equal(block(perturbed, own, angles, mask)[1], region)
 
 
@@ -229,7 +234,7 @@ def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConf
     calls = []
     model.vit.blocks[3].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     results = []
-    for model.vit.levels in (
+    for model.vit.recompute in (
         ("keep",) * 4,
         ("cheap",) * 4,
         ("full",) * 4,
@@ -266,6 +271,60 @@ def test_images_packed_into_one_sequence_are_the_same_as_alone(config: ModelConf
         assert worst < 2e-5, f"{name}: {worst:.1e}"
 
 
+class _Device(TorchDispatchMode):
+    """Notes what the meta device is asked for, and what comes to it from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[str] = set()
+        self.sent: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        taken, given = ({t.device.type for t in tree_leaves(x) if isinstance(t, Tensor)} for x in (args, out))
+        self.asked.add(str(func))
+        if "cpu" in taken and "meta" in given:
+            self.sent.append(str(func))
+        return out
+
+
+GRIDS = [None, ((2, 5), (4, 4), (6, 1))]
+
+
+def on_a_device(grids: tuple[tuple[int, int], ...] | None) -> Callable[[], Tensor]:
+    """A pass as tensors of a GPU go through it: the meta device has none of a processor's shortcuts."""
+    model = RegionEncoder(SMALL, 32).to("meta")
+    shapes = ((2, 3, 64, 64), (2, 5, 16)) if grids is None else ((32, 3, 16, 16), (5, 32))
+    images, visible = (torch.ones(shape, device="meta") for shape in shapes)
+    return partial(model, images, visible.bool(), grids)
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=["stacked", "packed"])
+def test_a_pass_never_waits_for_the_host_to_send_indices(grids: tuple[tuple[int, int], ...] | None) -> None:
+    embed = on_a_device(grids)
+    with _Device() as device:
+        embed().sum().backward()
+    # Where several images share a sequence, their boundaries are sent once, without waiting.
+    assert device.sent == ([] if grids is None else ["aten._to_copy.default"])
+    # A list of indices becomes a tensor of the host, which is copied and waited for.
+    assert "aten.index.Tensor" not in device.asked
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=["stacked", "packed"])
+def test_residual_sums_into_what_a_linear_wrote_copy_no_gradient(
+    grids: tuple[tuple[int, int], ...] | None,
+) -> None:
+    waiting, seen = [on_a_device(grids)().grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert "AddmmBackward0" in names
+    assert "torch::autograd::CopySlices" not in names
+
+
 def _cut_into_patches(image: Tensor, side: int) -> Tensor:
     rows, columns = image.shape[1] // side, image.shape[2] // side
     cut = image.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
@@ -283,7 +342,7 @@ def test_levels_keep_as_much_as_the_budget_lets_them() -> None:
     assert full < cheap < keep
 
     def levels(budget: float) -> tuple[str, ...]:
-        return choose_levels(SMALL, tokens, item, budget)
+        return choose_recompute(SMALL, tokens, item, budget)
 
     assert levels(0) == levels(4 * keep) == ("keep",) * 4
     assert levels(4 * keep - 1) == ("cheap", "keep", "keep", "keep")
@@ -333,11 +392,11 @@ def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -
     torch.manual_seed(0)
     whole = Attention(SMALL)
     angles = rotation(noise(8), 4, 4, theta=10_000.0, images=2)
-    image, regions = noise(2, 17, 64), noise(2, 3, 64, seed=5)
+    image, regions = noise(2 * 17, 64), noise(2 * 3, 64, seed=5)
 
     def read(attention: Attention) -> tuple[Tensor, Tensor]:
         query, key, value = attention.project(image, angles)
-        region = attention.project_regions(regions, angles, (2, 3))
+        region = attention.project_regions(regions, angles, 3)
         return attention.mix(query, key, value), attention.mix(region, key, value)
 
     parts = []

@@ -111,11 +111,11 @@ def test_attention_is_what_the_block_computes_and_stays_inside_the_region(weight
     caught = {}
     mix = block.attention.mix
 
-    def watch(query, key, value, mask=None, lengths=None):  # type: ignore[no-untyped-def]
+    def watch(query, key, value, mask=None, packing=None):  # type: ignore[no-untyped-def]
         if mask is not None:
             scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5 + mask
             caught["weights"] = scores.softmax(-1).mean(1)[0, :, 1:]
-        return mix(query, key, value, mask, lengths)
+        return mix(query, key, value, mask, packing)
 
     block.attention.mix = watch
     with torch.inference_mode():

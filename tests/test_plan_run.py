@@ -75,9 +75,9 @@ def test_the_activations_are_those_that_autograd_keeps(weights: str, kept_mib: f
     encoder = RegionEncoder(config.model, 128)
     layout = lay_out(config, 128, LABELS, "gpu")
     assert layout.micro_batch == 2
-    encoder.vit.levels = layout.levels
+    encoder.vit.recompute = layout.recompute
     kinds = {0: {"keep"}, 0.01: {"full"}, 4: {"full", "cheap"}, 8: {"cheap"}, 11: {"cheap", "keep"}}
-    assert set(layout.levels) == kinds[kept_mib], layout.levels
+    assert set(layout.recompute) == kinds[kept_mib], layout.recompute
     encoder = encoder.bfloat16() if precision == "bf16" else encoder
     own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     kept: dict[int, torch.Tensor] = {}

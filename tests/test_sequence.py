@@ -50,11 +50,11 @@ class Cut(Residual):
         self.second.weight.data = self.second.weight.data[:, own]
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.stream.cut(x)
+        part = self.stream.scatter(x)
         rows = gathered_linear(self.norm(part), self.first.weight, self.first.bias, self.group)
         hidden = F.gelu(rows)[: x.shape[0] * x.shape[1]].view(*x.shape[:2], -1)
         part = part + scattered_linear(hidden, self.second.weight, self.second.bias, self.group)
-        return self.stream.join(part, *x.shape[:2])
+        return self.stream.gather(part, *x.shape[:2])
 
 
 def _three_ranks(folder: str) -> None:

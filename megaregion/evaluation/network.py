@@ -141,7 +141,8 @@ def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
         hook.remove()
     side = model.vit.config.patch_size
     rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
-    return model.vit.pool(entering[0][:, 1:]).unflatten(1, (rows, columns))
+    tokens = entering[0].unflatten(0, (len(pixels), -1))
+    return model.vit.pool(tokens[:, 1:]).unflatten(1, (rows, columns))
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def region_attention(model: RegionEncoder, pixels: Tensor, visible: Tensor) -> A
     image, regions, angles, mask, _ = seen["inputs"]
     # A copy of the block for regions reads what the block has written, shared weights what enters it.
     block, image = (last, image) if last.region is None else (last.region, seen["image"])
-    query = block.attention.project_regions(block.norm1(regions), angles, visible.shape[:2])
+    query = block.attention.project_regions(block.norm1(regions), angles, visible.shape[1])
     _, key, _ = block.attention.project(block.norm1(image), angles)
     scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
     patch = model.vit.config.patch_size

@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping, block by block, within a memory budget.
+"""Activation checkpointing: what the backward pass computes again instead of keeping, block by block.
 
     keep    everything that autograd wants: 8 D + 2 M numbers a token and block
     cheap   outputs of norms and of the MLP's non-linearity are made again from their inputs, at about 1% of
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from megaregion.config import ModelConfig, RunConfig
 
-Level = Literal["keep", "cheap", "full"]
-LEVELS: tuple[Level, ...] = ("keep", "cheap", "full")
+Recompute = Literal["keep", "cheap", "full"]
+RECOMPUTE: tuple[Recompute, ...] = ("keep", "cheap", "full")
 GIB = 2**30
 
 
-def remade(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
+def recomputed(
+    made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[object]:
     """While it is open, autograd keeps ``source`` in the place of ``made``.
 
     Args:
@@ -56,7 +58,7 @@ _WATCHERS: list[Callable[[Tensor], None]] = []
 
 @contextmanager
 def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show every tensor that autograd keeps; hooks alone would see none inside of :func:`remade`."""
+    """Show every tensor that autograd keeps; hooks alone would see none inside of :func:`recomputed`."""
 
     def pack(saved: Tensor) -> Tensor:
         see(saved)
@@ -71,14 +73,14 @@ def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def kept_bytes(
-    model: ModelConfig, tokens: int, level: Level, item: int, tensor: int = 1, spread: int = 1
+    model: ModelConfig, tokens: int, recompute: Recompute, item: int, tensor: int = 1, spread: int = 1
 ) -> int:
     """Activations that one block keeps for its backward pass, in bytes.
 
     Args:
         model: Sizes of the transformer.
         tokens: Tokens of the micro-batch that pass through the block.
-        level: What is kept.
+        recompute: What is kept and what not.
         item: Bytes of a number.
         tensor: Ranks that share the heads and the MLP.
         spread: Ranks that share the tokens between the linears.
@@ -88,14 +90,14 @@ def kept_bytes(
         "keep": 4 * width / spread + (4 * width + 2 * mlp) / tensor,
         "cheap": 2 * width / spread + (4 * width + mlp) / tensor,
         "full": width / spread,
-    }[level]
+    }[recompute]
     return round(tokens * numbers * item)
 
 
-def choose_levels(
+def choose_recompute(
     model: ModelConfig, tokens: int, item: int, budget: float, tensor: int = 1, spread: int = 1
-) -> tuple[Level, ...]:
-    """The level of each block that fits a budget at the least time; all full where none fits.
+) -> tuple[Recompute, ...]:
+    """What each block computes again to fit a budget at the least time; all full where nothing fits.
 
     Args:
         model: Sizes of the transformer.
@@ -107,7 +109,9 @@ def choose_levels(
     """
     if budget <= 0:
         return everywhere("keep", model.depth)
-    keep, cheap, full = (kept_bytes(model, tokens, level, item, tensor, spread) for level in LEVELS)
+    keep, cheap, full = (
+        kept_bytes(model, tokens, recompute, item, tensor, spread) for recompute in RECOMPUTE
+    )
     # The last blocks' activations live the shortest: they are the ones that keep the most.
     if (spare := budget - model.depth * cheap) >= 0:
         kept = min(model.depth, int(spare // max(1, keep - cheap)))
@@ -118,13 +122,13 @@ def choose_levels(
     return everywhere("full", model.depth - kept) + everywhere("cheap", kept)
 
 
-def everywhere(level: Level, blocks: int) -> tuple[Level, ...]:
-    """One level for so many blocks."""
-    return tuple(level for _ in range(blocks))
+def everywhere(recompute: Recompute, blocks: int) -> tuple[Recompute, ...]:
+    """The same for so many blocks."""
+    return (recompute,) * blocks
 
 
-def recompute_levels(config: RunConfig, micro_batch: int, image_size: int) -> tuple[Level, ...]:
-    """The level of each block by train.recompute and train.activation_gib.
+def recompute_of_run(config: RunConfig, micro_batch: int, image_size: int) -> tuple[Recompute, ...]:
+    """What each block computes again, by train.recompute and train.activation_gib.
 
     Args:
         config: The run.
@@ -133,7 +137,7 @@ def recompute_levels(config: RunConfig, micro_batch: int, image_size: int) -> tu
     """
     if config.train.recompute:
         return everywhere("full", config.model.depth)
-    return choose_levels(
+    return choose_recompute(
         config.model,
         micro_batch * (1 + (image_size // config.model.patch_size) ** 2),
         2 if config.train.precision == "bf16" else 4,

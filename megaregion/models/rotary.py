@@ -18,8 +18,22 @@ import torch
 from torch import Tensor
 
 
+class Packing(NamedTuple):
+    """How the images of a batch share one sequence: each image's tokens behind those of the image before."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each image."""
+    boundaries: Tensor
+    """Where each image starts and the last one ends, int32 [images + 1], on the device."""
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each image's class token stands, int32 [images]."""
+        return self.boundaries[:-1]
+
+
 class Rotation(NamedTuple):
-    """The angles of one image size; what every block of a forward pass shares."""
+    """The angles of a batch's tokens; what every block of a forward pass shares."""
 
     class_angle: Tensor
     """Learned angle of the class token and so of every region token, [d/2] float32; carries the gradient."""
@@ -27,10 +41,15 @@ class Rotation(NamedTuple):
     """Cosine of every image token's angles, [T, d/2] float32; constant to autograd."""
     sin: Tensor
     """Sine of the same angles, [T, d/2] float32; constant to autograd."""
-    images: int
+    sequences: int
     """B: sequences of T tokens."""
-    lengths: tuple[int, ...] | None = None
-    """Tokens of each image, where the images of a batch share one sequence of T tokens; B is then 1."""
+    packing: Packing | None = None
+    """How the images share one sequence of T tokens, if they do; B is then 1."""
+
+    @property
+    def images(self) -> int:
+        """Images of the batch."""
+        return self.sequences if self.packing is None else len(self.packing.lengths)
 
 
 def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
@@ -43,7 +62,10 @@ def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta
     """
     parts = [rotation(class_angle, rows, columns, theta, 1) for rows, columns in grids]
     cos, sin = torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts])
-    return Rotation(class_angle.float(), cos, sin, 1, tuple(1 + rows * columns for rows, columns in grids))
+    lengths = tuple(1 + rows * columns for rows, columns in grids)
+    # Once a pass, and without waiting for a GPU: a list of indices in each block would wait for it each time.
+    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(cos.device, non_blocking=True)
+    return Rotation(class_angle.float(), cos, sin, 1, Packing(lengths, boundaries))
 
 
 def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
@@ -105,8 +127,8 @@ def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tenso
     Returns:
         Queries, keys and values, [B, H, T, d] each.
     """
-    firsts = (0,) if angles.lengths is None else (0, *accumulate(angles.lengths[:-1]))
-    query, key, value = _SplitAndTurn.apply(qkv, angles.class_angle, angles.cos, angles.sin, firsts)
+    starts = None if angles.packing is None else angles.packing.starts
+    query, key, value = _SplitAndTurn.apply(qkv, angles.class_angle, angles.cos, angles.sin, starts)
     return query, key, value
 
 
@@ -119,19 +141,18 @@ class _SplitAndTurn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, firsts: tuple[int, ...]
+        ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, ...]:
         fused = qkv.permute(3, 0, 2, 1, 4)
         split = torch.empty_like(fused, memory_format=torch.contiguous_format)
         _turn_into(split[:2], fused[:2], cos, sin)
         split[2].copy_(fused[2])
-        ctx.firsts = list(firsts)
-        ctx.save_for_backward(split[:2, :, :, ctx.firsts], cos, sin)
+        ctx.save_for_backward(_class_tokens(split[:2], starts), cos, sin, starts)
         return split.unbind(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        class_token, cos, sin = ctx.saved_tensors
+        class_token, cos, sin, starts = ctx.saved_tensors
         images, heads, tokens, width = grads[0].shape
         grad = grads[0].new_empty(images, tokens, heads, 3, width)
         split = grad.permute(3, 0, 2, 1, 4)
@@ -140,11 +161,15 @@ class _SplitAndTurn(torch.autograd.Function):
         split[2].copy_(grads[2])
         # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
         first, second = class_token.to(cos.dtype).chunk(2, dim=-1)
-        grad_first, grad_second = (
-            torch.stack([g[:, :, ctx.firsts] for g in grads[:2]]).to(cos.dtype).chunk(2, dim=-1)
-        )
+        grad_class = torch.stack([_class_tokens(own, starts) for own in grads[:2]])
+        grad_first, grad_second = grad_class.to(cos.dtype).chunk(2, dim=-1)
         grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2, 3))
         return grad, grad_angle, None, None, None
+
+
+def _class_tokens(x: Tensor, starts: Tensor | None) -> Tensor:
+    """The class tokens of [..., T, d]: the first token, or those at the starts of several images."""
+    return x[..., :1, :] if starts is None else x.index_select(-2, starts)
 
 
 def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:

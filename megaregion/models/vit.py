@@ -5,20 +5,20 @@ its region: it starts as a copy of the class token's state, goes through the las
 with the class token's angle, and reads the keys and values of its own patches. Image tokens never see
 region tokens, so patch features are the same, bit for bit, with and without regions.
 
-The modules know no rank. Where sequence parallelism puts another ``Stream`` in, [B, T, D] between the linears
-of the blocks stands for this rank's part of the tokens, [rows, D]; where the linears are cut, H counts the
-heads of this rank.
+The modules know no rank. Inside the blocks tokens are rows of a matrix: all B T image tokens or all B N
+region tokens, or this rank's part of them where sequence parallelism puts another ``Stream`` in. Where tensor
+parallelism cuts the linears, H counts the heads of this rank.
 
 Shapes: B images of H x W pixels, P patches (row by row), T = 1 + P image tokens (class token first),
-N regions an image, D width, H heads, d head width, E embedding width, S tokens of all images in one sequence.
+N regions an image, R rows of tokens, D width, H heads, d head width, E embedding width. Where the images of a
+batch share one sequence, queries, keys and values have a B of 1, and S counts the tokens of all images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,33 +29,26 @@ from torch.utils.checkpoint import checkpoint
 from megaregion.config import Activation, ModelConfig
 from megaregion.errors import UserError
 from megaregion.models.linear import Linear
-from megaregion.models.recompute import Level, everywhere, remade
-from megaregion.models.rotary import Rotation, packed_rotation, rotation, split_and_turn, turn
+from megaregion.models.recompute import Recompute, everywhere, recomputed
+from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn, turn
 
 CHANNELS = 3
 
 
 class Stream:
-    """Tokens whole, as one process has them.
+    """The rows between the linears of the blocks; all of them, as one process has them.
 
-    Sequence parallelism puts another in its place, under which what lies between the linears (norms, sums)
-    sees only this rank's part of the tokens, [rows, D], and the linears take and give such parts. A part may
-    end in rows that pad it.
+    Sequence parallelism puts another in its place, under which norms and residual sums see only this rank's
+    rows, and the linears take and give such parts. A part may end in rows that pad it.
     """
 
-    def cut(self, tokens: Tensor) -> Tensor:
-        """This rank's part of tokens that every rank has whole, [B, T, D]."""
-        return tokens
+    def scatter(self, tokens: Tensor) -> Tensor:
+        """This rank's rows [R, D] of tokens that every rank has whole, [B, T, D]."""
+        return tokens.flatten(0, 1)
 
-    def join(self, part: Tensor, images: int, tokens: int) -> Tensor:
-        """All ranks' parts as [B, T, D], for computations that every rank repeats.
-
-        Args:
-            part: This rank's part.
-            images: B.
-            tokens: T.
-        """
-        return part
+    def gather(self, rows: Tensor, images: int, tokens: int) -> Tensor:
+        """All ranks' rows [R, D] as tokens [B, T, D], for computations that every rank repeats."""
+        return rows.view(images, tokens, -1)
 
 
 class PatchEmbedding(nn.Module):
@@ -93,34 +86,33 @@ class Attention(nn.Module):
         """Project the image's tokens.
 
         Args:
-            image: Normalised image tokens, [B, T, D].
-            angles: Angles of the T tokens.
+            image: Normalised image tokens, [R, D].
+            angles: Angles of the T tokens of each image.
 
         Returns:
             Queries, keys and values, [B, H, T, d] each; queries and keys turned.
         """
-        return split_and_turn(self._by_heads(self.qkv(image), angles.images, len(angles.cos)), angles)
+        return split_and_turn(self._by_heads(self.qkv(image), angles.sequences, len(angles.cos)), angles)
 
-    def project_regions(self, regions: Tensor, angles: Rotation, shape: tuple[int, int]) -> Tensor:
+    def project_regions(self, regions: Tensor, angles: Rotation, count: int) -> Tensor:
         """Project region tokens to queries, turned by the class token's angle.
 
         Args:
-            regions: Normalised region tokens, [B, N, D].
+            regions: Normalised region tokens, [R, D].
             angles: Angles of the image.
-            shape: B and N.
+            count: N.
 
         Returns:
             Queries, [B, H, N, d].
         """
-        query = self._by_heads(self.qkv(regions), *shape)[:, :, :, 0].transpose(1, 2)
+        query = self._by_heads(self.qkv(regions), angles.images, count)[:, :, :, 0].transpose(1, 2)
         return turn(query, angles.class_angle.cos(), angles.class_angle.sin())
 
     def _by_heads(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
-        """The fused projection of all tokens, without rows that pad a cut, as [B, tokens, H, 3, d]."""
-        rows = qkv.flatten(0, -2)
-        if len(rows) > images * tokens:
-            rows = rows[: images * tokens]
-        return rows.view(images, tokens, -1, 3, self.head_dim)
+        """The fused projection of all tokens, without rows that pad a part, as [B, tokens, H, 3, d]."""
+        if len(qkv) > images * tokens:
+            qkv = qkv[: images * tokens]
+        return qkv.view(images, tokens, -1, 3, self.head_dim)
 
     def mix(
         self,
@@ -128,7 +120,7 @@ class Attention(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Let queries read the image.
 
@@ -137,22 +129,21 @@ class Attention(nn.Module):
             key: Keys of the image's tokens, [B, H, T, d].
             value: Values of the image's tokens, [B, H, T, d].
             mask: Added to the scores, [B, 1, Q, T]; 0 where a query sees a token, -inf where not.
-            lengths: Tokens of each image where images share one sequence; keys are then [1, H, S, d] and
-                masks [1, 1, Q, S], S the tokens of all; queries are too, or [images, H, Q, d] with a mask.
+            packing: How images share one sequence, if they do; shapes are then those of ``packed_attention``.
 
         Returns:
-            What the queries read, projected, [B, Q, D].
+            What the queries read, projected, [B Q, D].
         """
-        if lengths is None:
+        if packing is None:
             read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
-            read = packed_attention(query, key, value, mask, lengths)
-        out: Tensor = self.out(read.transpose(1, 2).flatten(2))
+            read = packed_attention(query, key, value, mask, packing)
+        out: Tensor = self.out(read.transpose(1, 2).flatten(2).flatten(0, 1))
         return out
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: tuple[int, ...]
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packing: Packing
 ) -> Tensor:
     """Let every image's queries read that image's tokens.
 
@@ -160,17 +151,18 @@ def packed_attention(
     each image is a call of its own, which costs no operation that a mask would throw away.
 
     Args:
-        query: Queries of the image tokens, [1, H, S, d]; with a mask those of regions, [I, H, N, d].
+        query: Queries of the image tokens, [1, H, S, d]; with a mask those of regions, [images, H, N, d].
         key: Keys, [1, H, S, d].
         value: Values, [1, H, S, d].
         mask: What each region sees, [1, 1, N, S], 0 or -inf; None for image tokens.
-        lengths: Tokens of each image, in their order in the sequence.
+        packing: How the images share the sequence.
 
     Returns:
         What was read, in the shape of the queries.
     """
     if mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _by_boundaries(query, key, value, lengths)
+        return _by_boundaries(query, key, value, packing)
+    lengths = packing.lengths
     keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
     if mask is None:
         own = zip(query.split(lengths, dim=2), keys, values, strict=True)
@@ -179,13 +171,13 @@ def packed_attention(
     return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in parts])
 
 
-def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     # The kernel wants [S, H, d].
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    read = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
+    ends, longest = packing.boundaries, max(packing.lengths)
+    read = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(read, Tensor)
     return read.transpose(0, 1)[None]
 
@@ -213,7 +205,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor, cheap: bool = False) -> Tensor:
-        """Map tokens [..., D] to [..., D].
+        """Map tokens [R, D] to [R, D].
 
         Args:
             x: Tokens.
@@ -221,7 +213,7 @@ class MLP(nn.Module):
         """
         hidden: Tensor = self.fc1(x)
         active = self.activation(hidden)
-        with remade(active, hidden, self.activation) if cheap else nullcontext():
+        with recomputed(active, hidden, self.activation) if cheap else nullcontext():
             y: Tensor = self.fc2(active)
         return y
 
@@ -256,8 +248,8 @@ class Block(nn.Module):
         rows it has, and image tokens must not change by a bit when regions come along.
 
         Args:
-            image: Image tokens, [B, T, D].
-            regions: Region tokens, [B, N, D], or None where no region rides along.
+            image: Image tokens, [R, D].
+            regions: Region tokens, [R, D], or None where no region rides along.
             angles: Angles of the image's tokens.
             mask: What each region sees, [B, 1, N, T], 0 or -inf; None without regions.
             image_ends_here: Nobody reads the image tokens after this block: return those that came in.
@@ -266,32 +258,34 @@ class Block(nn.Module):
             Image tokens and region tokens after the block.
         """
         normed = self.norm1(image)
-        with remade(normed, image, partial(_norm, self.norm1)) if self.cheap else nullcontext():
+        with self._renormed(normed, image, self.norm1):
             query, key, value = self.attention.project(normed, angles)
         if regions is not None and self.region is None:
             regions = self._read(regions, key, value, angles, mask)
         if not (image_ends_here and self.region is None):
-            # Into what the linears have just written: the sums need no memory of their own.
-            image = self.attention.mix(query, key, value, lengths=angles.lengths).add_(image)
-            image = self._mlp(image).add_(image)
+            # Into what the linears have just written: the sums need no memory of their own. A linear of a
+            # matrix gives no view; the gradient of a sum into a view would be copied whole.
+            image = self.attention.mix(query, key, value, packing=angles.packing).add_(image)
+            normed = self.norm2(image)
+            with self._renormed(normed, image, self.norm2):
+                image = self.mlp(normed, self.cheap).add_(image)
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
             regions = self.region._read(regions, key, value, angles, mask)
         return image, regions
 
-    def _mlp(self, image: Tensor) -> Tensor:
-        normed = self.norm2(image)
-        with remade(normed, image, partial(_norm, self.norm2)) if self.cheap else nullcontext():
-            return self.mlp(normed, self.cheap)
+    def _renormed(self, normed: Tensor, image: Tensor, norm: nn.LayerNorm) -> AbstractContextManager[object]:
+        """Let autograd keep a norm's input in the place of its output, if the block is cheap."""
+        return recomputed(normed, image, partial(_norm, norm)) if self.cheap else nullcontext()
 
     def _read(
         self, regions: Tensor, key: Tensor, value: Tensor, angles: Rotation, mask: Tensor | None
     ) -> Tensor:
+        """Region tokens after they have read the image's keys and values, [R, D]."""
         assert mask is not None
-        images = angles.images if angles.lengths is None else len(angles.lengths)
-        query = self.attention.project_regions(self.norm1(regions), angles, (images, mask.shape[2]))
-        regions = self.attention.mix(query, key, value, mask, angles.lengths).add_(regions)
+        query = self.attention.project_regions(self.norm1(regions), angles, mask.shape[2])
+        regions = self.attention.mix(query, key, value, mask, angles.packing).add_(regions)
         return self.mlp(self.norm2(regions)).add_(regions)
 
 
@@ -311,7 +305,6 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.stream = Stream()
-        self._levels = everywhere("keep", config.depth)
         self.first_region_block = config.depth - config.region_layers
         self.patch_embedding = PatchEmbedding(config)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
@@ -323,17 +316,18 @@ class VisionTransformer(nn.Module):
             for index in range(config.depth)
         )
         self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.recompute = everywhere("keep", config.depth)
 
     @property
-    def levels(self) -> tuple[Level, ...]:
+    def recompute(self) -> tuple[Recompute, ...]:
         """What each block's backward pass computes again instead of keeping."""
-        return self._levels
+        return self._recompute
 
-    @levels.setter
-    def levels(self, levels: tuple[Level, ...]) -> None:
-        self._levels = levels
-        for block, level in zip(self.blocks, levels, strict=True):
-            block.cheap = level == "cheap"  # type: ignore[assignment]
+    @recompute.setter
+    def recompute(self, blocks: tuple[Recompute, ...]) -> None:
+        self._recompute = blocks
+        for block, own in zip(self.blocks, blocks, strict=True):
+            block.cheap = own == "cheap"  # type: ignore[assignment]
 
     def forward(
         self,
@@ -359,43 +353,41 @@ class VisionTransformer(nn.Module):
             UserError: The patch size does not divide the images.
             ValueError: The mask does not fit the images.
         """
+        angles, image = self._embed(images, grids)
+        mask = None if visible is None else _mask(visible, image, grids)
+        sequences, tokens, width = image.shape
+        image, regions, last = self.stream.scatter(image), None, len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            if visible is not None and index == self.first_region_block:
+                classes = _class_tokens(self.stream.gather(image, sequences, tokens), angles.packing)
+                regions = self.stream.scatter(classes.expand(-1, visible.shape[-2], -1))
+            image_ends = regions_only and visible is not None and index == last
+            inputs = (image, regions, angles, mask, image_ends)
+            if self._recompute[index] == "full" and torch.is_grad_enabled():
+                image, regions = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                image, regions = block(*inputs)
+        if visible is not None and regions is not None:
+            regions = self.stream.gather(regions, angles.images, visible.shape[-2])
+        if regions_only:
+            return Tokens(image.new_empty(sequences, 0, width), regions)
+        return Tokens(self.stream.gather(image, sequences, tokens), regions)
+
+    def _embed(self, images: Tensor, grids: tuple[tuple[int, int], ...] | None) -> tuple[Rotation, Tensor]:
+        """The angles of all tokens, and the tokens that enter the first block, [B, T, D] or [1, S, D]."""
         # A view of the parameter, not the parameter: ZeRO 3 takes a parameter's data away before backward.
         class_angle, theta = self.class_pos_emb[0], self.config.rope_theta
         if grids is None:
             angles = rotation(class_angle, *self._grid(images), theta, len(images))
-            image: Tensor = self.patch_embedding(images)
-            image = torch.cat((self.class_embedding.expand(len(image), 1, -1), image), dim=1)
-        else:
-            angles = packed_rotation(class_angle, grids, theta)
-            image = self._one_sequence(self.patch_embedding(images)[:, 0], grids)
-        image = self.pre_norm(image)
-        mask = None if visible is None else _mask(visible, image, grids)
-        whole = image.shape
-        image, regions = self.stream.cut(image), None
-        for index, block in enumerate(self.blocks):
-            if visible is not None and index == self.first_region_block:
-                classes = _class_tokens(self.stream.join(image, *whole[:2]), angles.lengths)
-                riders = classes.expand(-1, visible.shape[-2], -1)
-                regions = self.stream.cut(riders)
-            image_ends = regions_only and visible is not None and index == len(self.blocks) - 1
-            inputs = (image, regions, angles, mask, image_ends)
-            if self._levels[index] == "full" and torch.is_grad_enabled():
-                image, regions = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                image, regions = block(*inputs)
-        if regions is not None:
-            regions = self.stream.join(regions, *riders.shape[:2])
-        if regions_only:
-            return Tokens(image.new_empty(whole[0], 0, whole[2]), regions)
-        return Tokens(self.stream.join(image, *whole[:2]), regions)
-
-    def _one_sequence(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """Put each image's class token in front of its patches, [P, D] to [1, S, D]."""
+            own = self.class_embedding.expand(len(images), 1, -1)
+            return angles, self.pre_norm(torch.cat((own, self.patch_embedding(images)), dim=1))
+        patches = self.patch_embedding(images)[:, 0]
         counts = [rows * columns for rows, columns in grids]
         if len(patches) != sum(counts):
             raise ValueError(f"grids hold {sum(counts)} patches, got {len(patches)}")
         own = self.class_embedding[None]
-        return torch.cat([part for image in patches.split(counts) for part in (own, image)])[None]
+        parts = [part for image in patches.split(counts) for part in (own, image)]
+        return packed_rotation(class_angle, grids, theta), self.pre_norm(torch.cat(parts)[None])
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Norm class tokens or region tokens [..., D] into features [..., D]."""
@@ -413,11 +405,9 @@ class VisionTransformer(nn.Module):
         return height // patch, width // patch
 
 
-def _class_tokens(image: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-    """Each image's class token, [B, 1, D]."""
-    if lengths is None:
-        return image[:, :1]
-    return torch.cat([own[:, :1] for own in image.split(lengths, dim=1)])
+def _class_tokens(image: Tensor, packing: Packing | None) -> Tensor:
+    """Each image's class token, [images, 1, D], from [B, T, D] or [1, S, D]."""
+    return image[:, :1] if packing is None else image[0].index_select(0, packing.starts)[:, None]
 
 
 def _mask(visible: Tensor, image: Tensor, grids: tuple[tuple[int, int], ...] | None) -> Tensor:

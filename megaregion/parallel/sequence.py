@@ -30,14 +30,14 @@ class CutStream:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def cut(self, tokens: Tensor) -> Tensor:
+    def scatter(self, tokens: Tensor) -> Tensor:
         """This rank's part of whole tokens, [B, T, D] to [S, D]; gradients come back whole on every rank."""
-        part: Tensor = _Cut.apply(tokens.flatten(0, -2), self._group)
+        part: Tensor = _Scatter.apply(tokens.flatten(0, -2), self._group)
         return part
 
-    def join(self, part: Tensor, images: int, tokens: int) -> Tensor:
+    def gather(self, part: Tensor, images: int, tokens: int) -> Tensor:
         """All parts, [S, D] to [B, T, D]; what follows must be the same on every rank."""
-        rows: Tensor = _Join.apply(part, images * tokens, self._group)
+        rows: Tensor = _Gather.apply(part, images * tokens, self._group)
         return rows.view(images, tokens, -1)
 
 
@@ -75,7 +75,7 @@ def scattered_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, group:
     return part
 
 
-class _Cut(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.count = group, len(rows)
@@ -86,7 +86,7 @@ class _Cut(torch.autograd.Function):
         return _gather(grad, ctx.group)[: ctx.count], None
 
 
-class _Join(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group

@@ -213,7 +213,7 @@ def _encoder(layout: Layout, place: Topology) -> tuple[RegionEncoder, Any]:
     config = layout.config
     with _Unset():
         model = RegionEncoder(config.model, config.head.embedding_dim)
-    model.vit.levels = layout.levels
+    model.vit.recompute = layout.recompute
     cut = config.parallel.tokens_cut
     places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
     return model.to(_dtype(layout)), places

@@ -16,7 +16,7 @@ from megaregion.config import HeadConfig, ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
-from megaregion.models.recompute import Level, recompute_levels
+from megaregion.models.recompute import Recompute, recompute_of_run
 
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""
@@ -162,9 +162,9 @@ class Layout:
         return 2 if self.config.train.precision == "bf16" else 4
 
     @property
-    def levels(self) -> tuple[Level, ...]:
+    def recompute(self) -> tuple[Recompute, ...]:
         """What each block recomputes."""
-        return recompute_levels(self.config, self.micro_batch, self.config.model.image_size)
+        return recompute_of_run(self.config, self.micro_batch, self.config.model.image_size)
 
     @property
     def images(self) -> int:

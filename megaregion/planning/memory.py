@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaregion.models.recompute import LEVELS, Level
+from megaregion.models.recompute import RECOMPUTE, Recompute
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 
@@ -234,7 +234,7 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     width, own = model.width * size, model.region_weights == "separate"
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
-    each = {level: _kept_of_a_token(layout, hardware, level) for level in LEVELS}
+    each = {level: _kept_of_a_token(layout, hardware, level) for level in RECOMPUTE}
     # A region token's projection is kept whole, and its turned query beside it; nothing of it is made again.
     rides = {
         "keep": each["keep"] + width / tensor,
@@ -242,20 +242,19 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
         "full": width / spread,
     }
     kept, first = float(outside), model.depth - model.region_layers
-    for number, level in enumerate(layout.levels):
+    for number, level in enumerate(layout.recompute):
         ends = number == model.depth - 1 and level != "full" and not own
         # The image tokens of the last block end at keys and values.
         norm = (1 if level == "cheap" else 2) / spread
         kept += tokens * (width * (norm + 3 / tensor) if ends else each[level])
-        # The first block's region tokens are the class token's, which is kept anyway.
-        kept += regions * rides[level] if number > first or (number == first and level != "full") else 0.0
+        kept += regions * rides[level] if number >= first else 0.0
         if own and number >= first and level != "full":
             kept += tokens * width * (1 / spread + 3 / tensor)
     # Own weights read what the last block has written.
-    return kept + (tokens * width / spread if own and layout.levels[-1] != "full" else 0.0)
+    return kept + (tokens * width / spread if own and layout.recompute[-1] != "full" else 0.0)
 
 
-def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Level = "keep") -> float:
+def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Recompute = "keep") -> float:
     """Bytes of one image token in one block.
 
     Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
@@ -278,7 +277,7 @@ def _passing_bytes(layout: Layout, hardware: Hardware) -> float:
     model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
     tokens = 1 + model.grid**2
     gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
-    if layout.levels[-1] == "full":
+    if layout.recompute[-1] == "full":
         return gradients + tokens * _kept_of_a_token(layout, hardware)
     freed = (
         0.0

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megaregion.models.recompute import LEVELS
+from megaregion.models.recompute import RECOMPUTE
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
@@ -132,7 +132,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "zero_stage": layout.zero_stage,
         "image_size": layout.config.model.image_size,
         "recompute": layout.config.train.recompute,
-        "levels": {level: layout.levels.count(level) for level in LEVELS},
+        "levels": {level: layout.recompute.count(level) for level in RECOMPUTE},
         "micro_batch": layout.micro_batch,
         "micro_steps": layout.micro_steps,
         "global_batch": layout.config.train.global_batch,
@@ -171,7 +171,7 @@ def _head(plan: Plan) -> str:
 
 
 def _recomputed(plan: Plan) -> str:
-    counts = {level: plan.layout.levels.count(level) for level in ("cheap", "full")}
+    counts = {level: plan.layout.recompute.count(level) for level in ("cheap", "full")}
     told = [f"{count} {level}" for level, count in counts.items() if count]
     return ", ".join(told) or "nothing"
 

@@ -111,7 +111,7 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     memory = hardware.memory_gbytes * 1e9
     forward = images * (products + attention + patches + out / memory)
     # Blocks that run again, and norms and activations that are made again.
-    full, cheap = (layout.levels.count(level) / config.model.depth for level in ("full", "cheap"))
+    full, cheap = (layout.recompute.count(level) / config.model.depth for level in ("full", "cheap"))
     again = forward * (full + CHEAP_SHARE * cheap)
     backward = images * (2 * (products + attention) + patches + back / memory) + again
     kernels = (

@@ -113,7 +113,7 @@ def _tensor(layout: Layout, hardware: Hardware) -> list[Transfer]:
     once = (tensor - 1) / tensor * size
     blocks = (model.depth - 1 + model.region_layers) * layout.micro_steps
     # Forward passes, with those of blocks that run again.
-    passes = 1 + layout.levels.count("full") / model.depth
+    passes = 1 + layout.recompute.count("full") / model.depth
     # Of a backward pass's products those of column-cut linears, half of them the weights' gradients.
     columns = (3 * model.width + model.mlp_width) / (4 * model.width + 2 * model.mlp_width)
     overlaps: Phase = "backward" if hardware.device == "gpu" else "none"

@@ -33,7 +33,7 @@ from megaregion.heap import keep_freed_memory
 from megaregion.models.initialisation import initialise
 from megaregion.models.linear import use_float8
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
-from megaregion.models.recompute import recompute_levels
+from megaregion.models.recompute import recompute_of_run
 from megaregion.models.vit import RegionEncoder, VisionTransformer, decays
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
@@ -260,7 +260,7 @@ class Trainer:
     def _enter(self, stage: StageConfig) -> Batching:
         """Be ready for steps of a resolution; what is recomputed changes no bit."""
         cut = self._cut(stage)
-        self._vit.levels = recompute_levels(self.config, cut.micro_batch, stage.image_size)
+        self._vit.recompute = recompute_of_run(self.config, cut.micro_batch, stage.image_size)
         return cut
 
     def _next(self, batches: Iterator[Batch], sums: StepSums) -> tuple[Batch, GatheringLabels]:

@@ -27,7 +27,7 @@ from megaregion.heap import keep_freed_memory
 from megaregion.models import VisionTransformer, decays
 from megaregion.models.flops import encoder_flops
 from megaregion.models.initialisation import initial_value
-from megaregion.models.recompute import Level, everywhere
+from megaregion.models.recompute import Recompute, everywhere
 from megaregion.models.rotary import packed_rotation
 from megaregion.products import product
 
@@ -212,7 +212,7 @@ def our_step(
     regions: int = 0,
     as_trained: bool = False,
     compiled: bool = False,
-    level: Level = "keep",
+    level: Recompute = "keep",
 ) -> Work:
     """Our step through the engine.
 
@@ -225,7 +225,7 @@ def our_step(
         level: What blocks recompute in the backward pass.
     """
     model = _pooled(sizes, device, as_trained)
-    model.vit.levels = everywhere(level, sizes.model.depth)
+    model.vit.recompute = everywhere(level, sizes.model.depth)
     if compiled:
         model.compile_blocks()
     engine = _engine(model, sizes, device, regions)
