@@ -1,4 +1,4 @@
-"""The commands that the README shows, and the small place in which a test runs them."""
+"""The commands that the README files show, and the small place in which a test runs them."""
 
 from __future__ import annotations
 
@@ -103,8 +103,19 @@ ELSEWHERE = {
 """Commands that need a cluster, a whole demo or a form of their own, and the test that runs them."""
 
 
+def pages() -> list[Path]:
+    """Every README file, the top one first; settings.py writes and tests the one in configs/."""
+    root = repository()
+    rooms = ("slurm", "tools", "tools/benchmark", "megaregion", *sorted(_rooms(root)))
+    return [root / "README.md", *(root / room / "README.md" for room in rooms)]
+
+
+def _rooms(root: Path) -> Iterator[str]:
+    return (f"megaregion/{page.parent.name}" for page in root.glob("megaregion/*/README.md"))
+
+
 def commands() -> list[str]:
-    """Every command of the README once, in order: those of its blocks, then those between backquotes."""
+    """Every command of the pages once, in order: those of their blocks, then those between backquotes."""
     return list(dict.fromkeys([*_of_blocks(), *_between_backquotes()]))
 
 
@@ -121,7 +132,7 @@ def elsewhere(command: str) -> str:
 
 
 def python_blocks() -> list[str]:
-    """The README's Python code."""
+    """The pages' Python code."""
     return [code for language, code in FENCE.findall(_text()) if language == "python"]
 
 
@@ -193,4 +204,4 @@ def _longest(command: str, beginnings: Iterable[str]) -> str:
 
 
 def _text() -> str:
-    return (repository() / "README.md").read_text()
+    return "\n".join(page.read_text() for page in pages())

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order and as it is printed; only sizes are added."""
+"""Every command of the README files runs, in its order and as it is printed; only sizes are added."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from launch import repository
-from readme import Smaller, commands, elsewhere, furnish, python_blocks, recipe
+from readme import Smaller, commands, elsewhere, furnish, pages, python_blocks, recipe
 
 FOUND = commands()
 HERE = [(command, how) for command in FOUND if (how := recipe(command)) is not None]
+LINK = re.compile(r"\]\(([^)]+)\)")
+NAMED = re.compile(r"`([\w/]+\.py)`")
+"""A Python file between backquotes."""
 SLOW = "--compile"
 """What takes more than a minute at any size: `make drills` runs it."""
 
@@ -44,6 +47,19 @@ def test_a_command_that_is_run_elsewhere_has_its_test() -> None:
     for command in FOUND:
         if recipe(command) is None:
             assert re.search(rf"^def {elsewhere(command)}\(", tests, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(repository())))
+def test_a_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(repository())))
+def test_a_file_that_a_page_names_is_there(page: Path) -> None:
+    named = NAMED.findall(page.read_text())
+    places = (page.parent, repository(), repository() / "megaregion")
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
 @pytest.mark.parametrize(
