@@ -69,8 +69,7 @@ def test_twenty_kills_at_random_moments_change_nothing(drill: Drill, undisturbed
             time.sleep(draw.uniform(0.0, 1.0))
         else:
             time.sleep(draw.uniform(0.0, 12.0))
-        victim = draw.choice(sorted(_ranks(drill, job).values()))
-        os.kill(victim, signal.SIGKILL)
+        victim = _kill_one(drill, job, draw)
         drill.cluster.until(lambda gone=victim: gone not in _ranks(drill, job).values(), 120, "the kill")
     assert drill.finish("killed", job, 600) == "COMPLETED", drill.log("killed")
     assert _restarts(drill, job) >= 20
@@ -228,6 +227,23 @@ def _ranks(drill: Drill, job: str) -> dict[int, int]:
     if drill.cluster.has_ended(job):
         raise AssertionError(f"job {job} ended\n{drill.log('killed')}")
     return drill.cluster.ranks(job)
+
+
+def _kill_one(drill: Drill, job: str, draw: random.Random) -> int:
+    """Kill a rank at random; where a start has just ended, wait for the ranks of the next one."""
+    killed: list[int] = []
+
+    def kill() -> bool:
+        if ranks := sorted(_ranks(drill, job).values()):
+            victim = draw.choice(ranks)
+            # It may have ended since it was listed.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                killed.append(victim)
+        return bool(killed)
+
+    drill.cluster.until(kill, 240, "a rank to kill")
+    return killed[0]
 
 
 def _restarts(drill: Drill, job: str) -> int:
