@@ -17,12 +17,16 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from benchmark.memory import TreeMemory
-from megaregion.bounds import NonNegative, PositiveInt, Steps
+from megaregion.bounds import PositiveInt, Real, Steps
 from megaregion.command_line import Parser, flag, path, run
 from megaregion.errors import UserError
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation, write_evaluation
+
+GAIN = Annotated[float, Real(-1, 1, "SHARE")]
+"""A difference of two shares; below 0 any outcome is welcome."""
 
 
 def main() -> int:
@@ -120,7 +124,7 @@ def _parser() -> Parser:
         help="held-out scenes of unseen cut-outs")  # fmt: skip
     add("--first-steps", metavar="STEPS", type=flag(Steps), default=60,
         help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks")  # fmt: skip
-    add("--gate", metavar="SHARE", type=flag(NonNegative), default=0.10,
+    add("--gate", metavar="SHARE", type=flag(GAIN), default=0.10,
         help="least gain in region 5-NN over the untrained encoder")  # fmt: skip
     return parser
 
