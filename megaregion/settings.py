@@ -291,9 +291,7 @@ class _Plain:
         for name, value in node.value:
             key = shown(name.value)
             if key in values:
-                raise Misfit(
-                    f"gives {key} twice, the second time in line {name.start_mark.line + 1}; keep one"
-                )
+                raise Misfit(f"gives {key} twice, again in line {name.start_mark.line + 1}; keep one")
             values[key] = self.of(value)
         others = values.pop("<<", [])
         for other in others if isinstance(others, list) else [others]:

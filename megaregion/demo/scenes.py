@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from megaregion.bounds import Whole
+from megaregion.bounds import LARGE, Whole
 from megaregion.data.sample import encode_mask
 from megaregion.demo.assets import PARTS, Library, Part
 from megaregion.demo.compose import OBJECTS, WORDS, Canvas, lay_background, place_object, write_word
@@ -32,7 +32,7 @@ class SceneSettings:
         UserError: A value does not make sense.
     """
 
-    seed: Annotated[int, Whole(0, 2**63 - 1, "SEED")] = 0
+    seed: Annotated[int, Whole(0, LARGE, "SEED")] = 0
     """Other scenes of the same files."""
     sizes: tuple[tuple[Side, Side], ...] = ((256, 256),)
     """Widths and heights in pixels; each scene draws one of them."""
