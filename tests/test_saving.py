@@ -149,9 +149,9 @@ def test_a_rank_that_never_writes_makes_the_save_fail_in_time(tmp_path: Path) ->
 
 def test_the_retention_rule_keeps_last_multiples_and_best() -> None:
     losses: dict[int, float | None] = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 5.0, 60: 4.0}
-    assert Retention(last=1).kept(losses) == {60}
-    assert Retention(last=1, every=20).kept(losses) == {20, 40, 60}
-    assert Retention(last=2, best=2).kept(losses) == {60, 50, 20, 30}
+    assert Retention(last=1).kept(losses, [60]) == {60}
+    assert Retention(last=1, every=20).kept(losses, [60]) == {20, 40, 60}
+    assert Retention(last=2, best=2).kept(losses, [60, 50]) == {60, 50, 20, 30}
 
 
 def test_unfinished_folders_go_once_a_newer_checkpoint_is_finished(tmp_path: Path) -> None:
@@ -228,3 +228,122 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_over_them(
     dataset: Path, tmp_path: Path
 ) -> None:
     launch(_resume_where_nothing_is_whole, 1, str(dataset), str(tmp_path))
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_one_that_can_be_read(tmp_path: Path) -> None:
+    from test_checkpoint import write
+
+    for step in (4, 6, 9):
+        write(tmp_path, step)
+    (step_folder(tmp_path, 9) / "rank-00000.safetensors").write_bytes(b"cut")
+    write(tmp_path, 8)
+    retire(tmp_path, Retention(last=2))
+    assert saved_steps(tmp_path) == ["step-00000006", "step-00000008", "step-00000009"]
+    for step in (10, 11):
+        write(tmp_path, step)
+    retire(tmp_path, Retention(last=2))
+    assert saved_steps(tmp_path) == ["step-00000010", "step-00000011"], "a damaged one stayed for ever"
+
+
+def test_nothing_is_deleted_where_no_checkpoint_can_be_read(tmp_path: Path) -> None:
+    from test_checkpoint import write
+
+    for step in (1, 2):
+        write(tmp_path, step)
+        (step_folder(tmp_path, step) / "rank-00000.safetensors").unlink()
+    (tmp_path / "step-00000001.unfinished-000001").mkdir()
+    retire(tmp_path, Retention(last=1))
+    assert len(saved_steps(tmp_path)) == 3
+
+
+def test_a_checkpoint_that_the_run_wrote_itself_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_checkpoint import write
+
+    for step in (1, 2):
+        write(tmp_path, step)
+    monkeypatch.setattr(CheckpointReader, "verify", None)
+    retire(tmp_path, Retention(last=1), {step_folder(tmp_path, 2)})
+    assert saved_steps(tmp_path) == ["step-00000002"]
+
+
+def _last_save_fails(dataset: str, output: str) -> None:
+    from test_training import train
+
+    from megaregion.checkpoint import saver as saving
+    from megaregion.errors import UserError
+    from megaregion.training import state
+
+    write, runs = saving.write_pieces, Path(output)
+
+    def refusing(*names: str) -> None:
+        def full(folder: Path, rank: int, pieces: object, staging: Path | None) -> None:
+            if any(name in str(folder) for name in names) and "step-00000003" in folder.name:
+                raise OSError(28, "No space left on device")
+            write(folder, rank, pieces, staging)
+
+        saving.write_pieces = full
+
+    state.MEMORY = runs / "memory"
+    for asynchronous in (True, False):
+        for name, refused in (
+            ("beside", ["checkpoints"]),
+            ("in-memory", ["checkpoints", "-memory/"]),
+            ("nowhere", ["checkpoints", "-memory/", "/memory/"]),
+        ):
+            run = f"{name}-{asynchronous}"
+            refusing(*(part.replace("-memory", run) for part in refused))
+            config = toy_config(
+                Path(dataset), runs, run, checkpoint__every=2, checkpoint__asynchronous=asynchronous
+            )
+            with pytest.raises(UserError) as told:
+                train(config)
+            (runs / run / "told").write_text(str(told.value))
+            saving.write_pieces = write
+            for place in (runs / run / "rescue", runs / "memory" / f"megaregion-{run}-rescue"):
+                if (folder := step_folder(place, 3)).exists():
+                    folder.rename(step_folder(checkpoints(runs, run), 3))
+                    train(config, resume_from=checkpoints(runs, run))
+
+
+@pytest.fixture(scope="module")
+def unsaved(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unsaved")
+    launch(_last_save_fails, 1, str(dataset), str(output))
+    return output
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [("beside", "{}/rescue/step-00000003"), ("in-memory", "memory/megaregion-{}-rescue/step-00000003")],
+)
+def test_a_last_save_that_fails_leaves_a_copy_elsewhere_and_names_it(
+    name: str, copy: str, asynchronous: bool, unsaved: Path
+) -> None:
+    run = f"{name}-{asynchronous}"
+    told = (unsaved / run / "told").read_text()
+    assert f"of step 3, could not be saved in {checkpoints(unsaved, run)} ([Errno 28] No space" in told
+    assert f"a copy is in {unsaved / copy.format(run)}: move it there and use --resume auto" in told
+    CheckpointReader(step_folder(checkpoints(unsaved, run), 3)).verify()
+    assert (unsaved / run / "DONE").exists(), "the copy was moved there, and the run went on from it"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_that_saved_its_end_nowhere_does_not_call_itself_trained(
+    asynchronous: bool, unsaved: Path
+) -> None:
+    run = unsaved / f"nowhere-{asynchronous}"
+    assert "no other place took it" in (run / "told").read_text()
+    assert not (run / "DONE").exists()
+    assert saved_steps(run / "checkpoints") == ["step-00000002"]
+
+
+def test_a_local_folder_that_takes_no_files_is_refused_at_the_start(dataset: Path, tmp_path: Path) -> None:
+    from test_run import pretrain
+
+    done = pretrain(dataset, tmp_path, "--checkpoint.local=/proc/x")
+    assert done.returncode == 2
+    assert "checkpoint.local: /proc/x/run cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1

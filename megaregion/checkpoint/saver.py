@@ -10,13 +10,14 @@ rank-NNNNN.json appears. Only :meth:`Saver.wait`, called by the main thread, is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaregion.checkpoint.fence import Fence
+from megaregion.checkpoint.fence import Fence, refusal
 from megaregion.checkpoint.format import (
     MANIFEST,
     UNFINISHED,
@@ -37,6 +38,7 @@ from megaregion.checkpoint.format import (
     step_of,
     unfinished_folder,
 )
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megaregion.checkpoint.writer import publish, rank_file, write_pieces
 from megaregion.errors import Fenced
 from megaregion.parallel.topology import Topology
@@ -95,17 +97,16 @@ class Retention:
     best: int = 0
     """Checkpoints with the lowest mean loss that stay; 0 for none."""
 
-    def kept(self, losses: dict[int, float | None]) -> set[int]:
+    def kept(self, losses: dict[int, float | None], newest: Collection[int]) -> set[int]:
         """Steps that stay.
 
         Args:
             losses: Mean loss since the previous save by step; None where it is not known.
+            newest: Steps of the newest checkpoints that can be read, as many as the rule keeps.
         """
-        steps = sorted(losses, reverse=True)
         known = [(loss, -step) for step, loss in losses.items() if loss is not None]
-        kept = set(steps[: self.last])
-        kept |= {step for step in steps if self.every and step % self.every == 0}
-        return kept | {-step for _, step in sorted(known)[: self.best]}
+        every = {step for step in losses if self.every and step % self.every == 0}
+        return {*newest} | every | {-step for _, step in sorted(known)[: self.best]}
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,13 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome = Outcome.SAVED
         self._fenced: Fenced | None = None
+        self._step = 0
+        self.saved: int | None = None
+        """Step of the last checkpoint that is known to be complete and visible."""
+        self.reason = ""
+        """Why the last save failed, as far as this rank knows."""
+        self.whole: set[Path] = set()
+        """Checkpoints that this run has written or read and found whole."""
         self.seconds = 0.0
         """Seconds that the last save took on this rank, from start to visible (rank 0) or written."""
 
@@ -167,6 +175,7 @@ class Saver:
 
     def start(self, save: Save) -> None:
         """Begin to write; every rank calls it after :meth:`prepare`, and :meth:`wait` before the next one."""
+        self._step = save.step
         self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -183,11 +192,12 @@ class Saver:
             return True
         self._thread.join()
         self._thread = None
-        try:
-            return self._agree(self._outcome)
-        finally:
-            if self._staging is not None:
-                shutil.rmtree(self._staging, ignore_errors=True)
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        saved = self._agree(self._outcome)
+        if saved:
+            self.saved = self._step
+        return saved
 
     def done(self) -> bool:
         """Whether this rank's thread has ended, or there is none; no collective."""
@@ -216,6 +226,7 @@ class Saver:
                 LOG.error("could not save %s; the last good checkpoint stays, training goes on", final)
         elif self._topology.rank == 0 and self._outcome is Outcome.SAVED:
             LOG.info("saved %s", final)
+            self.whole.add(final)
             self._events.write("saved", step=save.step, seconds=self.seconds)
             self._attempt(lambda: self._retire(save.checkpoints))
 
@@ -257,7 +268,7 @@ class Saver:
 
     def _retire(self, checkpoints: Path) -> None:
         self._fence.check()
-        retire(checkpoints, self._retention)
+        retire(checkpoints, self._retention, self.whole)
 
     def _attempt(self, action: Any) -> Outcome:
         """Run a storage action; what goes wrong is logged and ends no run by itself."""
@@ -267,9 +278,11 @@ class Saver:
             self._fenced = error
             return Outcome.FENCED
         except OSError as error:
+            self.reason = str(error)
             LOG.error("storage error on rank %d (%s): %s", self._topology.rank, os.uname().nodename, error)
             return Outcome.FAILED
-        except Exception:
+        except Exception as error:
+            self.reason = str(error)
             LOG.exception("saving failed on rank %d (%s)", self._topology.rank, os.uname().nodename)
             return Outcome.FAILED
         return Outcome.SAVED
@@ -284,20 +297,42 @@ class Saver:
         return int(worst) == Outcome.SAVED
 
 
-def retire(checkpoints: Path, rule: Retention) -> None:
-    """Delete checkpoints that the rule lets go, and unfinished ones that are no newer than the newest."""
+def retire(checkpoints: Path, rule: Retention, whole: set[Path] | None = None) -> None:
+    """Delete checkpoints that the rule lets go, and unfinished ones that are no newer than the newest.
+
+    A damaged checkpoint never counts as one of the newest, and goes only when it is older than all of them.
+
+    Args:
+        checkpoints: The run's folder of checkpoints.
+        rule: Which stay.
+        whole: Checkpoints that are known to be whole; the others are read, and what is found is noted here.
+    """
+    whole = set() if whole is None else whole
     finished = {step_of(folder): folder for folder in finished_folders(checkpoints)}
-    if not finished:
+    found = (step for step, folder in finished.items() if _is_whole(folder, whole))
+    newest = list(itertools.islice(found, rule.last))
+    if not newest:
         return
-    kept = rule.kept({step: _loss(folder) if rule.best else None for step, folder in finished.items()})
-    for step, folder in finished.items():
-        if step not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    losses = {step: _loss(folder) if rule.best else None for step, folder in finished.items()}
+    kept = rule.kept(losses, newest)
     unfinished = [f for f in checkpoints.glob(f"step-*{UNFINISHED}*") if f.is_dir()]
     abandoned = [f for f in step_folders(checkpoints) if not (f / MANIFEST).exists()]
-    for folder in (*unfinished, *abandoned):
-        if step_of(folder) <= max(finished):
-            shutil.rmtree(folder, ignore_errors=True)
+    gone = [folder for step, folder in finished.items() if step < newest[-1] and step not in kept]
+    gone += [folder for folder in (*unfinished, *abandoned) if step_of(folder) <= newest[0]]
+    for folder in gone:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_whole(folder: Path, whole: set[Path]) -> bool:
+    """Whether a reader could use a finished checkpoint, judged by all its bytes where that is not known."""
+    if folder not in whole:
+        try:
+            CheckpointReader(folder).verify()
+        except DamagedCheckpoint as error:
+            LOG.warning("%s does not count as a checkpoint to keep: %s", folder, error)
+            return False
+        whole.add(folder)
+    return refusal(folder) is None
 
 
 def _loss(folder: Path) -> float | None:

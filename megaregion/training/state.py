@@ -25,12 +25,17 @@ from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
 from megaregion.parallel.tensor_parallel import Placement
-from megaregion.parallel.topology import Topology, all_gather_strings
+from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.events import Events
 from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
+
+RESCUE = "rescue"
+"""Folder of a checkpoint that found no room among the others."""
+MEMORY = Path("/dev/shm")
+"""A file system in memory, where there is one."""
 
 
 class TrainingState:
@@ -64,13 +69,11 @@ class TrainingState:
         self._fence = fence
         self._losses: list[float] = []
         settings = config.checkpoint
-        self._saver = Saver(
-            topology,
-            fence,
-            events,
-            Retention(settings.keep_last, settings.keep_every, settings.keep_best),
-            Path(settings.local) / config.name if settings.local else None,
-        )
+        local = Path(settings.local) / config.name if settings.local else None
+        if local is not None:
+            _check_writable(local, topology)
+        retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
+        self._saver = Saver(topology, fence, events, retention, local)
         self._snapshot = Snapshot(topology.device)
 
     def advance(self) -> None:
@@ -102,16 +105,9 @@ class TrainingState:
         """
         began = time.perf_counter()
         self._saver.wait()
-        saved = self._saver.prepare(self.checkpoints, self.step)
-        if saved:
-            facts, self._losses = self._facts(), []
-            if self._config.checkpoint.asynchronous:
-                pieces = self._snapshot.take(self._pieces())
-            else:
-                pieces = [replace(piece, tensor=piece.tensor.detach().cpu()) for piece in self._pieces()]
-            self._saver.start(Save(self.checkpoints, self.step, pieces, facts))
-            if not self._config.checkpoint.asynchronous:
-                saved = self._saver.wait()
+        saved = self._start(self._saver, self.checkpoints)
+        if saved and not self._config.checkpoint.asynchronous:
+            saved = self._saver.wait()
         self._count_blocked(began)
         return saved
 
@@ -128,6 +124,57 @@ class TrainingState:
         saved = self._saver.wait()
         self._count_blocked(began)
         return saved
+
+    def finish(self) -> bool:
+        """Wait for the last save; one that failed is tried again, for no later one will come; a collective.
+
+        Returns:
+            Whether the state of this step is saved.
+
+        Raises:
+            Fenced: A newer incarnation owns the run.
+        """
+        self.wait()
+        if self._saver.saved != self.step:
+            self.save()
+            self.wait()
+        return self._saver.saved == self.step
+
+    def rescue(self) -> UserError:
+        """Write the state to any other place that takes it; a collective.
+
+        Returns:
+            What a run whose last save failed has to tell.
+        """
+        reasons = [text for text in all_gather_strings(self._saver.reason, self._topology) if text]
+        told = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
+        told += f" ({reasons[0]})" if reasons else ""
+        for place in self._other_places():
+            saver = Saver(self._topology, self._fence, self._events, Retention(last=1))
+            if self._start(saver, place) and saver.wait():
+                copy = step_folder(place, self.step)
+                return UserError(f"{told}; a copy is in {copy}: move it there and use --resume auto")
+        return UserError(f"{told}, and no other place took it; make room and resume from the one before")
+
+    def _start(self, saver: Saver, checkpoints: Path) -> bool:
+        saved = saver.prepare(checkpoints, self.step)
+        if saved:
+            facts, self._losses = self._facts(), []
+            if self._config.checkpoint.asynchronous:
+                pieces = self._snapshot.take(self._pieces())
+            else:
+                pieces = [replace(piece, tensor=piece.tensor.detach().cpu()) for piece in self._pieces()]
+            saver.start(Save(checkpoints, self.step, pieces, facts))
+        return saved
+
+    def _other_places(self) -> list[Path]:
+        """Where a copy may go that the checkpoints folder does not take, for all ranks; a collective."""
+        places = [self.checkpoints.parent / RESCUE]
+        if len(set(all_gather_strings(host_name(), self._topology))) == 1:
+            local = self._config.checkpoint.local
+            places += [Path(local) / self._config.name / RESCUE] if local else []
+            places += [MEMORY / f"megaregion-{self._config.name}-{RESCUE}"]
+        return places
 
     def settle(self, seconds: float = 30.0) -> None:
         """Give a save under way some time when this rank ends by an error; no collective."""
@@ -224,6 +271,8 @@ class TrainingState:
         self._heads.load(reader)
         self.step, self.position = reader.step, int(reader.manifest["position"])
         self.guard.load(reader.manifest.get("guard"))
+        self._saver.saved = self.step
+        self._saver.whole.add(reader.folder)
         if self._topology.rank == 0:
             LOG.info("resumed from %s, position %d", reader.folder, self.position)
 
@@ -288,3 +337,23 @@ class TrainingState:
                     f"{name} has shape {list(place.full_shape)} by the settings and {found} in "
                     f"{reader.folder}; use the model settings of that run (its config.yaml)"
                 )
+
+
+def _check_writable(folder: Path, topology: Topology) -> None:
+    """See that every host's own disk takes files, before a save depends on it; a collective.
+
+    Raises:
+        UserError: One does not.
+    """
+    reason, probe = "", folder / f".probe-{topology.rank:05d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        reason = f"{host_name()}: {error}"
+    if found := [text for text in all_gather_strings(reason, topology) if text]:
+        raise UserError(
+            f"checkpoint.local: {folder} cannot be written ({found[0]}); name a folder on every host's own "
+            "disk, or leave it empty"
+        )

@@ -167,6 +167,7 @@ class Trainer:
 
         Raises:
             Fenced: A newer start of the same run has taken it over.
+            UserError: The last checkpoint could not be saved; the text names a copy if one was made.
         """
         if self.topology.device.type == "cpu":
             keep_freed_memory()
@@ -373,22 +374,17 @@ class Trainer:
             self.state.save()
         self._after_save(self.state.step)
 
-    def _finish_saving(self) -> None:
-        """Wait for the last save; one that failed gets a second chance, for no later one will come."""
-        if not self.state.wait():
-            self.state.save()
-            self.state.wait()
-
     def _leave(self) -> int:
         """End before the last step, as was asked; returns the exit code."""
-        self._finish_saving()
+        self.state.finish()
         reason = self._stop.received or "another rank"
         LOG.info("stopped by %s after step %d", reason, self.state.step)
         self.events.write("stop", step=self.state.step, reason=reason)
         return REQUEUE_EXIT
 
     def _end(self) -> None:
-        self._finish_saving()
+        if not self.state.finish():
+            raise self.state.rescue()
         self.events.write("end", step=self.state.step)
         if self.topology.rank == 0 and self.state.step == self.config.train.steps:
             (self.run_folder / DONE).touch()
