@@ -43,7 +43,7 @@ def train(config: RunConfig) -> None:
     torch.distributed.barrier()
     trainer = Trainer(config, place, StopRequest())
     head = trainer.heads.by_kind["object"]
-    assert (head.node_groups is not None) == (config.name == "by-node")
+    assert (head.topology.node_groups is not None) == (config.name == "by-node")
     if 31 in head.local:
         head.weight[31 - head.local.start] = random_centers(config.seed, "object", range(4, 5), head.dim)[0]
     assert trainer.run() == 0

@@ -182,7 +182,8 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as RGB; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
+    """An image, decoded, as RGB; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
+    image.load()  # Its file may be closed when the pixels are asked for.
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
