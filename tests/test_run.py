@@ -175,6 +175,7 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(dataset: Path,
 def _another_dataset(dataset: str, output: str) -> None:
     from test_training import train
 
+    from megaregion.checkpoint.format import seal
     from megaregion.errors import UserError
 
     first = toy_config(Path(dataset), Path(output), "first", train__steps=1)
@@ -184,10 +185,17 @@ def _another_dataset(dataset: str, output: str) -> None:
     with pytest.raises(UserError, match=r"centers_sha256 .* were trained with"):
         train(second, resume_from=Path(output) / "first" / "checkpoints")
     wider = toy_config(Path(dataset), Path(output), "wider", train__steps=2, model__mlp_width=128)
+    checkpoints = Path(output) / "first" / "checkpoints"
+    with pytest.raises(UserError, match=r"do not go on with model.mlp_width 64 -> 128;"):
+        train(wider, resume_from=checkpoints)
+    # An old checkpoint may lack settings; its tensors have shapes.
+    manifest = checkpoints / "step-00000001" / "manifest.json"
+    content = {key: value for key, value in json.loads(manifest.read_text()).items() if key != "config"}
+    manifest.write_text(json.dumps({**content, "seal": seal(content)}))
     with pytest.raises(
         UserError, match=r"mlp.fc1.weight has shape \[128, 32\] by the settings and \[64, 32\]"
     ):
-        train(wider, resume_from=Path(output) / "first" / "checkpoints")
+        train(wider, resume_from=checkpoints)
 
 
 def test_a_checkpoint_of_another_dataset_or_model_is_refused(dataset: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 {"time": 1764000000.1, "event": "start", "incarnation": 2, "token": "4711.1", "ranks": 64, "hosts": [...]}
 {"time": ..., "event": "resumed", "step": 1200}      {"time": ..., "event": "ready", "step": 1200}
+{"time": ..., "event": "resumed", "step": 1200, "changed": {"optimizer.lr": [0.001, 0.0005]}}    old, new
 {"time": ..., "event": "blocked", "step": 1300, "seconds": 0.4}    training waited for a save
 {"time": ..., "event": "saved", "step": 1300, "seconds": 21.0}     the save in full, beside training
 {"time": ..., "event": "stop", "step": 1350, "reason": "SIGUSR1"}  {"time": ..., "event": "end", ...}

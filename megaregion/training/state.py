@@ -6,7 +6,6 @@ good one stays, the log says so, and the next save tries again. checkpoint/saver
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -18,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import ENCODER, MANIFEST, Piece, step_folder, step_folders, step_of
-from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
+from megaregion.checkpoint.format import MANIFEST, Piece, step_folder, step_folders, step_of
+from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, copy_again, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
 from megaregion.data.info import DatasetInfo
@@ -31,6 +30,7 @@ from megaregion.schemas.events import Events
 from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
+from megaregion.training.resume import check_fits, facts, told
 
 RESCUE = "rescue"
 """Folder of a checkpoint that found no room among the others."""
@@ -213,8 +213,10 @@ class TrainingState:
                 damage = str(error)
             found = [text for text in all_gather_strings(damage, self._topology) if text]
             if reader is not None and not found:
-                self._load(reader)
-                self._events.write("resumed", step=self.step)
+                try:
+                    self._load(reader)
+                except DamagedCheckpoint as error:
+                    raise copy_again(error) from error
                 return True
             if self._topology.rank == 0:
                 LOG.warning("skipped %s: %s", folder, found[0])
@@ -261,7 +263,8 @@ class TrainingState:
 
     def _load(self, reader: CheckpointReader) -> None:
         """Take over a checkpoint's state, whatever topology wrote it; a collective."""
-        self._check_fits(reader)
+        position = int(reader.manifest["position"])
+        changed = check_fits(reader, self._run_facts(position), self._engine.placements)
         self._losses = []
 
         def read(name: str, place: Placement) -> Tensor:
@@ -269,12 +272,20 @@ class TrainingState:
 
         self._engine.load(read, reader.step)
         self._heads.load(reader)
-        self.step, self.position = reader.step, int(reader.manifest["position"])
+        self.step, self.position = reader.step, position
         self.guard.load(reader.manifest.get("guard"))
         self._saver.saved = self.step
         self._saver.whole.add(reader.folder)
         if self._topology.rank == 0:
             LOG.info("resumed from %s, position %d", reader.folder, self.position)
+            if changed:
+                LOG.info("this start has other settings: %s", told(changed))
+            if self.step > self._config.train.steps:
+                LOG.warning(
+                    "train.steps %d lies below step %d of %s: nothing is left to train",
+                    self._config.train.steps, self.step, reader.folder,
+                )  # fmt: skip
+        self._events.write("resumed", step=self.step, changed=changed)
 
     def _count_blocked(self, began: float) -> None:
         self.blocked = time.perf_counter() - began
@@ -294,49 +305,13 @@ class TrainingState:
             "step": self.step,
             "position": self.position,
             "loss": sum(self._losses) / len(self._losses) if self._losses else None,
-            "config": dataclasses.asdict(self._present_config()),
-            "dataset": self._labels(),
             "guard": self.guard.state(),
-            "ranks": {"tensor": self._topology.tensor_size, "data": self._topology.data_size},
+            **self._run_facts(self.position),
         }
 
-    def _present_config(self) -> RunConfig:
-        """The settings, with the image size that the encoder was trained on last."""
-        size = self._config.stage(max(0, self.position - 1)).image_size
-        return replace(self._config, model=replace(self._config.model, image_size=size))
-
-    def _labels(self) -> dict[str, Any]:
-        return {
-            "samples": self._dataset.samples,
-            "object_classes": self._dataset.object_classes,
-            "text_classes": self._dataset.text_classes,
-            "centers_sha256": self._dataset.centers_sha256,
-            "tokenizer_sha256": self._dataset.tokenizer_sha256,
-        }
-
-    def _check_fits(self, reader: CheckpointReader) -> None:
-        theirs, ours = reader.manifest["dataset"], self._labels()
-        if not theirs:
-            raise UserError(
-                f"{reader.folder} holds an encoder to begin with and no run to go on with; give it as --init "
-                "to a run with another --name"
-            )
-        for key in ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256"):
-            if theirs[key] != ours[key]:
-                raise UserError(
-                    f"data.path {self._config.data.path} has {key} {ours[key]}, but the heads of "
-                    f"{reader.folder} were trained with {theirs[key]}; use that dataset, or start a new run "
-                    "with another --name"
-                )
-        for name, place in self._engine.placements.items():
-            known = f"{ENCODER}{name}" in reader.names()
-            full = reader.shape(f"{ENCODER}{name}") if known else None
-            if full != place.full_shape:
-                found = list(full) if full else "no such tensor is"
-                raise UserError(
-                    f"{name} has shape {list(place.full_shape)} by the settings and {found} in "
-                    f"{reader.folder}; use the model settings of that run (its config.yaml)"
-                )
+    def _run_facts(self, position: int) -> dict[str, Any]:
+        place = self._topology
+        return facts(self._config, position, self._dataset, place.tensor_size, place.data_size)
 
 
 def _check_writable(folder: Path, topology: Topology) -> None:

@@ -1,0 +1,125 @@
+"""Going on with other settings: what the weights mean stays, all else is said, no setting is undecided."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from toy import toy_config, toy_dataset
+
+from megaregion.config import RunConfig, StageConfig
+from megaregion.data.info import DatasetInfo, ShardEntry
+from megaregion.errors import UserError
+from megaregion.settings import sections
+from megaregion.training.resume import FIXED, FREE, changes, facts
+
+SETTINGS = {one.key for section in sections(RunConfig()) for one in section.settings}
+DATASET = DatasetInfo(4, 9, 9, 5, 6, "a", "b", (ShardEntry("one", 2, 9, "c"), ShardEntry("two", 2, 9, "d")))
+
+
+def keys(kind: dict[str, tuple[str, ...]]) -> list[str]:
+    return [f"{section}.{name}".removeprefix(".") for section, names in kind.items() for name in names]
+
+
+def test_every_setting_is_of_exactly_one_kind() -> None:
+    decided = keys(FIXED) + keys(FREE)
+    assert len(decided) == len(set(decided))
+    assert set(decided) == SETTINGS
+
+
+def facts_of(config: RunConfig, position: int = 0) -> dict[str, Any]:
+    return facts(config, position, DATASET, 1, 2)
+
+
+def test_what_differs_is_found_by_its_key_and_what_an_old_manifest_lacks_is_not() -> None:
+    old, new = facts_of(RunConfig()), facts_of(RunConfig(seed=4, name="other"))
+    new["ranks"]["data"], new["dataset"]["shards"] = 4, 1
+    del old["config"]["optimizer"]["lr"]
+    assert changes(json.loads(json.dumps(old)), new) == {
+        "seed": (0, 4), "name": ("run", "other"), "ranks.data": (2, 4), "dataset.shards": (2, 1),
+    }  # fmt: skip
+    assert changes({}, new) == {}
+
+
+def test_the_image_size_of_a_stage_is_no_change() -> None:
+    staged = dataclasses.replace(RunConfig(), stages=(StageConfig(448, 4096),))
+    assert facts_of(staged, 8192)["config"]["model"]["image_size"] == 448
+    assert not changes(facts_of(staged, 8192), facts_of(staged, 8192))
+    assert changes(facts_of(RunConfig(), 8192), facts_of(staged, 8192)).keys() == {
+        "model.image_size",
+        "stages",
+    }
+
+
+OTHER_MODELS = {
+    "model__depth": 2, "model__activation": "quick_gelu", "model__norm_eps": 1e-4, "model__rope_theta": 500.0,
+    "model__heads": 2, "model__patch_size": 16,
+}  # fmt: skip
+OTHER_RUNS = {
+    "model__region_layers": 1, "model__region_weights": "separate", "head__embedding_dim": 8,
+    "data__std": (0.5, 0.5, 0.5),
+}  # fmt: skip
+"""What --init takes, and resuming does not."""
+FREE_CHANGES = {"seed": 7, "data__window_shards": 3, "head__object__loss": "softmax", "train__steps": 3}
+
+
+def _go_on(shards: str, output: str) -> None:
+    from test_training import train
+
+    from megaregion.training.metrics import open_log
+
+    data, runs = Path(shards), Path(output)
+    open_log(runs / "run" / "logs", 0)
+    train(toy_config(data, runs, "run", train__steps=2))
+    checkpoints = runs / "run" / "checkpoints"
+    for key, value in [*OTHER_MODELS.items(), ("model__depth", 4), *OTHER_RUNS.items()]:
+        with pytest.raises(UserError) as told:
+            train(toy_config(data, runs, "other", train__steps=3, **{key: value}), checkpoints)
+        with (runs / "refused").open("a") as file:
+            file.write(f"{key} {told.value}\n")
+    train(toy_config(data, runs, "run", **FREE_CHANGES), checkpoints)
+    train(toy_config(data, runs, "run", **FREE_CHANGES | {"train__steps": 1}), checkpoints)
+
+
+@pytest.fixture(scope="module")
+def gone_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    launch(_go_on, 1, str(toy_dataset(output / "shards")), str(output))
+    return output
+
+
+def test_another_model_is_refused_with_key_old_new_and_the_way_out(gone_on: Path) -> None:
+    lines = (gone_on / "refused").read_text().splitlines()
+    assert len(lines) == len(OTHER_MODELS) + 1 + len(OTHER_RUNS)
+    for line in lines:
+        key, _, told = line.partition(" ")
+        name = key.replace("__", ".")
+        assert re.search(
+            f"do not go on with {re.escape(name)} .* -> .*; take the old value, or .*--init", told
+        )
+        assert (f"which asks for the same {name}" in told) == (key in OTHER_MODELS), told
+    assert "model.depth 3 -> 2;" in lines[0]
+
+
+def test_free_changes_are_said_in_a_line_and_noted(gone_on: Path) -> None:
+    log = (gone_on / "run" / "logs" / "rank-00.log").read_text()
+    told = "seed 3 -> 7, data.window_shards 2 -> 3, head.object.loss separated -> softmax, train.steps 2 -> 3"
+    assert f"this start has other settings: {told}\n" in log
+    events = [json.loads(line) for line in (gone_on / "run" / "events.jsonl").read_text().splitlines()]
+    first = next(event for event in events if event["event"] == "resumed")
+    assert first["changed"] == {
+        "seed": [3, 7], "data.window_shards": [2, 3], "head.object.loss": ["separated", "softmax"],
+        "train.steps": [2, 3],
+    }  # fmt: skip
+
+
+def test_a_resume_beyond_its_end_says_so_and_takes_no_step(gone_on: Path) -> None:
+    log = (gone_on / "run" / "logs" / "rank-00.log").read_text()
+    assert "train.steps 1 lies below step 3 of" in log
+    lines = (gone_on / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
