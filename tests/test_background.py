@@ -76,7 +76,7 @@ def test_a_look_at_a_saved_step_measures_what_the_tool_measures(place: Path) -> 
     evaluate_step(folder, 40)
     assert list(read_evaluations(folder)) == [40]
     study = evaluate(open_run(folder), StudyConfig(place / "scenes", dataset, limit=16, measures=("region",)))
-    expected = study.tables[0].estimate("trained", "knn")
+    expected = study.tables[0].rows["trained"]["knn"]
     assert expected is not None
     assert read_evaluations(folder)[40]["region/knn"] == pytest.approx(expected.mean, abs=1e-4)
 

@@ -48,7 +48,7 @@ def leave_run(folder: Path, accuracy: float, lr: float, told: str = "8 objects")
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in looks))
     right = np.arange(40) < 40 * accuracy
     columns = (Column("knn", "5-NN", 0.1),)
-    table = Table("region", "Naming regions", told, columns, {"trained": (share(right, range(40)),)})
+    table = Table("region", "Naming regions", told, columns, {"trained": {"knn": share(right, range(40))}})
     evaluation = Evaluation(folder.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)
     write_evaluation(folder / "evaluation.json", evaluation)
     for kind in ("map", "frame"):
@@ -65,7 +65,7 @@ def test_a_comparison_has_a_row_for_each_run_with_its_own_numbers(
     two_runs: list[Path], tmp_path: Path
 ) -> None:
     table = joined_tables(read_runs(two_runs))[0]
-    means = {name: cells[0].mean for name, cells in table.rows.items() if cells[0]}
+    means = {name: cells["knn"].mean for name, cells in table.rows.items() if cells["knn"]}
     assert means == {"first": 0.5, "second": 0.75}
     assert table.notes == {}
     other = leave_run(tmp_path / "third", 0.5, 1e-3, told="9 objects")
@@ -82,7 +82,7 @@ def test_a_run_that_was_not_evaluated_or_logged_is_a_gap_and_no_error(
     out = tmp_path / "page.html"
     assert run_tool(*two_runs, bare, "--out", out) == 0
     assert "Not evaluated: bare" in out.read_text()
-    assert joined_tables(read_runs([*two_runs, bare]))[0].rows["bare"] == (None,)
+    assert joined_tables(read_runs([*two_runs, bare]))[0].rows["bare"] == {"knn": None}
 
 
 def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
@@ -157,7 +157,7 @@ def test_names_settings_and_tables_from_outside_never_become_tags(tmp_path: Path
             f"title{hostile}",
             f"told{number}{hostile}",
             columns,
-            {"trained": (found,)},
+            {"trained": {"knn": found}},
             f"chance{hostile}",
         )
         evaluation = Evaluation(run.name, 20, "test", (table,), 40, 0, 90, 0, 45, 3, seeds=1)

@@ -42,10 +42,10 @@ def test_images_become_an_encoder_that_transformers_loads(tmp_path: Path) -> Non
     evaluation = read_evaluation(run / "evaluation.json")
     summary = evaluation.table("summary")
     assert set(summary.rows) == {"trained", "untrained", "pixels", "curation"}
-    knn = {encoder: summary.estimate(encoder, "region_knn") for encoder in summary.rows}
+    knn = {encoder: summary.rows[encoder]["region_knn"] for encoder in summary.rows}
     assert all(share is not None and 0 <= share.mean <= 1 for share in knn.values())
     assert knn["curation"].mean > knn["untrained"].mean
-    assert summary.estimate("pixels", "ocr_recall_at_5") is None
+    assert summary.rows["pixels"]["ocr_recall_at_5"] is None
     assert 0 <= {column.key: column.chance for column in summary.columns}["ocr_recall_at_5"] <= 1
     assert evaluation.test_regions > 0
     assert evaluation.seconds["demo: total"] > 0

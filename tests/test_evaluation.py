@@ -375,7 +375,7 @@ def test_a_changed_byte_in_the_checkpoint_is_noticed(place: Workplace, tmp_path:
 
 
 def mean(study: Study, encoder: str, column: str) -> float | None:
-    found = study.summary.estimate(encoder, column)
+    found = study.summary.rows[encoder][column]
     return None if found is None else found.mean
 
 
@@ -387,7 +387,7 @@ def test_a_study_has_all_four_encoders_and_shares_between_0_and_1(study: Study, 
     assert list(study.summary.rows) == ["trained", "untrained", "pixels", "curation"]
     for table in found.tables:
         assert list(table.rows)[:3] == ["trained", "untrained", "pixels"]
-        for cell in (cell for cells in table.rows.values() for cell in cells if cell is not None):
+        for cell in (cell for cells in table.rows.values() for cell in cells.values() if cell is not None):
             assert 0 <= cell.low <= cell.mean <= cell.high <= 1
         assert all(column.chance is None or 0 <= column.chance <= 1 for column in table.columns)
     for encoder in study.summary.rows:
@@ -452,7 +452,7 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
     assert "ocr" not in [table.key for table in study.tables]
     for encoder, cells in study.summary.rows.items():
         assert mean(study, encoder, "region_knn") > 0
-        assert set(cells[2:]) == {None}
+        assert {cell for key, cell in cells.items() if key.startswith("ocr")} == {None}
     write_report(study, visualise(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 

@@ -30,8 +30,12 @@ COLUMNS = (
     Column("linear", "linear probe", 0.1),
 )
 ROWS = {
-    "trained": (Estimate(0.5, 0.4, 0.625, (0.25, 0.75)), Estimate(1.0, 1.0, 1.0, (1.0,)), None),
-    "a|b": (None, None, Estimate(0.0, 0.0, 0.0, (0.0,))),
+    "trained": {
+        "knn": Estimate(0.5, 0.4, 0.625, (0.25, 0.75)),
+        "train": Estimate(1.0, 1.0, 1.0, (1.0,)),
+        "linear": None,
+    },
+    "a|b": {"knn": None, "train": None, "linear": Estimate(0.0, 0.0, 0.0, (0.0,))},
 }
 TABLE = Table("region", "Naming regions", "8 objects.", COLUMNS, ROWS, "most frequent", {"a|b": "odd name"})
 WHOLE = Evaluation(
@@ -58,9 +62,9 @@ def test_a_file_of_version_0_1_0_gives_its_summary_and_its_tables() -> None:
     assert [table.key for table in found.tables] == ["summary", *(table["key"] for table in old["measures"])]
     for row in old["rows"]:
         for column in found.table("summary").columns:
-            cell = found.table("summary").estimate(row["encoder"], column.key)
+            cell = found.table("summary").rows[row["encoder"]][column.key]
             assert (None if cell is None else cell.mean) == row[column.key]
-        first = found.table("summary").estimate(row["encoder"], "region_knn")
+        first = found.table("summary").rows[row["encoder"]]["region_knn"]
         assert first is not None
         assert [first.low, first.high] == row["region_knn_interval"]
     assert found.table("summary").columns[0].chance == old["region_prior"]
@@ -68,7 +72,7 @@ def test_a_file_of_version_0_1_0_gives_its_summary_and_its_tables() -> None:
     for table in old["measures"]:
         for encoder, cells in table["rows"].items():
             for key, cell in cells.items():
-                own = found.table(table["key"]).estimate(encoder, key)
+                own = found.table(table["key"]).rows[encoder][key]
                 ends = None if own is None else (own.mean, own.low, own.high, list(own.seeds))
                 assert ends == (None if cell is None else tuple(cell.values()))
     # Numbers that had no interval then have none now.

@@ -119,7 +119,7 @@ def test_every_table_of_a_real_evaluation_arrives_in_the_card_with_its_intervals
         lines = re.findall(r"^\| (.*) \|$", sections[table.title], re.M)
         shown = {name: cells for name, *cells in (line.split(" | ") for line in lines)}
         for encoder, cells in table.rows.items():
-            for told, cell in zip(shown[encoder], cells, strict=True):
+            for told, cell in zip(shown[encoder], cells.values(), strict=True):
                 ends = None if cell is None else [100 * end for end in (cell.mean, cell.low, cell.high)]
                 assert told == ("-" if ends is None else "{:.1f} [{:.1f}, {:.1f}]".format(*ends))
                 intervals += cell is not None

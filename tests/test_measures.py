@@ -108,7 +108,7 @@ def asked() -> MappedScenes:
 
 
 def cell(table: Table, encoder: str, column: str) -> float:
-    found = table.estimate(encoder, column)
+    found = table.rows[encoder][column]
     assert found is not None
     assert found.low <= found.mean <= found.high
     return found.mean
@@ -240,7 +240,7 @@ def test_features_that_tell_the_class_score_1_and_noise_scores_chance() -> None:
     for column in ("knn", "linear"):
         assert cell(table, "oracle", column) == 1.0
         assert cell(table, "noise", column) < 0.55
-    assert len(table.estimate("noise", "knn").seeds) == 3  # type: ignore[union-attr]
+    assert len(table.rows["noise"]["knn"].seeds) == 3  # type: ignore[union-attr]
     assert 0.2 < table.columns[0].chance < 0.6  # type: ignore[operator]
 
 
@@ -253,7 +253,7 @@ def test_one_seed_takes_the_whole_gallery_and_more_take_four_fifths_of_its_scene
     known, asked = labelled(make_scenes(9, 1), True, 1), labelled(make_scenes(5, 2), False, 2)
     by_hand = vote(nearest(asked.features, known.features), known.names)
     everything = (np.ones(len(known.names), bool), np.ones(len(asked.names), bool))
-    found = recognise(known, asked, [everything])[0]
+    found = recognise(known, asked, [everything])["knn"]
     assert found is not None
     assert found.mean == pytest.approx(np.mean(np.asarray(by_hand) == asked.names))
 
@@ -269,7 +269,7 @@ def test_retrieval_counts_matches_in_other_scenes_only_and_leaves_out_who_has_no
     assert cell(found, "e", "class_at_1") == pytest.approx(1 / 3)
     assert cell(found, "e", "class_at_5") == 1.0
     # No cut-out stands in two scenes: nobody can ask.
-    assert found.rows["e"][len(DEPTHS) :] == (None, None, None)
+    assert [found.rows["e"][f"cutout_at_{depth}"] for depth in DEPTHS] == [None, None, None]
     assert found.columns[0].chance == pytest.approx(np.mean([1 / 3, 1 / 3, 2 / 3]))
 
 
@@ -277,8 +277,8 @@ def test_the_chance_of_retrieval_is_what_random_features_reach() -> None:
     objects = object_table(make_scenes(60, 4))
     features = np.random.default_rng(0).standard_normal((len(objects), 64)).astype(np.float32)
     table = retrieval_table({"noise": features}, objects)
-    for place, column in enumerate(table.columns):
-        found = table.rows["noise"][place]
+    for column in table.columns:
+        found = table.rows["noise"][column.key]
         assert found is not None
         assert found.mean == pytest.approx(column.chance, abs=0.13)
 

@@ -106,7 +106,7 @@ def test_names_words_keys_settings_and_paths_from_outside_never_become_tags(tmp_
     study = evaluate(run, StudyConfig(scenes, dataset, seeds=1, measures=("region",)), [other])
     table = study.tables[0]
     columns = tuple(dataclasses.replace(column, title=f"column{HOSTILE}") for column in table.columns)
-    texts = {name: f"{name}{HOSTILE}" for name in ("title", "told", "chance")}
+    texts = {name: f"{name}{HOSTILE}" for name in ("title", "told", "chance_is")}
     table = dataclasses.replace(table, columns=columns, notes={"trained": f"note{HOSTILE}"}, **texts)
     study = dataclasses.replace(study, tables=(table,), vocabulary=_Spells())
     write_report(study, visualise(study), tmp_path / f"{HOSTILE}.jsonl", tmp_path / "report.html")

@@ -98,7 +98,7 @@ def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) ->
     )
     write_evaluation(file, evaluation)
     summary = evaluation.table(SUMMARY)
-    found = {encoder: summary.estimate(encoder, "region_knn") for encoder in summary.rows}
+    found = {encoder: summary.rows[encoder]["region_knn"] for encoder in summary.rows}
     knn = {encoder: share.mean for encoder, share in found.items() if share is not None}
     print("\n== done ==")
     for name, value in seconds.items():

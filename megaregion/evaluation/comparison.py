@@ -108,9 +108,8 @@ def _joined(key: str, runs: Sequence[RunRecord]) -> Table:
     first = next(table for table in found.values() if table is not None)
     rows, notes = {}, {}
     for name, table in found.items():
-        own = table.rows.get(TRAINED, ()) if table else ()
-        cells = dict(zip((column.key for column in table.columns), own, strict=False)) if table else {}
-        rows[name] = tuple(cells.get(column.key) for column in first.columns)
+        cells = table.rows.get(TRAINED, {}) if table else {}
+        rows[name] = {column.key: cells.get(column.key) for column in first.columns}
         if table is not None and table.told != first.told:
             notes[name] = f"asked otherwise: {table.told}"
     return replace(first, rows=rows, notes=notes)

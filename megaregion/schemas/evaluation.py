@@ -7,25 +7,26 @@
                  "chance_is": "most frequent class", "notes": {"pixels": "crops at 32 x 32, raw"},
                  "rows": {"trained": {"knn": {"mean": 0.5, "low": 0.4, "high": 0.6, "seeds": [0.5]}, ...}}}]}
 
-Evaluation writes it, and the demo adds its times. The report, the comparison of runs and the model card read
-it; Markdown, text for a terminal and TensorBoard scalars are made of its tables here, so that all of them
-show the same numbers. Shares lie in 0..1.
+The dataclasses are the file: a field is a key, its type what the reader takes. Evaluation writes it, and the
+demo adds its times. The report, the comparison of runs and the model card read it; Markdown, text for a
+terminal and TensorBoard scalars are made of its tables here, so that all show the same numbers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megaregion.errors import UserError
 from megaregion.files import write_text
+from megaregion.tables import aligned
 
 EVALUATION = "evaluation.json"
 """Name of the file in a run's folder; that of another split than test has the split in its name."""
@@ -79,21 +80,12 @@ class Table:
     told: str
     """One or two sentences: what is asked of whom, and how many."""
     columns: tuple[Column, ...]
-    rows: Mapping[str, tuple[Estimate | None, ...]]
-    """By encoder, one estimate a column; None where the encoder cannot say."""
-    chance: str = "chance"
+    rows: Mapping[str, Mapping[str, Estimate | None]]
+    """By encoder and column; None where the encoder cannot say."""
+    chance_is: str = "chance"
     """What the columns' chance stands for."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Further words on an encoder's row."""
-
-    def estimate(self, encoder: str, column: str) -> Estimate | None:
-        """One cell.
-
-        Raises:
-            KeyError: There is no such row or column.
-        """
-        place = {each.key: place for place, each in enumerate(self.columns)}[column]
-        return self.rows[encoder][place]
 
 
 @dataclass(frozen=True)
@@ -115,8 +107,8 @@ class Evaluation:
     gallery_scenes: int
     classes: int
     """Classes of the gallery's objects."""
-    seeds: int
-    """Draws behind a mean."""
+    seeds: int = 1
+    """Draws behind a mean; version 0.1.0 made one and did not say so."""
     neighbours: int = 5
     """Neighbours that vote."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -162,9 +154,8 @@ def markdown(tables: Iterable[Table], level: int = 2) -> str:
     for table in tables:
         titles = [f"{column.group}, {column.title}".removeprefix(", ") for column in table.columns]
         lines = [["encoder", *titles], ["---", *(["---:"] * len(titles))], *_body(table)]
-        rows = "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-        )
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         notes = "".join(f"\n\n{encoder}: {note}" for encoder, note in table.notes.items())
         parts.append(f"{'#' * level} {table.title}\n\n{table.told}\n\n{rows}{notes}\n")
     return "\n".join([*parts, f"{FOOTNOTE}\n"])
@@ -174,34 +165,27 @@ def text(tables: Iterable[Table], intervals: bool = True) -> str:
     """Tables aligned for a terminal, with their intervals or without."""
     blocks = []
     for table in tables:
-        lines = [[table.title, *(column.title for column in table.columns)], *_body(table, intervals)]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
         sizes = Counter(column.group for column in table.columns)
-        for place, column in enumerate(table.columns, start=1):
-            widths[place] = max(widths[place], -(-len(column.group) // sizes[column.group]))
-        heads = [_heads(table.columns, widths)] if any(sizes) else []
-        blocks.append("\n".join([*heads, *(_line(line, widths) for line in lines)]))
+        # The columns of a group share the width of its name.
+        titles = [each.title.rjust(-(-len(each.group) // sizes[each.group])) for each in table.columns]
+        lines = [[table.title, *titles], *_body(table, intervals)]
+        heads = _heads(table.columns, lines) if any(sizes) else ""
+        blocks.append(f"{heads}{aligned(lines)}")
     return "\n\n".join(blocks)
 
 
 def scalars(tables: Iterable[Table], encoder: str) -> dict[str, float]:
     """Means of one encoder, by TABLE/COLUMN."""
     return {
-        f"{table.key}/{column.key}": cell.mean
+        f"{table.key}/{key}": cell.mean
         for table in tables
-        for column, cell in zip(table.columns, table.rows.get(encoder, ()), strict=False)
+        for key, cell in table.rows.get(encoder, {}).items()
         if cell is not None
     }
 
 
 def write_board(folder: Path, step: int, tables: Sequence[Table]) -> None:
-    """Add the means to TensorBoard, one series an encoder, under evaluation/TABLE/COLUMN.
-
-    Args:
-        folder: The run's tensorboard folder; each encoder gets a folder of its own in it.
-        step: Steps behind the weights.
-        tables: What was measured.
-    """
+    """Add the means to TensorBoard under evaluation/TABLE/COLUMN, each encoder in a folder of its own."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
     for encoder in sorted({encoder for table in tables for encoder in table.rows}):
@@ -213,22 +197,19 @@ def write_board(folder: Path, step: int, tables: Sequence[Table]) -> None:
 
 def _body(table: Table, intervals: bool = True) -> Iterator[list[str]]:
     for encoder, cells in table.rows.items():
-        shown = (cell if intervals or cell is None else dataclasses.replace(cell, seeds=()) for cell in cells)
+        own = (cells[column.key] for column in table.columns)
+        shown = (cell if intervals or cell is None else replace(cell, seeds=()) for cell in own)
         yield [encoder, *("-" if cell is None else str(cell) for cell in shown)]
     chances = (column.chance for column in table.columns)
-    yield [table.chance, *("" if chance is None else f"{100 * chance:.1f}" for chance in chances)]
+    yield [table.chance_is, *("" if chance is None else f"{100 * chance:.1f}" for chance in chances)]
 
 
-def _heads(columns: Sequence[Column], widths: Sequence[int]) -> str:
+def _heads(columns: Sequence[Column], lines: Sequence[Sequence[str]]) -> str:
     """The line above the titles: each group over its columns."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     spans = groupby(zip(columns, widths[1:], strict=True), lambda pair: pair[0].group)
     heads = [f"{group:>{sum(width + 2 for _, width in own) - 2}}" for group, own in spans]
-    return "  ".join([" " * widths[0], *heads])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    pairs = zip(cells[1:], widths[1:], strict=True)
-    return f"{cells[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in pairs).rstrip()
+    return "  ".join([" " * widths[0], *heads]) + "\n"
 
 
 # ---- the file --------------------------------------------------------------------------------------
@@ -236,12 +217,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Write evaluation.json, so that a reader sees the old file or the new one."""
-    content = {each.name: getattr(evaluation, each.name) for each in dataclasses.fields(evaluation)}
-    content["seconds"] = {name: round(value, 2) for name, value in evaluation.seconds.items()}
-    content["tables"] = [_table_content(table) for table in evaluation.tables]
-    if evaluation.demo_peak_memory_bytes is None:
-        del content["demo_peak_memory_bytes"]
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    seconds = {name: round(value, 2) for name, value in evaluation.seconds.items()}
+    write_text(path, json.dumps({**_rounded(asdict(evaluation)), "seconds": seconds}, indent=1) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -255,174 +232,121 @@ def read_evaluation(path: Path) -> Evaluation:
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason}); write it anew with tools/evaluate.py") from None
-    node = _Node(content, "", path)
-    tables = [
-        _table(each) for each in node.get("tables" if "tables" in node.entries() else "measures", []).items()
-    ]
-    if not any(table.key == SUMMARY for table in tables) and "rows" in node.entries():
-        tables.insert(0, _old_summary(node))
-    memory = node.get("demo_peak_memory_bytes", None)
-    counts = ("test_regions", "test_words", "gallery_regions", "gallery_words", "gallery_scenes", "classes")
-    return Evaluation(
-        run=node.get("run").text(),
-        step=node.get("step").count(),
-        split=node.get("split").text(),
-        tables=tuple(tables),
-        **{name: node.get(name).count() for name in counts},
-        seeds=node.get("seeds", 1).count(),
-        neighbours=node.get("neighbours", 5).count(),
-        seconds={name: value.number() for name, value in node.get("seconds", {}).entries().items()},
-        demo_peak_memory_bytes=None if memory.value is None else memory.count(),
-    )
+    try:
+        content = _require(content, dict, "an object", "its content")
+        key = "tables" if "tables" in content else "measures"
+        tables: tuple[Table, ...] = _read(tuple[Table, ...], content.get(key, []), key)
+        for place, table in enumerate(tables):
+            for encoder, cells in table.rows.items():
+                for column in table.columns:
+                    if column.key not in cells:
+                        raise ValueError(f" lacks {key}[{place}].rows.{encoder}.{column.key}")
+        if "rows" in content and all(table.key != SUMMARY for table in tables):
+            tables = (_old_summary(content), *tables)
+        found: Evaluation = _read(Evaluation, {**content, "tables": []}, "")
+    except ValueError as error:
+        raise UserError(f"{path}{error}; write it anew with tools/evaluate.py") from None
+    return replace(found, tables=tables)
 
 
-_REQUIRED = object()
+def _read(kind: Any, value: Any, way: str) -> Any:
+    """A value of the file as an annotation says.
+
+    Raises:
+        ValueError: It is something else, or lacks a key; the text goes on from the file's name.
+    """
+    base, of = get_origin(kind), get_args(kind)
+    if base is UnionType:
+        return None if value is None else _read(of[0], value, way)
+    if base is tuple:
+        items = _require(value, list, "a list", way)
+        if Ellipsis not in of and len(items) != len(of):
+            _refuse(value, "two numbers", way)
+        return tuple(_read(of[0], each, f"{way}[{place}]") for place, each in enumerate(items))
+    if base is Mapping:
+        items = _require(value, dict, "an object", way).items()
+        return {key: _read(of[1], each, f"{way}.{key}") for key, each in items}
+    if is_dataclass(kind):
+        return _read_fields(kind, _require(value, dict, "an object", way), way)
+    if kind is str:
+        return _require(value, str, "a text", way)
+    try:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # An int that no float holds.
+        finite = False
+    if not finite:
+        _refuse(value, "a finite number", way)
+    if kind is int and (value < 0 or value != int(value)):
+        _refuse(value, "a whole number of at least 0", way)
+    return kind(value)
+
+
+def _read_fields(kind: Any, content: Mapping[str, Any], way: str) -> Any:
+    hints, values = get_type_hints(kind), {}
+    for each in fields(kind):
+        key = f"{way}.{each.name}".removeprefix(".")
+        if each.name in content:
+            values[each.name] = _read(hints[each.name], content[each.name], key)
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise ValueError(f" lacks {key}")
+    return kind(**values)
+
+
+def _require(value: Any, kind: type, wanted: str, way: str) -> Any:
+    return value if isinstance(value, kind) else _refuse(value, wanted, way)
+
+
+def _refuse(value: Any, wanted: str, way: str) -> Any:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+    raise ValueError(f": {way} must be {wanted}, got {shown}")
+
+
+def _rounded(value: Any) -> Any:
+    """Shares as the file holds them; JSON has no word for a number that is not finite."""
+    if isinstance(value, float):
+        return round(value, DIGITS) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
-class _Node:
-    """A value of the file and the keys that lead to it."""
+class _OldRow:
+    """A row of the summary of version 0.1.0, which had an interval for one number and no other."""
 
-    value: Any
-    way: str
-    file: Path
-
-    def get(self, key: str, default: Any = _REQUIRED) -> _Node:
-        """The entry of this key; one with the default's value where the file lacks it."""
-        way = f"{self.way}.{key}".removeprefix(".")
-        found = self.entries().get(key)
-        if found is None and default is _REQUIRED:
-            raise UserError(f"{self.file} lacks {way}; write it anew with tools/evaluate.py")
-        return found or _Node(default, way, self.file)
-
-    def entries(self) -> dict[str, _Node]:
-        if not isinstance(self.value, dict):
-            self._refuse("an object")
-        return {
-            key: _Node(each, f"{self.way}.{key}".removeprefix("."), self.file)
-            for key, each in self.value.items()
-        }
-
-    def items(self) -> list[_Node]:
-        if not isinstance(self.value, list):
-            self._refuse("a list")
-        return [_Node(each, f"{self.way}[{place}]", self.file) for place, each in enumerate(self.value)]
-
-    def text(self) -> str:
-        return self.value if isinstance(self.value, str) else self._refuse("a text")
-
-    def number(self) -> float:
-        if isinstance(self.value, int | float) and not isinstance(self.value, bool):
-            try:
-                value = float(self.value)
-            except OverflowError:
-                value = math.inf
-            if math.isfinite(value):
-                return value
-        self._refuse("a finite number")
-
-    def pair(self) -> tuple[float, float]:
-        values = [each.number() for each in self.items()]
-        return (values[0], values[1]) if len(values) == 2 else self._refuse("two numbers")
-
-    def count(self) -> int:
-        value = self.number()
-        return (
-            int(value) if value >= 0 and value.is_integer() else self._refuse("a whole number of at least 0")
-        )
-
-    def _refuse(self, wanted: str) -> NoReturn:
-        shown = json.dumps(self.value)
-        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-        way = self.way or "its content"
-        raise UserError(
-            f"{self.file}: {way} must be {wanted}, got {shown}; write it anew with tools/evaluate.py"
-        )
+    encoder: str
+    region_knn: float | None
+    region_knn_train: float | None
+    ocr_recall_at_5: float | None
+    ocr_train_recall_at_5: float | None
+    ocr_knn_recall_at_5: float | None
+    ocr_knn_train_recall_at_5: float | None
+    ocr_prior: float | None
+    region_knn_interval: tuple[float, float]
+    variant: str | None = None
 
 
-def _table(node: _Node) -> Table:
-    columns = tuple(
-        Column(
-            key=each.get("key").text(),
-            title=each.get("title").text(),
-            chance=_unless_null(each.get("chance", None)),
-            group=each.get("group", "").text(),
-        )
-        for each in node.get("columns").items()
-    )
-    return Table(
-        key=node.get("key").text(),
-        title=node.get("title").text(),
-        told=node.get("told").text(),
-        columns=columns,
-        rows={
-            encoder: tuple(_estimate(cells.get(column.key)) for column in columns)
-            for encoder, cells in node.get("rows").entries().items()
-        },
-        chance=node.get("chance_is").text(),
-        notes={encoder: note.text() for encoder, note in node.get("notes", {}).entries().items()},
-    )
+@dataclass(frozen=True)
+class _OldSummary:
+    split: str
+    test_regions: int
+    test_words: int
+    region_prior: float
+    rows: tuple[_OldRow, ...]
 
 
-def _estimate(node: _Node) -> Estimate | None:
-    if node.value is None:
-        return None
-    low, mean, high = (node.get(key).number() for key in ("low", "mean", "high"))
-    return Estimate(mean, low, high, tuple(seed.number() for seed in node.get("seeds").items()))
-
-
-def _unless_null(node: _Node) -> float | None:
-    return None if node.value is None else node.number()
-
-
-def _table_content(table: Table) -> dict[str, Any]:
-    return {
-        "key": table.key,
-        "title": table.title,
-        "told": table.told,
-        "columns": [
-            dataclasses.asdict(column) | {"chance": _rounded(column.chance)} for column in table.columns
-        ],
-        "chance_is": table.chance,
-        "notes": dict(table.notes),
-        "rows": {
-            encoder: {
-                column.key: None if cell is None else _estimate_content(cell)
-                for column, cell in zip(table.columns, cells, strict=True)
-            }
-            for encoder, cells in table.rows.items()
-        },
-    }
-
-
-def _estimate_content(cell: Estimate) -> dict[str, Any]:
-    ends = {key: _rounded(getattr(cell, key)) for key in ("mean", "low", "high")}
-    return {**ends, "seeds": [_rounded(value) for value in cell.seeds]}
-
-
-def _rounded(share: float | None) -> float | None:
-    """A share as the file holds it; JSON has no word for a number that is not finite."""
-    return None if share is None or not math.isfinite(share) else round(share, DIGITS)
-
-
-def _old_summary(node: _Node) -> Table:
-    """The summary of version 0.1.0, whose "rows" had an interval for one number and no other."""
-    rows, notes = {}, {}
-    word_chance = None
-    for row in node.get("rows").items():
-        encoder = row.get("encoder").text()
-        cells: list[Estimate | None] = []
-        for column in summary_columns("", None, None):
-            share = _unless_null(row.get(column.key))
-            cells.append(None if share is None else Estimate(share, share, share, ()))
-        low, high = row.get("region_knn_interval").pair()
-        if cells[0] is not None:
-            cells[0] = Estimate(cells[0].mean, low, high, (cells[0].mean,))
-        word_chance = _unless_null(row.get("ocr_prior"))
-        if row.get("variant", None).value is not None:
-            notes[encoder] = row.get("variant").text()
-        rows[encoder] = tuple(cells)
-    split = node.get("split").text()
-    told = f"{node.get('test_regions').count():,} objects and {node.get('test_words').count():,} words."
-    columns = summary_columns(split, node.get("region_prior").number(), word_chance)
+def _old_summary(content: Mapping[str, Any]) -> Table:
+    old: _OldSummary = _read(_OldSummary, content, "")
+    word_chance = old.rows[-1].ocr_prior if old.rows else None
+    columns = summary_columns(old.split, old.region_prior, word_chance)
+    rows: dict[str, dict[str, Estimate | None]] = {}
+    for row in old.rows:
+        shares = {column.key: getattr(row, column.key) for column in columns}
+        cells = {key: None if x is None else Estimate(x, x, x, ()) for key, x in shares.items()}
+        if row.region_knn is not None:
+            cells["region_knn"] = Estimate(row.region_knn, *row.region_knn_interval, (row.region_knn,))
+        rows[row.encoder] = cells
+    notes = {row.encoder: row.variant for row in old.rows if row.variant is not None}
+    told = f"{old.test_regions:,} objects and {old.test_words:,} words."
     return Table(SUMMARY, "Test beside train", told, columns, rows, "most frequent", notes)

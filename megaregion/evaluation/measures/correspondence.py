@@ -9,7 +9,8 @@ Pairs of held-out scenes that hold a class exactly once each are drawn. Two ques
 
 Each seed draws other pairs; chance is one over the boxes, and the mask's share of the scene.
 
-Shapes: S seeds, n pairs, R regions of all scenes, C feature width, h x w a map's cells, T x T truth cells.
+Shapes: n pairs, R regions of a scene (its objects, then its words), C feature width, h x w cells of a map,
+T x T truth cells.
 """
 
 from __future__ import annotations
@@ -42,13 +43,7 @@ class Pair:
 def correspondence_table(
     features: Mapping[str, Sequence[NDArray[np.float32]]], asked: MappedScenes, seeds: int
 ) -> Table | None:
-    """Measure every encoder; None where no two scenes share a class.
-
-    Args:
-        features: By encoder, of each scene its regions' features [objects + words, C].
-        asked: Held-out scenes.
-        seeds: Draws of pairs.
-    """
+    """Measure every encoder by each scene's features, [R, C]; None where no two scenes share a class."""
     scenes, truths = asked.scenes, asked.truths
     drawn = [draw_pairs(scenes, seed) for seed in range(seeds)]
     if not drawn[0]:
@@ -66,12 +61,7 @@ def correspondence_table(
 
 
 def draw_pairs(scenes: Sequence[Scene], seed: int) -> list[Pair]:
-    """Draw pairs of objects of one class from two scenes that hold it once each.
-
-    Args:
-        scenes: Scenes to draw from.
-        seed: Of the draw.
-    """
+    """Draw pairs of objects of one class from two scenes that hold it once each."""
     single: dict[str, list[tuple[int, int]]] = {}
     for place, scene in enumerate(scenes):
         counts = Counter(item.name for item in scene.objects)
@@ -93,14 +83,15 @@ def _row(
     maps: Sequence[SceneMap] | None,
     asked: MappedScenes,
     drawn: Sequence[Sequence[Pair]],
-) -> tuple[Estimate | None, ...]:
+) -> dict[str, Estimate | None]:
     # Every seed draws as many pairs, so that one bootstrap over their source cut-outs serves all.
     cutouts = [[_object(asked.scenes, pair.source).instance for pair in pairs] for pairs in drawn]
     boxes = [[right_box(features, asked.scenes, pair) for pair in pairs] for pairs in drawn]
-    if maps is None:
-        return share(boxes, cutouts), None
-    peaks = [[peak_inside(maps, asked.truths, pair) for pair in pairs] for pairs in drawn]
-    return share(boxes, cutouts), share(peaks, cutouts)
+    row: dict[str, Estimate | None] = {"box": share(boxes, cutouts), "peak": None}
+    if maps is not None:
+        peaks = [[peak_inside(maps, asked.truths, pair) for pair in pairs] for pairs in drawn]
+        row["peak"] = share(peaks, cutouts)
+    return row
 
 
 def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], pair: Pair) -> bool:

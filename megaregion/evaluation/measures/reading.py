@@ -31,14 +31,7 @@ Verdict = Callable[[Tokens, Tokens], float]
 
 
 def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, seeds: int) -> Table | None:
-    """Measure every encoder; None where a split has no word with tokens.
-
-    Args:
-        known: Training scenes.
-        asked: Held-out scenes.
-        prior: The most frequent tokens of the training shards, most frequent first.
-        seeds: Galleries drawn for the vote of the neighbours.
-    """
+    """Measure every encoder, and ``prior``; None where a split has no word with tokens."""
     gallery, queries = known.truth, asked.truth
     if not any(gallery.tokens) or not any(queries.tokens):
         return None
@@ -62,11 +55,11 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
             drawn = np.flatnonzero(draw_scenes(gallery.words.scene, seed, seeds))
             neighbours = nearest(own.words, known.features[name].words[drawn])
             by_words.append(neighbour_tokens(neighbours, [gallery.tokens[row] for row in drawn]))
-        rows[name] = tuple(
-            judged(named, queries, verdict)
-            for named in (by_head, by_words)
-            for verdict in (word_recall, is_exact)
-        )
+        rows[name] = {
+            f"{by}_{verdict}": judged(named, queries, judge)
+            for by, named in (("head", by_head), ("knn", by_words))
+            for verdict, judge in (("recall", word_recall), ("exact", is_exact))
+        }
     return Table("ocr", "Reading regions", told, columns, rows, "most frequent tokens")
 
 

@@ -38,13 +38,7 @@ class Labelled:
 
 
 def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) -> Table:
-    """Measure every encoder.
-
-    Args:
-        known: Training scenes, of which each seed draws its gallery.
-        asked: Held-out scenes.
-        seeds: Galleries drawn.
-    """
+    """Measure every encoder."""
     gallery, queries = known.truth.objects, asked.truth.objects
     told = (
         f"{len(queries):,} held-out objects of {len(set(queries.instances)):,} unseen cut-outs and "
@@ -53,9 +47,8 @@ def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) ->
     )
     chance = majority_share(gallery.names, queries.names)
     columns = (Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
-    draws = [
-        (draw_scenes(gallery.scene, seed, seeds), np.ones(len(queries), np.bool_)) for seed in range(seeds)
-    ]
+    every = np.ones(len(queries), np.bool_)
+    draws = [(draw_scenes(gallery.scene, seed, seeds), every) for seed in range(seeds)]
     rows = {
         name: recognise(
             Labelled(known.features[name].objects, gallery.names, gallery.instances, gallery.scene),
@@ -72,8 +65,8 @@ def recognise(
     asked: Labelled,
     draws: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]],
     tuning: NDArray[np.bool_] | slice = slice(None),
-) -> tuple[Estimate | None, ...]:
-    """k-NN and linear probe accuracy of one encoder, with what regions show as groups.
+) -> dict[str, Estimate | None]:
+    """Accuracy of one encoder by k-NN and by a linear probe, with what regions show as groups.
 
     Args:
         known: What galleries are drawn from, G rows.
@@ -91,7 +84,8 @@ def recognise(
         for column, named in enumerate((by_neighbours, by_probe)):
             right[column, seed, queries] = np.asarray(named) == true[queries]
     counted = np.stack([queries for _, queries in draws])
-    return tuple(share(verdicts, asked.instances, counted) for verdicts in right)
+    knn, linear = (share(verdicts, asked.instances, counted) for verdicts in right)
+    return {"knn": knn, "linear": linear}
 
 
 def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.bool_]:

@@ -23,12 +23,7 @@ DEPTHS = (1, 5, 10)
 
 
 def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: RegionTable) -> Table:
-    """Measure every encoder.
-
-    Args:
-        features: Of the held-out objects, [Q, C] by encoder.
-        objects: Their classes, cut-outs and scenes.
-    """
+    """Measure every encoder, whose features of the held-out objects are [Q, C]."""
     kinds = (("class", "same class", objects.names), ("cutout", "same cut-out", objects.instances))
     asking = {kind: _matches(labels, objects.scene) > 0 for kind, _, labels in kinds}
     columns = tuple(
@@ -41,33 +36,21 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
         f"{int(asking['cutout'].sum()):,} for their own cut-out, among all held-out objects of other "
         "scenes: recall among the nearest 1, 5 and 10."
     )
-    rows = {}
+    rows: dict[str, dict[str, Estimate | None]] = {name: {} for name in features}
     for name, own in features.items():
         found = nearest(own, own, objects.scene, objects.scene, neighbours=max(DEPTHS))
-        cells: list[Estimate | None] = []
         for kind, _, labels in kinds:
-            cells += recalls(found, labels, asking[kind], objects.instances)
-        rows[name] = tuple(cells)
+            recalls = _recalls(found, np.asarray(labels), asking[kind], np.asarray(objects.instances))
+            rows[name] |= {f"{kind}_at_{depth}": recall for depth, recall in recalls.items()}
     return Table("retrieval", "Finding regions again", told, columns, rows, "random order")
 
 
-def recalls(
-    found: Neighbours, labels: Sequence[str], asking: NDArray[np.bool_], groups: Sequence[str]
-) -> list[Estimate | None]:
-    """Recall at each depth.
-
-    Args:
-        found: Nearest rows of Q queries, at least as many as the greatest depth.
-        labels: What counts as a match, of Q queries.
-        asking: Queries that have a match at all, [Q].
-        groups: Cut-out of each query, for the interval.
-    """
-    label = np.asarray(labels)
-    hit = (label[found.index] == label[:, None]) & (found.index >= 0)
-    return [
-        share(hit[asking, :depth].any(axis=1), np.asarray(groups)[asking].tolist()) if asking.any() else None
-        for depth in DEPTHS
-    ]
+def _recalls(
+    found: Neighbours, labels: NDArray[np.str_], asking: NDArray[np.bool_], cutouts: NDArray[np.str_]
+) -> dict[int, Estimate | None]:
+    """Recall at each depth of the queries that have a match at all; a match is one of the same label."""
+    hit = (labels[found.index] == labels[:, None]) & (found.index >= 0)
+    return {depth: share(hit[asking, :depth].any(axis=1), cutouts[asking].tolist()) for depth in DEPTHS}
 
 
 def _matches(labels: Sequence[str], scene: NDArray[np.int64]) -> NDArray[np.int64]:

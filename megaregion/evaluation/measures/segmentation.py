@@ -27,13 +27,7 @@ BACKGROUND = "(background)"
 
 
 def segmentation_table(known: MappedScenes, asked: MappedScenes, seeds: int) -> Table:
-    """Measure every encoder that has maps.
-
-    Args:
-        known: Training scenes.
-        asked: Held-out scenes.
-        seeds: Draws of four fifths of the training scenes.
-    """
+    """Measure every encoder that has maps."""
     told = (
         f"{len(asked.scenes)} held-out scenes against mask-pooled features of {len(known.scenes)} training "
         f"scenes, mean over {seeds} draws of them: intersection over union at {TRUTH} x {TRUTH} places, mean "
@@ -76,7 +70,7 @@ def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: in
     return np.bincount(pairs, minlength=classes**2).astype(np.float64)
 
 
-def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> tuple[Estimate | None, ...]:
+def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> dict[str, Estimate | None]:
     rows = mask_rows(known, encoder)
     decay = choose_decay(rows.features, rows.names, rows.instances, seed=0)
     classes = sorted(set(rows.names))
@@ -87,7 +81,7 @@ def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> 
         parts.append([_asked_scene(fitted, own, truth, classes) for own, truth in
                       zip(asked.maps[encoder], asked.truths, strict=True)])  # fmt: skip
     joined = np.asarray(parts)
-    return estimate(joined, mean_iou), estimate(joined, object_iou)
+    return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, object_iou)}
 
 
 def mean_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -30,37 +30,29 @@ BINS = 512
 MOST_CELLS = 20_000
 """Training cells that the linear readings are fitted on."""
 INSIDE, OUTSIDE = "inside", "outside"
+READINGS = ("one_colour", "three_colours", "all_channels")
 
 Reading = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """From features or colours, [n, C], to how much each looks like an object, [n]."""
 
 
 def separation_table(known: MappedScenes, asked: MappedScenes) -> Table:
-    """Measure every encoder that has maps.
-
-    Args:
-        known: Training scenes.
-        asked: Held-out scenes.
-    """
+    """Measure every encoder that has maps."""
     told = (
-        f"Area under the ROC curve of object against background over all places of {len(asked.scenes)} "
-        "held-out scenes; "
-        f"the map's basis and how it is read are fixed on {len(known.scenes)} training scenes."
+        "Area under the ROC curve of object against background over all places of "
+        f"{len(asked.scenes)} held-out scenes; the map's basis and how it is read are fixed on "
+        f"{len(known.scenes)} training scenes."
     )
-    columns = (
-        Column("one_colour", "one colour", 0.5),
-        Column("three_colours", "three colours", 0.5),
-        Column("all_channels", "all channels", 0.5),
-    )
+    columns = tuple(Column(key, key.replace("_", " "), 0.5) for key in READINGS)
     rows = {name: _row(known, asked, name) for name in known.maps}
     return Table("separation", "Objects against background", told, columns, rows, "blind")
 
 
-def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> tuple[Estimate | None, ...]:
+def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> dict[str, Estimate | None]:
     basis = fit_basis(known.maps[encoder])
     cells, inside = _cells(known.maps[encoder], known.truths)
     if inside.all() or not inside.any():
-        return None, None, None
+        return dict.fromkeys(READINGS)
     colours = basis.project(cells)
     best, sign = best_colour(colours, inside)
     by_three, by_all = _linear(colours, inside), _linear(cells, inside)
@@ -69,7 +61,8 @@ def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> tuple[Estima
         lambda features: by_three(basis.project(features)),
         by_all,
     )
-    return tuple(_judge(reading, asked.maps[encoder], asked.truths) for reading in readings)
+    judged = (_judge(reading, asked.maps[encoder], asked.truths) for reading in readings)
+    return dict(zip(READINGS, judged, strict=True))
 
 
 def best_colour(colours: NDArray[np.float32], inside: NDArray[np.bool_]) -> tuple[int, float]:

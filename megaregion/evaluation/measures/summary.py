@@ -94,24 +94,22 @@ def summary_table(
 
 def _row(
     answers: Answers, known: SceneFeatures, asked: SceneFeatures, gallery: Truth, queries: Truth
-) -> tuple[Estimate | None, ...]:
+) -> dict[str, Estimate | None]:
     own, met = gallery.objects.scene, gallery.words.scene
     within = vote(nearest(known.objects, known.objects, own, own), gallery.objects.names)
     by_words = neighbour_tokens(nearest(asked.words, known.words), gallery.tokens)
     words_within = neighbour_tokens(nearest(known.words, known.words, met, met), gallery.tokens)
-    return (
-        named_right(answers.named, queries.objects),
-        named_right(within, gallery.objects),
-        *(
-            None if read is None else judged([read], truth, word_recall)
-            for read, truth in (
-                (asked.read, queries),
-                (known.read, gallery),
-                (by_words, queries),
-                (words_within, gallery),
-            )
-        ),
-    )
+    read = {
+        "ocr_recall_at_5": (asked.read, queries),
+        "ocr_train_recall_at_5": (known.read, gallery),
+        "ocr_knn_recall_at_5": (by_words, queries),
+        "ocr_knn_train_recall_at_5": (words_within, gallery),
+    }
+    return {
+        "region_knn": named_right(answers.named, queries.objects),
+        "region_knn_train": named_right(within, gallery.objects),
+        **{key: judged([own] if own else [], truth, word_recall) for key, (own, truth) in read.items()},
+    }
 
 
 def named_right(named: Sequence[str], objects: RegionTable) -> Estimate | None:
