@@ -1,14 +1,12 @@
 """What the value of a setting may be: a number within bounds, a word of some, a line of text.
 
-The types at the end stand on fields, as ``steps: Steps = 1_000``; a field with bounds of its own writes them,
-as ``Annotated[int, Whole(0, 12)]``. All bounds are finite, so NaN, infinity and endless counts are refused.
+All bounds are finite, so NaN, infinity and endless counts are refused.
 """
 
 from __future__ import annotations
 
 import difflib
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,28 +22,29 @@ class Misfit(ValueError):
     """What is wrong with a value; its text goes on from a setting's name, as "must be true or false"."""
 
 
-class Kind(ABC):
+class Kind:
     """What the values of a setting may be."""
 
     @property
-    @abstractmethod
     def told(self) -> str:
         """The values in words, as "a whole number in [1, 1e9]"."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def metavar(self) -> str:
         """What stands for a value in ``--help``."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, value: object) -> Any:
         """The value from a text, or from what JSON holds; bounds are not looked at.
 
         Raises:
             Misfit: It is of another kind.
         """
+        if isinstance(value, str):
+            return value
+        raise self.misfit(value)
 
-    @abstractmethod
     def check(self, value: Any) -> None:
         """Judge a value of this kind.
 
@@ -64,7 +63,8 @@ class Real(Kind):
 
     low: float
     high: float
-    unit: str = ""
+    metavar: str = "X"
+    """Their unit."""
     above: bool = False
     below: bool = False
     zero: str = ""
@@ -83,11 +83,6 @@ class Real(Kind):
     def told(self) -> str:
         """As "a number in (0, 1]"."""
         return f"a number in {self.bounds}"
-
-    @property
-    def metavar(self) -> str:
-        """The unit."""
-        return self.unit or "X"
 
     def read(self, value: object) -> float:
         """A float."""
@@ -109,6 +104,7 @@ class Real(Kind):
 class Whole(Real):
     """Whole numbers."""
 
+    metavar: str = "N"
     multiple: int = 1
     """Every value is a multiple of it."""
 
@@ -117,11 +113,6 @@ class Whole(Real):
         """As "a whole number in [1, 1e9]"."""
         kind = f"a multiple of {self.multiple}" if self.multiple > 1 else "a whole number"
         return f"{kind} in {self.bounds}"
-
-    @property
-    def metavar(self) -> str:
-        """The unit."""
-        return self.unit or "N"
 
     def read(self, value: object) -> int:
         """An int; a text may also write it as 1_000 or 1e9."""
@@ -147,7 +138,7 @@ class Whole(Real):
 class Text(Kind):
     """One line of text."""
 
-    unit: str = "TEXT"
+    metavar: str = "TEXT"
     empty: bool = True
     """Whether it may be empty."""
     folder: bool = False
@@ -155,54 +146,31 @@ class Text(Kind):
 
     @property
     def told(self) -> str:
-        """As "text"."""
+        """As "a line of text"."""
         return "a folder's name" if self.folder else "a line of text"
-
-    @property
-    def metavar(self) -> str:
-        """The unit."""
-        return self.unit
-
-    def read(self, value: object) -> str:
-        """A str."""
-        if isinstance(value, str):
-            return value
-        raise self.misfit(value)
 
     def check(self, value: str) -> None:
         """Judge a text: control characters would break the lines and files that it enters."""
         if not value and not self.empty:
-            raise Misfit(f"must not be empty; give a {self.unit.lower()}")
+            raise Misfit(f"must not be empty; give a {self.metavar.lower()}")
         unreadable = any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in value)
         if unreadable or (self.folder and ("/" in value or value in (".", "..") or len(value) > 100)):
             raise self.misfit(value)
 
 
-@dataclass(frozen=True)
 class Switch(Kind):
     """On or off."""
 
-    @property
-    def told(self) -> str:
-        """Both words."""
-        return "true or false"
-
-    @property
-    def metavar(self) -> str:
-        """Both words."""
-        return "{true,false}"
+    told = "true or false"
+    metavar = "{true,false}"
 
     def read(self, value: object) -> bool:
         """A bool."""
-        if isinstance(value, bool):
-            return value
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        raise self.misfit(value)
-
-    def check(self, value: bool) -> None:
-        """Nothing to judge."""
+        known = value if isinstance(value, bool) else words.get(str(value).lower())
+        if known is None:
+            raise self.misfit(value)
+        return known
 
 
 @dataclass(frozen=True)
@@ -220,12 +188,6 @@ class Choice(Kind):
     def metavar(self) -> str:
         """The words, as argparse lists them."""
         return f"{{{','.join(self.words)}}}"
-
-    def read(self, value: object) -> str:
-        """A str."""
-        if isinstance(value, str):
-            return value
-        raise self.misfit(value)
 
     def check(self, value: str) -> None:
         """Judge a word."""
@@ -266,6 +228,26 @@ class Several(Kind):
             self.item.check(one)
 
 
+def kind_of(annotation: Any) -> Kind:
+    """What the values of a type may be.
+
+    Raises:
+        TypeError: A number without bounds, or a type that no setting may have.
+    """
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated and isinstance(inner[1], Kind):
+        return inner[1]
+    if origin is Literal:
+        return Choice(inner)
+    if origin is tuple:
+        return Several(kind_of(inner[0]), None if inner[-1] is Ellipsis else len(inner))
+    if annotation in (bool, str):
+        return Switch() if annotation is bool else Text()
+    raise TypeError(
+        f"{annotation} is no type of a setting; a number has bounds, as megaregion.settings.Share"
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known word as a question, or nothing; of keys with dots the last part may be near, too."""
     known = list(known)
@@ -292,7 +274,7 @@ def _short(number: float) -> str:
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-# The types of fields.
+# Types of fields.
 
 PositiveInt = Annotated[int, Whole(1, COUNT)]
 Count = Annotated[int, Whole(0, COUNT)]
@@ -314,23 +296,3 @@ FolderName = Annotated[str, Text("NAME", empty=False, folder=True)]
 Place = Annotated[str, Text("PATH", empty=False)]
 """Where something lies: a folder, file or URL."""
 OptionalPlace = Annotated[str, Text("PATH")]
-
-
-def kind_of(annotation: Any) -> Kind:
-    """What the values of a type may be.
-
-    Raises:
-        TypeError: A number without bounds, or a type that no setting may have.
-    """
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated and isinstance(inner[1], Kind):
-        return inner[1]
-    if origin is Literal:
-        return Choice(inner)
-    if origin is tuple:
-        return Several(kind_of(inner[0]), None if inner[-1] is Ellipsis else len(inner))
-    if annotation in (bool, str):
-        return Switch() if annotation is bool else Text()
-    raise TypeError(
-        f"{annotation} is no type of a setting; a number has bounds, as megaregion.settings.Share"
-    )

@@ -31,6 +31,7 @@ from megaregion.config import RunConfig
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
 from megaregion.settings import (
     check,
+    flag_name,
     parse_yaml,
     read_file,
     read_settings,
@@ -69,11 +70,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse the command line by a :class:`UserError`."""
         text = " ".join(re.sub(r"^argument ([^\s:]+): ", r"\1 ", message).split())
         choice = re.match(r"(\S+) invalid choice: '?(.*?)'? \(choose from (.*)\)", text)
         if choice:
@@ -99,11 +96,9 @@ def flag(kind: Any) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            value = of.read(text)
-            of.check(value)
+            return _fitting(of, text)
         except Misfit as misfit:
             raise argparse.ArgumentTypeError(str(misfit)) from None
-        return value
 
     return read
 
@@ -133,9 +128,9 @@ def add_settings(
     """
     dest = _dest(defaults)
     for section in sections(defaults):
-        name = f"{section.key}: " if section.key and not flat else ""
-        group = parser.add_argument_group(f"{name}{section.told.rstrip('.')}")
-        if section.key and not flat:
+        named = section.key and not flat
+        group = parser.add_argument_group(f"{section.key}: " * bool(named) + section.told.rstrip("."))
+        if named:
             group.add_argument(
                 f"--{section.key}", metavar="YAML", action=_Change, dest=dest, key=section.key,
                 help="the settings of this section, a file or as {name: value}",
@@ -143,12 +138,11 @@ def add_settings(
         for one in section.settings:
             if one.key in without:
                 continue
-            words = isinstance(one.kind, (Choice, Switch, Text))
-            told = one.told.rstrip(".") + (" (" if words else f" ({one.kind.told}; ")
-            told += f"default: {written(one.default)})"
+            kind = "" if isinstance(one.kind, (Choice, Switch, Text)) else f"{one.kind.told}; "
+            told = f"{one.told.rstrip('.')} ({kind}default: {written(one.default)})"
             group.add_argument(
-                one.flag if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change, dest=dest,
-                key=one.key, kind=one.kind, nargs="+" if isinstance(one.kind, Several) else None,
+                flag_name(one.key) if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
+                dest=dest, key=one.key, kind=one.kind, nargs="+" if isinstance(one.kind, Several) else None,
                 help=told.replace("%", "%%"),
             )  # fmt: skip
 
@@ -193,26 +187,29 @@ def _dest(settings: object) -> str:
 
 
 class _Change(argparse.Action):
-    """Notes a setting that a flag changes."""
+    """Notes a setting, or the values of a section without a kind, that a flag changes."""
 
     def __init__(self, *names: Any, key: str, kind: Kind | None = None, **options: Any) -> None:
         super().__init__(*names, **{**options, "default": argparse.SUPPRESS})
         self._key, self._kind = key, kind
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        # Several values are words of their own, or one word with commas between them.
+        text = values[0] if isinstance(values, list) and len(values) == 1 else values
         try:
-            # Several values are words of their own, or one word with commas between them.
-            value = self._read(values[0] if isinstance(values, list) and len(values) == 1 else values)
+            if self._kind is not None:
+                value = _fitting(self._kind, text)
+            else:
+                value = parse_yaml(text) if text.lstrip().startswith("{") else read_yaml(Path(text))
         except Misfit as misfit:
             raise argparse.ArgumentError(self, str(misfit)) from None
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), (self._key, value)])
 
-    def _read(self, text: Any) -> Any:
-        if self._kind is None:
-            return parse_yaml(text) if text.lstrip().startswith("{") else read_yaml(Path(text))
-        value = self._kind.read(text)
-        self._kind.check(value)
-        return value
+
+def _fitting(kind: Kind, text: object) -> Any:
+    value = kind.read(text)
+    kind.check(value)
+    return value
 
 
 def run_settings(flags: argparse.Namespace) -> RunConfig:

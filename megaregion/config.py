@@ -1,8 +1,7 @@
-"""Every setting of a training run; imports nothing heavy.
+"""Every setting of a training run: one :class:`RunConfig`, of YAML files merged in order and dotted flags.
 
-A run is one :class:`RunConfig`: YAML files merged in order, then dotted overrides
-(``--optimizer.lr 5e-4``). settings.py turns the fields into flags and refuses what is out of their bounds;
-checks.py judges settings that must fit each other.
+settings.py turns the fields into flags and refuses what is out of their bounds; checks.py judges what
+must fit together.
 """
 
 from __future__ import annotations
@@ -34,14 +33,9 @@ from megaregion.settings import check, read_settings
 Precision = Literal["fp32", "bf16"]
 Activation = Literal["gelu", "quick_gelu"]
 RegionWeights = Literal["shared", "separate"]
-FirstWeights = Literal["random", "structured"]
 LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
 HeadBackend = Literal["auto", "torch", "triton"]
-CenterInit = Literal["random", "centers"]
-Packing = Literal["square", "native"]
-Hierarchical = Literal["auto", "on", "off"]
-EvaluateSplit = Literal["val", "test"]
 
 CropShare = Annotated[float, Real(1e-4, 1, "SHARE")]
 AspectRatio = Annotated[float, Real(0.01, 100)]
@@ -80,7 +74,7 @@ class ModelConfig:
     """Number of last blocks in which region tokens attend to their own patches."""
     region_weights: RegionWeights = "shared"
     """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
-    first_weights: FirstWeights = "random"
+    first_weights: Literal["random", "structured"] = "random"
     """Weights before training: random, or structured (whitened cosine filters on patches, attention to
     like and near tokens), which learns faster where a run is minutes long. The architecture is the same."""
 
@@ -127,7 +121,7 @@ class DataConfig:
     """Mean subtracted from each of R, G, B on the 0..1 scale (CLIP's)."""
     std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation that divides each of R, G, B (CLIP's)."""
-    packing: Packing = "square"
+    packing: Literal["square", "native"] = "square"
     """square stretches every crop to image_size; native keeps its aspect ratio at no more patches than a
     square has, and the patches of a micro-batch's images share one sequence without padding (crop_ratio is
     then relative to the image's own)."""
@@ -158,9 +152,7 @@ class HeadConfig:
     """Where the margin acts."""
     scale: Annotated[float, Real(0, 10_000, above=True)] = 64.0
     """Factor s of the cosine similarities."""
-    sample_rate: Annotated[float, Real(0, 1, "SHARE", above=True, advice="use 1.0 to score every class")] = (
-        0.1
-    )
+    sample_rate: SampleRate = 0.1
     """Share of negative classes that enter the loss of one draw; 1.0 scores every class."""
     min_negatives: Count = 64
     """Random negatives that are always drawn (all of them when there are fewer classes)."""
@@ -182,9 +174,9 @@ class HeadsConfig:
     number of data-parallel ranks. Without a meaning where both heads' sample_rate is 1."""
     backend: HeadBackend = "auto"
     """Kernel of the streaming loss: torch, triton (GPU), or auto (triton where it pays)."""
-    init: CenterInit = "random"
+    init: Literal["random", "centers"] = "random"
     """Start of the object centers: random, or the dataset's k-means centers."""
-    hierarchical: Hierarchical = "auto"
+    hierarchical: Literal["auto", "on", "off"] = "auto"
     """Whether features and their gradients cross the network node by node, so that each row enters a node
     once: auto does so on several nodes of equally many ranks, on refuses to start where that cannot be."""
     census_every: StepsOrNone = 1_000
@@ -334,7 +326,7 @@ class EvaluateConfig:
     """Steps between looks, a multiple of checkpoint.every, for saved weights are looked at; 0 never looks."""
     scenes: OptionalPlace = ""
     """Scene set of tools/make_scenes.py, with train and the split that is asked about."""
-    split: EvaluateSplit = "val"
+    split: Literal["val", "test"] = "val"
     """Split that is asked about: val, or test for numbers that no setting was chosen by."""
     limit: Count = 500
     """Training objects in the gallery, drawn as whole scenes; 0 takes all."""
@@ -386,25 +378,15 @@ class RunConfig:
     """Checkpoint, run or HuggingFace folder (MLCD, RICE, CLIP) whose transformer the run begins with; step,
     moments, projection and heads are new. Empty draws the weights. A resumed run does not look at it."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The encoder."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The dataset and its transforms."""
     head: HeadsConfig = field(default_factory=HeadsConfig)
-    """The classification heads."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Tensor parallelism and ZeRO."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Steps, batches and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """The loss guard."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    """The look at held-out scenes while the run trains."""
     machines: MachinesConfig = field(default_factory=MachinesConfig)
-    """The look at the machines before a start."""
     stages: tuple[StageConfig, ...] = field(default=())
     """Resolutions that follow on model.image_size, in their order; a run resumes in the middle of any."""
 

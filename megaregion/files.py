@@ -17,10 +17,8 @@ from typing import Any, BinaryIO
 def partial_name(path: Path, shared: bool = False) -> Path:
     """The hidden name beside its own under which a file or folder is made.
 
-    Args:
-        path: Its own name.
-        shared: Whether several processes may make it at once: then no two calls give the same name. Else all
-            do, so that what a killed process left is overwritten by the next try.
+    Where several processes may make it at once (``shared``) no two calls give the same name. Else all do, so
+    that what a killed process left is overwritten by the next try.
     """
     # Ranks of two hosts can have the same process id, so that alone would not be a name of one's own.
     own = f".{os.getpid()}-{uuid.uuid4().hex[:8]}" if shared else ""
@@ -37,7 +35,7 @@ def new_file(
 
     Args:
         path: Its name.
-        shared: As in :func:`partial_name`.
+        shared: That of :func:`partial_name`.
         once: Refuse to replace a file, also one that appears meanwhile.
         durable: Flush file and name to the disk, so that they outlast a power cut.
 
@@ -80,14 +78,8 @@ def write_text(path: Path, text: str, shared: bool = False, once: bool = False) 
 def new_folder(path: Path, shared: bool = False) -> Iterator[Path]:
     """Fill a folder beside its place; it takes its place, and an older one's, if the block ends well.
 
-    If the block raises, the old folder stays and no part of the new one is left.
-
-    Args:
-        path: Its name.
-        shared: As in :func:`partial_name`.
-
-    Raises:
-        OSError: The disk is full or gone.
+    If the block raises, the old folder stays and no part of the new one is left; ``shared`` is that of
+    :func:`partial_name`.
     """
     partial = partial_name(path, shared)
     try:
@@ -124,10 +116,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file with one JSON object a line; none if it is missing.
-
-    What is no object is left out: a killed writer leaves half a line.
-    """
+    """Objects of a file with one a line, none if it is missing; a killed writer's half line is left out."""
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

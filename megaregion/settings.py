@@ -1,8 +1,7 @@
-"""Settings: frozen dataclasses whose fields say their bounds, their unit and what they do.
+"""Settings: frozen dataclasses whose fields have a type of bounds.py, a default and a sentence below.
 
-A field is a type of bounds.py, a default and the sentence under it. From them follows all that a user meets:
-the flag and its line in ``--help`` (command_line.py), the key in a YAML file, the row in configs/README.md,
-and the refusal of a value that does not fit.
+From them follows all that a user meets: the flag and its line in ``--help`` (command_line.py), the key in a
+YAML file, the row in configs/README.md, and the refusal of a value that does not fit.
 """
 
 from __future__ import annotations
@@ -46,11 +45,6 @@ class Setting:
         """The last part of its key."""
         return self.key.rpartition(".")[2]
 
-    @property
-    def flag(self) -> str:
-        """Its flag where all names of a command line are different."""
-        return flag_name(self.key)
-
 
 @dataclass(frozen=True)
 class Section:
@@ -64,43 +58,36 @@ class Section:
 
 @dataclass(frozen=True)
 class Listed(Kind):
-    """Any number of sections of one class."""
+    """Any number of sections of one class; what is in each is read and judged as a section."""
 
     item: type
+    metavar: str = "YAML"
 
     @property
     def told(self) -> str:
         """The keys of one."""
         return f"a list of {{{', '.join(_kinds(self.item))}}}"
 
-    @property
-    def metavar(self) -> str:
-        """How it is written."""
-        return "YAML"
-
     def read(self, value: object) -> tuple[object, ...]:
-        """A list, or YAML of one; :func:`read_settings` reads what is in it."""
+        """A list, or YAML of one."""
         value = parse_yaml(value) if isinstance(value, str) else value
         if isinstance(value, (list, tuple)):
             return tuple(value)
         raise self.misfit(value)
 
-    def check(self, value: object) -> None:
-        """Nothing to judge beside the items."""
-
 
 @cache
-def _kinds(cls: type) -> dict[str, Kind | type]:
-    """What each field of a dataclass holds: values of a kind, or another dataclass."""
-    found: dict[str, Kind | type] = {}
-    for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
-        inner = typing.get_args(annotation)
-        if dataclasses.is_dataclass(annotation):
-            found[name] = typing.cast(type, annotation)
+def _kinds(cls: type) -> dict[str, Kind | None]:
+    """What each field of a dataclass holds: values of a kind, or None for a section of its own."""
+    found: dict[str, Kind | None] = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        inner = typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            found[name] = None
         elif inner and dataclasses.is_dataclass(inner[0]):
             found[name] = Listed(typing.cast(type, inner[0]))
         else:
-            found[name] = kind_of(annotation)
+            found[name] = kind_of(hint)
     return found
 
 
@@ -109,14 +96,18 @@ def sections(settings: Any, key: str = "") -> Iterator[Section]:
     cls: Any = type(settings)
     told, plain, nested = _sentences(cls), [], []
     for name, kind in _kinds(cls).items():
-        value, path = getattr(settings, name), f"{key}.{name}" if key else name
-        if isinstance(kind, Kind):
-            plain.append(Setting(path, kind, value, told[name]))
-        else:
+        value, path = getattr(settings, name), _joined(key, name)
+        if kind is None:
             nested.append((value, path))
+        else:
+            plain.append(Setting(path, kind, value, told[name]))
     yield Section(key, " ".join((inspect.getdoc(cls) or "").split()), tuple(plain))
     for value, path in nested:
         yield from sections(value, path)
+
+
+def _joined(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
 
 
 def flag_name(key: str) -> str:
@@ -146,14 +137,14 @@ def read_settings(base: T, values: object, key: str = "") -> T:
     cls: Any = type(base)
     kinds, changes = _kinds(cls), {}
     for name, value in values.items():
-        path = f"{key}.{name}" if key else str(name)
+        path = _joined(key, name)
         if name not in kinds:
             raise unknown(path, setting_names(base, key))
-        kind, now = kinds[name], getattr(base, name)
+        kind = kinds[name]
         if value is None:
             raise UserError(f"{path} is empty; give it a value, or leave the line out to keep its default")
-        if not isinstance(kind, Kind):
-            changes[name] = read_settings(now, value, path)
+        if kind is None:
+            changes[name] = read_settings(getattr(base, name), value, path)
             continue
         changes[name] = _fitting(path, kind.read, value)
         if isinstance(kind, Listed):
@@ -176,8 +167,8 @@ def check(settings: Any, key: str = "", say: Callable[[str], str] = str) -> None
     """
     cls: Any = type(settings)
     for name, kind in _kinds(cls).items():
-        value, path = getattr(settings, name), f"{key}.{name}" if key else name
-        if not isinstance(kind, Kind):
+        value, path = getattr(settings, name), _joined(key, name)
+        if kind is None:
             check(value, path, say)
         elif isinstance(kind, Listed):
             for place, one in enumerate(value):
@@ -204,16 +195,13 @@ def _sentences(cls: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, by the field's name."""
     tree = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            found[field.target.id] = " ".join(str(below.value.value).split())
-    return found
+    return {
+        ast.unparse(field.target): " ".join(str(below.value.value).split())
+        for field, below in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
 
 
 # YAML.
@@ -262,43 +250,34 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        return None if node is None else _Plain().of(node)
+        return None if node is None else _plain(node, iter(range(YAML_VALUES)))
     except yaml.YAMLError as error:
         raise Misfit(f"is no YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise Misfit("is nested too deep; settings have at most four levels") from None
 
 
-class _Plain:
-    """Turns YAML's nodes into dicts, lists and texts."""
-
-    def __init__(self) -> None:
-        self._left = YAML_VALUES
-
-    def of(self, node: yaml.Node) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise Misfit(f"holds more than {YAML_VALUES} values; do not repeat an alias so often")
-        if isinstance(node, yaml.SequenceNode):
-            return [self.of(item) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node)
+def _plain(node: yaml.Node, left: Iterator[int]) -> Any:
+    """A node as dicts, lists and texts; ``left`` ends where it holds too many values."""
+    if next(left, None) is None:
+        raise Misfit(f"holds more than {YAML_VALUES} values; do not repeat an alias so often")
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, left) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
         empty = node.style is None and node.value in ("", "~", "null")
         return None if empty else node.value
-
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, value in node.value:
-            key = shown(name.value)
-            if key in values:
-                raise Misfit(f"gives {key} twice, again in line {name.start_mark.line + 1}; keep one")
-            values[key] = self.of(value)
-        others = values.pop("<<", [])
-        for other in others if isinstance(others, list) else [others]:
-            if not isinstance(other, dict):
-                raise Misfit(f"merges {shown(other)} by <<; give it the alias of a mapping")
-            values = {**other, **values}
-        return values
+    values: dict[str, Any] = {}
+    for name, value in node.value:
+        key = shown(name.value)
+        if key in values:
+            raise Misfit(f"gives {key} twice, again in line {name.start_mark.line + 1}; keep one")
+        values[key] = _plain(value, left)
+    others = values.pop("<<", [])
+    for other in others if isinstance(others, list) else [others]:
+        if not isinstance(other, dict):
+            raise Misfit(f"merges {shown(other)} by <<; give it the alias of a mapping")
+        values = {**other, **values}
+    return values
 
 
 def to_yaml(settings: Any) -> str:

@@ -12,8 +12,7 @@ import pytest
 from launch import repository
 from toy import settings_of, toy_config
 
-from megaregion.batching import batching, fitting_nodes
-from megaregion.checks import check_config
+from megaregion.checks import batching, check_config, fitting_nodes
 from megaregion.command_line import Parser, add_settings
 from megaregion.config import RunConfig, StageConfig, config_from_dict
 from megaregion.errors import UserError

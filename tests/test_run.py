@@ -223,7 +223,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_counted(tmp_path: Path) ->
 def _poisoned(dataset: str, output: str) -> None:
     import torch
 
-    from megaregion.batching import batching
+    from megaregion.checks import batching
     from megaregion.errors import UserError
     from megaregion.parallel import topology
     from megaregion.training.metrics import open_log

@@ -30,7 +30,7 @@ from megaregion.curation.settings import CurationSettings
 from megaregion.demo.scenes import SceneSettings
 from megaregion.errors import Fenced, UserError
 from megaregion.planning.hardware import Hardware
-from megaregion.settings import Setting, check, read_settings, read_yaml, sections, to_yaml
+from megaregion.settings import Setting, check, flag_name, read_settings, read_yaml, sections, to_yaml
 
 CLASSES = (RunConfig, StageConfig, CurationSettings, AtlasSettings, SceneSettings, Hardware)
 HOSTILE = (
@@ -133,14 +133,14 @@ def test_a_hostile_flag_is_within_the_bounds_or_a_line_that_names_it(cls: type) 
     parser = Parser()
     add_settings(parser, cls(), flat)
     for one in settings_of(cls):
-        flag = one.flag if flat else f"--{one.key}"
+        flag = flag_name(one.key) if flat else f"--{one.key}"
         for value in HOSTILE:
             for words in ([f"{flag}={value}"], [flag, str(value)]):
                 try:
                     settings = changed_settings(parser.parse_args(words), cls())
                     check(settings)
                 except UserError as error:
-                    must_name(error, one.key.rpartition(".")[2] if not flat else one.flag)
+                    must_name(error, one.key.rpartition(".")[2] if not flat else flag_name(one.key))
                 else:
                     must_fit(settings, one)
 

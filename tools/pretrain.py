@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from megaregion.batching import fitting_nodes
 from megaregion.bounds import Steps, Whole
+from megaregion.checks import fitting_nodes
 from megaregion.command_line import Parser, add_settings, add_settings_files, flag, path, run, run_settings
 from megaregion.config import RunConfig
 from megaregion.errors import UserError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaregion.batching import batching
+from megaregion.checks import batching
 from megaregion.config import HeadConfig, ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError

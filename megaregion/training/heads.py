@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaregion.batching import Batching
 from megaregion.checkpoint.format import Piece
 from megaregion.checkpoint.reader import CheckpointReader
+from megaregion.checks import Batching
 from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset

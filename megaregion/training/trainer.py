@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaregion.batching import Batching, batching, check_batching
 from megaregion.checkpoint.fence import claim_together
 from megaregion.checkpoint.format import DONE
+from megaregion.checks import Batching, batching, check_batching
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader

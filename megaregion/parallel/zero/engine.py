@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaregion.batching import batching
+from megaregion.checks import batching
 from megaregion.config import RunConfig
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology
