@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaregion.checkpoint.format import Piece
-from megaregion.checkpoint.writer import publish, write_pieces
+from megaregion.checkpoint.format import Piece, publish, write_pieces
 from megaregion.config import HeadsConfig, ModelConfig, RunConfig
 from megaregion.models import RegionEncoder, initialise, tensor_parallel_plan
 

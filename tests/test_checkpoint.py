@@ -9,10 +9,9 @@ import pytest
 import torch
 from toy import newest_whole
 
-from megaregion.checkpoint.format import Piece, step_folder
+from megaregion.checkpoint.format import Piece, publish, step_folder, write_pieces
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
 from megaregion.checkpoint.saver import Retention, retire
-from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.errors import UserError
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from toy_scenes import write_run as write_toy_run
 from toy_scenes import write_scenes, write_shards
 
+from megaregion.checkpoint.format import publish, write_pieces
 from megaregion.checkpoint.pretrained import open_pretrained
-from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.data.info import read_info
 from megaregion.errors import UserError

@@ -14,9 +14,8 @@ from test_run import command, metrics, pretrain, repository
 from toy import newest_whole, toy_dataset
 
 from megaregion.checkpoint.fence import Fence, claim, read_claim, refusal
-from megaregion.checkpoint.format import Piece, step_folder, unfinished_folder
+from megaregion.checkpoint.format import Piece, publish, step_folder, unfinished_folder, write_pieces
 from megaregion.checkpoint.reader import find_checkpoint
-from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.errors import FENCED_EXIT, Fenced
 
 

@@ -12,8 +12,7 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.checkpoint.format import Piece
-from megaregion.checkpoint.writer import publish, write_pieces
+from megaregion.checkpoint.format import Piece, publish, write_pieces
 from megaregion.config import EvaluateConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import RegionRecord, SampleRecord, encode_mask

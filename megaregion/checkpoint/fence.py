@@ -28,15 +28,13 @@ import torch.distributed as dist
 
 from megaregion.checkpoint.format import FENCE, MANIFEST, finished_folders
 from megaregion.errors import Fenced, UserError
-from megaregion.files import write_text
+from megaregion.files import file_sha256, write_text
 from megaregion.parallel.topology import Topology, host_name
 
 TOKEN = "MEGAREGION_FENCE"
 """Environment variable with the launcher's token, JOBID.RESTARTS under SLURM."""
-
 LOOK_EVERY = 10.0
 """Seconds between two looks for newer claims while training goes on."""
-
 REFUSED, UNWRITABLE = -1, -2
 
 
@@ -93,11 +91,7 @@ class Fence:
 
 
 def claim(checkpoints: Path, token: str) -> Claim:
-    """Take over a run, as the next incarnation.
-
-    Args:
-        checkpoints: The run's checkpoints folder; made if missing.
-        token: Who claims, see :class:`Claim`.
+    """Take over a run, as the next incarnation; its checkpoints folder is made if missing.
 
     Raises:
         Fenced: The owner is a later restart of the same SLURM job.
@@ -129,7 +123,7 @@ def claim_together(checkpoints: Path, topology: Topology) -> Fence:
         Fenced: The owner is a later restart of the same SLURM job.
         UserError: The folder cannot be written.
     """
-    token = own_token()
+    token = os.environ.get(TOKEN) or f"{host_name()}:{os.getpid()}:{time.time():.3f}"
     number = torch.zeros((), dtype=torch.int64, device=topology.device)
     reason = f"rank 0 could not claim {checkpoints}; see its log"
     if topology.rank == 0:
@@ -149,17 +143,8 @@ def claim_together(checkpoints: Path, topology: Topology) -> Fence:
     return Fence(checkpoints, int(number), token)
 
 
-def own_token() -> str:
-    """The launcher's token, or one that no other process has."""
-    return os.environ.get(TOKEN) or f"{host_name()}:{os.getpid()}:{time.time():.3f}"
-
-
 def refusal(folder: Path) -> str | None:
-    """Why no reader may use a finished checkpoint, None if it may be used.
-
-    Args:
-        folder: The checkpoint's folder, beside ``fence``; without claims every checkpoint may be used.
-    """
+    """Why no reader may use a finished checkpoint, None if it may be used, as where nobody has claimed."""
     numbers = _numbers(folder.parent / FENCE)
     if not numbers:
         return None
@@ -202,11 +187,8 @@ def _numbers(folder: Path) -> list[int]:
 
 def _published(checkpoints: Path) -> dict[str, str]:
     """Checksums of the manifests of all checkpoints that readers may use, by folder name."""
-    found = {}
-    for folder in finished_folders(checkpoints):
-        if refusal(folder) is None:
-            found[folder.name] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    return found
+    usable = (folder for folder in finished_folders(checkpoints) if refusal(folder) is None)
+    return {folder.name: file_sha256(folder / MANIFEST) for folder in usable}
 
 
 def _started_late(token: str, owner: str) -> bool:

@@ -1,14 +1,7 @@
-"""What a checkpoint is on disk: names, pieces of tensors, and safetensors files written as a stream.
+"""What a checkpoint is on disk, and how it gets there; README.md draws the folder.
 
-    checkpoints/step-00001200/manifest.json      counts, settings, hashes, tensors and their pieces
-    checkpoints/step-00001200/rank-00000.safetensors ...
-    checkpoints/step-00001300.unfinished-000002/ being written by incarnation 2, or never finished
-    checkpoints/latest                           name of the newest complete folder, renamed into place last
-    checkpoints/fence/000002.json                claim of incarnation 2, see fence.py
-
-Every tensor is described whole (shape, type) together with the pieces that ranks wrote and their place in it,
-so a reader asks for any box of any tensor and never needs to know how many ranks there were. Nothing is
-pickled. A folder without a manifest is one that was never finished.
+Every rank writes its pieces of the full tensors, then one rank joins their descriptions in a manifest and
+shows the folder by one rename.
 """
 
 from __future__ import annotations
@@ -16,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaregion.errors import Fenced
+from megaregion.files import file_sha256, flush_folder, write_text
+
 VERSION = 1
 """Of the manifest."""
 MANIFEST = "manifest.json"
+"""A folder without one was never finished."""
 LATEST = "latest"
 DONE = "DONE"
 """Lies in the run's folder once the last step is taken: jobs that were chained to it leave at once."""
@@ -97,12 +96,7 @@ def seal(manifest: dict[str, Any]) -> str:
 def tensor_header(
     described: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What a safetensors file begins with; the tensors' bytes follow in the same order.
-
-    Args:
-        described: Name, type and shape of every tensor.
-        metadata: Strings to go with them.
-    """
+    """What a safetensors file of tensors of these names, types and shapes begins with; their bytes follow."""
     head: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in described:
@@ -114,15 +108,11 @@ def tensor_header(
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, and flush it to the disk.
+    """Write a safetensors file of tensors in host memory, and flush it to the disk.
 
     The library's own writer holds a second copy of all bytes and the interpreter's lock while it makes it,
     and the checksum would need to read the file again. Here the bytes go from the tensors to the disk in
     chunks, and while a chunk is hashed or written the training thread may run.
-
-    Args:
-        file: The new file; one that exists is replaced.
-        tensors: Tensors by name, in host memory.
 
     Returns:
         The file's description as :func:`file_description` gives it, of the bytes that were meant.
@@ -136,19 +126,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return _write_chunks(file, _chunks(header, [tensor for _, tensor in order]))
 
 
-def copy_file(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a file, flush it to the disk, and describe the bytes that were read.
-
-    Raises:
-        OSError: A disk is full or gone.
-    """
-    return _write_chunks(target, _chunks_of_file(source))
-
-
 def file_description(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _chunks(header: bytes, tensors: Sequence[Tensor]) -> Iterator[memoryview]:
@@ -178,3 +158,112 @@ def _write_chunks(file: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
             written += done
         os.fsync(stream.fileno())
     return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that says what a rank has written; it appears when the rank is done."""
+    return f"rank-{rank:05d}.json"
+
+
+def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece], staging: Path | None = None) -> None:
+    """Write one rank's part of a checkpoint: a safetensors file and the entries that describe it.
+
+    Args:
+        folder: The unfinished checkpoint folder, which exists.
+        rank: The writing rank; names the files.
+        pieces: What this rank holds, in host memory; may be empty.
+        staging: A folder of this rank alone on the host's own disk. The tensors are written there first and
+            then copied; the copy there is left.
+
+    Raises:
+        OSError: The disk is full or gone.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    file = folder / f"rank-{rank:05d}.safetensors"
+    for piece in pieces:
+        if piece.tensor.numel() == 0:
+            continue
+        key, offset = f"{piece.name}@{','.join(map(str, piece.offset))}", list(piece.offset)
+        tensors[key] = piece.tensor
+        entries.append(
+            {
+                "name": piece.name,
+                "dtype": str(piece.tensor.dtype).removeprefix("torch."),
+                "full_shape": list(piece.full_shape),
+                "piece": {"file": file.name, "key": key, "offset": offset, "shape": list(piece.tensor.shape)},
+            }
+        )
+    if staging is None:
+        meant = write_tensors(file, tensors)
+    else:
+        staging.mkdir(parents=True, exist_ok=True)
+        staged = staging / file.name
+        meant = write_tensors(staged, tensors)
+        if _write_chunks(file, _chunks_of_file(staged)) != meant:
+            raise OSError(f"{staged} does not read back as it was written")
+    described = {"files": {file.name: meant}, "entries": entries}
+    write_text(folder / rank_file(rank), json.dumps(described), shared=True)
+
+
+def publish(
+    folder: Path, final: Path, facts: dict[str, Any], check: Callable[[], None] = lambda: None
+) -> None:
+    """Join what all ranks wrote into a manifest, then make the checkpoint visible in one rename.
+
+    Args:
+        folder: The unfinished folder; every rank has finished :func:`write_pieces`.
+        final: Its name once complete; ``latest`` beside it is updated last.
+        facts: Entries for the manifest besides the tensors (step, position, config, dataset).
+        check: Called right before the rename; what it raises prevents it.
+
+    Raises:
+        OSError: The disk is full or gone.
+        Fenced: A newer incarnation has published the same step.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    parts = sorted(folder.glob("rank-*.json"))
+    for part in parts:
+        described = json.loads(part.read_text())
+        files.update(described["files"])
+        for entry in described["entries"]:
+            whole = {"dtype": entry["dtype"], "shape": entry["full_shape"], "pieces": []}
+            tensors.setdefault(entry["name"], whole)["pieces"].append(entry["piece"])
+    manifest = {"version": VERSION, **facts, "files": files, "tensors": tensors}
+    manifest["seal"] = seal(manifest)
+    write_text(folder / MANIFEST, json.dumps(manifest), shared=True)
+    for part in parts:
+        part.unlink()
+    check()
+    replaced = _move_aside(final, facts.get("incarnation", 0))
+    try:
+        folder.rename(final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
+    flush_folder(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n", shared=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _move_aside(final: Path, incarnation: int) -> Path | None:
+    """Rename an older checkpoint of the same step, from before a crash or a roll-back; returns its new name.
+
+    A rename takes exactly one folder, so what is replaced is what was judged, even if another incarnation
+    publishes at the same moment.
+    """
+    if not final.exists():
+        return None
+    aside = final.with_name(f"{final.name}{UNFINISHED}-replaced-{uuid.uuid4().hex[:8]}")
+    final.rename(aside)
+    try:
+        theirs = int(json.loads((aside / MANIFEST).read_text()).get("incarnation", 0))
+    except (OSError, ValueError, AttributeError):
+        theirs = -1
+    if theirs > incarnation:
+        aside.rename(final)
+        raise Fenced(f"incarnation {theirs} has published {final.name} and owns the run; this one ends")
+    return aside

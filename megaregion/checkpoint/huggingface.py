@@ -1,12 +1,7 @@
 """Our parameters as those of transformers' ``MLCDVisionModel`` and back, and folders with such weights.
 
-An :class:`EncoderFolder` reads MLCD and RICE folders, those that ``to-hf`` writes, and CLIP's vision towers,
-alone or beside their text tower. Only config.json, preprocessor_config.json and safetensors files are read:
-no pickle, no code. In a folder keys begin with ``vision_model.`` and config.json says ``mlcd``, as the
-released folders do: transformers 4.57 finds neither without, and would fill the model with random weights;
-5.x takes both.
-
-Shapes: D width, H heads, d head width.
+In a folder keys begin with ``vision_model.`` and config.json says ``mlcd``, as the released folders do:
+transformers 4.57 finds neither without, and would fill the model with random weights; 5.x takes both.
 """
 
 from __future__ import annotations
@@ -32,18 +27,14 @@ ARCHITECTURES = {
     "mlcd": "MLCD", "mlcd_vision_model": "MLCD", "clip_vision_model": "CLIP", "clip": "CLIP",
 }  # fmt: skip
 """What config.json may say as model_type, and whose vision tower that is."""
-
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 PREFIX = "vision_model."
 """Begins every key of the encoder in a folder; in memory transformers 5.x has none."""
-
 REGION = "region_layers."
 """Begins the keys of region tokens' own weights, which only the region class knows."""
-
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which tensor."""
-
 PROJECTION = "projection.weight"
 """Key of the projection in folders with the region class; ours is called the same."""
 
@@ -56,7 +47,11 @@ class _Place:
 
 
 class EncoderFolder:
-    """Random access to the weights of a folder, in float32, one parameter at a time."""
+    """Random access to the weights of a folder, in float32, one parameter at a time.
+
+    It may be of MLCD or RICE, what ``to-hf`` wrote, or CLIP's vision tower, alone or beside its text tower. Only
+    config.json, preprocessor_config.json and safetensors files are read: no pickle, no code.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read the settings and the headers of all files.
@@ -70,12 +65,10 @@ class EncoderFolder:
         vision = settings.get("vision_config", settings) if settings["model_type"] == "clip" else settings
         self.model = _model(folder, vision)
         self.data = _normalisation(folder)
-        self._places = dict(_places(folder))
+        self._places = _places(folder)
         with torch.device("meta"):
-            self._shapes = {
-                name: tuple(parameter.shape)
-                for name, parameter in VisionTransformer(self.model).named_parameters()
-            }
+            parameters = VisionTransformer(self.model).named_parameters()
+            self._shapes = {name: parameter.shape for name, parameter in parameters}
         self.notices = self._notices()
 
     @property
@@ -97,12 +90,12 @@ class EncoderFolder:
         if name == PROJECTION:
             return self._tensor(name)
         if name == "class_pos_emb" and self.architecture == "CLIP":
-            return initial_value(f"vit.{name}", torch.Size(self._shapes[name]), self.model, seed=0)
+            return initial_value(f"vit.{name}", self._shapes[name], self.model, seed=0)
         try:
             tensor = join_mlcd(name, self._tensor, self.model)
         except RuntimeError as error:
             raise UserError(f"{self.folder}: {name} does not fit config.json ({error})") from error
-        if tuple(tensor.shape) != self._shapes[name]:
+        if tensor.shape != self._shapes[name]:
             raise UserError(
                 f"{self.folder}: {name} has the shape {list(tensor.shape)}, config.json asks for "
                 f"{list(self._shapes[name])}; weights and config.json belong to different models"
@@ -180,12 +173,14 @@ def _architecture(folder: Path, settings: dict[str, Any]) -> str:
     return ARCHITECTURES[kind]
 
 
-def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
-    """Our settings from theirs.
+_SIZES = {
+    "num_hidden_layers": "depth", "image_size": "image_size", "patch_size": "patch_size",
+    "hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "mlp_width",
+}  # fmt: skip
 
-    Raises:
-        UserError: A setting is missing or of a kind that our transformer does not have.
-    """
+
+def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
+    """Our settings from theirs; a :class:`UserError` where our transformer has no such thing."""
     where = f"{folder}/config.json"
     fixed = {"num_channels": 3, "num_key_value_groups": 1, "attention_dropout": 0}
     for key, value in fixed.items():
@@ -197,18 +192,18 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
     activation = settings.get("hidden_act", "gelu")
     if activation not in ("gelu", "quick_gelu"):
         raise UserError(f"{where}: hidden_act {activation!r} is not supported, only gelu and quick_gelu")
-    depth = _whole(where, settings, "num_hidden_layers")
+    for key in _SIZES:
+        size = settings.get(key)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise UserError(f"{where}: {key} must be one whole number, got {size!r}")
     model = ModelConfig(
-        image_size=_whole(where, settings, "image_size"),
-        patch_size=_whole(where, settings, "patch_size"),
-        width=_whole(where, settings, "hidden_size"),
-        depth=depth,
-        heads=_whole(where, settings, "num_attention_heads"),
-        mlp_width=_whole(where, settings, "intermediate_size"),
+        **{ours: settings[theirs] for theirs, ours in _SIZES.items()},
         activation=activation,
         norm_eps=float(settings.get("layer_norm_eps", 1e-5)),
         rope_theta=float(rotary.get("rope_theta", 10_000.0)),
-        region_layers=settings.get("region_layers", min(depth, ModelConfig.region_layers)),
+        region_layers=settings.get(
+            "region_layers", min(settings["num_hidden_layers"], ModelConfig.region_layers)
+        ),
         region_weights=settings.get("region_weights", "shared"),
     )
     try:
@@ -216,13 +211,6 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return model
-
-
-def _whole(where: str, settings: dict[str, Any], key: str) -> int:
-    value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: {key} must be one whole number, got {value!r}")
-    return value
 
 
 def _normalisation(folder: Path) -> DataConfig:
@@ -238,29 +226,23 @@ def _normalisation(folder: Path) -> DataConfig:
     return DataConfig(mean=mean, std=std)
 
 
-def _places(folder: Path) -> list[tuple[str, _Place]]:
+def _places(folder: Path) -> dict[str, _Place]:
     """Where every tensor lies, by its key without prefix."""
-    places = []
+    places = {}
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - it is no dictionary
-                    described = opened.get_slice(key)
-                    bare = key.removeprefix(PREFIX)
-                    if not bare.startswith(_OTHER_PARTS):
-                        _check_type(file, key, bare, described.get_dtype())
-                    places.append((bare, _Place(file, key, tuple(described.get_shape()))))
+                    described, bare = opened.get_slice(key), key.removeprefix(PREFIX)
+                    if (kind := described.get_dtype()) not in FLOATS and bare.startswith(_ENCODER):
+                        raise UserError(
+                            f"{file}: {key} has the type {kind}, which is not supported; save the model as "
+                            f"one of {', '.join(FLOATS)}"
+                        )
+                    places[bare] = _Place(file, key, tuple(described.get_shape()))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}; copy it again") from error
     return places
-
-
-def _check_type(file: Path, key: str, bare: str, found: str) -> None:
-    if found not in FLOATS and bare.startswith(_ENCODER):
-        raise UserError(
-            f"{file}: {key} has the type {found}, which is not supported; save the model as one of "
-            f"{', '.join(FLOATS)}"
-        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -274,15 +256,12 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-            raise UserError(
-                f"{file} is missing"
-                + (
-                    f" (pickles such as {pickles[0]} are not read); save the model with safe_serialization"
-                    if pickles
-                    else "; copy the folder again"
+            way_out = "; copy the folder again"
+            for pickle in sorted(folder.glob("pytorch_model*.bin"))[:1]:
+                way_out = (
+                    f" (pickles such as {pickle.name} are not read); save the model with safe_serialization"
                 )
-            )
+            raise UserError(f"{file} is missing{way_out}")
     return files
 
 
@@ -303,16 +282,11 @@ _IN_BLOCK = {
 }
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(region\.)?(.+)\.(weight|bias)")
-
 _FUSED = "attention.qkv"
 
 
 def mlcd_keys(name: str, config: ModelConfig) -> list[str]:
-    """Names in MLCDVisionModel of one of our parameters: one, or queries, keys and values apart.
-
-    Args:
-        name: Name of the parameter in VisionTransformer.
-        config: The model's settings.
+    """Names in MLCDVisionModel of a parameter of VisionTransformer: one, or queries, keys and values apart.
 
     Raises:
         KeyError: VisionTransformer has no such parameter.
@@ -330,18 +304,9 @@ def mlcd_keys(name: str, config: ModelConfig) -> list[str]:
 
 
 def mlcd_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Rename one parameter, and split it where it is a fused projection.
+    """Rename a parameter as :func:`mlcd_keys` does, and split it where it is a fused projection.
 
-    Args:
-        name: Name of the parameter in VisionTransformer.
-        tensor: The whole parameter; one on the meta device gives the shapes.
-        config: The model's settings.
-
-    Yields:
-        Name and tensor in MLCDVisionModel.
-
-    Raises:
-        KeyError: VisionTransformer has no such parameter.
+    One on the meta device gives the shapes.
     """
     keys = mlcd_keys(name, config)
     if len(keys) == 1:
@@ -354,13 +319,7 @@ def mlcd_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tup
 
 
 def join_mlcd(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
-    """Put one of our parameters together from theirs; undoes :func:`mlcd_tensors`.
-
-    Args:
-        name: Name of the parameter in VisionTransformer.
-        read: Gives the tensor of a key of theirs.
-        config: The model's settings.
-    """
+    """Put one of our parameters together from theirs, which ``read`` gives; undoes :func:`mlcd_tensors`."""
     parts = [read(key) for key in mlcd_keys(name, config)]
     if len(parts) == 1:
         return parts[0]

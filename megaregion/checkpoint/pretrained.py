@@ -1,8 +1,7 @@
 """Weights that a run begins with instead of drawn ones: our checkpoint, or somebody's HuggingFace folder.
 
-Only the transformer's weights are taken. The projection and the heads belong to the classes of one dataset
-and are new; step, position and moments are those of a new run. The image size is free, for rotary positions
-have no table.
+Only the transformer's weights are taken: projection and heads belong to the classes of one dataset. The image
+size is free, for rotary positions have no table.
 """
 
 from __future__ import annotations
@@ -92,11 +91,7 @@ class Pretrained:
 
 
 def open_pretrained(path: Path, verify: bool = True) -> Pretrained:
-    """Open a HuggingFace folder, a run's folder, its checkpoints folder or one checkpoint.
-
-    Args:
-        path: The folder.
-        verify: Compare a checkpoint with its checksums; of many ranks one is enough.
+    """Open a HuggingFace folder, or what :func:`open_checkpoint` opens.
 
     Raises:
         UserError: It is none of them, or damaged.

@@ -48,10 +48,10 @@ def find_checkpoint(path: Path) -> Path:
 def _latest(checkpoints: Path) -> Path | None:
     """The checkpoint that ``latest`` names, if it may be used; what is wrong with it is logged."""
     file = checkpoints / LATEST
-    if not file.exists():
-        return None
     try:
         name = file.read_text().strip()
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         LOG.warning("%s cannot be read (%s); taking the newest finished checkpoint", file, error)
         return None
@@ -79,11 +79,9 @@ def usable_folders(checkpoints: Path) -> list[Path]:
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
-    """Open a whole checkpoint of a run and compare it with its checksums.
+    """Open a whole checkpoint as :func:`find_checkpoint` finds it, and compare it with its checksums.
 
-    Args:
-        path: A run's folder, its checkpoints folder or one step folder.
-        verify: Whether to compare; of many ranks that open the same files one is enough.
+    Of many ranks that open the same files one is enough to ``verify`` them.
 
     Raises:
         UserError: There is none, or it is damaged.
@@ -106,13 +104,12 @@ def run_config(reader: CheckpointReader) -> RunConfig:
         UserError: The manifest holds no settings that this version knows.
     """
     try:
-        config: RunConfig = config_from_dict(reader.manifest["config"])
+        return config_from_dict(reader.manifest["config"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error}); use the "
             "version that wrote it"
         ) from error
-    return config
 
 
 def copy_again(error: Exception) -> UserError:
@@ -143,11 +140,12 @@ class CheckpointReader:
             if key not in self.manifest:
                 raise DamagedCheckpoint(f"{folder / MANIFEST} has no {key}")
         for name, facts in self.manifest["files"].items():
-            file = folder / name
-            size = _size(file)
+            try:
+                size: int | str = (folder / name).stat().st_size
+            except OSError:
+                size = "no"
             if size != facts["bytes"]:
-                found = "no" if size is None else size
-                raise DamagedCheckpoint(f"{file} should have {facts['bytes']} bytes and has {found}")
+                raise DamagedCheckpoint(f"{folder / name} should have {facts['bytes']} bytes and has {size}")
 
     @property
     def step(self) -> int:
@@ -167,10 +165,7 @@ class CheckpointReader:
         return tuple(self._tensor(name)["shape"])
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare files with their checksums.
-
-        Args:
-            names: Files to check; all if None.
+        """Compare files, all if None, with their checksums.
 
         Raises:
             DamagedCheckpoint: A file's bytes are not those that were written.
@@ -230,10 +225,3 @@ class CheckpointReader:
                 return file.get_slice(piece["key"])[box] if box else file.get_tensor(piece["key"])
         except (SafetensorError, OSError) as error:
             raise DamagedCheckpoint(f"{self.folder / piece['file']} cannot be read: {error}") from error
-
-
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None

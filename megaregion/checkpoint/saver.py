@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -33,13 +33,15 @@ from megaregion.checkpoint.format import (
     UNFINISHED,
     Piece,
     finished_folders,
+    publish,
+    rank_file,
     step_folder,
     step_folders,
     step_of,
     unfinished_folder,
+    write_pieces,
 )
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint
-from megaregion.checkpoint.writer import publish, rank_file, write_pieces
 from megaregion.errors import Fenced
 from megaregion.parallel.topology import Topology
 from megaregion.schemas.events import Events
@@ -67,23 +69,18 @@ class Snapshot:
 
     def take(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Copy pieces; what an earlier call gave is overwritten."""
-        taken = []
+        taken, on_gpu = [], self._device.type == "cuda"
         for piece in pieces:
-            buffer = self._buffer(piece)
-            buffer.copy_(piece.tensor.detach(), non_blocking=True)
+            key, tensor = (piece.name, piece.offset), piece.tensor.detach()
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+                self._buffers[key] = buffer
+            buffer.copy_(tensor, non_blocking=True)
             taken.append(replace(piece, tensor=buffer))
-        if self._device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(self._device)
         return taken
-
-    def _buffer(self, piece: Piece) -> Tensor:
-        key, tensor = (piece.name, piece.offset), piece.tensor
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = self._device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-            self._buffers[key] = buffer
-        return buffer
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,7 @@ class Retention:
     """Checkpoints with the lowest mean loss that stay; 0 for none."""
 
     def kept(self, losses: dict[int, float | None], newest: Collection[int]) -> set[int]:
-        """Steps that stay.
-
-        Args:
-            losses: Mean loss since the previous save by step; None where it is not known.
-            newest: Steps of the newest checkpoints that can be read, as many as the rule keeps.
-        """
+        """Steps that stay, of all with their mean losses (None: unknown) and the newest that can be read."""
         known = [(loss, -step) for step, loss in losses.items() if loss is not None]
         every = {step for step in losses if self.every and step % self.every == 0}
         return {*newest} | every | {-step for _, step in sorted(known)[: self.best]}
@@ -143,10 +135,8 @@ class Saver:
             staging: Folder of the run on this host's own disk; None writes straight to the run's folder.
             others_seconds: Time that rank 0 waits for the other ranks' files.
         """
-        self._topology = topology
-        self._fence = fence
-        self._events = events
-        self._retention = retention
+        self._topology, self._fence = topology, fence
+        self._events, self._retention = events, retention
         self._staging = staging / f"rank-{topology.rank:05d}" if staging is not None else None
         self._others_seconds = others_seconds
         self._thread: threading.Thread | None = None
@@ -159,8 +149,6 @@ class Saver:
         """Why the last save failed, as far as this rank knows."""
         self.whole: set[Path] = set()
         """Checkpoints that this run has written or read and found whole."""
-        self.seconds = 0.0
-        """Seconds that the last save took on this rank, from start to visible (rank 0) or written."""
 
     def prepare(self, checkpoints: Path, step: int) -> bool:
         """Make the folder of a save; a collective, in the main thread.
@@ -171,7 +159,15 @@ class Saver:
         Raises:
             Fenced: A newer incarnation owns the run.
         """
-        return self._agree(self._attempt(lambda: self._make_folder(checkpoints, step)))
+
+        def make() -> None:
+            if self._topology.rank == 0:
+                self._fence.check()
+                unfinished = unfinished_folder(checkpoints, step, self._fence.number)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True, exist_ok=True)
+
+        return self._agree(self._attempt(make))
 
     def start(self, save: Save) -> None:
         """Begin to write; every rank calls it after :meth:`prepare`, and :meth:`wait` before the next one."""
@@ -208,17 +204,9 @@ class Saver:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _make_folder(self, checkpoints: Path, step: int) -> None:
-        if self._topology.rank == 0:
-            self._fence.check()
-            unfinished = unfinished_folder(checkpoints, step, self._fence.number)
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True, exist_ok=True)
-
     def _run(self, save: Save) -> None:
         began = time.perf_counter()
         self._outcome = self._attempt(lambda: self._save(save))
-        self.seconds = time.perf_counter() - began
         final = step_folder(save.checkpoints, save.step)
         if self._outcome is Outcome.FAILED:
             self._give_up(save)
@@ -227,7 +215,7 @@ class Saver:
         elif self._topology.rank == 0 and self._outcome is Outcome.SAVED:
             LOG.info("saved %s", final)
             self.whole.add(final)
-            self._events.write("saved", step=save.step, seconds=self.seconds)
+            self._events.write("saved", step=save.step, seconds=time.perf_counter() - began)
             self._attempt(lambda: self._retire(save.checkpoints))
 
     def _save(self, save: Save) -> None:
@@ -260,9 +248,10 @@ class Saver:
         if self._topology.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             return
+        mine = unfinished / f"rank-{self._topology.rank:05d}"
         try:
-            (unfinished / f"rank-{self._topology.rank:05d}.safetensors").unlink(missing_ok=True)
-            (unfinished / f"rank-{self._topology.rank:05d}.failed").touch()
+            mine.with_suffix(".safetensors").unlink(missing_ok=True)
+            mine.with_suffix(".failed").touch()
         except OSError:
             LOG.error("rank %d could not tell rank 0 that its save failed", self._topology.rank)
 
@@ -270,20 +259,18 @@ class Saver:
         self._fence.check()
         retire(checkpoints, self._retention, self.whole)
 
-    def _attempt(self, action: Any) -> Outcome:
+    def _attempt(self, action: Callable[[], None]) -> Outcome:
         """Run a storage action; what goes wrong is logged and ends no run by itself."""
         try:
             action()
         except Fenced as error:
             self._fenced = error
             return Outcome.FENCED
-        except OSError as error:
-            self.reason = str(error)
-            LOG.error("storage error on rank %d (%s): %s", self._topology.rank, os.uname().nodename, error)
-            return Outcome.FAILED
         except Exception as error:
-            self.reason = str(error)
-            LOG.exception("saving failed on rank %d (%s)", self._topology.rank, os.uname().nodename)
+            self.reason, storage = str(error), isinstance(error, OSError)
+            what = "storage error" if storage else "saving failed"
+            rank, host = self._topology.rank, os.uname().nodename
+            LOG.error("%s on rank %d (%s): %s", what, rank, host, error, exc_info=not storage)
             return Outcome.FAILED
         return Outcome.SAVED
 

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import yaml
 
-from megaregion.checkpoint.format import BODY, ENCODER, Piece, step_folder, unfinished_folder
+from megaregion.checkpoint.format import (
+    BODY,
+    ENCODER,
+    Piece,
+    publish,
+    step_folder,
+    unfinished_folder,
+    write_pieces,
+)
 from megaregion.checkpoint.huggingface import PROJECTION, EncoderFolder
 from megaregion.checkpoint.pretrained import FUNCTION, Pretrained
-from megaregion.checkpoint.writer import publish, write_pieces
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.export.folder import new_folder, refuse_taken

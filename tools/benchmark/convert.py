@@ -22,8 +22,7 @@ import torch
 
 from benchmark.measure import describe_host
 from benchmark.report import Case, Report
-from megaregion.checkpoint.format import Piece, step_folder
-from megaregion.checkpoint.writer import publish, write_pieces
+from megaregion.checkpoint.format import Piece, publish, step_folder, write_pieces
 from megaregion.command_line import path, whole
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
