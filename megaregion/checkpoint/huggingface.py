@@ -49,8 +49,8 @@ class _Place:
 class EncoderFolder:
     """Random access to the weights of a folder, in float32, one parameter at a time.
 
-    It may be of MLCD or RICE, what ``to-hf`` wrote, or CLIP's vision tower, alone or beside its text tower. Only
-    config.json, preprocessor_config.json and safetensors files are read: no pickle, no code.
+    It may be of MLCD or RICE, what ``to-hf`` wrote, or CLIP's vision tower, alone or beside its text tower.
+    Only config.json, preprocessor_config.json and safetensors files are read: no pickle, no code.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -256,12 +256,10 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            way_out = "; copy the folder again"
-            for pickle in sorted(folder.glob("pytorch_model*.bin"))[:1]:
-                way_out = (
-                    f" (pickles such as {pickle.name} are not read); save the model with safe_serialization"
-                )
-            raise UserError(f"{file} is missing{way_out}")
+            pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            unread = f" (pickles such as {pickles[0]} are not read)" if pickles else ""
+            way_out = "save the model with safe_serialization" if pickles else "copy the folder again"
+            raise UserError(f"{file} is missing{unread}; {way_out}")
     return files
 
 
