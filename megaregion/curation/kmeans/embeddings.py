@@ -1,0 +1,122 @@
+"""Embeddings as k-means reads them: float16 rows on disk, unit vectors in chunks that fit in memory.
+
+Shapes: r rows of a file, n vectors of a chunk, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megaregion.curation.types import unit
+
+WORKING = 3
+"""Float32 copies of a chunk that are alive at once while it is worked on."""
+
+
+def to_unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rows as unit vectors; half precision had bent their length. A row that is not finite becomes zero."""
+    vectors = np.asarray(rows, dtype=np.float32)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
+    if not finite.all():
+        vectors = np.where(finite[:, None], vectors, np.float32(0))
+    return unit(vectors)
+
+
+def evenly(total: int, wanted: int) -> NDArray[np.int64]:
+    """At most ``wanted`` different rows out of ``total``, evenly spaced, so that no order biases them."""
+    count = min(total, wanted)
+    return (np.arange(count, dtype=np.int64) * total) // max(count, 1)
+
+
+def rows_in(memory: int, channels: int) -> int:
+    """Rows of a chunk that keeps within so many MiB."""
+    return max(1, memory * 2**20 // (4 * channels * WORKING))
+
+
+class Share:
+    """This rank's part of all embeddings, and its way to the other ranks; one rank has all.
+
+    Rows of zeros or that are not finite have no embedding and are left out.
+
+    Args:
+        parts: Files or arrays of rows, float16 [r, C], which follow one another.
+        memory: MiB that embeddings may take while they are worked on; where all fit, they stay there.
+        device: Where to work; embeddings stay on a GPU in 16 bits where they fit in half of what is free.
+
+    All ranks must make one at the same time.
+    """
+
+    def __init__(
+        self, parts: Sequence[Path | NDArray[np.floating]], memory: int, device: torch.device | None = None
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._parts = parts
+        shapes = [_open(part).shape for part in parts]
+        self.channels = int(shapes[0][1])
+        self._ends = np.cumsum([rows for rows, _ in shapes])
+        self.total = int(self._ends[-1])
+        first, last = (self.total * place // self.ranks for place in (self.rank, self.rank + 1))
+        self.chunk = rows_in(memory, self.channels)
+        self._spans = [np.arange(row, min(row + self.chunk, last)) for row in range(first, last, self.chunk)]
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory * 2**21
+        size = 4 if self.device.type == "cpu" else 2
+        self._held: list[Tensor] | None = [] if (last - first) * self.channels * size <= free // 2 else None
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        for rows in self._spans:
+            raw = self.read(rows)
+            vectors = self._usable(raw)
+            broken = len(raw) - int(np.isfinite(raw).all(axis=1).sum())
+            counts += torch.tensor([len(vectors), broken], device=self.device)
+            if self._held is not None:
+                self._held.append(vectors if self.device.type == "cpu" else vectors.half())
+        self.usable, self.broken = self.add(counts).tolist()
+        """Rows of all ranks with an embedding, and rows that are not finite."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Unit vectors of this rank, float32 [n, C], always in the same chunks."""
+        if self._held is None:
+            yield from (self._usable(self.read(rows)) for rows in self._spans)
+        else:
+            for held in self._held:
+                yield held if held.dtype == torch.float32 else torch.nn.functional.normalize(held.float())
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.floating]:
+        """Rising rows as they lie on disk, counted over all ranks, [len(rows), C]."""
+        own = np.split(rows, np.searchsorted(rows, self._ends[:-1]))
+        starts = [0, *self._ends[:-1].tolist()]
+        found = [
+            np.asarray(_open(part)[mine - start])
+            for part, mine, start in zip(self._parts, own, starts, strict=True)
+            if len(mine)
+        ]
+        return np.concatenate(found) if found else np.zeros((0, self.channels), dtype=np.float16)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, values: Tensor) -> Tensor:
+        """What the first rank has, in place."""
+        if self.ranks > 1:
+            dist.broadcast(values, 0)
+        return values
+
+    def _usable(self, raw: NDArray[np.floating]) -> Tensor:
+        vectors = to_unit(raw)
+        usable = vectors.any(axis=1)
+        return torch.from_numpy(vectors if usable.all() else vectors[usable]).to(self.device)
+
+
+def _open(part: Path | NDArray[np.floating]) -> NDArray[np.floating]:
+    """A part's rows, read when they are touched; a file is closed again with what was taken of it."""
+    return np.load(part, mmap_mode="r", allow_pickle=False) if isinstance(part, Path) else part

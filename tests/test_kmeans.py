@@ -1,0 +1,318 @@
+"""Exact k-means: the nearest of all centers, its passes, kills, ranks, and embeddings that are odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launch import launch
+
+from benchmark.kmeans import gaussian_features
+from megaregion.curation.kmeans import nearest as tiles
+from megaregion.curation.kmeans import passes
+from megaregion.curation.kmeans.embeddings import Share, evenly, rows_in
+from megaregion.curation.kmeans.nearest import nearest
+from megaregion.curation.kmeans.passes import Pass, Progress, add_up, assign, cluster
+from megaregion.curation.kmeans.split import Plan, find_centers, first_guess, share_out
+from megaregion.curation.types import unit
+from megaregion.errors import UserError
+from megaregion.parallel import topology
+
+PLAN = Plan(clusters=40, iterations=16, seed=3, first_level=5)
+
+
+def features(count: int = 1200, channels: int = 24, spread: float = 1.2) -> np.ndarray:
+    return gaussian_features(count, channels, 40, spread).astype(np.float16)
+
+
+def tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values)
+
+
+def exact(vectors: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    return (vectors.double() @ centers.double().T).argmax(1)
+
+
+def inertia(vectors: torch.Tensor, centers: torch.Tensor) -> float:
+    return float((2 - 2 * nearest(vectors, centers).best).sum())
+
+
+# The nearest of all centers
+
+
+@pytest.mark.parametrize("tile", [(3, 5), (1024, 2048)])
+@pytest.mark.parametrize(
+    "precisions", [(torch.float32, torch.float64), (torch.float16, torch.float32, torch.float64)]
+)
+def test_the_nearest_center_is_that_of_all_scores_whatever_the_tiles_and_the_precision(
+    tile: tuple[int, int], precisions: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    monkeypatch.setitem(tiles.LADDER, "cpu", precisions)
+    vectors, centers = (
+        tensor(gaussian_features(300, 16, 60, 2.0)),
+        tensor(gaussian_features(97, 16, 60, 2.0, 1)),
+    )
+    scores = vectors.double() @ centers.double().T
+    found = nearest(vectors, centers)
+    assert torch.equal(found.labels, scores.argmax(1))
+    assert torch.allclose(found.best.double(), scores.amax(1), atol=tiles.ROUNDING[precisions[0]])
+    second = scores.topk(2).values[:, 1]
+    assert (found.other >= second).all()
+    assert (found.other - second).max() < 3 * tiles.ROUNDING[precisions[0]]
+    assert torch.equal(nearest(vectors, centers, but=found.labels).labels, scores.topk(2).indices[:, 1])
+
+
+@pytest.mark.parametrize("tile", [(3, 5), (1024, 2048)])
+def test_of_equally_near_centers_the_first_is_chosen(
+    tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    # Cosines of such unit vectors are multiples of 1/16, exact in whatever order one adds: many are equal.
+    vectors, centers = (
+        np.random.default_rng(n).choice([-0.25, 0.25], (n, 16)).astype(np.float32) for n in (40, 23)
+    )
+    cosines = vectors @ centers.T
+    best = cosines.max(axis=1, keepdims=True)
+    assert ((cosines == best).sum(axis=1) > 1).any(), "some vectors have several nearest centers"
+    labels = nearest(tensor(vectors), tensor(centers)).labels
+    assert np.array_equal(labels.numpy(), (cosines == best).argmax(axis=1))
+    twice = unit(np.random.default_rng(0).standard_normal((7, 100), dtype=np.float32))
+    assert (nearest(tensor(twice), tensor(np.tile(twice, (9, 1)))).labels == torch.arange(7)).all()
+
+
+def test_one_center_is_everybodys_and_no_vector_has_none() -> None:
+    vectors = tensor(gaussian_features(5, 8, 3, 0.5))
+    found = nearest(vectors, vectors[:1])
+    assert found.labels.tolist() == [0] * 5
+    assert (found.other == -torch.inf).all()
+    assert nearest(vectors[:0], vectors).labels.shape == (0,)
+
+
+# A pass
+
+
+@pytest.mark.parametrize("step", [0.0, 0.003, 0.03, 0.3])
+def test_what_bounds_leave_out_changes_no_label(step: float) -> None:
+    vectors = tensor(gaussian_features(2000, 32, 100, 0.7))
+    centers = tensor(find_centers(vectors.numpy(), 100, 3, 0)[0])
+    known, scores = assign(vectors, centers, None, torch.zeros(100))
+    assert scores == 2000 * 100
+    rng = np.random.default_rng(1)
+    least = scores
+    for _ in range(4):
+        shift = (
+            rng.standard_normal(centers.shape, dtype=np.float32)
+            * step
+            * rng.random((100, 1), dtype=np.float32) ** 3
+        )
+        new = centers + tensor(shift)
+        new[rng.integers(100, size=3)] = vectors[rng.integers(2000, size=3)]
+        new = torch.nn.functional.normalize(new)
+        known, scores = assign(vectors, new, known, (new - centers).norm(dim=1))
+        centers = new
+        least = min(least, scores)
+        assert torch.equal(known.labels, exact(vectors, centers))
+        ranked = (vectors @ centers.T).scatter(1, known.labels[:, None], -2)
+        assert (known.other >= ranked.amax(1) - 1e-6).all()
+    assert least < (0.1 if step < 0.01 else 0.9) * 2000 * 100
+
+
+def test_sums_of_segments_are_those_of_the_rows_and_do_not_overflow_16_bits() -> None:
+    vectors = tensor(features().astype(np.float32))
+    labels = torch.arange(len(vectors)) * 7 % 50
+    sums, sorted_sums = torch.zeros(60, 24), torch.zeros(60, 24)
+    add_up(sums, vectors, labels)
+    passes._add_segments(sorted_sums, vectors, labels)
+    right = torch.stack([vectors[labels == label].double().sum(0) for label in range(60)])
+    assert torch.allclose(sums.double(), right, atol=1e-4)
+    assert torch.allclose(sorted_sums.double(), right, atol=1e-4)
+    # 80,000 rows along one axis: 16-bit numbers end at 65,504.
+    rows = np.zeros((80_010, 4), dtype=np.float16)
+    rows[:80_000, 0] = rows[80_000:, 1] = 1
+    centers = cluster(Share([rows], 512), Plan(2, 4, 0))
+    assert sorted(centers.round().tolist()) == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_each_pass_is_nearer_and_ends_below_flat_k_means_with_faiss() -> None:
+    vectors = gaussian_features(4000, 64, 400, 1.0)
+    share, told = Share([vectors], 512), list[Pass]()
+    plan = Plan(400, 20, 0, first_level=20)
+    guess = first_guess(share, plan)
+    centers = cluster(share, plan, on_pass=told.append)
+    flat = inertia(tensor(vectors), tensor(find_centers(vectors, 400, 25, 0)[0]))
+    assert inertia(tensor(vectors), centers) < 0.97 * flat
+    assert inertia(tensor(vectors), guess) > 1.1 * flat
+    assert (np.diff([each.cosine for each in told]) > -1e-6).all()
+    assert told[0].exchanged > 20
+    assert told[0].scored == 1
+    assert sum(each.scored for each in told) < 0.6 * len(told)
+    assert torch.allclose(centers.norm(dim=1), torch.ones(400), atol=1e-5)
+
+
+def test_an_empty_center_takes_half_of_the_cluster_that_gains_most() -> None:
+    rng = np.random.default_rng(0)
+    means = np.eye(4, 8, dtype=np.float32)
+    rows = unit(np.repeat(means, 30, axis=0) + 0.05 * rng.standard_normal((120, 8), dtype=np.float32))
+    share = Share([rows], 512)
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 30)
+    sums = torch.zeros(4, 8)
+    add_up(sums, tensor(rows), labels)
+    centers = torch.nn.functional.normalize(sums)
+    centers[3, 7] = 1
+    taken = passes.exchange(share, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
+    assert taken == 1
+    assert sorted((centers @ tensor(means).T).argmax(1).tolist()) == [0, 1, 2, 3]
+
+
+# Bytes
+
+
+def test_threads_change_no_bit_and_the_seed_does() -> None:
+    share = Share([features()], 512)
+    one = cluster(share, PLAN)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        three = cluster(Share([features()], 512), PLAN)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+    assert not torch.equal(one, cluster(share, Plan(40, 16, 4, 5)))
+
+
+def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    share, told = Share([features()], 512), list[Pass]()
+    whole = cluster(share, PLAN, on_pass=told.append)
+    assert len(told) > 4
+    saved = Progress(tmp_path / "progress.npz", "key")
+    for kill in (1, 3, len(told)):
+
+        def die(done: Pass, kill: int = kill) -> None:
+            if done.number == kill:
+                raise Killed
+
+        with pytest.raises(Killed):
+            cluster(share, PLAN, saved, die)
+    rest: list[Pass] = []
+    assert torch.equal(cluster(share, PLAN, saved, rest.append), whole)
+    assert not rest, "the last pass that was done had settled"
+    cluster(share, PLAN, Progress(tmp_path / "progress.npz", "another"), rest.append)
+    assert len(rest) == len(told), "what another key left is not believed"
+    (tmp_path / "progress.npz").write_bytes(b"half")
+    assert saved.load() is None
+
+
+def _cluster_on_ranks(out: str) -> None:
+    place = topology.join(1)
+    for name, rows in (("plain", features()), ("odd", odd_rows())):
+        share = Share([rows[:500], rows[500:]], 512)
+        centers = cluster(share, PLAN)
+        np.save(f"{out}/{name}-{place.world_size}-{place.rank}.npy", centers.numpy())
+        guess = first_guess(share, PLAN)
+        np.save(f"{out}/{name}-guess-{place.world_size}-{place.rank}.npy", guess.numpy())
+    topology.leave()
+
+
+def test_two_ranks_find_the_centers_of_one(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        launch(_cluster_on_ranks, ranks, str(tmp_path))
+    for name in ("plain", "odd", "plain-guess", "odd-guess"):
+        one, first, second = (np.load(tmp_path / f"{name}-{place}.npy") for place in ("1-0", "2-0", "2-1"))
+        assert np.array_equal(first, second)
+        assert np.abs(one - first).max() < 1e-6
+
+
+# Odd embeddings
+
+
+def odd_rows() -> np.ndarray:
+    rows = features()
+    rows[[5, 600]] = 0
+    rows[7, 2], rows[611, 0] = np.nan, np.inf
+    rows[100:400] = rows[100]
+    return rows
+
+
+def test_rows_that_are_zero_or_not_finite_are_left_out_and_counted() -> None:
+    rows = odd_rows()
+    share = Share([rows[:3], rows[3:3], rows[3:]], 512)
+    assert (share.total, share.usable, share.broken) == (1200, 1196, 2)
+    clean = np.delete(rows, [5, 7, 600, 611], axis=0)
+    assert torch.equal(torch.cat(list(share)), torch.cat(list(Share([clean], 512))))
+    centers = cluster(share, PLAN)
+    assert torch.isfinite(centers).all()
+    assert torch.allclose(centers.norm(dim=1), torch.ones(40), atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 39])
+def test_fewer_different_rows_than_centers_give_unit_centers_and_every_row_its_own(kinds: int) -> None:
+    rows = np.repeat(features(kinds), 50, axis=0)
+    centers = cluster(Share([rows], 512), Plan(kinds + 1, 6, 0, 2))
+    assert torch.allclose(centers.norm(dim=1), torch.ones(kinds + 1), atol=1e-5)
+    found = nearest(tensor(unit(rows.astype(np.float32))), centers)
+    assert found.best.min() > 1 - 1e-5
+    assert len(found.labels.unique()) == kinds
+
+
+def test_more_centers_than_embeddings_are_refused() -> None:
+    rows = features(50)
+    rows[:20] = 0
+    assert len(cluster(Share([rows], 512), Plan(30, 2, 0, 4))) == 30
+    with pytest.raises(UserError, match="--clusters must be at most the 30 regions"):
+        cluster(Share([rows], 512), Plan(31, 2, 0, 4))
+    with pytest.raises(UserError, match="no image has a region that can be embedded"):
+        cluster(Share([rows[:20]], 512), Plan(1, 2, 0))
+
+
+def test_where_most_of_a_sample_has_no_embedding_all_rows_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megaregion.curation.kmeans.split.CENTER_SAMPLE", 1)
+    rows = features()
+    rows[::2] = 0
+    assert len(first_guess(Share([rows], 512), PLAN).unique(dim=0)) == 40
+
+
+def test_centers_do_not_depend_on_what_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are read in chunks that run on over their ends; where all fit, they stay."""
+    rows = features()
+    files: list[Any] = []
+    for number, part in enumerate(np.split(rows, [300, 300, 1000])):
+        np.save(tmp_path / f"{number}.npy", part)
+        files.append(tmp_path / f"{number}.npy")
+    monkeypatch.setattr("megaregion.curation.kmeans.embeddings.rows_in", lambda memory, channels: 170)
+    kept, read = Share(files, 512), Share(files, 0)
+    assert [len(chunk) for chunk in kept] == [len(chunk) for chunk in read] == [170] * 7 + [10]
+    assert torch.equal(cluster(kept, PLAN), cluster(read, PLAN))
+
+
+# Sizes
+
+
+def test_centers_are_shared_out_by_size_and_never_beyond_it() -> None:
+    assert share_out(np.array([100, 50, 50, 0]), 8).tolist() == [4, 2, 2, 0]
+    assert share_out(np.array([1, 1, 998]), 10).tolist() == [0, 0, 10]
+    assert share_out(np.array([3, 2, 0, 7]), 12).tolist() == [3, 2, 0, 7]
+    sizes = np.random.Generator(np.random.Philox(key=1)).integers(0, 90, 300)
+    shares = share_out(sizes, 1000)
+    assert shares.sum() == 1000
+    assert (shares <= sizes).all()
+    assert (np.abs(shares - sizes * 1000 / sizes.sum()) < 1).all()
+    with pytest.raises(UserError, match="--clusters must be at most the 5 regions"):
+        share_out(np.array([3, 2]), 6)
+
+
+def test_evenly_spaced_rows_are_different_and_reach_across() -> None:
+    assert evenly(10, 5).tolist() == [0, 2, 4, 6, 8]
+    assert evenly(3, 5).tolist() == [0, 1, 2]
+    assert evenly(0, 5).tolist() == []
+    assert rows_in(12, 2**20) == 1
