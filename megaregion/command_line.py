@@ -28,7 +28,7 @@ from megaregion.bounds import (
 )
 from megaregion.checks import check_config
 from megaregion.config import RunConfig
-from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError
+from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError, say
 from megaregion.settings import (
     check,
     flag_name,
@@ -262,7 +262,7 @@ def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
 
 
 def _say(told: object, code: int) -> int:
-    print(f"megaregion: {told}", file=sys.stderr)
+    say(told)
     return code
 
 

@@ -1,5 +1,11 @@
 """Mistakes that a user can mend: one line that names the key, the value and the way out."""
 
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
 USER_ERROR_EXIT = 2
 """Exit code of a command that ended because of a :class:`UserError`."""
 
@@ -22,3 +28,34 @@ class UserError(Exception):
 
 class Fenced(Exception):
     """A newer start of the same run owns its folder; its text is one line, and this process must end."""
+
+
+def is_said(line: str) -> bool:
+    """Whether another rank has said a line on the terminal that it shares with this one; else this one must.
+
+    torchrun gives the ranks of a host one folder, for as long as they run.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return False
+    try:
+        (Path(own).parents[1] / f"said-{hashlib.sha256(line.encode()).hexdigest()}").touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except (OSError, IndexError):
+        pass
+    return False
+
+
+def say(line: object) -> None:
+    """Tell the user why this command ends, on stderr."""
+    if not is_said(str(line)):
+        print(f"megaregion: {line}", file=sys.stderr, flush=True)
+
+
+def tell_uncaught(kind: Any, error: Any, trace: Any) -> None:
+    """A hook for what nobody catches: Ctrl-C while modules are imported is a line, all else a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted")
+    else:
+        sys.__excepthook__(kind, error, trace)

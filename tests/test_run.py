@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from launch import free_port, launch, repository
+from launch import launch, repository
 from toy import toy_config, toy_dataset
 
 from megaregion.checkpoint.reader import find_checkpoint
@@ -109,16 +109,54 @@ def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
     assert min(spent[name] for name in ("training", "saving", "starting", "restarting")) > 0
 
 
-def test_torchrun_starts_the_same_command_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
-    flags = command(dataset, tmp_path, "--train.steps=2", "--parallel.tensor=2", "--head.draw_images=2")[3:]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, *flags],
-        cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
+def torchrun(dataset: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    """Two ranks as the README starts them, without a port."""
+    script = command(dataset, output, "--train.steps=2", "--head.draw_images=2", *flags)[3:]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", *script],
+        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks: tensor 2 x data 1" in done.stdout
-    assert len(metrics(tmp_path)) == 2
+
+
+def test_torchrun_starts_two_jobs_of_two_ranks_on_one_host_and_says_a_mistake_once(
+    dataset: Path, tmp_path: Path
+) -> None:
+    jobs = {
+        "good": torchrun(dataset, tmp_path / "good", "--parallel.tensor=2"),
+        "other": torchrun(dataset, tmp_path / "other", "--parallel.tensor=2"),
+        "mistaken": torchrun(dataset, tmp_path / "mistaken", "--train.global_batch=5"),
+    }
+    said = {name: job.communicate(timeout=900) for name, job in jobs.items()}
+    for name in ("good", "other"):
+        out, err = said[name]
+        assert jobs[name].returncode == 0, err
+        assert "2 ranks: tensor 2 x data 1" in out
+        assert len(metrics(tmp_path / name)) == 2
+    err = said["mistaken"][1]
+    assert jobs["mistaken"].returncode != 0
+    lines = [line for line in err.splitlines() if "train.global_batch" in line]
+    assert lines == [line for line in lines if line.startswith("megaregion: ")][:1], err
+    assert err.index(lines[0]) < err.index("ChildFailedError"), "the launcher's page came first"
+
+
+def test_what_ranks_of_a_host_say_alike_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megaregion.errors import is_said
+
+    assert [is_said("a"), is_said("a")] == [False, False], "one process alone"
+    for rank, expected in ((0, [False, False]), (1, [True, False]), (2, [True, True])):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        assert [is_said("a"), is_said(f"b{min(rank, 1)}")] == expected
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/nowhere/0/error.json")
+    assert not is_said("a")
+
+
+def test_an_interruption_while_modules_are_imported_is_one_line() -> None:
+    code = "import megaregion, os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository(), capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "megaregion: interrupted\n"
+    assert done.returncode in (-signal.SIGINT, 130)
 
 
 @pytest.mark.parametrize(

@@ -273,13 +273,16 @@ def _last_save_fails(dataset: str, output: str) -> None:
 
     from megaregion.checkpoint import saver as saving
     from megaregion.errors import UserError
+    from megaregion.parallel import topology
     from megaregion.training import state
+    from megaregion.training.signals import StopRequest
+    from megaregion.training.trainer import Trainer
 
     write, runs = saving.write_pieces, Path(output)
 
-    def refusing(*names: str) -> None:
+    def refusing(*names: str, step: int = 3) -> None:
         def full(folder: Path, rank: int, pieces: object, staging: Path | None) -> None:
-            if any(name in str(folder) for name in names) and "step-00000003" in folder.name:
+            if any(name in str(folder) for name in names) and f"step-{step:08d}" in folder.name:
                 raise OSError(28, "No space left on device")
             write(folder, rank, pieces, staging)
 
@@ -305,6 +308,14 @@ def _last_save_fails(dataset: str, output: str) -> None:
                 if (folder := step_folder(place, 3)).exists():
                     folder.rename(step_folder(checkpoints(runs, run), 3))
                     train(config, resume_from=checkpoints(runs, run))
+
+    refusing("checkpoints", "memory", "rescue", step=1)
+    stop = StopRequest()
+    stop.received = "SIGTERM"
+    config = toy_config(Path(dataset), runs, "signalled")
+    (runs / "signalled").mkdir()
+    with pytest.raises(UserError, match=r"of step 1, could not be saved .* no other place took it"):
+        Trainer(config, topology.join(1), stop).run()
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +349,12 @@ def test_a_run_that_saved_its_end_nowhere_does_not_call_itself_trained(
     assert "no other place took it" in (run / "told").read_text()
     assert not (run / "DONE").exists()
     assert saved_steps(run / "checkpoints") == ["step-00000002"]
+
+
+def test_a_signalled_run_that_could_not_save_does_not_end_as_one_that_did(unsaved: Path) -> None:
+    events = (unsaved / "signalled" / "events.jsonl").read_text()
+    assert '"event": "stop"' not in events
+    assert saved_steps(unsaved / "signalled" / "checkpoints") == []
 
 
 def test_a_local_folder_that_takes_no_files_is_refused_at_the_start(dataset: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 
 import pytest
@@ -45,6 +47,24 @@ def test_a_mistake_fails_the_job_at_once_and_is_not_requeued(
     assert drill.finish("mistake", job, 60) == "FAILED"
     assert drill.cluster.job(job)["ExitCode"] == "2:0"
     assert message in (drill.folder / "mistake.log").read_text()
+
+
+def test_jobs_of_one_host_and_starts_of_one_job_have_ports_of_their_own() -> None:
+    script = (repository() / "slurm" / "launch.sh").read_text()
+    function = re.search(r"^port_of\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
+
+    def port_of(job: int, restarts: int) -> int:
+        text = f"SLURM_JOB_ID={job} restarts={restarts}\n{function[0]}\nport_of"
+        return int(subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout)
+
+    ports = [port_of(job, restarts) for job in (7, 8, 9, 10007) for restarts in (0, 1, 2)]
+    assert len(set(ports[:9])) == 9
+    assert all(20000 <= port < 30100 for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[0]))
+        taken.listen()
+        assert port_of(7, 0) != ports[0]
 
 
 def test_every_script_is_clean() -> None:

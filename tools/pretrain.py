@@ -1,7 +1,7 @@
 """Train a region encoder: python, torchrun or srun alike.
 
 python tools/pretrain.py --config configs/demo.yaml
-torchrun --nproc-per-node 4 tools/pretrain.py --config configs/demo.yaml --parallel.tensor 2
+torchrun --standalone --nproc-per-node 4 tools/pretrain.py --config configs/demo.yaml --parallel.tensor 2
 srun python tools/pretrain.py --config configs/vit_l14_64gpu.yaml --resume auto
 python tools/pretrain.py report runs/NAME         what the wall time of all starts of a run went into
 """

@@ -12,7 +12,11 @@ import signal
 import threading
 from types import FrameType
 
+from megaregion.errors import is_said
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+EARLY = "asked to stop before the first step; there is nothing to save"
 
 EARLY_EXIT = 1
 """Exit code of a rank that left before the first step. srun tells the highest code of all ranks, and when one
@@ -55,7 +59,8 @@ class StopRequest:
     def _leave_early(self, reader: int) -> None:
         while numbers := os.read(reader, 64):
             if self._starting and any(number in STOP_SIGNALS for number in numbers):
-                os.write(2, b"megaregion: asked to stop before the first step; there is nothing to save\n")
+                if not is_said(EARLY):
+                    os.write(2, f"megaregion: {EARLY}\n".encode())
                 os._exit(EARLY_EXIT)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

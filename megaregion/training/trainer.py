@@ -376,7 +376,8 @@ class Trainer:
 
     def _leave(self) -> int:
         """End before the last step, as was asked; returns the exit code."""
-        self.state.finish()
+        if not self.state.finish():
+            raise self.state.rescue()
         reason = self._stop.received or "another rank"
         LOG.info("stopped by %s after step %d", reason, self.state.step)
         self.events.write("stop", step=self.state.step, reason=reason)
