@@ -18,7 +18,7 @@ from megaregion.config import EvaluateConfig, RunConfig
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
 from megaregion.evaluation.background import evaluate_step
-from megaregion.schemas.metrics import read_evaluations
+from megaregion.schemas.run import read_evaluations
 from megaregion.training.evaluation import BackgroundEvaluation
 
 SMALL = [

@@ -22,7 +22,7 @@ from megaregion.evaluation.network import open_run
 from megaregion.evaluation.report import curation_card, write_report
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
 from megaregion.evaluation.visualise import Visuals, visualise
-from megaregion.schemas.metrics import Curve, read_metrics
+from megaregion.schemas.run import Curve, read_metrics
 
 HOSTILE = "\"'><script>"
 """Ends a quoted value and a tag, and begins what must never run; a file's name may hold it."""

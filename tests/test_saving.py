@@ -132,7 +132,7 @@ def _rank_that_never_comes(output: str) -> None:
     from megaregion.checkpoint.format import Piece
     from megaregion.checkpoint.saver import Save, Saver
     from megaregion.parallel import topology
-    from megaregion.schemas.events import Events
+    from megaregion.schemas.run import Events
 
     folder = Path(output)
     place = replace(topology.join(1), world_size=2)

@@ -114,8 +114,7 @@ def begin_and_save(folder: str, dataset: str, output: str) -> None:
         (Path(output) / config.name).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         trainer = Trainer(config, place, StopRequest(), begin=open_pretrained(Path(folder)).fill)
-        trainer.state.save()
-        trainer.state.wait()
+        assert trainer.state.finish()
         for group in (place.data_group, place.tensor_group):
             torch.distributed.destroy_process_group(group)
 

@@ -40,9 +40,9 @@ def pretrain(flags: argparse.Namespace) -> int:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
     from megaregion.parallel import topology
+    from megaregion.training.clock import parse_window
     from megaregion.training.evaluation import BackgroundEvaluation
     from megaregion.training.preflight import check_machines
-    from megaregion.training.profiling import parse_window
 
     window = parse_window(flags.profile) if flags.profile else None
     evaluation = BackgroundEvaluation(config)
@@ -120,7 +120,7 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
 def report(flags: argparse.Namespace) -> int:
     import json
 
-    from megaregion.training.goodput import measure
+    from megaregion.training.metrics import measure
 
     goodput = measure(flags.run)
     print(json.dumps(vars(goodput)) if flags.json else goodput.table())

@@ -44,7 +44,7 @@ from megaregion.checkpoint.format import (
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megaregion.errors import Fenced
 from megaregion.parallel.topology import Topology
-from megaregion.schemas.events import Events
+from megaregion.schemas.run import Events
 
 LOG = logging.getLogger("megaregion")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megaregion.checkpoint.format import MANIFEST, step_folder
 from megaregion.errors import USER_ERROR_EXIT, UserError
-from megaregion.schemas.metrics import EVALUATIONS
+from megaregion.schemas.run import EVALUATIONS
 
 MEASURES = ("region", "retrieval", "ocr")
 """What is measured: what needs one pass over the scenes and no maps."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from megaregion.evaluation.page import render
-from megaregion.schemas.metrics import Curve
+from megaregion.schemas.run import Curve
 
 WIDTH, HEIGHT = 560, 250
 """Of a chart of lines, in pixels."""

@@ -16,7 +16,7 @@ from megaregion.evaluation.charts import Line, line_chart, smoothed
 from megaregion.evaluation.page import write_page
 from megaregion.evaluation.report import WHILE_TRAINING, dotted, metrics_or_none
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
-from megaregion.schemas.metrics import EVALUATIONS, METRICS, Metrics
+from megaregion.schemas.run import EVALUATIONS, METRICS, Metrics
 
 TRAINED = "trained"
 """The encoder whose rows are compared."""

@@ -17,7 +17,7 @@ from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
 from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
 from megaregion.evaluation.visualise import Visuals
-from megaregion.schemas.metrics import EVALUATIONS, Metrics, read_metrics
+from megaregion.schemas.run import EVALUATIONS, Metrics, read_metrics
 
 CURVES = {
     "loss_object": ("Loss on objects", "object", True),

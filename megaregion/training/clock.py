@@ -1,35 +1,37 @@
 """One clock for a rank: a span marks a phase, and everything that is said of time is read from the spans.
 
-    with clock.span("forward"):
-        ...
-
-the watchdog     the last span that began, and how many have begun
-the log line     seconds of the step, and what the host spent with the heads and waited for data
-metrics.jsonl    seconds of each phase on every rank; on a GPU by marks in its queue, which no host waits for
-slow ranks       each rank's own time, without what it waits for the others
-a profile        the ranges in its trace
-drills           faults strike where a span begins (faults.py)
+The watchdog, the log line, metrics.jsonl, the report on slow ranks, the ranges of a profile and the faults of
+a drill (faults.py) all go by ``with clock.span("forward")``.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import resource
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megaregion.config import RunConfig
 from megaregion.data.batch import Batch
+from megaregion.errors import UserError
 from megaregion.models.flops import encoder_flops, head_flops
 from megaregion.parallel.topology import Topology
 from megaregion.products import product
+from megaregion.tables import aligned
 from megaregion.training.faults import Faults
+
+LOG = logging.getLogger("megaregion")
 
 PHASES = ("data", "forward", "head", "backward", "communication", "optimizer", "save")
 """Parts of a step whose times are kept; a run also starts and loads. communication is what a rank waits for
@@ -79,12 +81,8 @@ class Clock:
     ) -> None:
         """Start the clock in the phase "start".
 
-        Args:
-            device: Where the rank computes.
-            waits_inside: Whether the forward pass has collectives inside (tensor parallelism, ZeRO 3), in
-                which ranks wait for each other: on a processor the thread's own processor time then is its
-                own time; on a GPU a slow rank shows as the group of ranks that share its model.
-            faults: What is to go wrong, for drills.
+        Where the forward pass ``waits_inside`` for other ranks (tensor parallelism, ZeRO 3), a rank's own
+        time on a processor is its thread's; on a GPU a slow rank shows as all that share its model.
         """
         self.phase = "start"
         """What the rank is doing."""
@@ -106,11 +104,7 @@ class Clock:
 
     @classmethod
     def of_run(cls, config: RunConfig, topology: Topology) -> Clock:
-        """The clock of a rank of a run, with the faults that the environment asks of it.
-
-        Raises:
-            UserError: The environment variable cannot be read.
-        """
+        """The clock of a rank of a run, with the faults that the environment asks of it (:class:`Faults`)."""
         waits_inside = config.parallel.tensor > 1 or config.parallel.zero_stage == 3
         return cls(topology.device, waits_inside, Faults.of_rank(topology.rank))
 
@@ -143,11 +137,7 @@ class Clock:
         self._began = time.perf_counter()
 
     def end_step(self, bad: int) -> StepTimes:
-        """Stop the clock of a step.
-
-        Args:
-            bad: Samples that this rank replaced in it.
-        """
+        """Stop the clock of a step, in which this rank replaced some bad samples."""
         seconds = time.perf_counter() - self._began
         self._step_seconds += seconds
         self._data_seconds += self._host["data"]
@@ -160,9 +150,8 @@ class Clock:
         for (name, began), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
             if name in phases:
                 phases[name] += _between(began, ended)
-        forward = self._thread_seconds if self._by_thread else phases["forward"]
-        own, data = forward + self._data_seconds, self._data_seconds
-        times = RankTimes(phases, own, data, self._step_seconds, self._bad)
+        forward, data = self._thread_seconds if self._by_thread else phases["forward"], self._data_seconds
+        times = RankTimes(phases, forward + data, data, self._step_seconds, self._bad)
         self._marks.clear()
         self._thread_seconds = self._data_seconds = self._step_seconds = 0.0
         self._bad = 0
@@ -173,19 +162,17 @@ class Clock:
         self._mark(phase)
 
     def _mark(self, phase: str | None) -> None:
-        if not self._on_gpu:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
             self._marks.append((phase, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append((phase, event))
 
 
-def _between(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
-    if isinstance(began, float):
-        assert isinstance(ended, float)
-        return ended - began
-    return float(began.elapsed_time(ended)) / 1e3  # type: ignore[arg-type]
+def _between(began: Any, ended: Any) -> float:
+    """Seconds between two marks of a clock."""
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1e3
 
 
 @dataclass(frozen=True)
@@ -210,31 +197,27 @@ class Times:
         return [{name: round(s, 3) for name, s in rank.phases.items()} for rank in self.by_rank]
 
     def slow_ranks(self, factor: float) -> dict[int, float]:
-        """Ranks slower than the median, with how many times slower they are.
-
-        Args:
-            factor: How many times the median a rank's own time may take; 0 finds nothing.
-        """
-        if factor == 0:
-            return {}
+        """Ranks that take more than ``factor`` times the median, with how many; a factor 0 finds none."""
         usual = statistics.median(rank.own for rank in self.by_rank)
         return {
             number: rank.own / max(usual, 1e-9)
             for number, rank in enumerate(self.by_rank)
-            if rank.own > factor * usual and rank.own - usual > LEAST_SHARE * rank.steps
+            if factor and rank.own > factor * usual and rank.own - usual > LEAST_SHARE * rank.steps
         }
 
     def table(self, hosts: Sequence[str]) -> str:
         """Aligned text: mean share of each phase, and the slowest rank with its host."""
-        total = sum(self.mean().values()) or 1.0
-        slowest = self.slowest()
-        lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}   slowest rank"]
+        total, slowest = sum(self.mean().values()) or 1.0, self.slowest()
+        rows = [("phase", "seconds", "share", "slowest rank")]
         for name, seconds in self.mean().items():
-            line = f"{name:<14}{seconds:>9.3f}{seconds / total:>8.1%}"
-            if (rank := slowest.get(name)) is not None:
-                line += f"   {rank} on {hosts[rank]}: {self.by_rank[rank].phases[name]:.3f} s"
-            lines.append(line)
-        return "\n".join(lines)
+            rank = slowest.get(name)
+            last = (
+                f"{rank} on {hosts[rank]}: {self.by_rank[rank].phases[name]:.3f} s"
+                if rank is not None
+                else ""
+            )
+            rows.append((name, f"{seconds:.3f}", f"{seconds / total:.1%}", last))
+        return aligned(rows, left=(0, 3))
 
 
 def gather_times(own: RankTimes, topology: Topology) -> Times:
@@ -258,20 +241,12 @@ class Utilisation:
     """
 
     def __init__(self, config: RunConfig, classes: dict[str, int], topology: Topology) -> None:
-        """Measure the matrix rate.
-
-        Args:
-            config: The run.
-            classes: Classes of each head.
-            topology: This rank's place.
-        """
-        self._config = config
-        self._tensor_size = topology.tensor_size
-        precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self._rate = matrix_rate(topology.device, precision)
+        """Measure the matrix rate; ``classes`` are those of each head."""
+        self._config, self._tensor_size = config, topology.tensor_size
+        self._rate = matrix_rate(topology.device, torch.bfloat16 if config.train.bf16 else torch.float32)
         self._operations = 0.0
-        settings = {"object": config.head.object, "text": config.head.text}
-        self._scored = sum(count * settings[kind].sample_rate for kind, count in classes.items())
+        heads = config.head.by_kind
+        self._scored = sum(count * heads[kind].sample_rate for kind, count in classes.items())
 
     def see(self, batch: Batch) -> None:
         """Count a micro-batch."""
@@ -279,18 +254,15 @@ class Utilisation:
         patch, dim = model.patch_size, self._config.head.embedding_dim
         if batch.grids is None:
             side = batch.pixels.shape[-2] // patch, batch.pixels.shape[-1] // patch
-            grids = dict.fromkeys([side], len(batch.keys))
+            grids = Counter({side: len(batch.keys)})
         else:
-            grids = {grid: batch.grids.count(grid) for grid in set(batch.grids)}
+            grids = Counter(batch.grids)
         for grid, images in grids.items():
             self._operations += encoder_flops(model, regions, dim, grid).training * images
         self._operations += head_flops(len(batch.keys) * regions, self._scored, dim)
 
     def take(self, seconds: float) -> float:
-        """Utilisation over some seconds of steps since the last call.
-
-        Every data rank is taken to have done what this one did; ranks that share a model share the work.
-        """
+        """Utilisation over the seconds since the last call, of ranks that share a model together."""
         share = self._operations / self._tensor_size / seconds / self._rate
         self._operations = 0.0
         return share
@@ -298,19 +270,100 @@ class Utilisation:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a square matrix product on this rank, the fastest of three."""
-    side = 8192 if device.type == "cuda" else 1024
+    on_gpu = device.type == "cuda"
+    side = 8192 if on_gpu else 1024
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    product(a, b)
     seconds = []
-    for _ in range(3):
-        _wait(device)
+    for _ in range(4):  # The first one is slower.
+        if on_gpu:
+            torch.cuda.synchronize(device)
         began = time.perf_counter()
         product(a, b)
-        _wait(device)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * side**3 / min(seconds)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+STEPS = 3
+"""Steps that are profiled when none are named."""
+LISTED = 50
+"""Operations listed in a profile's memory file, by what they allocate."""
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """First and last step of ``FIRST`` or ``FIRST:LAST``.
+
+    Raises:
+        UserError: It is neither.
+    """
+    first, _, last = text.partition(":")
+    try:
+        window = int(first), int(last) if last else int(first) + STEPS - 1
+    except ValueError:
+        raise UserError(f"--profile must be a step or FIRST:LAST, got {text}") from None
+    if not 1 <= window[0] <= window[1]:
+        raise UserError(f"--profile must name rising steps from 1 on, got {text}")
+    return window
+
+
+class StepProfiler:
+    """What the processor and the GPU did in a window of steps, as files that other tools show.
+
+    rank-00.trace.json.gz     for Chrome (chrome://tracing), Perfetto, TensorBoard
+    rank-00.memory.json       memory by operation; the peak of the process or of its GPU
+    rank-00.snapshot.pickle   every allocation of a GPU, for pytorch.org/memory_viz
+    """
+
+    def __init__(self, window: tuple[int, int] | None, run: Path, rank: int, device: torch.device) -> None:
+        """Profile nothing yet; without a window, never."""
+        self._window = window
+        self._stem = run / "profile" / f"rank-{rank:02d}"
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._profile: Any = None
+
+    def before(self, step: int) -> None:
+        """Call it before a step (from 1): starts where the window does."""
+        if self._profile is None and self._window and self._window[0] <= step <= self._window[1]:
+            activities = [ProfilerActivity.CPU]
+            if self._on_gpu:
+                activities.append(ProfilerActivity.CUDA)
+                torch.cuda.memory._record_memory_history()
+            self._profile = profile(activities=activities, profile_memory=True, record_shapes=True)
+            self._profile.start()
+
+    def after(self, step: int) -> None:
+        """Call it after a step: writes the files behind the window's last."""
+        if self._window and step >= self._window[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was profiled, also where the run ends inside the window."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        self._stem.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(f"{self._stem}.trace.json.gz")
+        Path(f"{self._stem}.memory.json").write_text(json.dumps(self._memory(), indent=1) + "\n")
+        if self._on_gpu:
+            torch.cuda.memory._dump_snapshot(f"{self._stem}.snapshot.pickle")
+            torch.cuda.memory._record_memory_history(enabled=None)
+        LOG.info("profile written to %s.*", self._stem)
+        self._profile = self._window = None
+
+    def _memory(self) -> dict[str, Any]:
+        size = "self_device_memory_usage" if self._on_gpu else "self_cpu_memory_usage"
+        found = [
+            (int(getattr(event, size)), event.key, event.count) for event in self._profile.key_averages()
+        ]
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "peak_bytes": peak,
+            "operations": [
+                {"name": name, "bytes": size, "calls": calls}
+                for size, name, calls in sorted(found, reverse=True)[:LISTED]
+            ],
+        }

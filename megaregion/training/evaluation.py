@@ -1,8 +1,6 @@
 """Evaluation beside training: rank 0 starts a process for saved checkpoints, and no rank waits for it.
 
-The process (megaregion/evaluation/background.py) is started as a command, so that training knows nothing of
-how a network is evaluated. One at a time: while one is under way, only the newest later checkpoint is
-remembered, and evaluated next. One that fails is named in the log and costs the run nothing.
+It is started as a command, so that training knows nothing of how a network is evaluated.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.schemas.metrics import read_evaluations
+from megaregion.schemas.run import read_evaluations
 from megaregion.training.metrics import LOG
 
 COMMAND = "megaregion.evaluation.background"
@@ -27,10 +25,9 @@ SHOWN = {"region/knn": "region 5-NN", "region/linear": "linear probe", "ocr/head
 
 
 class BackgroundEvaluation:
-    """Starts evaluations, one at a time, and says what came of them.
+    """Starts evaluations, one at a time, and says what came of them; one that fails costs the run nothing.
 
-    Args:
-        config: The run.
+    While one is under way, only the newest later checkpoint is remembered, and evaluated next.
 
     Raises:
         UserError: evaluate.scenes lacks the gallery or the split.
@@ -97,11 +94,8 @@ class BackgroundEvaluation:
         with self._log.open("wb") as file:
             return subprocess.Popen(
                 [sys.executable, "-m", COMMAND, str(self._folder), str(self._step)],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**ours, **alone},
-            )
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**ours, **alone},
+            )  # fmt: skip
 
     def _tell(self, code: int) -> None:
         found = read_evaluations(self._folder).get(self._step)

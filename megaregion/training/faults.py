@@ -36,13 +36,10 @@ class Fault:
     kind: str
     rank: int = 0
     step: int = 1
-    """First step it acts in, from 1."""
     count: int = 1
-    """How often it acts; slow acts without end."""
+    """How often it acts from its step on; slow acts without end."""
     seconds: float = 0.0
-    """Length of one slow forward."""
     start: int | None = None
-    """The only start of a requeued job that it acts in, from 0; None for all."""
 
 
 class Faults:
@@ -68,23 +65,16 @@ class Faults:
         self._step, self._first_forward = step, True
 
     def strike(self, phase: str, step: int) -> None:
-        """Called where a phase of the run begins.
-
-        Args:
-            phase: The phase, as the clock calls it.
-            step: The step that is being taken, from 1, or was last taken.
-        """
-        if phase == "save" and self._due("die-in-save", step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if phase != "forward":
+        """Called where a phase of the clock begins, with the step that is being taken or was last taken."""
+        if phase not in ("forward", "save"):
             return
-        if self._due("die", step):
+        if self._due("die" if phase == "forward" else "die-in-save", step):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self._due("hang", step):
+        if phase == "forward" and self._due("hang", step):
             while True:
                 time.sleep(3600)
         for fault in self._faults:
-            if fault.kind == "slow" and step >= fault.step:
+            if fault.kind == "slow" and phase == "forward" and step >= fault.step:
                 time.sleep(fault.seconds)
 
     def spoil(self, model: nn.Module) -> None:

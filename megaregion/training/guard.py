@@ -1,8 +1,7 @@
 """The loss guard: a step whose loss or gradient is not finite, or far above the last ones, is not taken.
 
-The judgement is made by all ranks from the same numbers, so a refused step moves nothing anywhere: not the
-body, not the heads, not a moment. The data goes on. After several refused steps in a row the run goes back to
-its last checkpoint and continues with the data behind the bad window; after several such returns it ends.
+All ranks judge the same numbers, so a refused step moves nothing anywhere; the data goes on. After several in
+a row the run goes back to its last checkpoint, on with the data behind them; after several returns it ends.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from megaregion.errors import UserError
 
 LEAST_SPREAD = 0.02
 """Least deviation assumed, as a share of the median: a plateau has next to none of its own."""
+COUNTS = ("consecutive", "skipped", "rollbacks")
+"""What the guard counts, as a checkpoint keeps it."""
 MAD_TO_DEVIATION = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 
@@ -41,13 +43,9 @@ class Agreement:
 
 
 def agree(stop: bool, loss: Tensor, norm: Tensor, group: Any) -> Agreement:
-    """Join what the ranks know in one reduction, the only one on which the host waits; a collective.
+    """Join what all ranks know in one reduction, the only one on which the host waits; a collective.
 
-    Args:
-        stop: Whether this rank was asked to stop.
-        loss: Loss of the step, 0-d, the same on every rank as long as it is finite.
-        norm: Global gradient norm, 0-d.
-        group: All ranks.
+    Loss and global gradient norm are 0-d, and the same on every rank as long as they are finite.
     """
     spoilt = ~(loss.isfinite() & norm.isfinite())
     asked = torch.full((), float(stop), dtype=torch.float64, device=loss.device)
@@ -85,8 +83,8 @@ class LossGuard:
         """Loss above which a step is refused; infinite until the window is full."""
         if self._config.spike == 0 or len(self._accepted) < self._config.window:
             return math.inf
-        median = _median(list(self._accepted))
-        spread = MAD_TO_DEVIATION * _median([abs(loss - median) for loss in self._accepted])
+        median = statistics.median(self._accepted)
+        spread = MAD_TO_DEVIATION * statistics.median(abs(loss - median) for loss in self._accepted)
         return median + self._config.spike * max(spread, LEAST_SPREAD * abs(median))
 
     def judge(self, agreement: Agreement) -> str | None:
@@ -119,38 +117,22 @@ class LossGuard:
             )
 
     def went_back(self, skipped: int, rollbacks: int) -> None:
-        """After a return to a checkpoint, whose own counts are older.
-
-        Args:
-            skipped: Refused steps so far.
-            rollbacks: Returns before this one.
-        """
+        """After a return to a checkpoint, whose own counts of refused steps and returns are older."""
         self.skipped, self.rollbacks, self.consecutive = skipped, rollbacks + 1, 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in JSON's types."""
-        return {
-            "accepted": list(self._accepted),
-            "consecutive": self.consecutive,
-            "skipped": self.skipped,
-            "rollbacks": self.rollbacks,
-        }
+        return {"accepted": list(self._accepted), **{name: getattr(self, name) for name in COUNTS}}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Take over what :meth:`state` gave; None, of a checkpoint without a guard, starts afresh."""
         state = state or LossGuard(self._config).state()
         self._accepted = deque(state["accepted"], maxlen=self._config.window)
-        self.consecutive, self.skipped = state["consecutive"], state["skipped"]
-        self.rollbacks = state["rollbacks"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
 
 
 def write_refusal(file: Path, refusal: dict[str, Any]) -> None:
     """Add one refused step to guard.jsonl; a full disk loses the line, which the log has too."""
     with contextlib.suppress(OSError), file.open("a") as stream:
         stream.write(json.dumps(refusal) + "\n")
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])

@@ -23,7 +23,7 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 from megaregion.heads.collectives import gather_features
 from megaregion.heads.finite import NonFiniteFeatures
-from megaregion.heads.sampling import GatheringLabels, Targets
+from megaregion.heads.sampling import GatheringLabels
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.parallel.topology import NodeGroups, Topology
 
@@ -69,11 +69,7 @@ class Heads:
             self.by_kind["object"].start_from(centers)
 
     def send_labels(self, batch: Batch) -> GatheringLabels:
-        """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued.
-
-        Args:
-            batch: This rank's samples, on the host.
-        """
+        """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued."""
         marked = torch.cat([batch.labels, batch.kinds[..., None].to(batch.labels)], 2).flatten(0, 1)
         return GatheringLabels(marked, self._topology, self._stream)
 
@@ -109,9 +105,10 @@ class Heads:
         rows = gather_features(leaf.flatten(0, 1), self._topology)
         each = self._config.data.regions_per_image
         first = micro_step * cut.micro_batch * self._topology.data_size * each
-        marked = labels.arrive()
+        marked, draw_rows = labels.arrive(), cut.draw_images * each
         targets = {
-            kind: self._draw(kind, marked, step, first, cut.draw_images * each) for kind in self.by_kind
+            kind: head.draw(marked[:, :-1], marked[:, -1] == KINDS[kind], step, first, draw_rows)
+            for kind, head in self.by_kind.items()
         }
         regions = self._config.train.global_batch * each
         sums, counts, metrics = {}, {}, {}
@@ -131,13 +128,6 @@ class Heads:
         assert leaf.grad is not None
         return HeadsLoss(leaf.grad, sums, counts, metrics)
 
-    def _draw(self, kind: str, marked: Tensor, step: int, first_row: int, draw_rows: int) -> Targets:
-        """Targets of a kind from the labels [R, T] of all data ranks, with the rows' kinds behind them."""
-        of_kind = marked[:, -1] == KINDS[kind]
-        return self.by_kind[kind].draw(
-            marked[:, :-1], of_kind, step, first_row=first_row, draw_rows=draw_rows
-        )
-
     def _samples_of(self, rows: Sequence[int], keys: Sequence[str]) -> list[str]:
         """This rank's samples among rows of the micro-step's global order."""
         regions = self._config.data.regions_per_image
@@ -148,8 +138,7 @@ class Heads:
     def spoilt(self, keys: Sequence[Sequence[str]]) -> list[str]:
         """This rank's samples whose features were not finite, where :meth:`loss` did not refuse them.
 
-        Args:
-            keys: Sample keys of each micro-step since the last :meth:`step` or :meth:`skip`.
+        The keys are those of each micro-step since the last :meth:`step` or :meth:`skip`.
         """
         return [
             key
@@ -165,10 +154,8 @@ class Heads:
 
     def norm_squared(self) -> Tensor:
         """Squared gradient norm over all heads and ranks, 0-d."""
-        total = torch.zeros((), device=self._topology.device)
-        for head in self.by_kind.values():
-            total = total + head.grad_norm_squared()
-        return total
+        zero = torch.zeros((), device=self._topology.device)
+        return sum((head.grad_norm_squared() for head in self.by_kind.values()), zero)
 
     def step(self, lr: float, scale: Tensor) -> None:
         """Update the centers with clipped gradients, then forget the gradients."""
@@ -177,10 +164,7 @@ class Heads:
             head.zero_grad()
 
     def census(self, step: int) -> dict[str, float]:
-        """Report idle classes and near-duplicate centers of each head; a collective.
-
-        Args:
-            step: Steps taken.
+        """Report idle classes and near-duplicate centers of each head after some steps; a collective.
 
         Returns:
             By kind: the share of classes that are idle, and of probed centers that have a double.
@@ -202,8 +186,58 @@ class Heads:
 
     def load(self, reader: CheckpointReader) -> None:
         """Read this rank's part from a checkpoint of any number of ranks."""
+
+        def read(kind: str, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+            return reader.read(f"head.{kind}.{name}", offset, shape)
+
         for kind, head in self.by_kind.items():
-            head.load(partial(_read_head, reader, kind))
+            head.load(partial(read, kind))
+
+
+class StepSums:
+    """What one optimizer step gathers over its micro-steps: losses, and the samples they came from."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._weights = {kind: head.weight for kind, head in config.head.by_kind.items()}
+        self._regions = config.train.global_batch * config.data.regions_per_image
+        self.sums: dict[str, Tensor] = {}
+        """Sum of the row losses by kind over all ranks, 0-d."""
+        self.counts: dict[str, Tensor] = {}
+        """Rows by kind over all ranks, 0-d."""
+        self.metrics: dict[str, Tensor] = {}
+        """The heads' further numbers in the last micro-step."""
+        self.positions: list[Tensor] = []
+        """Positions of each micro-step's samples, on the processor."""
+        self.keys: list[list[str]] = []
+        """Names of each micro-step's samples."""
+        self.bad = 0
+        """Samples that were replaced."""
+
+    def see(self, batch: Batch) -> None:
+        """Note a micro-step's samples, before they go to the device."""
+        self.positions.append(batch.positions)
+        self.keys.append(batch.keys)
+        self.bad += batch.bad
+
+    def add(self, loss: HeadsLoss) -> None:
+        """Add a micro-step's losses."""
+        self.sums = {kind: self.sums.get(kind, 0.0) + part for kind, part in loss.sums.items()}
+        self.counts = {kind: self.counts.get(kind, 0.0) + part for kind, part in loss.counts.items()}
+        self.metrics = loss.metrics
+
+    def loss(self) -> Tensor:
+        """The step's loss, per region of the global batch, 0-d; no wait for the device."""
+        scaled = [total * (self._weights[kind] / self._regions) for kind, total in self.sums.items()]
+        return torch.stack(scaled).sum()
+
+    def means(self) -> dict[str, float | None]:
+        """The loss, and the mean loss of each kind's rows, None without rows; waits for the device."""
+        sums = {kind: total.item() for kind, total in self.sums.items()}
+        counts = {kind: count.item() for kind, count in self.counts.items()}
+        return {
+            "loss": sum(self._weights[kind] * sums[kind] for kind in sums) / self._regions,
+            **{f"loss_{kind}": sums[kind] / counts[kind] if counts[kind] else None for kind in sums},
+        }
 
 
 def _node_groups(config: RunConfig, topology: Topology) -> NodeGroups | None:
@@ -219,9 +253,3 @@ def _node_groups(config: RunConfig, topology: Topology) -> NodeGroups | None:
             "SLURM_STEP_TASKS_PER_NODE; use auto"
         )
     return None if config.head.hierarchical == "off" else topology.node_groups
-
-
-def _read_head(
-    reader: CheckpointReader, kind: str, name: str, offset: Sequence[int], shape: Sequence[int]
-) -> Tensor:
-    return reader.read(f"head.{kind}.{name}", offset, shape)

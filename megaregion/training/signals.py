@@ -1,8 +1,7 @@
 """Stop requests: a signal asks, all ranks agree on the step (guard.py), the run saves and exits with 85.
 
-Install the handler before torch is imported: a signal that arrives earlier would kill the rank. Until the
-first step there is nothing to save: a rank that is asked to stop while it starts leaves at once, also where
-it waits for ranks that will never come.
+Until the first step there is nothing to save: a rank that is asked to stop while it starts leaves at once,
+also where it waits for ranks that will never come.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class StopRequest:
         self._starting = False
 
     def install(self) -> StopRequest:
-        """Start to listen; returns itself."""
+        """Start to listen, before torch is imported: a signal that arrives earlier would kill the rank."""
         self._starting = True
         reader, writer = os.pipe()
         os.set_blocking(writer, False)

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megaregion.errors import UserError
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.schemas.events import Events
+from megaregion.schemas.run import Events
 from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
@@ -60,13 +61,9 @@ class TrainingState:
         self.guard = LossGuard(config.guard)
         self.checkpoints = Path(config.output) / config.name / "checkpoints"
         """Where the run saves."""
-        self._config = config
-        self._topology = topology
-        self._engine = engine
-        self._heads = heads
-        self._dataset = dataset
-        self._events = events
-        self._fence = fence
+        self._config, self._topology, self._dataset = config, topology, dataset
+        self._engine, self._heads = engine, heads
+        self._events, self._fence = events, fence
         self._losses: list[float] = []
         settings = config.checkpoint
         local = Path(settings.local) / config.name if settings.local else None
@@ -103,26 +100,11 @@ class TrainingState:
         Raises:
             Fenced: A newer incarnation owns the run.
         """
-        began = time.perf_counter()
-        self._saver.wait()
-        saved = self._start(self._saver, self.checkpoints)
-        if saved and not self._config.checkpoint.asynchronous:
-            saved = self._saver.wait()
-        self._count_blocked(began)
-        return saved
-
-    def wait(self) -> bool:
-        """Wait for the save under way, if there is one; a collective.
-
-        Returns:
-            Whether it is complete and visible; True if there was none.
-
-        Raises:
-            Fenced: A newer incarnation owns the run.
-        """
-        began = time.perf_counter()
-        saved = self._saver.wait()
-        self._count_blocked(began)
+        with self._blocking():
+            self._saver.wait()
+            saved = self._start(self._saver, self.checkpoints)
+            if saved and not self._config.checkpoint.asynchronous:
+                saved = self._saver.wait()
         return saved
 
     def finish(self) -> bool:
@@ -134,11 +116,21 @@ class TrainingState:
         Raises:
             Fenced: A newer incarnation owns the run.
         """
-        self.wait()
+        with self._blocking():
+            self._saver.wait()
         if self._saver.saved != self.step:
             self.save()
-            self.wait()
+            with self._blocking():
+                self._saver.wait()
         return self._saver.saved == self.step
+
+    @contextmanager
+    def _blocking(self) -> Iterator[None]:
+        """Count what a save takes from training."""
+        began = time.perf_counter()
+        yield
+        self.blocked = time.perf_counter() - began
+        self._events.write("blocked", step=self.step, seconds=self.blocked)
 
     def rescue(self) -> UserError:
         """Write the state to any other place that takes it; a collective.
@@ -176,22 +168,19 @@ class TrainingState:
             places += [MEMORY / f"megaregion-{self._config.name}-{RESCUE}"]
         return places
 
-    def settle(self, seconds: float = 30.0) -> None:
+    def settle(self) -> None:
         """Give a save under way some time when this rank ends by an error; no collective."""
-        self._saver.settle(seconds)
+        self._saver.settle(seconds=30)
 
     def fenced(self) -> bool:
         """Whether rank 0 has seen a newer start of this run, so that this one must stop; no collective."""
         return self._topology.rank == 0 and self._fence.lost()
 
     def resume(self, checkpoints: Path | None = None) -> bool:
-        """Go on from the newest checkpoint that is whole; a collective.
+        """Go on from the newest checkpoint that is whole, of the run's own if None; a collective.
 
         It may be called at the start and in the middle of a run; a save under way is waited for. Every rank
         checks its share of the files' checksums.
-
-        Args:
-            checkpoints: Where to look; the run's own folder if None.
 
         Returns:
             Whether there was one.
@@ -251,14 +240,12 @@ class TrainingState:
 
     def _candidates(self, checkpoints: Path) -> tuple[list[int], str]:
         """Steps of the usable checkpoints that rank 0 finds, newest first, and what a cut one lacks."""
-        found: tuple[list[int], str] = [], ""
+        steps, reason = [], ""
         if self._topology.rank == 0:
+            steps = [step_of(folder) for folder in usable_folders(checkpoints)]
             cut = [folder for folder in step_folders(checkpoints) if not (folder / MANIFEST).exists()]
-            found = (
-                [step_of(folder) for folder in usable_folders(checkpoints)],
-                f"{cut[0]} has no {MANIFEST}" if cut else "",
-            )
-        steps, reason = json.loads(all_gather_strings(json.dumps(found), self._topology)[0])
+            reason = f"{cut[0]} has no {MANIFEST}" if cut else ""
+        steps, reason = json.loads(all_gather_strings(json.dumps([steps, reason]), self._topology)[0])
         return steps, reason
 
     def _load(self, reader: CheckpointReader) -> None:
@@ -287,10 +274,6 @@ class TrainingState:
                 )  # fmt: skip
         self._events.write("resumed", step=self.step, changed=changed)
 
-    def _count_blocked(self, began: float) -> None:
-        self.blocked = time.perf_counter() - began
-        self._events.write("blocked", step=self.step, seconds=self.blocked)
-
     def _pieces(self) -> Iterator[Piece]:
         """This rank's share of the state: body tensors in turn over the data ranks, its own classes."""
         for index, (name, place, tensor) in enumerate(self._engine.tensors()):
@@ -315,11 +298,7 @@ class TrainingState:
 
 
 def _check_writable(folder: Path, topology: Topology) -> None:
-    """See that every host's own disk takes files, before a save depends on it; a collective.
-
-    Raises:
-        UserError: One does not.
-    """
+    """Refuse a folder of the hosts' own disks that takes no files, before a save needs it; a collective."""
     reason, probe = "", folder / f".probe-{topology.rank:05d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

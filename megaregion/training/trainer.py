@@ -1,7 +1,5 @@
 """The training run: one loop that reads top to bottom.
 
-    positions -> batches -> encoder -> heads -> gradients -> one norm -> update -> log -> maybe save
-
 Everything random is a function of (seed, position), so a run continued from a checkpoint goes on as if it
 had never stopped, and on another number of ranks it sees the same samples and the same negatives.
 """
@@ -38,13 +36,11 @@ from megaregion.models.vit import RegionEncoder, VisionTransformer, decays
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.schemas.events import Events, process_start
-from megaregion.training.clock import Clock, StepTimes, Times, Utilisation, gather_times
-from megaregion.training.goodput import Meter
+from megaregion.schemas.run import Events, process_start
+from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.guard import Agreement, agree, write_refusal
-from megaregion.training.heads import Heads
-from megaregion.training.metrics import LOG, Metrics, StepSums
-from megaregion.training.profiling import StepProfiler
+from megaregion.training.heads import Heads, StepSums
+from megaregion.training.metrics import LOG, Meter, Metrics
 from megaregion.training.signals import StopRequest
 from megaregion.training.state import TrainingState
 
@@ -128,13 +124,9 @@ class Trainer:
         """Claim the run; last, so that a start that fails over a mistake takes no run away from its owner."""
         fence = claim_together(self.run_folder / "checkpoints", self.topology)
         self.events.write(
-            "start",
-            at=process_start(),
-            incarnation=fence.number,
-            token=fence.token,
-            ranks=self.topology.world_size,
-            hosts=sorted(set(self.hosts)),
-        )
+            "start", at=process_start(), incarnation=fence.number, token=fence.token,
+            ranks=self.topology.world_size, hosts=sorted(set(self.hosts)),
+        )  # fmt: skip
         info = self.dataset.info
         return TrainingState(self.config, self.topology, self.engine, self.heads, info, fence, self.events)
 
@@ -185,7 +177,9 @@ class Trainer:
                 self._log(values, metrics)
                 stopping = self._agreement.stopping
                 if stopping or self._save_is_due(end):
-                    self._save()
+                    with self.clock.span("save"):
+                        self.state.save()
+                    self._after_save(self.state.step)
                     if goodput is not None:
                         goodput.blocked(self.state.blocked)
                         metrics.shares(self.state.step, goodput.shares())
@@ -236,7 +230,7 @@ class Trainer:
 
     def encode(self, batch: Batch) -> Tensor:
         """Region embeddings of a micro-batch, [B, N, E]."""
-        images = batch.images.bfloat16() if self.config.train.precision == "bf16" else batch.images
+        images = batch.images.bfloat16() if self.config.train.bf16 else batch.images
         embeddings: Tensor = self.engine(images, batch.visible, batch.grids)
         return embeddings
 
@@ -245,22 +239,20 @@ class Trainer:
 
         A refused step uses up its samples and is no step, so nobody knows beforehand how many are needed.
         """
-        return self.loader.batches(self._positions())
-
-    def _positions(self) -> Iterator[list[int]]:
         batch, place = self.config.train.global_batch, self.topology
-        for first in itertools.count(self.state.position, batch):
-            micro_steps = self._cut(self.config.stage(first)).micro_steps
-            for micro_step in range(micro_steps):
-                within = step_positions(0, batch, micro_step, micro_steps, place.data_rank, place.data_size)
-                yield [first + p for p in within]
 
-    def _cut(self, stage: StageConfig) -> Batching:
-        return batching(self.config, self.topology.data_size, stage)
+        def positions() -> Iterator[list[int]]:
+            for first in itertools.count(self.state.position, batch):
+                steps = batching(self.config, place.data_size, self.config.stage(first)).micro_steps
+                for micro_step in range(steps):
+                    within = step_positions(0, batch, micro_step, steps, place.data_rank, place.data_size)
+                    yield [first + p for p in within]
+
+        return self.loader.batches(positions())
 
     def _enter(self, stage: StageConfig) -> Batching:
         """Be ready for steps of a resolution; what is recomputed changes no bit."""
-        cut = self._cut(stage)
+        cut = batching(self.config, self.topology.data_size, stage)
         self._vit.recompute = recompute_of_run(self.config, cut.micro_batch, stage.image_size)
         return cut
 
@@ -294,10 +286,11 @@ class Trainer:
             "keys": [key for keys in sums.keys for key in keys],
             "not_finite": self.heads.spoilt(sums.keys),
         }
+        told = all_gather_strings(json.dumps(own), self.topology)
         # Ranks that share a model read the same samples.
-        told = all_gather_strings(json.dumps(own) if self.topology.tensor_rank == 0 else "{}", self.topology)
-        parts = [json.loads(text) for text in told]
-        joined = {name: [item for part in parts for item in part.get(name, [])] for name in own}
+        parts = [json.loads(text) for text in told[:: self.topology.tensor_size]]
+        joined = {name: [item for part in parts for item in part[name]] for name in own}
+        names = joined["not_finite"] or joined["keys"]
         refusal = {
             "step": self.state.step + 1, "reason": self._refusal, "loss": str(sums.loss().item()),
             "grad_norm": str(norm.item()), "time": time.time(), **joined,
@@ -305,9 +298,9 @@ class Trainer:
         if self.topology.rank == 0:
             write_refusal(self.run_folder / "guard.jsonl", refusal)
         LOG.warning(
-            "step %d was skipped (%d in a row): %s; positions %d to %d, samples %s",
+            "step %d was skipped (%d in a row): %s; positions %d to %d, samples %s%s",
             self.state.step + 1, self.state.guard.consecutive, self._refusal, min(joined["positions"]),
-            max(joined["positions"]), _shortened(joined["not_finite"] or joined["keys"]),
+            max(joined["positions"]), ", ".join(names[:8]), f" and {len(names) - 8} more" * (len(names) > 8),
         )  # fmt: skip
         self.engine.drop()
         self.heads.skip()
@@ -319,18 +312,14 @@ class Trainer:
         """What is worth logging of a step that was taken: nothing between log lines."""
         values: Values = {}
         if self.state.step % self.config.train.log_every == 0:
+            guard = self.state.guard
             values = {
-                **sums.means(),
-                "lr": lr,
-                "grad_norm": norm.item(),
+                **sums.means(), "lr": lr, "grad_norm": norm.item(),
                 "images_per_second": self.config.train.global_batch / took.seconds,
-                "head_share": took.head_share,
-                "data_share": took.data_share,
-                "bad": 0,
-                "skipped": self.state.guard.skipped,
-                "rollbacks": self.state.guard.rollbacks,
+                "head_share": took.head_share, "data_share": took.data_share, "bad": 0,
+                "skipped": guard.skipped, "rollbacks": guard.rollbacks,
                 **{name: float(value) for name, value in sums.metrics.items()},
-            }
+            }  # fmt: skip
         every = self.config.head.census_every
         if every and self.state.step % every == 0:
             values.update(self.heads.census(self.state.step))
@@ -365,14 +354,8 @@ class Trainer:
         }
 
     def _save_is_due(self, end: int) -> bool:
-        step = self.state.step
-        taken = self.state.guard.consecutive == 0
+        step, taken = self.state.step, self.state.guard.consecutive == 0
         return taken and (step == end or step % self.config.checkpoint.every == 0)
-
-    def _save(self) -> None:
-        with self.clock.span("save"):
-            self.state.save()
-        self._after_save(self.state.step)
 
     def _leave(self) -> int:
         """End before the last step, as was asked; returns the exit code."""
@@ -394,12 +377,7 @@ class Trainer:
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of a step: linear warm-up from 0, then cosine decay to min_lr_ratio of the peak.
-
-    Args:
-        config: The run.
-        step: Steps already taken; the first step has 0.
-    """
+    """Learning rate of a step, from 0: linear warm-up, then cosine decay to min_lr_ratio of the peak."""
     optimizer = config.optimizer
     if step < optimizer.warmup_steps:
         return optimizer.lr * (step + 1) / optimizer.warmup_steps
@@ -407,7 +385,3 @@ def learning_rate(config: RunConfig, step: int) -> float:
     progress = min(1.0, (step - optimizer.warmup_steps) / span)
     ratio = optimizer.min_lr_ratio
     return optimizer.lr * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

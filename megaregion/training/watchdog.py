@@ -1,12 +1,8 @@
 """The watchdog: a run that stands still is ended, and the rank and host that hold it up are named.
 
-A thread of every rank looks at the rank's own clock. Where it has stood still too long, all ranks tell
-each other through the launcher's store where they stand; the one with the least progress is the culprit,
-and of equals the one whose main thread does not wait in a collective. Every rank writes the stacks of all
-its threads into its log and ends with exit code 87 (the main thread hangs and could not do it).
-
-Which process may hang does not matter as long as the thread runs; for a main thread that never gives the
-interpreter back, faulthandler's own thread, which needs no interpreter, is the last resort.
+A thread of every rank looks at its clock. Where one has stood still too long, all ranks tell each other where
+they stand by the launcher's store, log the stacks of all threads and end with exit code 87. The culprit has
+made the least progress, and of equals its main thread does not wait in a collective.
 """
 
 from __future__ import annotations
@@ -111,7 +107,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
             allowed = self._seconds * PATIENT_PHASES.get(self._clock.phase, 1.0)
-            # A main thread that keeps the interpreter to itself would silence this one.
+            # A main thread that keeps the interpreter to itself would silence this one, not faulthandler's.
             faulthandler.dump_traceback_later(4 * allowed + 60, file=self._stacks, exit=True)
             if time.monotonic() - self._clock.since > allowed or self._another_calls():
                 self._end_the_run()
@@ -150,12 +146,12 @@ class Watchdog:
             self._store.set(f"standing-{self._rank}", json.dumps(asdict(own)))
             self._store.set("stalled", str(self._rank))
             until = time.monotonic() + GATHER_SECONDS
-            while len(told) < self._world_size and time.monotonic() < until:
-                for rank in set(range(self._world_size)) - set(told):
+            while (silent := set(range(self._world_size)) - set(told)) and time.monotonic() < until:
+                for rank in silent:
                     if self._store.check([f"standing-{rank}"]):
                         told[rank] = Standing(**json.loads(self._store.get(f"standing-{rank}")))
                 time.sleep(0.05)
-            for rank in set(range(self._world_size)) - set(told):
+            for rank in silent:
                 known = self._store.check([f"host-{rank}"])
                 hosts[rank] = self._store.get(f"host-{rank}").decode() if known else "unknown host"
         except RuntimeError as error:
@@ -163,19 +159,14 @@ class Watchdog:
         return [told[rank] for rank in sorted(told)], dict(sorted(hosts.items()))
 
     def _own_standing(self) -> Standing:
-        frames = sys._current_frames()
-        frame = frames.get(self._main or 0)
-        clock = self._clock
+        frame, where, clock = sys._current_frames().get(self._main or 0), "no Python frame", self._clock
+        if frame is not None:
+            code = frame.f_code
+            where = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         return Standing(
-            rank=self._rank,
-            host=self._host,
-            turns=clock.turns,
-            step=clock.step,
-            phase=clock.phase,
-            seconds=time.monotonic() - clock.since,
-            collective=in_collective(frame),
-            where=_line_of(frame),
-        )
+            self._rank, self._host, clock.turns, clock.step, clock.phase, time.monotonic() - clock.since,
+            in_collective(frame), where,
+        )  # fmt: skip
 
 
 def log_file(logs: Path, rank: int) -> Path:
@@ -185,7 +176,9 @@ def log_file(logs: Path, rank: int) -> Path:
 
 def in_collective(frame: FrameType | None) -> bool:
     """Whether a thread waits for other ranks: inside torch.distributed, or on a result or a device."""
-    if frame is not None and _WAITING_LINE.search(_source(frame)):
+    if frame is not None and _WAITING_LINE.search(
+        linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    ):
         return True
     while frame is not None:
         if _COLLECTIVE_FILES.search(frame.f_code.co_filename):
@@ -195,12 +188,7 @@ def in_collective(frame: FrameType | None) -> bool:
 
 
 def verdict(standings: Sequence[Standing], silent: dict[int, str]) -> str:
-    """Name the ranks that hold the run up, in one line.
-
-    Args:
-        standings: What the ranks that answered say; at least one.
-        silent: Hosts of the ranks that did not answer.
-    """
+    """Name the ranks that hold the run up, in one line: of those that answered, or the silent with hosts."""
     waiting = f"stacks of each rank in logs/{log_file(Path(), standings[0].rank).name} and its like"
     if silent:
         named = ", ".join(f"rank {rank} on {host}" for rank, host in silent.items())
@@ -218,22 +206,9 @@ def verdict(standings: Sequence[Standing], silent: dict[int, str]) -> str:
             f"all {len(standings)} ranks wait for each other in step {first.step}, phase {first.phase} "
             f"({first.where}): the network between them stands still; {waiting}"
         )
-    return "; ".join([*map(_describe, stalled), waiting])
-
-
-def _describe(standing: Standing) -> str:
-    waits = "waits in a collective" if standing.collective else "is not in a collective"
-    return (
-        f"rank {standing.rank} on {standing.host} stands still in step {standing.step}, phase "
-        f"{standing.phase}, for {standing.seconds:.0f} s and {waits} ({standing.where})"
-    )
-
-
-def _line_of(frame: FrameType | None) -> str:
-    if frame is None:
-        return "no Python frame"
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _source(frame: FrameType) -> str:
-    return linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    described = [
+        f"rank {one.rank} on {one.host} stands still in step {one.step}, phase {one.phase}, for "
+        f"{one.seconds:.0f} s and {'waits' if one.collective else 'is not'} in a collective ({one.where})"
+        for one in stalled
+    ]
+    return "; ".join([*described, waiting])

@@ -28,7 +28,7 @@ from megaregion.command_line import path, whole
 from megaregion.errors import UserError
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
-from megaregion.schemas.events import Events
+from megaregion.schemas.run import Events
 
 GOAL = 20.0
 """Least ratio of the synchronous save's time to what the asynchronous one blocks: at most 5%."""
