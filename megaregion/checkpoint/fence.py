@@ -1,16 +1,4 @@
-"""Who owns a run folder: the start (incarnation) with the highest claim.
-
-A node that is cut off from the others can go on computing while the job is requeued elsewhere. Both then
-believe that the run is theirs. Every start therefore claims the run with the next free number:
-
-    checkpoints/fence/000003.json      {"token": "4711.2", "host": ..., "time": ..., "published": {...}}
-
-A claim appears whole and at most once (link(2) is atomic and refuses a name that exists). It lists the
-checkpoints that were published at that moment, by the checksum of their manifest. Checkpoints name their
-incarnation; a process looks for newer claims right before it publishes. Should a newer claim appear between
-that look and the rename, the checkpoint is not in the list of the claim that followed its incarnation, and
-no reader uses it. So an orphan publishes nothing, whatever the clocks and delays.
-"""
+"""Who owns a run folder: the start (incarnation) with the highest claim; README.md says why that is safe."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""Saving while training goes on: a copy in host memory, one writing thread a rank, agreement by files.
-
-    main thread    snapshot |------------- training goes on -------------| wait: outcome of all ranks
-    thread, rank r          | write tensors, rank-r.json |
-    thread, rank 0          | write ... | wait for every rank-*.json | check the fence | rename | retire |
-
-The threads never use the process groups, whose collectives belong to training: a rank is done when its
-rank-NNNNN.json appears. Only :meth:`Saver.wait`, called by the main thread, is a collective.
-"""
+"""Saving while training goes on: a copy in host memory, one writing thread a rank, agreement by files."""
 
 from __future__ import annotations
 
@@ -127,13 +119,8 @@ class Saver:
     ) -> None:
         """Make a saver without a save under way.
 
-        Args:
-            topology: This rank's place.
-            fence: Its incarnation.
-            events: Gets the duration of every save.
-            retention: Which checkpoints stay.
-            staging: Folder of the run on this host's own disk; None writes straight to the run's folder.
-            others_seconds: Time that rank 0 waits for the other ranks' files.
+        Writes go by way of ``staging``, the run's folder on this host's own disk, unless that is None; rank 0
+        waits some seconds for the other ranks' files.
         """
         self._topology, self._fence = topology, fence
         self._events, self._retention = events, retention
@@ -289,10 +276,7 @@ def retire(checkpoints: Path, rule: Retention, whole: set[Path] | None = None) -
 
     A damaged checkpoint never counts as one of the newest, and goes only when it is older than all of them.
 
-    Args:
-        checkpoints: The run's folder of checkpoints.
-        rule: Which stay.
-        whole: Checkpoints that are known to be whole; the others are read, and what is found is noted here.
+    Checkpoints that are not known to be whole are read, and what is found is noted in ``whole``.
     """
     whole = set() if whole is None else whole
     finished = {step_of(folder): folder for folder in finished_folders(checkpoints)}
