@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megaregion.checkpoint.huggingface import mlcd_tensors
+from megaregion.checkpoint.pretrained import mlcd_tensors
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config

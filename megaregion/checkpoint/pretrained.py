@@ -1,23 +1,30 @@
 """Weights that a run begins with instead of drawn ones: our checkpoint, or somebody's HuggingFace folder.
 
 Only the transformer's weights are taken: projection and heads belong to the classes of one dataset. The image
-size is free, for rotary positions have no table.
+size is free, for rotary positions have no table. Below: folders of transformers' ``MLCDVisionModel``, and its
+names of our parameters.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaregion.checkpoint.format import BODY
-from megaregion.checkpoint.huggingface import EncoderFolder, is_encoder_folder
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, open_checkpoint, run_config
-from megaregion.config import DataConfig, ModelConfig, RunConfig
+from megaregion.checks import check_config
+from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.models import VisionTransformer
+from megaregion.models.initialisation import initial_value
 
 FUNCTION = ("patch_size", "width", "depth", "heads", "mlp_width", "activation", "norm_eps", "rope_theta")
 """Settings that weights only make sense with."""
@@ -102,3 +109,306 @@ def open_pretrained(path: Path, verify: bool = True) -> Pretrained:
     reader = open_checkpoint(path, verify)
     config = run_config(reader)
     return Pretrained(reader, config.model, config.data)
+
+
+ARCHITECTURES = {
+    "mlcd": "MLCD", "mlcd_vision_model": "MLCD", "clip_vision_model": "CLIP", "clip": "CLIP",
+}  # fmt: skip
+"""What config.json may say as model_type, and whose vision tower that is."""
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+PREFIX = "vision_model."
+"""Begins every key of the encoder in a folder, whose config.json says ``mlcd``, as the released folders do:
+transformers 4.57 finds neither without, and would fill the model with random weights; 5.x takes both."""
+REGION = "region_layers."
+"""Begins the keys of region tokens' own weights, which only the region class knows."""
+INDEX = "model.safetensors.index.json"
+"""Says which of several files holds which tensor."""
+PROJECTION = "projection.weight"
+"""Key of the projection in folders with the region class; ours is called the same."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+class EncoderFolder:
+    """Random access to the weights of a folder, in float32, one parameter at a time.
+
+    It may be of MLCD or RICE, what ``to-hf`` wrote, or CLIP's vision tower, alone or beside its text tower.
+    Only config.json, preprocessor_config.json and safetensors files are read: no pickle, no code.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the settings and the headers of all files.
+
+        Raises:
+            UserError: It is no such folder, a file is missing, or the architecture or a type is another.
+        """
+        self.folder = folder
+        settings = _json(folder / "config.json")
+        self.architecture = _architecture(folder, settings)
+        vision = settings.get("vision_config", settings) if settings["model_type"] == "clip" else settings
+        self.model = _model(folder, vision)
+        self.data = _normalisation(folder)
+        self._places = _places(folder)
+        with torch.device("meta"):
+            parameters = VisionTransformer(self.model).named_parameters()
+            self._shapes = {name: parameter.shape for name, parameter in parameters}
+        self.notices = self._notices()
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Width of the projection; None if there is none."""
+        place = self._places.get(PROJECTION)
+        return place.shape[0] if place is not None and len(place.shape) == 2 else None
+
+    def names(self) -> list[str]:
+        """Names of all parameters of VisionTransformer."""
+        return list(self._shapes)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, under its name in VisionTransformer or as ``projection.weight``, float32.
+
+        Raises:
+            UserError: It is missing, has another shape or cannot be read.
+        """
+        if name == PROJECTION:
+            return self._tensor(name)
+        if name == "class_pos_emb" and self.architecture == "CLIP":
+            return initial_value(f"vit.{name}", self._shapes[name], self.model, seed=0)
+        try:
+            tensor = join_mlcd(name, self._tensor, self.model)
+        except RuntimeError as error:
+            raise UserError(f"{self.folder}: {name} does not fit config.json ({error})") from error
+        if tensor.shape != self._shapes[name]:
+            raise UserError(
+                f"{self.folder}: {name} has the shape {list(tensor.shape)}, config.json asks for "
+                f"{list(self._shapes[name])}; weights and config.json belong to different models"
+            )
+        return tensor
+
+    def _tensor(self, key: str) -> Tensor:
+        place = self._places.get(key)
+        if place is None:
+            raise UserError(f"{self.folder} holds no tensor {key}; the folder is not complete, copy it again")
+        try:
+            with safe_open(place.file, framework="pt") as file:
+                return file.get_tensor(place.key).to(torch.float32, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{place.file} cannot be read: {error}; copy it again") from error
+
+    def _notices(self) -> list[str]:
+        """What a user should know of what was left or made."""
+        found = []
+        if self.architecture == "CLIP":
+            found.append(
+                "CLIP's absolute positions are dropped and its class token gets a drawn angle: with 2D "
+                "rotary positions its features are others until it has trained"
+            )
+        known = {"embeddings.position_embedding.weight", "embeddings.position_ids", PROJECTION}
+        own = [key for key in self._places if not key.startswith(_OTHER_PARTS)]
+        left = [key for key in own if key not in known and not key.startswith(_ENCODER)]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            found.append(f"left out, for the encoder has no such parameters: {', '.join(left[:3])}{more}")
+        return found
+
+
+_OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""Keys of a whole CLIP that are no part of its vision tower."""
+
+_ENCODER = (
+    "class_pos_emb", "embeddings.class_embedding", "embeddings.patch_embedding.", "pre_layrnorm.",
+    "encoder.layers.", "post_layernorm.", REGION,
+)  # fmt: skip
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether a folder looks like one of HuggingFace's."""
+    return (folder / "config.json").is_file()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent} is no HuggingFace folder (no {file.name}); give a folder with config.json and "
+            "safetensors files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no settings; copy it again")
+    return content
+
+
+def _architecture(folder: Path, settings: dict[str, Any]) -> str:
+    kind = settings.get("model_type")
+    if kind == "rice_vit":
+        raise UserError(
+            f"{folder} has the layout llava-onevision-1.5, which lacks the last norm; give the MLCD folder "
+            "of the same encoder"
+        )
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(
+            f"{folder}/config.json says model_type {kind!r}, which is another architecture; this reads "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[kind]
+
+
+_SIZES = {
+    "num_hidden_layers": "depth", "image_size": "image_size", "patch_size": "patch_size",
+    "hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "mlp_width",
+}  # fmt: skip
+
+
+def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
+    """Our settings from theirs; a :class:`UserError` where our transformer has no such thing."""
+    where = f"{folder}/config.json"
+    fixed = {"num_channels": 3, "num_key_value_groups": 1, "attention_dropout": 0}
+    for key, value in fixed.items():
+        if settings.get(key, value) != value:
+            raise UserError(f"{where}: {key} {settings[key]!r} is not supported, only {value}")
+    rotary = settings.get("rope_parameters") or {}
+    if rotary.get("rope_type", "axial") != "axial":
+        raise UserError(f"{where}: rope_type {rotary['rope_type']!r} is not supported, only axial")
+    activation = settings.get("hidden_act", "gelu")
+    if activation not in ("gelu", "quick_gelu"):
+        raise UserError(f"{where}: hidden_act {activation!r} is not supported, only gelu and quick_gelu")
+    for key in _SIZES:
+        size = settings.get(key)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise UserError(f"{where}: {key} must be one whole number, got {size!r}")
+    model = ModelConfig(
+        **{ours: settings[theirs] for theirs, ours in _SIZES.items()},
+        activation=activation,
+        norm_eps=float(settings.get("layer_norm_eps", 1e-5)),
+        rope_theta=float(rotary.get("rope_theta", 10_000.0)),
+        region_layers=settings.get(
+            "region_layers", min(settings["num_hidden_layers"], ModelConfig.region_layers)
+        ),
+        region_weights=settings.get("region_weights", "shared"),
+    )
+    try:
+        check_config(RunConfig(model=model, optimizer=OptimizerConfig(warmup_steps=0)))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return model
+
+
+def _normalisation(folder: Path) -> DataConfig:
+    """Mean and deviation of preprocessor_config.json; CLIP's if there is none."""
+    file = folder / "preprocessor_config.json"
+    if not file.exists():
+        return DataConfig()
+    settings, usual = _json(file), DataConfig()
+    parts = [settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)]
+    if not all(isinstance(part, (list, tuple)) and len(part) == 3 for part in parts):
+        raise UserError(f"{file}: image_mean and image_std must be three numbers each, got {parts}")
+    mean, std = ((float(a), float(b), float(c)) for a, b, c in parts)
+    return DataConfig(mean=mean, std=std)
+
+
+def _places(folder: Path) -> dict[str, _Place]:
+    """Where every tensor lies, by its key without prefix."""
+    places = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    described, bare = opened.get_slice(key), key.removeprefix(PREFIX)
+                    if (kind := described.get_dtype()) not in FLOATS and bare.startswith(_ENCODER):
+                        raise UserError(
+                            f"{file}: {key} has the type {kind}, which is not supported; save the model as "
+                            f"one of {', '.join(FLOATS)}"
+                        )
+                    places[bare] = _Place(file, key, tuple(described.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}; copy it again") from error
+    return places
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        listed = _json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise UserError(f"{index} has no weight_map; copy it again")
+        files = [folder / Path(name).name for name in sorted(set(listed.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            unread = f" (pickles such as {pickles[0]} are not read)" if pickles else ""
+            way_out = "save the model with safe_serialization" if pickles else "copy the folder again"
+            raise UserError(f"{file} is missing{unread}; {way_out}")
+    return files
+
+
+_WHOLE = {
+    "class_pos_emb": "class_pos_emb",
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",  # The misspelling is theirs, and part of the format.
+    "post_norm": "post_layernorm",
+}
+
+_IN_BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention.out": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(region\.)?(.+)\.(weight|bias)")
+_FUSED = "attention.qkv"
+
+
+def mlcd_keys(name: str, config: ModelConfig) -> list[str]:
+    """Names in MLCDVisionModel of a parameter of VisionTransformer: one, or queries, keys and values apart.
+
+    Raises:
+        KeyError: VisionTransformer has no such parameter.
+    """
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        stem, _, end = name.rpartition(".")
+        return [f"{_WHOLE[stem]}.{end}" if stem in _WHOLE else _WHOLE[name]]
+    block, own, part, end = match.groups()
+    first = config.depth - config.region_layers
+    layer = f"{REGION}{int(block) - first}" if own else f"encoder.layers.{block}"
+    if part != _FUSED:
+        return [f"{layer}.{_IN_BLOCK[part]}.{end}"]
+    return [f"{layer}.self_attn.{letter}_proj.{end}" for letter in "qkv"]
+
+
+def mlcd_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Rename a parameter as :func:`mlcd_keys` does, and split it where it is a fused projection.
+
+    One on the meta device gives the shapes.
+    """
+    keys = mlcd_keys(name, config)
+    if len(keys) == 1:
+        yield keys[0], tensor
+        return
+    # Rows are laid out (heads, 3, head width): a plain chunk in three would mix heads up.
+    heads = tensor.view(config.heads, 3, config.head_dim, *tensor.shape[1:])
+    for index, key in enumerate(keys):
+        yield key, heads[:, index].flatten(0, 1)
+
+
+def join_mlcd(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
+    """Put one of our parameters together from theirs, which ``read`` gives; undoes :func:`mlcd_tensors`."""
+    parts = [read(key) for key in mlcd_keys(name, config)]
+    if len(parts) == 1:
+        return parts[0]
+    heads = [part.view(config.heads, config.head_dim, *part.shape[1:]) for part in parts]
+    return torch.stack(heads, dim=1).flatten(0, 2)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megaregion.checkpoint.format import CHUNK, tensor_header
-from megaregion.checkpoint.huggingface import INDEX
+from megaregion.checkpoint.pretrained import INDEX
 from megaregion.errors import UserError
 from megaregion.files import partial_name
 

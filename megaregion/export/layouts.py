@@ -1,6 +1,6 @@
 """The formats that a checkpoint is written in: names, settings and what stands beside the weights.
 
-``mlcd`` is that of transformers' MLCDVisionModel; its names lie in checkpoint/huggingface.py, which reads
+``mlcd`` is that of transformers' MLCDVisionModel; its names lie in checkpoint/pretrained.py, which reads
 them too. ``llava-onevision-1.5`` is that of LLaVA-OneVision-1.5's RICE tower, which brings its own patch
 merger:
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaregion.checkpoint.huggingface import PREFIX, REGION, mlcd_tensors
+from megaregion.checkpoint.pretrained import PREFIX, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 

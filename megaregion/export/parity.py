@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaregion.checkpoint.huggingface import EncoderFolder, is_encoder_folder
-from megaregion.checkpoint.pretrained import Pretrained, open_pretrained
+from megaregion.checkpoint.pretrained import EncoderFolder, Pretrained, is_encoder_folder, open_pretrained
 from megaregion.config import DataConfig, ModelConfig
 from megaregion.data.image import open_image
 from megaregion.data.sample import BadSample

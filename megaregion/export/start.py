@@ -17,8 +17,7 @@ from megaregion.checkpoint.format import (
     unfinished_folder,
     write_pieces,
 )
-from megaregion.checkpoint.huggingface import PROJECTION, EncoderFolder
-from megaregion.checkpoint.pretrained import FUNCTION, Pretrained
+from megaregion.checkpoint.pretrained import FUNCTION, PROJECTION, EncoderFolder, Pretrained
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.export.folder import new_folder, refuse_taken

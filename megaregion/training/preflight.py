@@ -1,8 +1,7 @@
 """What is looked at before a start costs anything: machines that differ, are sick, slow or short of disk.
 
 Every rank measures itself, all ranks' findings meet on every rank, and one judgement, the same everywhere,
-says what is wrong and on which host. Problems of the machines and problems that a person has to mend are
-told apart, for only the first kind may be gone at the next start.
+says what is wrong and on which host. Only what is wrong with a machine may be gone at the next start.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name
+from megaregion.tables import aligned
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "webdataset")
 ROUNDS = 5
@@ -72,15 +72,7 @@ class Verdict:
 
 
 def check_machines(config: RunConfig, topology: Topology) -> int:
-    """Examine, judge and tell; a collective.
-
-    Args:
-        config: The run.
-        topology: This rank's place.
-
-    Returns:
-        0, or the exit code that the start must end with.
-    """
+    """Examine, judge and tell; a collective. Gives 0, or the exit code that the start must end with."""
     began = time.perf_counter()
     findings = examine(config, topology)
     verdict = judge(findings, config.machines, checkpoint_bytes(config))
@@ -94,12 +86,7 @@ def check_machines(config: RunConfig, topology: Topology) -> int:
 
 
 def examine(config: RunConfig, topology: Topology) -> list[Findings]:
-    """Every rank's findings, in rank order; a collective.
-
-    Args:
-        config: The run.
-        topology: This rank's place.
-    """
+    """Every rank's findings, in rank order; a collective."""
     hosts = all_gather_strings(host_name(), topology)
     inside = host_group(hosts, topology)
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
@@ -107,34 +94,23 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
     dataset, complaint = _read_dataset(config.data, topology)
     dist.barrier(topology.world_group)
     findings = Findings(
-        rank=topology.rank,
-        host=hosts[topology.rank],
-        versions=_versions(),
-        device=_describe(topology.device),
-        matrix=seconds,
-        exact=exact,
-        clock=time.time(),
+        clock=time.time(), rank=topology.rank, host=hosts[topology.rank], versions=_versions(),
+        device=_describe(topology.device), matrix=seconds, exact=exact,
         inside=_bus_bandwidth(inside, floats, topology.device),
         across=_bus_bandwidth(topology.world_group, floats, topology.device),
-        dataset=dataset,
-        complaint=complaint,
-        free=_free_bytes(Path(config.output) / config.name),
-    )
+        dataset=dataset, complaint=complaint, free=_free_bytes(Path(config.output) / config.name),
+    )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     return [Findings(**json.loads(text)) for text in texts]
 
 
 def judge(findings: Sequence[Findings], wanted: MachinesConfig, checkpoint_bytes: int) -> Verdict:
-    """What is wrong, each in one line that names the host.
+    """What is wrong by all ranks' findings and what is wanted, each in one line that names the host."""
 
-    Args:
-        findings: All ranks' findings.
-        wanted: What is still good enough.
-        checkpoint_bytes: Size of one checkpoint.
-    """
-    mistakes = _differ(
-        findings, "versions", lambda one: _text(one.versions), "install requirements.txt there"
-    )
+    def versions(one: Findings) -> str:
+        return ", ".join(f"{name} {version}" for name, version in one.versions.items())
+
+    mistakes = _differ(findings, "versions", versions, "install requirements.txt there")
     mistakes += list(dict.fromkeys(f"{one.host}: {one.complaint}" for one in findings if one.complaint))
     readable = [one for one in findings if not one.complaint]
     mistakes += _differ(readable, "dataset", lambda one: one.dataset[:12], "copy it there again")
@@ -168,15 +144,13 @@ def table(findings: Sequence[Findings]) -> str:
     hosts: dict[str, list[Findings]] = defaultdict(list)
     for one in findings:
         hosts[one.host].append(one)
-    lines = [f"{'host':24} {'ranks':>5} {'product ms':>10} {'inside GB/s':>11} {'free GB':>9}  device"]
+    rows = [("host", "ranks", "product ms", "inside GB/s", "free GB", "device")]
     for host, ranks in hosts.items():
         slowest, narrowest = max(one.matrix for one in ranks), min(one.inside for one in ranks)
-        lines.append(
-            f"{host:24} {len(ranks):5} {slowest * 1e3:10.2f} {f'{narrowest:.2f}' if narrowest else '-':>11} "
-            f"{ranks[0].free / 1e9:9,.0f}  {ranks[0].device}"
-        )
+        inside, free = f"{narrowest:.2f}" if narrowest else "-", f"{ranks[0].free / 1e9:,.0f}"
+        rows.append((host, str(len(ranks)), f"{slowest * 1e3:.2f}", inside, free, ranks[0].device))
     across = min(one.across for one in findings)
-    return "\n".join([*lines, f"all-reduce over all {len(findings)} ranks: {across:.2f} GB/s"])
+    return f"{aligned(rows, left=(0, 5))}\nall-reduce over all {len(findings)} ranks: {across:.2f} GB/s"
 
 
 def _versions() -> dict[str, str]:
@@ -308,7 +282,3 @@ def _skewed(findings: Sequence[Findings], wanted: MachinesConfig) -> list[str]:
 
 def _place(one: Findings) -> str:
     return f"rank {one.rank} on {one.host}"
-
-
-def _text(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())

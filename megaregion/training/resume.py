@@ -1,9 +1,4 @@
-"""What may change from one start of a run to the next, and what may not.
-
-``FIXED`` is what gives the weights their meaning: another value is refused. ``FREE`` is all else, as how the
-run computes, how long and on which images: another value is said, and noted in events.jsonl. Every setting is
-in one of the two.
-"""
+"""What may change from one start of a run to the next, and what not: two tables hold every setting."""
 
 from __future__ import annotations
 
@@ -27,7 +22,7 @@ FIXED = {
     "data": ("mean", "std"),
     "head": ("embedding_dim",),
 }
-"""Settings by section that stay as they were."""
+"""Settings by section that give the weights their meaning: another value is refused."""
 
 _HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives", "weight")
 
@@ -60,7 +55,7 @@ FREE = {
     "evaluate": ("every", "scenes", "split", "limit", "threads"),
     "machines": ("slow_factor", "inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"),
 }  # fmt: skip
-"""Settings by section that may change."""
+"""All others, as how the run computes, how long and on which images: another value is said and noted."""
 
 LABELS = ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256")
 """What the heads learn, of a dataset."""
@@ -71,11 +66,8 @@ Change = tuple[Any, Any]
 
 def dataset_facts(info: DatasetInfo) -> dict[str, Any]:
     """What a checkpoint says of the dataset that it was trained on."""
-    return {
-        "samples": info.samples,
-        "shards": len(info.shards),
-        **{key: getattr(info, key) for key in LABELS},
-    }
+    labels = {key: getattr(info, key) for key in LABELS}
+    return {"samples": info.samples, "shards": len(info.shards), **labels}
 
 
 def facts(config: RunConfig, position: int, dataset: DatasetInfo, tensor: int, data: int) -> dict[str, Any]:
@@ -118,12 +110,7 @@ def told(changed: Mapping[str, Change]) -> str:
 def check_fits(
     reader: CheckpointReader, ours: Mapping[str, Any], placements: Mapping[str, Placement]
 ) -> dict[str, Change]:
-    """Check that a run may go on from a checkpoint.
-
-    Args:
-        reader: The checkpoint.
-        ours: What :func:`facts` says of the run at the checkpoint's position.
-        placements: The network's weights, by name.
+    """Check that a run of which :func:`facts` says ``ours``, with these weights, may go on from there.
 
     Returns:
         What has changed, all of it free.

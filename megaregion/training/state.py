@@ -1,7 +1,6 @@
 """What a run carries from step to step, and how it is saved and found again.
 
-A save never leaves a half-written checkpoint behind and never ends a run: if the disk is full, the last
-good one stays, the log says so, and the next save tries again. checkpoint/saver.py does the writing.
+A save never leaves a half-written checkpoint and never ends a run: the next one tries again.
 """
 
 from __future__ import annotations
@@ -87,25 +86,19 @@ class TrainingState:
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
 
-    def save(self) -> bool:
-        """Save the state of this step; a collective.
+    def save(self) -> None:
+        """Save the state of this step; a collective. A save that is still under way is waited for first.
 
         With checkpoint.asynchronous it returns as soon as the state is copied; training may go on, and the
-        bytes written are those of this step. A save that is still under way is waited for first.
-
-        Returns:
-            Whether the save has begun (asynchronous), or is complete and visible (synchronous); False on
-            every rank after a storage error.
+        bytes written are those of this step.
 
         Raises:
             Fenced: A newer incarnation owns the run.
         """
         with self._blocking():
             self._saver.wait()
-            saved = self._start(self._saver, self.checkpoints)
-            if saved and not self._config.checkpoint.asynchronous:
-                saved = self._saver.wait()
-        return saved
+            if self._start(self._saver, self.checkpoints) and not self._config.checkpoint.asynchronous:
+                self._saver.wait()
 
     def finish(self) -> bool:
         """Wait for the last save; one that failed is tried again, for no later one will come; a collective.

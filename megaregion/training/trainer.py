@@ -67,11 +67,10 @@ class Trainer:
             config: The run.
             topology: This rank's place.
             stop: Whether somebody asked the run to stop.
-            clock: Marks what the rank does, perhaps under the eyes of a watchdog.
+            clock: That of a watchdog, if there is one.
             profile: First and last step to profile.
             after_save: Called with the step once its save has begun; must return at once.
-            begin: Puts weights into the whole transformer before it is cut over the ranks; None leaves
-                those that the seed gives.
+            begin: Puts other weights than the seed's into the whole transformer, before it is cut.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
