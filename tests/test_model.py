@@ -99,10 +99,11 @@ def test_gradients_through_the_fused_split_equal_finite_differences() -> None:
     table = rotation(torch.zeros(4), 2, 2, theta=100.0, images=2)
 
     def split(qkv: Tensor, class_angle: Tensor) -> tuple[Tensor, ...]:
-        cos, sin = table.cos.double(), table.sin.double()
+        cos, sin = table.cos[:, :4].double(), table.sin.double()
         cos = torch.cat((class_angle.cos()[None], cos[1:]))
         sin = torch.cat((class_angle.sin()[None], sin[1:]))
-        return split_and_turn(qkv, Rotation(class_angle, cos.detach(), sin.detach(), len(qkv)))
+        twice = torch.cat((cos, cos), dim=-1).detach()
+        return split_and_turn(qkv, Rotation(class_angle, twice, sin.detach(), len(qkv)))
 
     qkv = noise(2, 5, 2, 3, 8).double().requires_grad_()
     class_angle = noise(4).double().requires_grad_()

@@ -42,6 +42,13 @@ def main() -> int:
 
 
 def plan_run(flags: argparse.Namespace) -> int:
+    if flags.device:
+        if flags.dry_run is None:
+            raise UserError("--device cuda counts a step of one rank; name it by --dry-run RANK")
+        # Torch asks who answers for CUDA when it is imported.
+        from megaregion.planning.fake_gpu.guard import load_guard
+
+        load_guard()
     from megaregion.planning import plan as planner
     from megaregion.planning import report
     from megaregion.planning.layout import known_labels
@@ -52,19 +59,22 @@ def plan_run(flags: argparse.Namespace) -> int:
     labels = known_labels(config, flags.classes, flags.vocabulary)
     stages = planner.stage_plans(config, hardware, labels, flags.samples)
     # What follows is about the first resolution, which most samples have.
-    plan, best, built = stages[0], [], None
+    plan, best, built, counted = stages[0], [], None, None
     if flags.choices or not plan.fits:
         plans = planner.all_plans(plan.layout.config, hardware, labels, plan.samples)
         best = planner.best_plans(plans, max(1, flags.choices))
     scaled = planner.weak_scaling(plan, planner.SIZES if flags.scaling is None else flags.scaling)
     if flags.dry_run is not None:
-        from megaregion.planning.dry_run import build_rank
+        from megaregion.planning.dry_run import build_rank, count_gpu_step
 
-        built = build_rank(plan, flags.dry_run)
+        if flags.device:
+            counted = count_gpu_step(plan, flags.dry_run)
+        else:
+            built = build_rank(plan, flags.dry_run)
     if flags.json:
-        print(json.dumps(report.values(stages, best, scaled, built), indent=2))
+        print(json.dumps(report.values(stages, best, scaled, built, counted), indent=2))
     else:
-        print(report.text(stages, best, scaled, built))
+        print(report.text(stages, best, scaled, built, counted))
     if built is not None:
         built.check()
     _check_memory(planner.fullest(stages), plan)
@@ -118,6 +128,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--choices", type=flag(Count), default=5, help="best choices shown; 0 for none")
     add("--scaling", type=flag(Ranks), nargs="*", help="sizes of the weak scaling table, if not 8 to 1,024")
     add("--dry-run", type=flag(Count), metavar="RANK", help="also build this rank; compare it with the plan")
+    add("--device", choices=("cuda",), help="count a step of --dry-run's rank on fake CUDA tensors instead")
     add("--json", action="store_true", help="print JSON instead of tables")
     add_settings(parser, Hardware(), flat=True, without=("name", "device"))
     add_settings_files(parser)

@@ -16,7 +16,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -207,9 +207,14 @@ def _grid(sample: TransformedSample) -> tuple[int, int]:
 
 def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:
     """Bring bytes, uint8 [..., 3, H, W], to zero mean and unit deviation, float32 on the same device."""
-    deviation = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(3, 1, 1) * 255
-    shift = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1) * 255
+    shift, deviation = _statistics(mean, std, pixels.device)
     return pixels.to(torch.float32).sub_(shift).div_(deviation)
+
+
+@lru_cache(maxsize=8)
+def _statistics(mean: Color, std: Color, device: torch.device) -> Tensor:
+    """Mean and deviation of bytes, [2, 3, 1, 1]; once, since copying numbers to a GPU waits for it."""
+    return torch.tensor((mean, std), dtype=torch.float32, device=device).view(2, 3, 1, 1) * 255
 
 
 class Slot(NamedTuple):

@@ -26,7 +26,7 @@ from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.finite import FiniteGuard
 from megaregion.heads.kernels import Products, choose_kernel
 from megaregion.heads.optimizer import ClassGradient, RowAdamW
-from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets
+from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets, send
 from megaregion.heads.streaming import RowSums, StreamSettings, fetch_centers, score_rows
 from megaregion.heads.tiles import Scratch
 from megaregion.parallel.topology import Topology
@@ -272,9 +272,9 @@ def report_loss(sums: RowSums, targets: Targets, classes: int, group: dist.Proce
     """
     device = sums.loss.device
     sizes = [sum(draw.size for draw in targets.draws), sum(len(draw.positives) for draw in targets.draws)]
-    drawn = torch.tensor(sizes, dtype=torch.float32, device=device)
+    drawn = send(torch.tensor(sizes, dtype=torch.float32), device)
     dist.all_reduce(drawn, group=group)
-    count = torch.tensor(len(targets.index), device=device)
+    count = send(torch.tensor(len(targets.index)), device)
     metrics = {
         "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
         "accuracy": sums.won / count.clamp_min(1),

@@ -38,7 +38,7 @@ class Rotation(NamedTuple):
     class_angle: Tensor
     """Learned angle of the class token and so of every region token, [d/2] float32; carries the gradient."""
     cos: Tensor
-    """Cosine of every image token's angles, [T, d/2] float32; constant to autograd."""
+    """Cosine of every image token's angles, for both of a pair, [T, d] float32; constant to autograd."""
     sin: Tensor
     """Sine of the same angles, [T, d/2] float32; constant to autograd."""
     sequences: int
@@ -84,7 +84,8 @@ def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images:
     class_angle = class_angle.float()
     cos, sin = _patch_table(rows, columns, class_angle.shape[-1], theta, class_angle.device)
     fixed = class_angle.detach()[None]
-    return Rotation(class_angle, torch.cat((fixed.cos(), cos)), torch.cat((fixed.sin(), sin)), images)
+    cos = torch.cat((fixed.cos(), cos))
+    return Rotation(class_angle, torch.cat((cos, cos), dim=-1), torch.cat((fixed.sin(), sin)), images)
 
 
 @lru_cache(maxsize=64)
@@ -143,8 +144,13 @@ class _SplitAndTurn(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, ...]:
+        images, tokens, heads, _, width = qkv.shape
+        if qkv.is_cuda:
+            # A GPU's attention lays out what it gives like its queries: by tokens, as the next linear wants.
+            split = qkv.new_empty(3, images, tokens, heads, width).transpose(2, 3)
+        else:
+            split = qkv.new_empty(3, images, heads, tokens, width)
         fused = qkv.permute(3, 0, 2, 1, 4)
-        split = torch.empty_like(fused, memory_format=torch.contiguous_format)
         _turn_into(split[:2], fused[:2], cos, sin)
         split[2].copy_(fused[2])
         ctx.save_for_backward(_class_tokens(split[:2], starts), cos, sin, starts)
@@ -157,7 +163,7 @@ class _SplitAndTurn(torch.autograd.Function):
         grad = grads[0].new_empty(images, tokens, heads, 3, width)
         split = grad.permute(3, 0, 2, 1, 4)
         for part in (0, 1):
-            _turn_into(split[part], grads[part], cos, -sin)
+            _turn_into(split[part], grads[part], cos, sin, back=True)
         split[2].copy_(grads[2])
         # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
         first, second = class_token.to(cos.dtype).chunk(2, dim=-1)
@@ -172,10 +178,10 @@ def _class_tokens(x: Tensor, starts: Tensor | None) -> Tensor:
     return x[..., :1, :] if starts is None else x.index_select(-2, starts)
 
 
-def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     # Whole heads first: a product along 64 numbers takes less than two along 32.
-    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
-    out_first.addcmul_(second, sin, value=-1)
-    out_second.addcmul_(first, sin)
+    torch.mul(x, cos, out=out)
+    out_first.addcmul_(second, sin, value=1 if back else -1)
+    out_second.addcmul_(first, sin, value=-1 if back else 1)

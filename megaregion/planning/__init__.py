@@ -8,5 +8,6 @@ traffic    what crosses the links in a step
 faults     goodput under random faults
 plan       all of it together; a run's resolutions, other sizes of the cluster, the best way to spread it
 dry_run    one rank really built, beside its plan
+fake_gpu   a step of it on fake CUDA tensors: kernels, bytes, waits
 report     tables and JSON
 """

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,14 @@ from megaregion.models.vit import RegionEncoder, decays
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.planning.hardware import GIB, Hardware
+from megaregion.planning.hardware import GIB
 from megaregion.planning.layout import Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
+
+if TYPE_CHECKING:
+    from megaregion.planning.fake_gpu.step import CountedStep
 
 MIB = 2**20
 TOLERANCE = 0.05
@@ -104,9 +107,9 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
         UserError: There is no such rank.
     """
     layout = plan.layout
-    if not 0 <= rank < layout.ranks:
-        raise UserError(f"--dry-run must name a rank in [0, {layout.ranks - 1}], got {rank}")
-    with _fake_group(rank, plan.hardware, layout.tensor) as place, warnings.catch_warnings():
+    # Also where there is a GPU: what autograd keeps is planned for a processor.
+    group = _fake_group(rank, plan, torch.device("cpu"))
+    with group as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, places = _encoder(layout, place)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -121,6 +124,19 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
             engine.backward(engine(*_images(layout, 1)).float().sum(), last=layout.micro_steps == 1)
             counted["gradients"] = storage_bytes(engine.held()["gradients"])
     return BuiltRank(rank, parameters, layout.parameters, counted, _planned(plan, rank))
+
+
+def count_gpu_step(plan: Plan, rank: int) -> CountedStep:
+    """Run a step of one rank of the planned job on fake CUDA tensors; ``load_guard`` must have run.
+
+    Raises:
+        UserError: There is no such rank.
+    """
+    from megaregion.planning.fake_gpu.device import DEVICE
+    from megaregion.planning.fake_gpu.step import count_step
+
+    with _fake_group(rank, plan, DEVICE) as place:
+        return count_step(plan.layout, place)
 
 
 def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[str, int]:
@@ -175,18 +191,19 @@ def _planned(plan: Plan, rank: int) -> dict[str, float]:
 
 
 @contextmanager
-def _fake_group(rank: int, hardware: Hardware, tensor: int) -> Iterator[Topology]:
+def _fake_group(rank: int, plan: Plan, device: torch.device) -> Iterator[Topology]:
     """The place of a rank among ranks that are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    local, ranks = hardware.gpus_per_node, hardware.gpus
+    local, ranks = plan.hardware.gpus_per_node, plan.hardware.gpus
+    if not 0 <= rank < ranks:
+        raise UserError(f"--dry-run must name a rank in [0, {ranks - 1}], got {rank}")
     told = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update({name: str(value) for name, value in told.items()})
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        # Also where there is a GPU: what autograd keeps is planned for a processor.
-        yield dataclasses.replace(topology.join(tensor), device=torch.device("cpu"))
+        yield dataclasses.replace(topology.join(plan.layout.tensor), device=device)
     finally:
         dist.destroy_process_group()
         for name, value in before.items():

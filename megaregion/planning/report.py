@@ -13,10 +13,15 @@ from megaregion.tables import aligned
 
 if TYPE_CHECKING:
     from megaregion.planning.dry_run import BuiltRank
+    from megaregion.planning.fake_gpu.step import CountedStep
 
 
 def text(
-    stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan], built: BuiltRank | None
+    stages: Sequence[Plan],
+    best: Sequence[Plan],
+    scaled: Sequence[Plan],
+    built: BuiltRank | None = None,
+    counted: CountedStep | None = None,
 ) -> str:
     """Everything that was planned.
 
@@ -25,17 +30,23 @@ def text(
         best: The best choices for the first of them.
         scaled: The first of them on more and fewer ranks.
         built: One rank beside its plan.
+        counted: A step of it on a GPU that is not there.
     """
     texts = [plan_text(stages[0])]
     texts += [_stages(stages)] if len(stages) > 1 else []
     texts += [_choices(best, stages[0])] if best else []
     texts += [_scaling(scaled)] if scaled else []
     texts += [built.text()] if built else []
+    texts += [counted.text(stages[0].memory.activations)] if counted else []
     return "\n\n".join(texts)
 
 
 def values(
-    stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan], built: BuiltRank | None
+    stages: Sequence[Plan],
+    best: Sequence[Plan],
+    scaled: Sequence[Plan],
+    built: BuiltRank | None = None,
+    counted: CountedStep | None = None,
 ) -> dict[str, Any]:
     """The same for JSON."""
     return {
@@ -44,6 +55,7 @@ def values(
         "choices": [plan_values(plan) for plan in best],
         "scaling": [plan_values(plan) for plan in scaled],
         "dry_run": built and dataclasses.asdict(built),
+        "gpu_step": counted and counted.values(),
     }
 
 

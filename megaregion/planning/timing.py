@@ -18,7 +18,7 @@ from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers
 
-KERNELS = {"forward": 24, "backward": 44, "head": 50, "draw": 60, "tile": 33, "block of centers": 34}
+KERNELS = {"forward": 14, "backward": 44, "head": 50, "draw": 60, "tile": 33, "block of centers": 34}
 """Kernels of one block's forward and backward pass, of a head in a micro-step, of a draw, of a tile, and of
 updating some centers. Drawing is the host's, beside the encoder's pass."""
 CHEAP_SHARE = 0.03

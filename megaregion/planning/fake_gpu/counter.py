@@ -1,0 +1,147 @@
+"""Counts what a GPU would be asked to do: kernels, bytes they move, FLOPs, and where the host waits."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+NO_KERNEL = frozenset({"_unsafe_view", "lift_fresh", "set_", "is_same_size"})
+"""Operations that start no kernel and that their schema does not tell from others."""
+OVERWRITES = frozenset({"zero_", "fill_", "copy_", "exponential_", "uniform_", "normal_"})
+"""In-place operations that do not read what they replace."""
+READS_ROWS = frozenset({"index_select", "gather", "index", "embedding"})
+"""Operations that read as much of their first operand as they return."""
+WRITES_ROWS = frozenset({"index_copy_", "index_add_", "scatter_add_", "index_put_"})
+"""Operations that touch as much of their first operand as their last one holds."""
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+HOUSE = str(Path(__file__).parents[2])
+
+
+@dataclass
+class Tally:
+    """What was asked of the device."""
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    """Calls by operation."""
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes read and written by operation; what is expanded counts once."""
+    flops: int = 0
+    """Operations of matrix products and attention, a multiply-add counted as 2."""
+    waits: list[str] = field(default_factory=list)
+    """Where the host waits for the device or copies while it waits, as file:line."""
+
+    @property
+    def calls(self) -> int:
+        """Kernels in all."""
+        return self.kernels.total()
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes moved by what is no matrix product."""
+        return sum(size for name, size in self.moved.items() if name.split(".")[0] not in PRODUCTS)
+
+
+class KernelCounter(TorchDispatchMode):
+    """Adds every operation on CUDA tensors to a tally while it is entered."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "cuda":
+            self.tally.waits.append(_caller())
+            # No number is there: every flag is down, and every norm is 1.
+            return 1.0 if args[0].is_floating_point() else 0
+        out = func(*args, **kwargs)
+        space, _, name = func._schema.name.partition("::")
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        kinds = {tensor.device.type for tensor in (*given, *made)}
+        allocates = name.startswith(("empty", "new_empty"))
+        if "cuda" not in kinds or space == "prim" or func.is_view or allocates or name in NO_KERNEL:
+            return out
+        if "cpu" in kinds and not kwargs.get("non_blocking") and _copies(name, given, args):
+            self.tally.waits.append(_caller())
+        self.tally.kernels[name] += 1
+        self.tally.moved[name] += _bytes_moved(func, name, given, made)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            if name in PRODUCTS:  # Their overloads take types and factors too.
+                args, kwargs = tuple(_tensors(args)), {}
+            self.tally.flops += count(*args, **kwargs, out_val=out)
+        return out
+
+
+def graph_nodes(loss: Tensor) -> Counter[str]:
+    """Nodes of the backward graph below a tensor, by name."""
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _copies(name: str, given: Iterable[Tensor], args: tuple[Any, ...]) -> bool:
+    """Whether an operation on both devices moves data; scalars of the host travel with the kernel."""
+    # non_blocking is the third argument of copy_.
+    if name == "copy_" and len(args) > 2 and args[2]:
+        return False
+    return name in ("_to_copy", "copy_") or any(t.device.type == "cpu" and t.dim() for t in given)
+
+
+def _bytes_moved(func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    if name in READS_ROWS:
+        return 2 * _size(made)
+    if name in WRITES_ROWS:
+        return _size(given[1:]) + _size(given[-1:])
+    arguments = func._schema.arguments
+    written = sum(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
+    if not written:
+        return _size(given) + _size(made)
+    if "out" in func._schema.overload_name:
+        # The last operand is where the result goes.
+        return _size(given)
+    return _size(given) + (0 if name in OVERWRITES else _size(given[:1]))
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements that are apart in memory."""
+    total = 0
+    for tensor in tensors:
+        apart = 1
+        for side, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            apart *= side if stride else 1
+        total += apart * tensor.element_size()
+    return total
+
+
+def _caller() -> str:
+    """The innermost line of this house that is being run."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(HOUSE) and "fake_gpu" not in file:
+            return f"{Path(file).relative_to(HOUSE)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside"

@@ -1,0 +1,172 @@
+"""A process in which a GPU seems to be there: fake tensors on it, and what libraries ask of it, answered."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from megaregion.data import batch as pixels
+from megaregion.heads.optimizer import ClassGradient
+from megaregion.heads.sampling import GatheringLabels, Targets
+from megaregion.heads.sharded import ClassShardedHead
+from megaregion.models import rotary
+from megaregion.training.heads import KINDS
+
+DEVICE = torch.device("cuda", 0)
+CAPABILITY = (9, 0)
+"""Of an H100."""
+
+
+@contextmanager
+def fake_cuda(labels: Tensor) -> Iterator[None]:
+    """Make every new tensor a fake one; those of DEVICE behave as on a GPU, and none holds a number.
+
+    Classes are drawn on the host's real tensors, since how many they are depends on the labels.
+
+    Args:
+        labels: Labels of a micro-step's regions over all data ranks, their kinds behind them, [R, T + 1].
+    """
+    import torch.distributed._tools.fake_collectives
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    set_accelerator(_accelerator())
+    arrive, draw = GatheringLabels.arrive, ClassShardedHead.draw
+
+    def arrive_real(sent: GatheringLabels) -> Tensor:
+        arrive(sent)
+        return labels
+
+    def draw_real(head: ClassShardedHead, _: Tensor, rows: Tensor, *numbers: int) -> Targets:
+        with _disable_current_modes(), patch.object(Targets, "to", lambda targets, device: targets):
+            of_kind = labels[:, -1] == KINDS[head.name]
+            targets = draw(head, labels[:, :-1], of_kind, *numbers)
+        return targets.to(DEVICE)
+
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (F, "scaled_dot_product_attention", _attention),
+        (Tensor, "pin_memory", lambda tensor, *device: tensor),
+        (Tensor, "new_empty", _without_pinning(Tensor.new_empty)),
+        (nn.Module, "_apply", _apply),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        # There are no other ranks to compare notes with.
+        (partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
+        (GatheringLabels, "arrive", arrive_real),
+        (ClassShardedHead, "draw", draw_real),
+        # How many classes took part is a number on the device: all of them.
+        (ClassGradient, "_ask", lambda own: (False, 0 if own._marks is None else len(own._marks))),
+    )
+    with ExitStack() as stack:
+        for place, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(place, name, stand_in))
+        # DeepSpeed moves the model to the device of this number.
+        stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": str(DEVICE.index)}))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        _forget_tables()
+        stack.callback(_forget_tables)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _forget_tables() -> None:
+    """Real tables are of no use in here, nor fake ones outside."""
+    rotary._patch_table.cache_clear()
+    pixels._statistics.cache_clear()
+
+
+class _Stream:
+    """A stream or an event that has nothing to wait for."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    """What a build for GPUs picks: flash attention, and the memory-efficient kernel where there is a mask."""
+    if attn_mask is None:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
+        return out
+    # The kernel wants rows of the mask to begin at multiples of 16 bytes.
+    if pad := -attn_mask.shape[-1] % 16:
+        attn_mask = F.pad(attn_mask, (0, pad))[..., :-pad]
+    mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+    return out
+
+
+def _without_pinning(new_empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def unpinned(tensor: Tensor, *size: Any, pin_memory: bool = False, **named: Any) -> Tensor:
+        return new_empty(tensor, *size, **named)
+
+    return unpinned
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Module._apply with new parameters, since the data of fake ones cannot be exchanged."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            changed = change(parameter)
+        if (changed.dtype, changed.device) != (parameter.dtype, parameter.device):
+            other = nn.Parameter(changed, parameter.requires_grad)
+            # Marks that libraries have left on it; not what a fake tensor has of its own.
+            vars(other).update(
+                {key: value for key, value in vars(parameter).items() if key not in vars(other)}
+            )
+            module._parameters[name] = other
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+def _accelerator() -> Any:
+    """What DeepSpeed asks of CUDA."""
+    import deepspeed.ops
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    # Nothing is compiled for it.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    answers = {
+        "current_device": 0, "current_device_name": str(DEVICE), "device_count": 1, "is_available": True,
+        "is_bf16_supported": True, "communication_backend_name": "nccl", "is_synchronized_device": False,
+        "use_host_timers": False, "resolves_data_dependency": False, "handles_memory_backpressure": False,
+        "set_device": None, "synchronize": None, "Stream": _Stream(), "Event": _Stream(),
+        "current_stream": _Stream(), "default_stream": _Stream(),
+        "stream": contextlib.nullcontext(), "device": contextlib.nullcontext(),
+    }  # fmt: skip
+
+    class FakeCuda(CPU_Accelerator):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._name = "cuda"
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return self._name if device_index is None else f"{self._name}:{device_index}"
+
+        def on_accelerator(self, tensor: Tensor) -> bool:
+            return tensor.is_cuda
+
+    for name, answer in answers.items():
+        setattr(FakeCuda, name, lambda own, *_, _answer=answer, **__: _answer)
+    return FakeCuda()

@@ -1,0 +1,59 @@
+"""Counts steps on fake CUDA tensors, prints them as JSON; what answers for CUDA must come before torch."""
+
+from megaregion.planning.fake_gpu.guard import load_guard
+
+load_guard()
+
+import json  # noqa: E402
+from typing import Any  # noqa: E402
+
+from megaregion.config import (  # noqa: E402
+    DataConfig,
+    HeadConfig,
+    HeadsConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megaregion.planning.dry_run import count_gpu_step  # noqa: E402
+from megaregion.planning.hardware import load_hardware  # noqa: E402
+from megaregion.planning.layout import Labels  # noqa: E402
+from megaregion.planning.plan import make_plan  # noqa: E402
+
+CASES: dict[str, dict[str, Any]] = {
+    "ZeRO 1": {},
+    "deeper": {"depth": 4},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": {"zero_stage": 3},
+    "tensor 8": {"tensor": 8, "sequence": False},
+    "sequence": {"tensor": 8},
+    "recompute": {"recompute": True},
+    "cheap": {"activation_gib": 0.09},
+    "packed": {"packing": "native"},
+}
+
+
+def count(
+    depth: int = 3,
+    tensor: int = 1,
+    zero_stage: int = 1,
+    sequence: bool = True,
+    packing: str = "square",
+    **train: Any,
+) -> dict[str, Any]:
+    config = RunConfig(
+        model=ModelConfig(
+            image_size=224, patch_size=14, width=512, depth=depth, heads=8, mlp_width=2048, region_layers=2
+        ),
+        data=DataConfig(regions_per_image=10, packing=packing),  # type: ignore[arg-type]
+        parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),
+        train=TrainConfig(global_batch=640, micro_batch=10 * tensor, **train),
+        head=HeadsConfig(embedding_dim=256, draw_images=320, object=HeadConfig(sample_rate=0.1)),
+    )
+    plan = make_plan(config, load_hardware("h100x64"), Labels(100_000, 8_192))
+    return {**count_gpu_step(plan, 13).values(), "planned": plan.memory.activations}
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: count(**changes) for name, changes in CASES.items()}))

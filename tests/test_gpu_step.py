@@ -1,0 +1,58 @@
+"""A rank's step on fake CUDA tensors: where the host would wait, what is kept, and how many kernels start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from launch import repository
+
+from megaregion.planning.timing import KERNELS
+
+STAGES = ["ZeRO 1", "ZeRO 2", "ZeRO 3"]
+CASES = [*STAGES, "tensor 8", "sequence", "recompute", "cheap", "packed"]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    if shutil.which("g++") is None:
+        assert "CI" not in os.environ, "CI must install g++"
+        pytest.skip("no g++ to build the library that answers for CUDA")
+    command = [sys.executable, str(repository() / "tests" / "gpu_steps.py")]
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_micro_step_waits_for_the_gpu_and_no_sum_copies_what_it_is_added_to(
+    steps: dict[str, Any], case: str
+) -> None:
+    waits = {name: part["waits"] for name, part in steps[case]["parts"].items() if name != "update"}
+    assert waits == {"batch": [], "encoder": [], "heads": [], "backward": []}
+    assert steps[case]["copy_slices"] == 0
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_an_update_waits_where_deepspeed_looks_at_the_norm_alone(steps: dict[str, Any], case: str) -> None:
+    waits = steps[case]["parts"]["update"]["waits"]
+    assert {wait.split(":")[0] for wait in waits} <= {"parallel/zero/engine.py", "parallel/zero/stages.py"}
+    assert len(waits) <= 5
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ZeRO 3"])
+def test_autograd_keeps_on_a_gpu_what_was_planned(steps: dict[str, Any], case: str) -> None:
+    assert steps[case]["planned"] == pytest.approx(steps[case]["kept"], rel=0.02)
+
+
+def test_the_plan_reckons_with_the_kernels_that_a_block_starts(steps: dict[str, Any]) -> None:
+    def of_a_block(part: str) -> int:
+        return int(steps["deeper"]["parts"][part]["kernels"] - steps["ZeRO 1"]["parts"][part]["kernels"])
+
+    assert (of_a_block("encoder"), of_a_block("backward")) == (KERNELS["forward"], KERNELS["backward"])
