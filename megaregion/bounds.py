@@ -5,6 +5,7 @@ All bounds are finite, so NaN, infinity and endless counts are refused.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import typing
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ LARGE = 10**18
 """Greatest number of bytes, and of images in a stream; fits 64 bits with their sign."""
 
 
-class Misfit(ValueError):
+class Misfit(ValueError, argparse.ArgumentTypeError):
     """What is wrong with a value; its text goes on from a setting's name, as "must be true or false"."""
 
 
@@ -51,6 +52,12 @@ class Kind:
         Raises:
             Misfit: It is out of bounds.
         """
+
+    def fit(self, value: object) -> Any:
+        """What :meth:`read` gives, if :meth:`check` lets it pass; a ``type=`` of argparse."""
+        found = self.read(value)
+        self.check(found)
+        return found
 
     def misfit(self, value: object, way_out: str = "") -> Misfit:
         """What to raise about a value."""

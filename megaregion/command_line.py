@@ -92,15 +92,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def flag(kind: Any) -> Callable[[str], Any]:
     """A ``type=`` of argparse that takes what a field of this type of bounds.py takes."""
-    of = kind_of(kind)
-
-    def read(text: str) -> Any:
-        try:
-            return _fitting(of, text)
-        except Misfit as misfit:
-            raise argparse.ArgumentTypeError(str(misfit)) from None
-
-    return read
+    return kind_of(kind).fit
 
 
 def whole(low: int = 1, high: int = COUNT, multiple: int = 1) -> Callable[[str], int]:
@@ -198,18 +190,12 @@ class _Change(argparse.Action):
         text = values[0] if isinstance(values, list) and len(values) == 1 else values
         try:
             if self._kind is not None:
-                value = _fitting(self._kind, text)
+                value = self._kind.fit(text)
             else:
                 value = parse_yaml(text) if text.lstrip().startswith("{") else read_yaml(Path(text))
         except Misfit as misfit:
             raise argparse.ArgumentError(self, str(misfit)) from None
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), (self._key, value)])
-
-
-def _fitting(kind: Kind, text: object) -> Any:
-    value = kind.read(text)
-    kind.check(value)
-    return value
 
 
 def run_settings(flags: argparse.Namespace) -> RunConfig:
@@ -233,37 +219,29 @@ def written(value: Any) -> str:
 
 
 def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
-    """Run a command and end the process: a user's mistake is one line on stderr and exit code 2.
+    """Run a command, which gives its exit code, and end the process.
 
-    A run that a newer start of itself took over ends with one line too, and exit code 86; so does what the
-    machine refuses, with exit code 1 where another start may be luckier.
-
-    Args:
-        main: The command; returns its exit code.
-        teardown: Whether the interpreter takes itself down; see :func:`end_process`.
+    A user's mistake is one line on stderr and exit code 2. A run that a newer start of itself took over ends
+    with one line too, and exit code 86; so does what the machine refuses, with exit code 1 where another
+    start may be luckier. Without ``teardown`` it ends by :func:`end_process`.
     """
     try:
         code = main() or 0
-    except UserError as error:
-        code = _say(error, USER_ERROR_EXIT)
-    except Fenced as error:
-        code = _say(error, FENCED_EXIT)
     except BrokenPipeError:
         # Whoever read our output, `head` for one, has seen enough; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except (UserError, Fenced) as error:
+        say(error)
+        code = USER_ERROR_EXIT if isinstance(error, UserError) else FENCED_EXIT
     except KeyboardInterrupt:
-        code = _say("interrupted", INTERRUPTED_EXIT)
+        say("interrupted")
+        code = INTERRUPTED_EXIT
     except (OSError, MemoryError, OverflowError, RuntimeError) as error:
         code = _of_the_machine(error)
     if teardown:
         sys.exit(code)
     end_process(code)
-
-
-def _say(told: object, code: int) -> int:
-    say(told)
-    return code
 
 
 def _of_the_machine(error: Exception) -> int:
@@ -282,7 +260,8 @@ def _of_the_machine(error: Exception) -> int:
         raise error
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    return _say(f"{line} ({TRACEBACK}=1 shows where)", code)
+    say(f"{line} ({TRACEBACK}=1 shows where)")
+    return code
 
 
 _MENDABLE = (

@@ -174,7 +174,7 @@ def check(settings: Any, key: str = "", say: Callable[[str], str] = str) -> None
             for place, one in enumerate(value):
                 check(one, f"{path}[{place}]", say)
         else:
-            _fitting(say(path), kind.check, _fitting(say(path), kind.read, value))
+            _fitting(say(path), kind.fit, value)
 
 
 def _fitting(key: str, judge: Callable[[Any], Any], value: object) -> Any:
