@@ -19,8 +19,7 @@ from toy import toy_config, toy_dataset
 
 from megaregion.checkpoint.reader import find_checkpoint
 from megaregion.config import RunConfig, config_from_dict
-from megaregion.errors import REQUEUE_EXIT, USER_ERROR_EXIT
-from megaregion.training.signals import EARLY_EXIT
+from megaregion.errors import EARLY_EXIT, REQUEUE_EXIT, USER_ERROR_EXIT
 
 SMALL = [
     "--model.image_size=32", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",
@@ -262,10 +261,9 @@ def _poisoned(dataset: str, output: str) -> None:
     import torch
 
     from megaregion.checks import batching
-    from megaregion.errors import UserError
+    from megaregion.errors import StopRequest, UserError
     from megaregion.parallel import topology
     from megaregion.training.metrics import open_log
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     config = toy_config(Path(dataset), Path(output), "poisoned", train__micro_batch=16, head__draw_images=0)

@@ -17,9 +17,8 @@ from megaregion.bounds import Steps, Whole
 from megaregion.checks import fitting_nodes
 from megaregion.command_line import Parser, add_settings, add_settings_files, flag, path, run, run_settings
 from megaregion.config import RunConfig
-from megaregion.errors import UserError
+from megaregion.errors import StopRequest, UserError
 from megaregion.settings import to_yaml
-from megaregion.training.signals import StopRequest
 
 # Before torch is imported: a signal that comes during the slow imports must not kill the rank.
 STOP = StopRequest().install()
