@@ -59,14 +59,7 @@ class Watchdog:
     """Watches one rank's clock from a thread of its own."""
 
     def __init__(self, clock: Clock, topology: Topology, logs: Path, seconds: float) -> None:
-        """Prepare; nothing is watched before :meth:`start`.
-
-        Args:
-            clock: Knows what the rank does.
-            topology: This rank's place.
-            logs: Folder of the ranks' logs, which exists.
-            seconds: Stand-still after which the run ends; 0 turns the watchdog off.
-        """
+        """Prepare to end a run that stands still for some seconds (0: never); the logs' folder exists."""
         self._clock, self._rank, self._world_size = clock, topology.rank, topology.world_size
         self._logs, self._seconds = logs, seconds
         self._host = host_name()
