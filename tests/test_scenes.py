@@ -14,9 +14,8 @@ from PIL import Image, ImageDraw
 
 from megaregion.data.sample import RLE, decode_mask
 from megaregion.demo.assets import PACK, PARTS, Library, load_library, read_cutout, split_names
-from megaregion.demo.compose import LEAST_VISIBLE, LETTER_HEIGHTS, WORDS
 from megaregion.demo.folder import identity, is_done, summarise, write_scenes
-from megaregion.demo.scenes import SceneMaker, SceneSettings
+from megaregion.demo.scenes import LEAST_VISIBLE, LETTER_HEIGHTS, WORDS, SceneMaker, SceneSettings
 from megaregion.demo.words import FACES, font_folder, load_vocabulary
 from megaregion.errors import UserError
 

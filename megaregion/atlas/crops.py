@@ -5,11 +5,9 @@ Shapes: m wanted crops.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from megaregion.atlas.source import Sample, Source, mix
 from megaregion.atlas.tiles import Cut, cut_tile, encode, shrink
 from megaregion.data.sample import BadSample
-from megaregion.errors import UserError
+from megaregion.processes import spread
 
 TOGETHER = 32
 """Samples that a worker does at once."""
@@ -100,28 +98,10 @@ def cut_crops(source: Source, requests: Iterator[SampleCrops], tile: int, worker
         UserError: A worker died.
     """
     batches = iter(lambda: list(islice(requests, TOGETHER)), [])
-    if workers <= 1:
-        yield from (_cut(source, batch, tile) for batch in batches)
-        return
-    # Not forked: a parent that holds threads (torch, BLAS) would hand its locks to the child.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (source, tile)) as pool:
-        waiting = []
-        try:
-            # A few ahead and no more, or all tiles of the atlas could pile up here.
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) > 3 * workers:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        except BrokenProcessPool:
-            raise UserError("a worker died, most likely of memory; try again with --workers 1") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return spread(partial(_cut, source, tile), batches, workers)
 
 
-def _cut(source: Source, requests: list[SampleCrops], tile: int) -> Cropped:
+def _cut(source: Source, tile: int, requests: list[SampleCrops]) -> Cropped:
     found = Cropped(samples=len(requests))
     for request in requests:
         try:
@@ -152,17 +132,3 @@ def _describe(number: int, sample: Sample) -> dict[str, Any]:
             regions.append([1, *box, round(region.score, 3), region.text, list(region.labels)])
     record = sample.record
     return {"n": number, "key": sample.key, "w": record.width, "h": record.height, "r": regions}
-
-
-_source: Source | None = None
-_tile = 0
-
-
-def _start(source: Source, tile: int) -> None:
-    global _source, _tile
-    _source, _tile = source, tile
-
-
-def _work(requests: list[SampleCrops]) -> Cropped:
-    assert _source is not None  # the pool's initializer ran
-    return _cut(_source, requests, _tile)

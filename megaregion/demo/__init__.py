@@ -2,7 +2,6 @@
 
 assets    cut-outs and backgrounds, and which part of the demo each belongs to
 words     the words, and pictures of them
-compose   one scene: what lies where, and what of it is visible
-scenes    scenes by number, a function of (seed, part, number)
+scenes    scenes by number: what lies where, and what of it is visible
 folder    a folder of scenes, written in parallel
 """

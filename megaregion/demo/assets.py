@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +21,8 @@ from megaregion.errors import UserError
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels; x1 and y1 exclusive."""
 
 TEST_SHARE = 0.25
 """Share of the instances of a class that only test scenes show."""
@@ -58,7 +59,7 @@ class Cutout:
 class Assets:
     """The usable files of one part."""
 
-    cutouts: dict[str, dict[str, tuple[Cutout, ...]]]
+    cutouts: dict[str, dict[str, list[Cutout]]]
     """Class -> instance -> views."""
     backgrounds: tuple[Path, ...]
 
@@ -82,14 +83,15 @@ class Library:
         Raises:
             UserError: There are too few files to give this part any.
         """
-        parts = split_strata((cutout.name, cutout.instance) for cutout in self.cutouts)
-        cutouts: dict[str, dict[str, tuple[Cutout, ...]]] = {}
-        for cutout in self.cutouts:
-            if parts[cutout.name, cutout.instance] == part:
-                views = cutouts.setdefault(cutout.name, {})
-                views[cutout.instance] = (*views.get(cutout.instance, ()), cutout)
-        scenery = split_strata(("background", _stem(path)) for path in self.backgrounds)
-        backgrounds = tuple(path for path in self.backgrounds if scenery["background", _stem(path)] == part)
+        cutouts: dict[str, dict[str, list[Cutout]]] = {}
+        for name in sorted({cutout.name for cutout in self.cutouts}):
+            own = [cutout for cutout in self.cutouts if cutout.name == name]
+            parts = split_names(f"{name}/{cutout.instance}" for cutout in own)
+            for cutout in own:
+                if parts[f"{name}/{cutout.instance}"] == part:
+                    cutouts.setdefault(name, {}).setdefault(cutout.instance, []).append(cutout)
+        scenery = split_names(f"background/{_stem(path)}" for path in self.backgrounds)
+        backgrounds = tuple(path for path in self.backgrounds if scenery[f"background/{_stem(path)}"] == part)
         if not cutouts or not backgrounds:
             lacking = "backgrounds" if cutouts else "cut-outs"
             raise UserError(f"too few {lacking} for the part {part!r}; give at least 3 (of one class)")
@@ -105,8 +107,7 @@ class Library:
 def load_library(cutouts: Path | None = None, backgrounds: Path | None = None) -> Library:
     """Look through folders of cut-outs (one folder per class) and of backgrounds; the pack's by default.
 
-    Every file that is not the pack's is opened. Those that cannot be decoded, are too large, or are cut-outs
-    without any transparent pixel are left out, each with its reason.
+    A file that is not the pack's is opened, and left out with the reason if it cannot serve.
 
     Raises:
         UserError: A folder is missing, or nothing in it is usable.
@@ -136,10 +137,7 @@ def load_library(cutouts: Path | None = None, backgrounds: Path | None = None) -
 
 @lru_cache(maxsize=2048)
 def read_cutout(path: Path) -> Image.Image:
-    """Decode a cut-out and trim it to what is visible.
-
-    Returns:
-        RGBA picture, at most CUTOUT_LIMIT pixels on its longer side.
+    """Decode a cut-out, RGBA, trimmed to what is visible, at most CUTOUT_LIMIT pixels on its longer side.
 
     Raises:
         ValueError: No picture, too large, empty or without any transparent pixel.
@@ -151,8 +149,10 @@ def read_cutout(path: Path) -> Image.Image:
     alpha = np.asarray(image.getchannel("A"))
     if alpha.min() > 250:
         raise ValueError("has no transparent pixel")
-    box = _visible_box(alpha)
-    image = image.crop(box)
+    visible = alpha > 8
+    if min(visible.any(axis=0).sum(), visible.any(axis=1).sum()) < 8:
+        raise ValueError("shows less than 8 pixels")
+    image = image.crop(bounding_box(visible))
     image.thumbnail((CUTOUT_LIMIT, CUTOUT_LIMIT), Image.Resampling.LANCZOS)
     return image
 
@@ -165,16 +165,14 @@ def read_background(path: Path) -> Image.Image:
         ValueError: No picture, too large, or smaller than 64 pixels.
     """
     image = _open(path)
-    shorter = min(image.size)
-    if shorter < 64:
+    if min(image.size) < 64:
         raise ValueError(f"is only {image.width} x {image.height} pixels")
     image.draft("RGB", (BACKGROUND_LIMIT, BACKGROUND_LIMIT))
     image = image.convert("RGB")
     scale = BACKGROUND_LIMIT / min(image.size)
     if scale < 1:
-        image = image.resize(
-            (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
-        )
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
     return image
 
 
@@ -197,10 +195,11 @@ def _stem(path: Path) -> str:
     return path.stem.split(VIEW_MARK)[0]
 
 
-def _visible_box(alpha: NDArray[np.uint8]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero((alpha > 8).any(axis=1)), np.flatnonzero((alpha > 8).any(axis=0))
-    if rows.size < 8 or columns.size < 8:
-        raise ValueError("shows less than 8 pixels")
+def bounding_box(mask: NDArray[np.bool_]) -> Box:
+    """The least box that holds all that is true of a mask, [h, w]; zeros if nothing is."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return 0, 0, 0, 0
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
@@ -235,30 +234,12 @@ def _example(left_out: dict[Path, str]) -> str:
 def split_names(names: Iterable[str]) -> dict[str, Part]:
     """Deal the names of one stratum (a class, or all words) to the three parts.
 
-    The names are put in the order of their hashes and parted at the shares, so the parts are
-    stratified to the unit, do not depend on the order of the files, and stay disjoint from each
-    other in every run. One name alone trains; of two, one is for test; from three on, every part
-    gets at least one.
+    The names are put in the order of their hashes and parted at the shares, so the parts are the same for any
+    order of the files. One name alone trains; of two, one is for test; from three on, every part has one.
     """
-    ordered = sorted(set(names), key=_hash)
+    ordered = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     count = len(ordered)
     test = max(round(TEST_SHARE * count), 1 if count >= 2 else 0)
     val = max(round(VAL_SHARE * count), 1 if count >= 3 else 0)
     cuts: tuple[tuple[Part, int], ...] = (("test", test), ("val", val), ("train", count - test - val))
     return dict(zip(ordered, (part for part, size in cuts for _ in range(size)), strict=True))
-
-
-def split_strata(strata: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Part]:
-    """Deal every (stratum, name) to a part, each stratum by itself."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for stratum, name in strata:
-        names[stratum].append(name)
-    parts: dict[tuple[str, str], Part] = {}
-    for stratum, members in names.items():
-        dealt = split_names(f"{stratum}/{name}" for name in members)
-        parts |= {(stratum, name): dealt[f"{stratum}/{name}"] for name in members}
-    return parts
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
 from megaregion.errors import UserError
 from megaregion.files import new_folder
+from megaregion.processes import spread
 
 VERSION = 1
 """Goes up when the same settings would give other scenes than before."""
@@ -97,20 +95,25 @@ def write_scenes(
     Raises:
         UserError: A part has too few files, the disk takes no more, or a worker died.
     """
-    for part in counts:
-        # Too few files for a part must show before the first scene is made.
-        SceneMaker(library, settings, part)
+    # Too few files for a part must show before the first scene is made.
+    makers = {part: SceneMaker(library, settings, part) for part in counts}
+    tasks = [
+        (part, range(start, min(start + CHUNK, count)))
+        for part, count in counts.items()
+        for start in range(0, count, CHUNK)
+    ]
     try:
-        with new_folder(out) as partial, _renderer(library, settings, partial, workers) as render:
-            for part, count in counts.items():
-                (partial / part / "images").mkdir(parents=True)
-                tasks = [_Task(part, start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-                with (partial / part / "truth.jsonl").open("w", encoding="utf-8") as lines:
-                    for truths in render(tasks):
-                        lines.writelines(json.dumps(truth) + "\n" for truth in truths)
-                        on_progress(len(truths))
+        with new_folder(out) as folder:
+            for part in counts:
+                (folder / part / "images").mkdir(parents=True)
+                (folder / part / "truth.jsonl").touch()
+            made = spread(partial(_write_chunk, makers, folder), tasks, workers)
+            for (part, _), truths in zip(tasks, made, strict=True):
+                with (folder / part / "truth.jsonl").open("a", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps(truth) + "\n" for truth in truths)
+                on_progress(len(truths))
             wanted = identity(library, settings, counts)
-            (partial / "scenes.json").write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            (folder / "scenes.json").write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}); make room, or name another --out"
@@ -128,59 +131,13 @@ def summarise(out: Path) -> dict[Part, PartSummary]:
     return summaries
 
 
-@dataclass(frozen=True)
-class _Task:
-    part: Part
-    start: int
-    stop: int
-
-
-@contextmanager
-def _renderer(
-    library: Library, settings: SceneSettings, folder: Path, workers: int
-) -> Iterator[Callable[[list[_Task]], Iterator[list[dict[str, Any]]]]]:
-    if workers <= 1:
-        worker = _Worker(library, settings, folder)
-        yield lambda tasks: map(worker.run, tasks)
-        return
-    # Not forked: a parent that holds threads (torch, BLAS) would hand its locks to the child.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (library, settings, folder)) as pool:
-
-        def render(tasks: list[_Task]) -> Iterator[list[dict[str, Any]]]:
-            try:
-                yield from pool.map(_run_in_worker, tasks)
-            except BrokenProcessPool:
-                raise UserError("a worker died, most likely of memory; try again with --workers 1") from None
-
-        yield render
-
-
-class _Worker:
-    def __init__(self, library: Library, settings: SceneSettings, folder: Path) -> None:
-        self._library, self._settings, self._folder = library, settings, folder
-        self._makers: dict[Part, SceneMaker] = {}
-
-    def run(self, task: _Task) -> list[dict[str, Any]]:
-        maker = self._makers.get(task.part)
-        if maker is None:
-            maker = self._makers[task.part] = SceneMaker(self._library, self._settings, task.part)
-        truths = []
-        for index in range(task.start, task.stop):
-            scene = maker.make(index)
-            (self._folder / task.part / "images" / f"{scene.truth['key']}.jpg").write_bytes(scene.jpeg)
-            truths.append(scene.truth)
-        return truths
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(library: Library, settings: SceneSettings, folder: Path) -> None:
-    global _worker
-    _worker = _Worker(library, settings, folder)
-
-
-def _run_in_worker(task: _Task) -> list[dict[str, Any]]:
-    assert _worker is not None  # the pool's initializer ran
-    return _worker.run(task)
+def _write_chunk(
+    makers: Mapping[Part, SceneMaker], folder: Path, task: tuple[Part, range]
+) -> list[dict[str, Any]]:
+    part, numbers = task
+    truths = []
+    for number in numbers:
+        scene = makers[part].make(number)
+        (folder / part / "images" / f"{scene.truth['key']}.jpg").write_bytes(scene.jpeg)
+        truths.append(scene.truth)
+    return truths

@@ -1,8 +1,6 @@
 """The words that scenes show, and pictures of them: fonts, colours, plates, outlines, the place of the ink.
 
 Words are ordinary English, and numbers as signs carry them.
-
-Shapes: h x w pixels of a word's picture.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.demo.assets import Part, split_names
+from megaregion.demo.assets import Box, Part, split_names
 from megaregion.errors import UserError
 
 WORD_FILE = Path(__file__).with_name("words.txt")
@@ -62,8 +60,6 @@ class Vocabulary:
 def load_vocabulary(part: Part, path: Path = WORD_FILE) -> Vocabulary:
     """The words of one part; no word, in whatever case, is in two parts.
 
-    The file has words between white space; its lines that start with # are comments.
-
     Raises:
         UserError: The file has too few words to give every part some.
     """
@@ -72,7 +68,7 @@ def load_vocabulary(part: Part, path: Path = WORD_FILE) -> Vocabulary:
     chosen = _of_part(sorted(words), part)
     if not chosen:
         raise UserError(f"{path} has too few words for the part {part!r}; give it at least 3")
-    return Vocabulary(words=chosen, numbers=_of_part(_numbers(), part))
+    return Vocabulary(chosen, _of_part(_numbers(), part))
 
 
 def _of_part(names: Sequence[str], part: Part) -> tuple[str, ...]:
@@ -95,7 +91,7 @@ class Lettering:
     text: str
     picture: Image.Image
     """RGBA, rotated, with plate or outline."""
-    ink: tuple[int, int, int, int]
+    ink: Box
     """Box of the letters alone in the picture, x1 and y1 exclusive."""
     height: float
     """Height of the letters before rotation, in pixels."""
@@ -113,7 +109,6 @@ class WordStyle:
     angle: float
     plated: bool
     outlined: bool
-    light_ink: bool
     ink: Colour
     ground: Colour
 
@@ -133,7 +128,6 @@ def draw_style(rng: np.random.Generator, heights: tuple[int, int], bright_ground
         angle=float(rng.normal(0, 4) if rng.random() < 0.75 else rng.uniform(-22, 22)),
         plated=plated,
         outlined=not plated and bool(rng.random() < 0.7),
-        light_ink=light_ink,
         ink=inks[int(rng.integers(len(inks)))],
         ground=grounds[int(rng.integers(len(grounds)))],
     )
@@ -148,13 +142,9 @@ def letter(text: str, style: WordStyle, widest: int) -> Lettering:
     size = (width + 2 * border, height + 2 * border)
     origin = (border - left, border - top)
     picture = _ground(size, style)
+    stroke = max(1, round(height / 18)) if style.outlined else 0
     ImageDraw.Draw(picture).text(
-        origin,
-        text,
-        font=font,
-        fill=(*style.ink, 255),
-        stroke_width=max(1, round(height / 18)) if style.outlined else 0,
-        stroke_fill=(*style.ground, 255),
+        origin, text, (*style.ink, 255), font, stroke_width=stroke, stroke_fill=(*style.ground, 255)
     )
     ink = Image.new("L", size)
     ImageDraw.Draw(ink).text(origin, text, font=font, fill=255)
@@ -163,26 +153,21 @@ def letter(text: str, style: WordStyle, widest: int) -> Lettering:
         picture = picture.convert("RGBa").rotate(style.angle, Image.Resampling.BICUBIC, expand=True)
         picture = picture.convert("RGBA")
         ink = ink.rotate(style.angle, Image.Resampling.BILINEAR, expand=True)
-    return Lettering(text, picture, _ink_box(ink), float(height), style.angle)
+    box = ink.point(lambda value: 255 if value > 96 else 0).getbbox()
+    return Lettering(text, picture, box or (0, 0, *ink.size), float(height), style.angle)
 
 
 def _ground(size: tuple[int, int], style: WordStyle) -> Image.Image:
     picture = Image.new("RGBA", size, (*style.ground, 0))
     if style.plated:
-        edge = max(1, style.height // 14)
         ImageDraw.Draw(picture).rounded_rectangle(
             (0, 0, size[0] - 1, size[1] - 1),
             radius=style.height * 0.3,
             fill=(*style.ground, 255),
-            outline=(*style.ink, 255) if style.outlined or style.height % 2 else (*style.ground, 255),
-            width=edge,
+            outline=(*(style.ink if style.height % 2 else style.ground), 255),
+            width=max(1, style.height // 14),
         )
     return picture
-
-
-def _ink_box(ink: Image.Image) -> tuple[int, int, int, int]:
-    box = ink.point(lambda value: 255 if value > 96 else 0).getbbox()
-    return box if box is not None else (0, 0, *ink.size)
 
 
 def _fitting_font(text: str, style: WordStyle, widest: int) -> ImageFont.FreeTypeFont:
