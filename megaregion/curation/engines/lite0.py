@@ -53,14 +53,7 @@ class Lite0:
     """The converted model on one CPU core; a session opens at the first use."""
 
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Mean-pooled features, not normalised.
-
-        Args:
-            images: RGB, uint8 [B, h, w, 3].
-
-        Returns:
-            float32 [B, 1280].
-        """
+        """Mean-pooled features, not normalised, float32 [B, 1280], of images, RGB uint8 [B, h, w, 3]."""
         (features,) = self._session.run(["embedding"], {"images": images})
         return features
 
@@ -88,8 +81,7 @@ class Lite0:
 class Lite0Embedder:
     """EfficientNet-Lite0's mean-pooled features; crops are squeezed to a square.
 
-    Args:
-        side: Its side in pixels. 128 costs a third of 224; clusters are as good, neighbours less so.
+    A side of 128 pixels costs a third of 224; clusters are as good, neighbours less so.
     """
 
     dim = WIDTH

@@ -45,14 +45,11 @@ class Objectness:
         self._network = Lite0()
 
     def score(self, pixels: Pixels, boxes: Boxes) -> NDArray[np.float64]:
-        """Probability that each box frames an object.
+        """Probability that each box frames an object, [R], 0..1.
 
         Args:
             pixels: The whole image, RGB uint8 [h, w, 3].
             boxes: In its pixels, [R, 4], each of positive area.
-
-        Returns:
-            [R], 0..1.
         """
         if not len(boxes):
             return np.zeros(0)

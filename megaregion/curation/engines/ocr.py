@@ -21,8 +21,7 @@ from megaregion.errors import UserError
 class RapidReader:
     """Reads with PP-OCR's small models on one CPU core.
 
-    Args:
-        side: Longest side, in pixels, at which text is looked for; recognition sees the full image.
+    Text is looked for at a longest side of ``side`` pixels; recognition sees the full image.
 
     Raises:
         UserError: rapidocr is not installed.
@@ -60,10 +59,7 @@ class RapidReader:
 
 
 class PaddleReader:
-    """Reads with PP-OCR models through paddleocr.
-
-    Args:
-        folder: Folder with the model folders det and rec.
+    """Reads with PP-OCR models through paddleocr, from a folder with the model folders det and rec.
 
     Raises:
         UserError: paddleocr is not installed, or a model is missing.

@@ -116,8 +116,7 @@ def _from_mask(mask: NDArray[np.bool_], score: float) -> Proposal:
 class ClipEmbedder:
     """The pooled output of any CLIPVisionModel; crops are squeezed to the model's square.
 
-    Args:
-        folder: Weights and config.json; a full CLIP model's will do.
+    The folder holds weights and config.json; a full CLIP model's will do.
 
     Raises:
         UserError: They cannot be loaded.

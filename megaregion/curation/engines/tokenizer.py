@@ -73,13 +73,8 @@ def corpus_identity(path: str) -> str:
 def train_tokenizer(texts: Iterable[str], corpus: Iterable[str], vocabulary: int) -> bytes:
     """Learn a unigram model with exactly the wanted number of pieces; the same input gives the same bytes.
 
-    Every distinct word counts once, so that a sign seen a thousand times is still spelled in pieces that
-    it shares with other words.
-
-    Args:
-        texts: What was recognised, one entry per region.
-        corpus: Words.
-        vocabulary: Number of pieces, the text classes.
+    Every distinct word of texts and corpus counts once, so that a sign seen a thousand times is still spelled
+    in pieces that it shares with other words.
 
     Returns:
         The model file.
@@ -137,8 +132,7 @@ def _spelled(words: set[str], vocabulary: int) -> list[str]:
 class DistinctTexts:
     """Remembers the texts with the smallest hashes: which ones depends neither on order nor on repeats.
 
-    Args:
-        limit: Texts that stay in the end; memory holds up to twice as many.
+    At most ``limit`` of them stay in the end; memory holds up to twice as many.
     """
 
     def __init__(self, limit: int) -> None:

@@ -32,10 +32,6 @@ def read_annotations(content: bytes, picture: Picture) -> tuple[list[Proposal], 
     Annotations are of the pixels as they are stored. Where the camera was held upright or upside down, its
     sides tell whether they are of the upright image instead.
 
-    Args:
-        content: The file.
-        picture: Its image.
-
     Returns:
         Regions inside the image, and how many were dropped, by reason; None if the file annotates nothing.
 

@@ -53,15 +53,10 @@ class ImageFile:
 
 
 class Source:
-    """All images of a run; cheap to hand to another process.
-
-    Args:
-        folder: Folder of the input.
-        place: Folder with the listings.
-        slice_size: Most images of one slice.
+    """All images of a run, in slices of a size; cheap to hand to another process.
 
     Raises:
-        UserError: There are no listings of this folder.
+        UserError: There are no listings of this folder in ``place``.
     """
 
     def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
@@ -289,8 +284,7 @@ def mark_key(key: str, name: str) -> str:
 class Listing:
     """Reads any part of a listing; a process holds no more than that part.
 
-    Args:
-        path: The file of lines; where they begin lies beside it as PATH.offsets.npy.
+    Beside PATH, its lines of JSON, lies PATH.offsets.npy: where each begins.
     """
 
     def __init__(self, path: Path) -> None:
@@ -316,12 +310,7 @@ class Listing:
 
 
 def write_listing(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a listing.
-
-    Args:
-        path: The file of lines.
-        rows: JSON objects; 8 bytes of memory are spent on each.
-    """
+    """Write a listing of JSON objects; 8 bytes of memory are spent on each."""
     offsets = array("q", [0])
     with path.open("wb") as file:
         for row in rows:

@@ -102,14 +102,11 @@ def find_cells(sample: Vectors, plan: Plan) -> Vectors:
 
 
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
-    """Centers of each cell by its size: largest remainders, never more than the cell has vectors.
+    """Centers of each cell by its size, int64 [G]: largest remainders, never more than the cell has vectors.
 
     Args:
         sizes: Vectors in each cell, int64 [G].
         clusters: Centers to share out, K.
-
-    Returns:
-        Centers of each cell, int64 [G], whose sum is K; 0 for an empty cell.
 
     Raises:
         UserError: There are fewer vectors than centers.
@@ -133,15 +130,12 @@ def split_cell(vectors: Vectors, clusters: int, cell: int, plan: Plan) -> Vector
 
 
 def label_cell(chunks: Iterable[Vectors], centers: Vectors, first: int) -> NDArray[np.int32]:
-    """Number of the nearest center of a cell, whose centers are counted from ``first``.
+    """Number of the nearest center of a cell's vectors, int32 [n].
 
     Args:
         chunks: The cell's vectors, float32 [., C] each.
         centers: The cell's centers, [k, C].
         first: Number of the cell's first center in the whole run.
-
-    Returns:
-        Labels, int32 [n].
     """
     found = [nearest(chunk, centers, 1)[0][:, 0] + first for chunk in chunks]
     return np.concatenate([np.zeros(0, dtype=np.int32), *found]).astype(np.int32)
@@ -233,12 +227,7 @@ def refine(
 
 
 def gather(centers: Vectors, pieces: Sequence[Sums]) -> Gathered:
-    """Add up the pieces of a pass, in their order, to the next centers; empty ones split large clusters.
-
-    Args:
-        centers: The centers so far, float32 [K, C].
-        pieces: What each piece's vectors add.
-    """
+    """Add up the pieces of a pass, in their order, to the next centers; empty ones split large clusters."""
     found = np.empty_like(centers)
     counts = np.zeros(len(centers), dtype=np.int64)
     for start in range(0, len(centers), GATHER_ROWS):

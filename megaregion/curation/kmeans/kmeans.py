@@ -72,11 +72,7 @@ def find_centers(vectors: Vectors, clusters: int, iterations: int, seed: int, th
 
 
 def nearest_centers(vectors: Vectors, centers: Vectors) -> tuple[NDArray[np.int64], Vectors]:
-    """Label every vector with its nearest center.
-
-    Args:
-        vectors: Unit vectors, float32 [n, C].
-        centers: Unit vectors, float32 [K, C].
+    """Label vectors [n, C] with the nearest of the centers [K, C], all of unit length.
 
     Returns:
         Labels, int64 [n], and cosines to the chosen centers, float32 [n].

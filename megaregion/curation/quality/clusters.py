@@ -72,7 +72,7 @@ def cluster_quality(job: Job) -> ClusterQuality:
         distance += float((2 - 2 * cosines[labels >= 0].astype(np.float64)).sum())
     total = int(sizes.sum())
     sample = regions.sample(SAMPLE)
-    centers = np.load(job.store.folder(Piece("cluster", 0)) / CENTERS, mmap_mode="r", allow_pickle=False)
+    centers = job.store.load(Piece("cluster", 0), CENTERS, mapped=True)
     settings = job.settings.cluster
     count = max(1, min(settings.clusters, len(sample.labels) // PER_CENTER))
     return ClusterQuality(
@@ -149,9 +149,8 @@ class LabelledRegions:
     def labels(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
         """Slice, labels [r] and cosines to the center [r]; -1 is a region without label."""
         for number in range(self._job.source.slices):
-            folder = self._job.store.folder(Piece("assign", number))
-            labels, cosines = (np.load(folder / name, allow_pickle=False) for name in (LABELS, COSINES))
-            yield number, labels, cosines
+            piece = Piece("assign", number)
+            yield number, self._job.store.load(piece, LABELS), self._job.store.load(piece, COSINES)
 
     def sample(self, size: int) -> Sample:
         """At most this many regions, evenly over the run."""
@@ -184,17 +183,12 @@ class LabelledRegions:
         return {cluster: np.concatenate(parts) for cluster, parts in found.items() if parts}
 
     def _vectors(self, number: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        folder = self._job.store.folder(Piece("embed", number))
-        stored = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        stored = self._job.store.load(Piece("embed", number), FEATURES, mapped=True)
         return unit(np.asarray(stored[rows]).astype(np.float32))
 
 
 def nmi(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
-    """Normalised mutual information, with the mean of both entropies below.
-
-    Args:
-        some: Labels, [n].
-        others: Other labels of the same things, [n].
+    """Normalised mutual information of two labellings [n], with the mean of both entropies below.
 
     Returns:
         0 for independent labellings, 1 for equal ones whatever the names; 1 if neither tells anything apart.

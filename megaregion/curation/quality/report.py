@@ -43,11 +43,6 @@ class QualityReport:
 def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None = None) -> QualityReport:
     """Measure a run, and leave the numbers as report.json in its folder.
 
-    Args:
-        job: The run.
-        pipeline: Its stages.
-        truth: What is in its images, where that is known.
-
     Raises:
         UserError: Stages assign and tokenizer are not done.
     """

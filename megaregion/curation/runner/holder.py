@@ -61,11 +61,7 @@ class Holder:
 
 @contextmanager
 def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a run's folder for this process.
-
-    Args:
-        out: The folder; made if missing.
-        shared: Whether other processes may hold it like this one; they hold what they work on themselves.
+    """Hold a run's folder, made if missing, for this process; shares of a run may hold it together.
 
     Raises:
         UserError: Another run holds it, or it cannot be written.
@@ -90,15 +86,10 @@ def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Hold a piece for this process, and leave a note if its work fails.
-
-    Args:
-        folder: The stage's folder.
-        number: The piece.
-        tick: Called for every image.
+    """Hold a piece of a stage's folder for this process, and leave a note if its work fails.
 
     Yields:
-        What must be called for every image.
+        What must be called for every image; it calls ``tick``.
 
     Raises:
         UserError: Another process works on it.
@@ -124,12 +115,7 @@ def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callab
 
 
 def read_holder(folder: Path, number: int) -> Holder | str | None:
-    """Who works on a piece; a text if its worker is dead, and None if there never was one.
-
-    Args:
-        folder: The stage's folder.
-        number: The piece.
-    """
+    """Who works on a piece of a stage; a text if its worker is dead, and None if there never was one."""
     path = folder / RUNNING / f"{number:05d}"
     try:
         holder = Holder(**json.loads(path.read_bytes()))

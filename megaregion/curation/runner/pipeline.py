@@ -68,9 +68,6 @@ def curate(
         stage: One stage, or all; list only finds the images.
         workers: Processes; the outcome does not depend on their number.
 
-    Returns:
-        What was found, kept and dropped, as far as stages are done.
-
     Raises:
         UserError: Something that the user can mend; what is done stays done.
     """
@@ -86,16 +83,7 @@ def curate(
 def curate_share(
     images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str, share: Share, workers: int = 2
 ) -> Outcome:
-    """Do a share of one stage; other shares may run at the same time, anywhere.
-
-    Args:
-        images: As the list of images was made from.
-        out: Folder of the run.
-        settings: Settings of all stages.
-        bar: Shows progress.
-        stage: Which stage.
-        share: Which part of its pieces.
-        workers: Processes.
+    """Do a share of one stage, of images that are listed; other shares may run at the same time, anywhere.
 
     Raises:
         UserError: The images are not listed, an earlier stage is not done, a run holds the folder, or
@@ -122,14 +110,7 @@ def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
 
 
 class Pipeline:
-    """The stages of one run and the pieces that are done.
-
-    Args:
-        job: The run.
-        bar: Shows progress.
-        workers: Processes.
-        share: Part of the pieces to do; all if None.
-    """
+    """The stages of one run and the pieces that are done; with a share, it does that part of them only."""
 
     def __init__(self, job: Job, bar: Bar, workers: int, share: Share | None = None) -> None:
         self.job = job
@@ -193,12 +174,7 @@ class Pipeline:
         return tasks
 
     def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
-        """Digest of a piece that is done and made from what there is now.
-
-        Args:
-            piece: Which one.
-            reader: Stage that wants to know because it needs the piece.
-        """
+        """Digest of a piece that is done and made from what there is now; ``reader`` is who needs it."""
         if piece not in self._done:
             stage = self._stages[piece.stage]
             # A share must not look at everything before it: what one piece made for all is known by its

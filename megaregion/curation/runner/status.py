@@ -52,12 +52,7 @@ class Progress:
 
 
 def read_progress(job: Job, now: float) -> list[Progress]:
-    """State of every stage that has pieces.
-
-    Args:
-        job: The run.
-        now: Seconds since 1970.
-    """
+    """State of every stage that has pieces, at a time in seconds since 1970."""
     stages = make_stages(job)
     found = [_progress(job, stage, recipes_of(stage.name, stages), now) for stage in stages.values()]
     return [progress for progress in found if progress.pieces]

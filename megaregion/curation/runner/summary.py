@@ -150,7 +150,7 @@ def _cluster_sizes(job: Job) -> ClusterSizes:
     clusters = job.settings.cluster.clusters
     sizes = np.zeros(clusters, dtype=np.int64)
     for number in range(job.source.slices):
-        labels = np.load(job.store.folder(Piece("assign", number)) / LABELS, allow_pickle=False)
+        labels = job.store.load(Piece("assign", number), LABELS)
         sizes += np.bincount(labels[labels >= 0], minlength=clusters)
     return ClusterSizes(
         clusters, int(sizes.min()), float(np.median(sizes)), int(sizes.max()), int((sizes == 0).sum())

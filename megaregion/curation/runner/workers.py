@@ -47,23 +47,14 @@ class Task(NamedTuple):
 
 
 class Workers:
-    """Does pieces in parallel.
-
-    Args:
-        job: The run.
-        count: Processes; 0 works in this one.
-    """
+    """Does pieces in parallel, in so many processes; with 0 of them in this one."""
 
     def __init__(self, job: Job, count: int) -> None:
         self._job, self._count = job, count
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        """Do tasks, in any order.
-
-        Args:
-            tasks: What to do.
-            tick: Called in this process for every image that is done.
+        """Do tasks, in any order; ``tick`` is called in this process for every image that is done.
 
         Raises:
             UserError: A mistake that a user can mend ended a piece, or a piece killed several workers.

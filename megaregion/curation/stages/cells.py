@@ -272,13 +272,7 @@ def before(turn: int, cells: int) -> list[Piece]:
 
 
 def gathered(turn: int, cells: int, store: Store) -> Gathered:
-    """Add up what the pieces before a pass left.
-
-    Args:
-        turn: The pass that will start from it, counted from 1.
-        cells: First-level cells, G.
-        store: Where the pieces lie.
-    """
+    """Add up what the pieces before pass ``turn``, counted from 1, left; ``cells`` is G."""
     pieces = before(turn, cells)[:cells]
     if turn == 1:
         return Gathered(np.concatenate([store.load(piece, CENTERS) for piece in pieces]), 0)

@@ -46,12 +46,7 @@ def rank(
 ) -> Candidates:
     """Drop proposals of the wrong shape and near-equal ones; order the rest, the most object-like first.
 
-    Args:
-        proposals: Of one image.
-        pixels: The image.
-        objectness: The judge; the proposer's own score then only breaks ties, for selective search has none.
-            None leaves the judgement to that score.
-        settings: The limits.
+    The proposer's own score only breaks ties, for selective search has none; without an objectness it judges.
     """
     boxes = as_array([proposal.box for proposal in proposals])
     reasons = _misshapen(boxes, pixels.shape[0], pixels.shape[1], settings)
@@ -69,13 +64,7 @@ def rank(
 
 
 def choose(candidates: Sequence[Proposal], words: Sequence[Box], settings: EmbedSettings) -> Candidates:
-    """Keep the regions of one image that are worth a label.
-
-    Args:
-        candidates: In the order of :func:`rank`.
-        words: Boxes of the recognised words.
-        settings: The limits.
-    """
+    """Keep the regions of one image that are worth a label, from candidates in the order of :func:`rank`."""
     texts = _text(as_array([c.box for c in candidates]), as_array(words), settings.text_overlap)
     kept: list[Proposal] = []
     dropped: Counter[str] = Counter()

@@ -52,11 +52,7 @@ class Job:
 
 
 class Stage(ABC):
-    """One step of curation.
-
-    Args:
-        job: The run.
-    """
+    """One step of curation."""
 
     name: str
     """Unique, short; the name of its folder."""
@@ -74,12 +70,7 @@ class Stage(ABC):
 
     @abstractmethod
     def work(self, number: int, output: Output) -> None:
-        """Do one piece.
-
-        Args:
-            number: Which piece.
-            output: Takes files, counts and the images that could not be used.
-        """
+        """Do one piece; ``output`` takes files, counts and the images that could not be used."""
 
     def slices(self) -> int:
         """Number of slices that the images are cut into."""
@@ -111,12 +102,7 @@ class Stage(ABC):
         return
 
     def key(self, number: int, needed: Sequence[str]) -> str:
-        """Hash of all that a piece's outcome depends on.
-
-        Args:
-            number: Which piece.
-            needed: Digests of what :meth:`needs` names, in its order.
-        """
+        """Hash of all that a piece's outcome depends on, given the digests of what :meth:`needs` names."""
         content = [self.name, self.version, self._settings_text, list(needed)]
         return _hash([*content, self.identity(number)])
 

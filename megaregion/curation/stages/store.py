@@ -64,13 +64,7 @@ class Manifest:
 
 
 class Output:
-    """Collects what one piece leaves behind.
-
-    Args:
-        root: The run's folder.
-        folder: The piece's folder.
-        tick: Called after every image.
-    """
+    """Collects what one piece leaves behind, in its folder below the run's root."""
 
     def __init__(self, root: Path, folder: Path, tick: Callable[[], None]) -> None:
         self.root, self.folder, self.tick = root, folder, tick
@@ -138,9 +132,7 @@ class Store:
     def read(self, piece: Piece, thorough: bool = True) -> Manifest | None:
         """The manifest of a finished piece, or None if it is missing or its files are not whole.
 
-        Args:
-            piece: The piece.
-            thorough: Whether to compare the files' hashes, or only their sizes.
+        Thorough reading compares the files' hashes, not only their sizes.
         """
         try:
             content = json.loads((self.folder(piece) / "manifest.json").read_bytes())
@@ -168,7 +160,7 @@ class Store:
         """Write the manifest, and so declare the piece finished.
 
         Args:
-            piece: The piece.
+            piece: Which one.
             key: What it was made from.
             output: What it left.
             began: Its start, by time.monotonic().
