@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.runner.pipeline import curate
-from megaregion.curation.runner.summary import Summary
+from megaregion.curation.runner.status import Summary
 from megaregion.curation.settings import settings_from
 
 WORDS = ("EXIT", "Hotel", "SALE", "Books")

@@ -1,19 +1,24 @@
-"""What engines take and give: pixels, regions, words, embeddings.
+"""What engines take and give: pixels, boxes, regions, words, embeddings.
 
-Shapes: n crops, C channels, h x w pixels.
+Shapes: n crops, C channels, h x w pixels; R and S boxes, [R, 4], as x0, y0, x1, y1 in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.boxes import Box
 from megaregion.data.sample import RLE
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels; x1 and y1 exclusive."""
+
+Boxes = NDArray[np.float64]
+"""[R, 4]"""
 
 Pixels = NDArray[np.uint8]
 """RGB, uint8 [h, w, 3]."""
@@ -85,23 +90,25 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
-def to_words(
-    polygons: Iterable[Any], texts: Iterable[str], scores: Iterable[float], image: Pixels
-) -> list[Word]:
-    """Bring an engine's output into one form.
+def as_array(boxes: Sequence[Box]) -> Boxes:
+    """Boxes as an array, [R, 4], also when there is none."""
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
 
-    Args:
-        polygons: Corners of each line in pixels, each [4, 2].
-        texts: What each line reads; blank lines are left out.
-        scores: Confidence of each line.
-        image: The image that was read; boxes are clipped to it, and dropped where nothing is left.
-    """
-    height, width = image.shape[:2]
-    words = []
-    for polygon, text, score in zip(polygons, texts, scores, strict=True):
-        corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-        x0, y0 = np.clip(corners.min(axis=0), 0, (width, height)).tolist()
-        x1, y1 = np.clip(corners.max(axis=0), 0, (width, height)).tolist()
-        if text.strip() and x1 > x0 and y1 > y0 and np.isfinite(score):
-            words.append(Word(text.strip(), (x0, y0, x1, y1), float(score)))
-    return words
+
+def area(boxes: Boxes) -> NDArray[np.float64]:
+    """Area of each box in square pixels, [R]; zero for one that is empty or turned inside out."""
+    return np.clip(boxes[:, 2] - boxes[:, 0], 0, None) * np.clip(boxes[:, 3] - boxes[:, 1], 0, None)
+
+
+def intersection(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
+    """Area that each box shares with each of the others, [R, S]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(axis=2)
+
+
+def iou(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
+    """Intersection over union of each box with each of the others, [R, S]."""
+    shared = intersection(boxes, others)
+    union = area(boxes)[:, None] + area(others)[None] - shared
+    return shared / np.maximum(union, 1e-9)

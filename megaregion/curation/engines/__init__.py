@@ -1,7 +1,7 @@
 """The engines that find regions and text and embed crops, by the name that a setting gives.
 
 Every heavy dependency has one file and is imported when it is first needed: OpenCV's selective search
-selective_search.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr.py,
+boxes.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr.py,
 sentencepiece's trainer tokenizer.py.
 """
 
@@ -49,7 +49,7 @@ def load_proposer(settings: ProposeSettings) -> Proposer:
         from megaregion.curation.engines.pretrained import SamProposer
 
         return SamProposer(Path(settings.sam), settings.sam_grid)
-    from megaregion.curation.engines.selective_search import SelectiveSearch
+    from megaregion.curation.engines.boxes import SelectiveSearch
 
     return SelectiveSearch(settings.proposal_sides, settings.proposal_scales)
 

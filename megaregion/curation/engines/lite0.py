@@ -2,7 +2,7 @@
 
 The model comes inside two packages. It is converted once per machine; the result lies in the user's cache
 folder. Two things are read from it: an embedding of a crop, and feature maps of a whole image, from which
-:mod:`megaregion.curation.engines.objectness` tells objects from background.
+:mod:`megaregion.curation.engines.boxes` tells objects from background.
 
 Shapes: B images of h x w pixels, multiples of 32.
 """

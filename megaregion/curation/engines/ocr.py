@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import yaml
 
-from megaregion.curation.types import Pixels, Word, to_words
+from megaregion.curation.types import Pixels, Word
 from megaregion.errors import UserError
 
 
@@ -95,6 +97,28 @@ class PaddleReader:
         for page in self._engine.predict(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
             words += to_words(page["rec_polys"], page["rec_texts"], page["rec_scores"], image)
         return words
+
+
+def to_words(
+    polygons: Iterable[Any], texts: Iterable[str], scores: Iterable[float], image: Pixels
+) -> list[Word]:
+    """Bring an engine's output into one form.
+
+    Args:
+        polygons: Corners of each line in pixels, each [4, 2].
+        texts: What each line reads; blank lines are left out.
+        scores: Confidence of each line.
+        image: The image that was read; boxes are clipped to it, and dropped where nothing is left.
+    """
+    height, width = image.shape[:2]
+    words = []
+    for polygon, text, score in zip(polygons, texts, scores, strict=True):
+        corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        x0, y0 = np.clip(corners.min(axis=0), 0, (width, height)).tolist()
+        x1, y1 = np.clip(corners.max(axis=0), 0, (width, height)).tolist()
+        if text.strip() and x1 > x0 and y1 > y0 and np.isfinite(score):
+            words.append(Word(text.strip(), (x0, y0, x1, y1), float(score)))
+    return words
 
 
 def _model_name(folder: Path) -> str:

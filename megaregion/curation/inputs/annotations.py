@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megaregion.curation.boxes import Box
 from megaregion.curation.picture import BadImage, Picture
-from megaregion.curation.types import Proposal
+from megaregion.curation.types import Box, Proposal
 from megaregion.data.sample import RLE, decode_mask, encode_mask
 
 MAX_SHIFT = 60

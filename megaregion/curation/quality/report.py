@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megaregion.curation.quality.clusters import NEAR, ClusterQuality, cluster_quality
-from megaregion.curation.quality.texts import TextQuality, text_quality
 from megaregion.curation.quality.truth import MATCH, READABLE, TIGHT, TrueImage, TruthQuality, truth_quality
 from megaregion.curation.runner.pipeline import Pipeline
-from megaregion.curation.runner.summary import Summary, summarise
+from megaregion.curation.runner.status import Summary, summarise
 from megaregion.curation.stages.stage import Job
+from megaregion.curation.stages.store import Piece, read_words
+from megaregion.curation.stages.text import MODEL, WORDS
+from megaregion.data.info import load_tokenizer, token_set
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 
 REPORT = "report.json"
 
+KNOWN_TEXTS = 200_000
+"""Distinct texts that are counted at once; beyond twice as many, the rarest are forgotten."""
+
+SHOWN = 20
+"""Most frequent texts and tokens that are reported."""
+
+BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Borders of the confidences that are counted together."""
+
 Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """How good the text labels are."""
+
+    words: int
+    """Everything that was read, whatever the confidence."""
+    kept: int
+    """Words above the least confidence."""
+    confidence: dict[str, int]
+    """Words by confidence: the lower border of the bin, and their number."""
+    tokens_per_word: float
+    """Mean number of classes of a word that is kept."""
+    used_tokens: int
+    """Classes that occur."""
+    vocabulary: int
+    byte_tokens: float
+    """Share of the tokens that stand for single bytes: spelling that the vocabulary does not know."""
+    texts: list[tuple[str, int]]
+    """The most frequent texts."""
+    tokens: list[tuple[str, int]]
+    """The most frequent tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,39 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None =
     )
     write_bytes(Path(job.store.root) / REPORT, json.dumps(asdict(found), indent=1).encode())
     return found
+
+
+def text_quality(job: Job) -> TextQuality:
+    """Measure the text of a run whose stages ocr and tokenizer are done."""
+    tokenizer = load_tokenizer(job.store.folder(Piece("tokenizer", 0)) / MODEL)
+    least = job.settings.tokenizer.min_confidence
+    bins = np.zeros(len(BINS) - 1, dtype=np.int64)
+    texts: Counter[str] = Counter()
+    tokens: Counter[int] = Counter()
+    kept = 0
+    for number in range(job.source.slices):
+        path = job.store.folder(Piece("ocr", number)) / WORDS
+        for image in read_words([path]):
+            bins += np.histogram([word.score for word in image.words], BINS)[0]
+            for word in image.above(least):
+                kept += 1
+                texts[word.text] += 1
+                tokens.update(token_set(tokenizer, word.text))
+        if len(texts) > 2 * KNOWN_TEXTS:
+            texts = Counter(dict(texts.most_common(KNOWN_TEXTS)))
+    total = tokens.total()
+    single = sum(count for token, count in tokens.items() if tokenizer.is_byte(token))
+    return TextQuality(
+        words=int(bins.sum()),
+        kept=kept,
+        confidence={f"{low:.1f}": int(count) for low, count in zip(BINS, bins, strict=False)},
+        tokens_per_word=total / max(1, kept),
+        used_tokens=len(tokens),
+        vocabulary=tokenizer.get_piece_size(),
+        byte_tokens=single / max(1, total),
+        texts=texts.most_common(SHOWN),
+        tokens=[(tokenizer.id_to_piece(token), count) for token, count in tokens.most_common(SHOWN)],
+    )
 
 
 def _cluster_rows(found: ClusterQuality) -> Rows:

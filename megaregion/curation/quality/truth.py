@@ -14,14 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.boxes import Box, Boxes, as_array, iou
 from megaregion.curation.quality.clusters import LabelledRegions, nmi
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.propose import CANDIDATES
-from megaregion.curation.stages.records import read_regions, read_words
 from megaregion.curation.stages.stage import Job
-from megaregion.curation.stages.store import Piece
+from megaregion.curation.stages.store import Piece, read_regions, read_words
 from megaregion.curation.stages.text import WORDS
+from megaregion.curation.types import Box, Boxes, as_array, iou
 from megaregion.errors import UserError
 
 MATCH = 0.5

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.runner.holder import folder_held
-from megaregion.curation.runner.summary import Summary, summarise
+from megaregion.curation.runner.status import Summary, summarise
 from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages

@@ -5,6 +5,8 @@ Shapes: r regions of the piece, in the order of the images and of their regions;
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,24 @@ from typing_extensions import override
 from megaregion.curation.engines import lite0, load_embedder
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture, crop
-from megaregion.curation.stages.filters import choose
-from megaregion.curation.stages.propose import CANDIDATES
-from megaregion.curation.stages.records import ImageRegions, read_regions, read_words, write_regions
+from megaregion.curation.settings import EmbedSettings
+from megaregion.curation.stages.propose import CANDIDATES, Candidates
 from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.store import (
+    ImageRegions,
+    Output,
+    Piece,
+    read_regions,
+    read_words,
+    write_regions,
+)
 from megaregion.curation.stages.text import WORDS
-from megaregion.curation.types import Embedder
+from megaregion.curation.types import Box, Boxes, Embedder, Proposal, area, as_array, intersection, iou
 
 REGIONS, FEATURES = "regions.jsonl", "features.npy"
+
+INSIDE_WORD = 0.7
+"""A proposal with at least this share of its area inside a word is a piece of text."""
 
 
 class Embed(Stage):
@@ -87,3 +98,28 @@ class Embed(Stage):
     def _embedder(self) -> Embedder:
         settings = self.job.settings.embed
         return load_embedder(settings.embedder, settings.clip or None, settings.crop_side)
+
+
+def choose(candidates: Sequence[Proposal], words: Sequence[Box], settings: EmbedSettings) -> Candidates:
+    """Keep the regions of one image that are worth a label, from candidates in the order of :func:`rank`."""
+    texts = _text(as_array([c.box for c in candidates]), as_array(words), settings.text_overlap)
+    kept: list[Proposal] = []
+    dropped: Counter[str] = Counter()
+    for candidate, text in zip(candidates, texts, strict=True):
+        if text:
+            dropped["text"] += 1
+        elif candidate.score < settings.min_objectness:
+            dropped["background"] += 1
+        elif len(kept) >= settings.max_regions:
+            dropped["beyond the limit"] += 1
+        else:
+            kept.append(candidate)
+    return Candidates(kept, dropped)
+
+
+def _text(boxes: Boxes, words: Boxes, limit: float) -> list[bool]:
+    if not len(words):
+        return [False] * len(boxes)
+    same = iou(boxes, words).max(axis=1) > limit
+    inside = intersection(boxes, words).max(axis=1) >= INSIDE_WORD * area(boxes)
+    return list(same | inside)

@@ -17,9 +17,8 @@ from megaregion.curation.picture import Picture
 from megaregion.curation.stages.assign import KEPT, LABELS, STARTS
 from megaregion.curation.stages.cluster import CENTERS
 from megaregion.curation.stages.embed import REGIONS
-from megaregion.curation.stages.records import ImageRegions, ImageWords, read_regions, read_words
 from megaregion.curation.stages.stage import Stage, plain
-from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.curation.types import Proposal, Word
 from megaregion.data.info import (

@@ -12,9 +12,8 @@ from megaregion.curation.engines import load_reader
 from megaregion.curation.engines.tokenizer import DistinctTexts, corpus_identity, read_corpus, train_tokenizer
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
-from megaregion.curation.stages.records import ImageWords, read_words, write_words
 from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.store import ImageWords, Output, Piece, read_words, write_words
 from megaregion.curation.types import Reader
 
 WORDS = "words.jsonl"
