@@ -232,11 +232,8 @@ class _Search:
 
     def _walk(self, folder: Path, below: str) -> Iterator[Found]:
         """Files in the order of their names; a folder's counts with its slash, as in its files' names."""
-        try:
-            with os.scandir(folder) as found:
-                shown = [entry for entry in found if not entry.name.startswith(".")]
-        except OSError as error:
-            raise _unreadable(folder, error) from None
+        with _reading(folder), os.scandir(folder) as found:
+            shown = [entry for entry in found if not entry.name.startswith(".")]
         entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry for entry in shown}
         if any(marks <= entries.keys() for marks in WRITTEN):
             self._outputs += 1
@@ -316,12 +313,8 @@ def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def _count(path: Path) -> dict[str, Any]:
     """What a tar's row says of its members."""
-    before = _state(path)
-    try:
-        scan = scan_tar(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    after = _state(path)
+    with _reading(path):
+        before, scan, after = path.stat(), scan_tar(path), path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"{path} changed while the images were listed; run again")
     return {
@@ -340,17 +333,13 @@ def _beginnings(key: str, among: set[str]) -> Iterable[str]:
 
 
 def _state(path: Path) -> os.stat_result:
-    try:
+    with _reading(path):
         return path.stat()
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def _hash(path: Path) -> str:
-    try:
+    with _reading(path):
         return file_sha256(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def _number(text: str) -> int:
@@ -358,10 +347,14 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path} vanished while the images were listed; run again")
-    return UserError(f"{path} cannot be read ({error.strerror}); mend or remove it")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} vanished while the images were listed; run again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
 
 
 def _no_folder(folder: Path) -> UserError:

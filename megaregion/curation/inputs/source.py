@@ -13,6 +13,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,14 +63,26 @@ class Source:
     def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
-            self._found: dict[str, Any] = json.loads((place / INPUTS).read_bytes())
+            found: dict[str, Any] = json.loads((place / INPUTS).read_bytes())
         except (OSError, ValueError):
-            self._found = {}
-        if self._found.get("version") != VERSION or self._found.get("folder") != str(folder.resolve()):
+            found = {}
+        if found.get("version") != VERSION or found.get("folder") != str(folder.resolve()):
             raise UserError(
                 f"{place.parent} has no list of the images in {folder}; "
                 "run tools/curate.py --stage list first"
             )
+        self.digest = f"{found['digest']}-{slice_size}"
+        """Hash of all that slices depend on."""
+        self.duplicates: int = found["duplicates"]
+        """Images left out: the same content as another file's, or the same name in a tar."""
+        self.others: int = found["others"]
+        """Files that are no images by their ending, and members of tars that belong to no image."""
+        self.outputs: int = found.get("outputs", 0)
+        """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
+        self.formats: dict[str, int] = found.get("formats", {})
+        """Images in formats that are not read, by ending."""
+        self.bad: dict[str, str] = found["bad"]
+        """Damaged tars and lost links by path, and why."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,36 +95,6 @@ class Source:
     def files(self) -> int:
         """Images that were found, duplicates included."""
         return len(self) + self.duplicates
-
-    @property
-    def duplicates(self) -> int:
-        """Images left out: the same content as another file's, or the same name in a tar."""
-        return int(self._found["duplicates"])
-
-    @property
-    def others(self) -> int:
-        """Files that are no images by their ending, and members of tars that belong to no image."""
-        return int(self._found["others"])
-
-    @property
-    def outputs(self) -> int:
-        """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
-        return int(self._found.get("outputs", 0))
-
-    @property
-    def formats(self) -> dict[str, int]:
-        """Images in formats that are not read, by ending."""
-        return dict(self._found.get("formats", {}))
-
-    @property
-    def digest(self) -> str:
-        """Hash of all that slices depend on."""
-        return f"{self._found['digest']}-{self.slice_size}"
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """Damaged tars and lost links by path, and why."""
-        return dict(self._found["bad"])
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -184,30 +167,22 @@ class Source:
         return self._content((self.folder / image.path).with_suffix(".json"), image.annotation)
 
     def _content(self, path: Path, sha256: str) -> bytes:
-        try:
+        with _reading(path):
             content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path} changed while curation ran; run again")
         return content
 
     def _part(self, image: ImageFile, part: tuple[int, int]) -> bytes:
-        path, (offset, size) = self._tar_path(image), part
-        try:
-            with path.open("rb") as file:
-                unchanged = os.fstat(file.fileno()).st_mtime_ns == image.changed
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
+        assert image.member is not None
+        path, (offset, size) = self.folder / image.path[: -len(image.member.name) - 1], part
+        with _reading(path), path.open("rb") as file:
+            unchanged = os.fstat(file.fileno()).st_mtime_ns == image.changed
+            file.seek(offset)
+            content = file.read(size)
         if len(content) != size or not unchanged:
             raise UserError(f"{path} changed while curation ran; run again")
         return content
-
-    def _tar_path(self, image: ImageFile) -> Path:
-        assert image.member is not None
-        return self.folder / image.path[: -len(image.member.name) - 1]
 
     @cached_property
     def _tar_counts(self) -> NDArray[np.int64]:
@@ -236,11 +211,9 @@ class Source:
         if self._scanned[0] != tar:
             row = self._tar(tar)
             path = self.folder / row["path"]
-            try:
+            with _reading(path):
                 state = path.stat()
                 members = scan_tar(path).members
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
             if (state.st_size, state.st_mtime_ns, len(members)) != (
                 row["size"], row["changed"], row["images"],
             ):  # fmt: skip
@@ -258,6 +231,14 @@ class Source:
         return self._scanned[1]
 
     _scanned: tuple[int, list[ImageFile]] = (-1, [])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
 
 
 def plain_key(name: str) -> str:

@@ -215,7 +215,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
     """Add up what the finished stages counted, and leave it as summary.json in the run's folder."""
     counts: Counter[str] = Counter()
     unusable: Counter[str] = Counter()
-    bad, seconds = job.source.bad, {}
+    bad, seconds = dict(job.source.bad), {}
     for name, manifests in finished:
         seconds[name] = 0.0
         # Stages that look at images say the same of each; the first one that is done is believed.

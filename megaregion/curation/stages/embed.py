@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,11 @@ import numpy as np
 from typing_extensions import override
 
 from megaregion.curation.engines import lite0, load_embedder
-from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture, crop
+from megaregion.curation.picture import crop
 from megaregion.curation.settings import EmbedSettings
-from megaregion.curation.stages.propose import CANDIDATES, Candidates
+from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import (
-    ImageRegions,
     Output,
     Piece,
     read_regions,
@@ -71,28 +70,22 @@ class Embed(Stage):
         confidence = self.job.settings.tokenizer.min_confidence
         features = [np.zeros((0, self._embedder.dim), dtype=np.float16)]
         with output.file(REGIONS) as file:
-
-            def embed(image: ImageFile, picture: Picture | None) -> None:
+            for _, picture in self.pictures(number, output):
                 found, read = next(images), next(texts)
                 boxes = [word.box for word in read.above(confidence)]
-                chosen = choose(found.regions, boxes, self.job.settings.embed)
-                record = ImageRegions(found.key, found.width, found.height, chosen.proposals)
-                write_regions(file, record)
-                output.counts["kept"] += len(chosen.proposals)
-                output.counts.update({f"dropped: {why}": n for why, n in chosen.dropped.items()})
-                if picture is None or not chosen.proposals:
-                    return
-                crops = [crop(picture.pixels, region.box) for region in chosen.proposals]
-                vectors = self._embedder.embed(crops)
+                chosen, dropped = choose(found.regions, boxes, self.job.settings.embed)
+                write_regions(file, replace(found, regions=chosen))
+                output.counts["kept"] += len(chosen)
+                output.counts.update({f"dropped: {why}": n for why, n in dropped.items()})
+                if picture is None or not chosen:
+                    continue
+                vectors = self._embedder.embed([crop(picture.pixels, region.box) for region in chosen])
                 lost = ~np.isfinite(vectors).all(axis=1)
                 vectors[lost] = 0
                 output.counts["dropped: not embedded"] += int(lost.sum())
                 output.counts["kept"] -= int(lost.sum())
                 features.append(vectors.astype(np.float16))
-
-            self.for_each(number, output, embed)
-        with output.file(FEATURES) as file:
-            np.save(file, np.concatenate(features), allow_pickle=False)
+        output.save(FEATURES, np.concatenate(features))
 
     @cached_property
     def _embedder(self) -> Embedder:
@@ -100,8 +93,13 @@ class Embed(Stage):
         return load_embedder(settings.embedder, settings.clip or None, settings.crop_side)
 
 
-def choose(candidates: Sequence[Proposal], words: Sequence[Box], settings: EmbedSettings) -> Candidates:
-    """Keep the regions of one image that are worth a label, from candidates in the order of :func:`rank`."""
+def choose(
+    candidates: Sequence[Proposal], words: Sequence[Box], settings: EmbedSettings
+) -> tuple[list[Proposal], Counter[str]]:
+    """Keep the regions of one image that are worth a label, and count the others by reason.
+
+    Candidates come the most object-like first.
+    """
     texts = _text(as_array([c.box for c in candidates]), as_array(words), settings.text_overlap)
     kept: list[Proposal] = []
     dropped: Counter[str] = Counter()
@@ -114,7 +112,7 @@ def choose(candidates: Sequence[Proposal], words: Sequence[Box], settings: Embed
             dropped["beyond the limit"] += 1
         else:
             kept.append(candidate)
-    return Candidates(kept, dropped)
+    return kept, dropped
 
 
 def _text(boxes: Boxes, words: Boxes, limit: float) -> list[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megaregion.curation.engines import lite0, load_proposer
 from megaregion.curation.engines.boxes import Objectness
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture
+from megaregion.curation.picture import BadImage, Picture
 from megaregion.curation.settings import ProposeSettings
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageRegions, Output, write_regions
@@ -63,32 +63,35 @@ class Propose(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         with output.file(CANDIDATES) as file:
-
-            def propose(image: ImageFile, picture: Picture | None) -> None:
-                if picture is None:
-                    write_regions(file, ImageRegions(image.key))
-                    return
-                kept = self._annotated(image, picture)
-                if kept is None:
-                    found = self._proposer.propose(picture.pixels)
-                    ranked = rank(found, picture.pixels, self._objectness, self.job.settings.propose)
-                else:
-                    found, dropped = kept
-                    ranked = rank(found, picture.pixels, None, self.job.settings.propose)
-                    output.counts["images with annotations"] += 1
-                    output.counts["proposed"] += dropped.total()
-                    output.counts.update({f"dropped: {why}": n for why, n in dropped.items()})
-                record = ImageRegions(image.key, picture.width, picture.height, ranked.proposals)
+            for image, picture in self.pictures(number, output):
+                record = ImageRegions(image.key)
+                if picture is not None:
+                    try:
+                        regions = self._candidates(image, picture, output.counts)
+                        record = ImageRegions(image.key, picture.width, picture.height, regions)
+                    except BadImage as bad:
+                        output.bad[image.path] = str(bad)
                 write_regions(file, record)
-                output.counts["images used"] += 1
-                output.counts["proposed"] += len(found)
-                output.counts.update({f"dropped: {why}": n for why, n in ranked.dropped.items()})
 
-            self.for_each(number, output, propose)
-
-    def _annotated(self, image: ImageFile, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
+    def _candidates(self, image: ImageFile, picture: Picture, counts: Counter[str]) -> list[Proposal]:
+        """Raises BadImage: its annotation cannot be read."""
         content = self.job.source.annotation(image)
-        return None if content is None else read_annotations(content, picture)
+        annotated = None if content is None else read_annotations(content, picture)
+        if annotated is None:
+            found, dropped, objectness = (
+                self._proposer.propose(picture.pixels),
+                Counter[str](),
+                self._objectness,
+            )
+        else:
+            (found, dropped), objectness = annotated, None
+            counts["images with annotations"] += 1
+        counts["images used"] += 1
+        counts["proposed"] += len(found) + dropped.total()
+        ranked, misfits = rank(found, picture.pixels, objectness, self.job.settings.propose)
+        for why, number in (dropped + misfits).items():
+            counts[f"dropped: {why}"] += number
+        return ranked
 
     @cached_property
     def _proposer(self) -> Proposer:
@@ -99,22 +102,15 @@ class Propose(Stage):
         return Objectness()
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What is left of an image's proposals, and why the others went."""
-
-    proposals: list[Proposal]
-    """The score is the objectness, 0..1."""
-    dropped: Counter[str]
-    """Number of proposals by reason."""
-
-
 def rank(
     proposals: Sequence[Proposal], pixels: Pixels, objectness: Objectness | None, settings: ProposeSettings
-) -> Candidates:
+) -> tuple[list[Proposal], Counter[str]]:
     """Drop proposals of the wrong shape and near-equal ones; order the rest, the most object-like first.
 
     The proposer's own score only breaks ties, for selective search has none; without an objectness it judges.
+
+    Returns:
+        Candidates, whose score is the objectness, 0..1, and how many proposals were dropped, by reason.
     """
     boxes = as_array([proposal.box for proposal in proposals])
     reasons = _misshapen(boxes, pixels.shape[0], pixels.shape[1], settings)
@@ -128,7 +124,7 @@ def rank(
     order = nms(as_array([proposal.box for proposal in best]), odds, settings.nms_iou, CROWDING)
     dropped["duplicate"] += len(best) - len(order)
     dropped["beyond the limit"] += len(kept) - len(best)
-    return Candidates([best[row] for row in order], +dropped)
+    return [best[row] for row in order], +dropped
 
 
 def _misshapen(boxes: Boxes, height: int, width: int, settings: ProposeSettings) -> list[str]:

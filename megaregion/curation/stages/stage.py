@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,17 +127,15 @@ class Stage(ABC):
         """An array that a finished piece left; mapped, only what is touched is read."""
         return self.job.store.load(piece, name, mapped)
 
-    def for_each(self, number: int, output: Output, use: Callable[[ImageFile, Picture | None], None]) -> None:
-        """Decode every image of a piece; a bad one is counted, named, and handed on as None.
-
-        BadImage raised by ``use`` counts likewise, and ``use`` is called again with None.
-        """
+    def pictures(self, number: int, output: Output) -> Iterator[tuple[ImageFile, Picture | None]]:
+        """Each image of a piece, decoded; a bad one is counted, named, and given without its picture."""
         for image in self.images(number):
+            picture = None
             try:
-                use(image, self.job.read(image))
+                picture = self.job.read(image)
             except BadImage as bad:
                 output.bad[image.path] = str(bad)
-                use(image, None)
+            yield image, picture
             output.tick()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Stage ocr: the words of every image, with all confidences."""
+"""Stages ocr and tokenizer: the words of every image, with all confidences, and the classes of text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from megaregion.curation.engines import load_reader
 from megaregion.curation.engines.tokenizer import DistinctTexts, corpus_identity, read_corpus, train_tokenizer
-from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageWords, Output, Piece, read_words, write_words
 from megaregion.curation.types import Reader
@@ -36,13 +34,10 @@ class Ocr(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         with output.file(WORDS) as file:
-
-            def read(image: ImageFile, picture: Picture | None) -> None:
+            for image, picture in self.pictures(number, output):
                 words = [] if picture is None else self._reader.read(picture.pixels)
                 write_words(file, ImageWords(image.key, words))
                 output.counts["words found"] += len(words)
-
-            self.for_each(number, output, read)
 
     @cached_property
     def _reader(self) -> Reader:
