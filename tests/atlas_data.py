@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from megaregion.atlas.source import Sample
 from megaregion.atlas.synthetic import SyntheticSource
-from megaregion.curation.engines.tokenizer import read_corpus, train_tokenizer
+from megaregion.curation.stages.text import read_corpus, train_tokenizer
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.writer import ShardWriter, write_dataset

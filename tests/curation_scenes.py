@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.runner.pipeline import curate
-from megaregion.curation.runner.status import Summary
 from megaregion.curation.settings import settings_from
+from megaregion.schemas.curation import Summary
 
 WORDS = ("EXIT", "Hotel", "SALE", "Books")
 

@@ -24,7 +24,6 @@ from PIL import Image
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.picture import BadImage, read_picture
-from megaregion.curation.runner.status import Summary
 from megaregion.curation.settings import settings_from
 from megaregion.curation.stages.store import Output, Store
 from megaregion.curation.types import iou
@@ -32,6 +31,7 @@ from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
+from megaregion.schemas.curation import Summary
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"clusters": 8, "vocab": 384, "piece_images": 8, "samples_per_shard": 10, "crop_side": 96}

@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.engines import load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch
-from megaregion.curation.engines.tokenizer import DistinctTexts, default_corpus, train_tokenizer
 from megaregion.curation.kmeans.kmeans import find_centers, nearest_centers
 from megaregion.curation.picture import crop
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.stages.embed import choose
 from megaregion.curation.stages.propose import nms, rank
+from megaregion.curation.stages.text import DistinctTexts, default_corpus, train_tokenizer
 from megaregion.curation.types import Proposal, iou
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import decode_mask

@@ -1,7 +1,7 @@
 """Curation: from a folder of images or tars to a dataset of labelled regions.
 
     types.py, picture.py   what all share                   settings.py   every setting, by stage
-    inputs/    find the images and read them                engines/      proposers, embedders, OCR, tokenizer
+    inputs/    find the images and read them                engines/      proposers, embedders, OCR
     kmeans/    centers, and the nearest of them             stages/       the steps, cut into pieces
     runner/    who does the pieces, how far a run is        quality/      whether the labels are any good
 

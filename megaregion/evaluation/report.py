@@ -17,6 +17,7 @@ from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
 from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
 from megaregion.evaluation.visualise import Visuals
+from megaregion.schemas.curation import DROPPED, SUMMARY
 from megaregion.schemas.run import EVALUATIONS, Metrics, read_metrics
 
 CURVES = {
@@ -32,10 +33,6 @@ QUERIES, WORDS, SCENES = 12, 12, 4
 """How many objects, words and scenes are drawn."""
 MOST_CLASSES = 40
 """Classes that the chart has room for; the most frequent ones are pictures."""
-SUMMARY = "summary.json"
-"""Written by tools/curate.py into the folder that holds the shards' folder."""
-DROPPED = "dropped: "
-"""How curation's counts of refused proposals begin."""
 
 
 def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> None:

@@ -1,8 +1,7 @@
 """The engines that find regions and text and embed crops, by the name that a setting gives.
 
 Every heavy dependency has one file and is imported when it is first needed: OpenCV's selective search
-boxes.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr.py,
-sentencepiece's trainer tokenizer.py.
+boxes.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr.py.
 """
 
 from __future__ import annotations

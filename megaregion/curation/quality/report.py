@@ -13,13 +13,14 @@ import numpy as np
 from megaregion.curation.quality.clusters import NEAR, ClusterQuality, cluster_quality
 from megaregion.curation.quality.truth import MATCH, READABLE, TIGHT, TrueImage, TruthQuality, truth_quality
 from megaregion.curation.runner.pipeline import Pipeline
-from megaregion.curation.runner.status import Summary, summarise
+from megaregion.curation.runner.status import summarise
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
+from megaregion.schemas.curation import Summary
 
 REPORT = "report.json"
 

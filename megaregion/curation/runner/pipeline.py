@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.runner.holder import folder_held
-from megaregion.curation.runner.status import Summary, summarise
+from megaregion.curation.runner.status import summarise
 from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
@@ -24,6 +24,7 @@ from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_befo
 from megaregion.curation.stages.store import Manifest, Piece, Store, writable
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
+from megaregion.schemas.curation import Summary
 from megaregion.settings import read_settings
 
 RUN = "run.json"

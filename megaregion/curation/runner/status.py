@@ -19,17 +19,11 @@ from megaregion.curation.stages.assign import LABELS
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece
 from megaregion.files import write_bytes
+from megaregion.schemas.curation import SUMMARY, ClusterSizes, Summary
 from megaregion.tables import aligned
 
-SUMMARY = "summary.json"
-
 NAMED, WRITTEN = 10, 1000
-"""Failed pieces or unusable images that a table names, and images that summary.json names; all count."""
-
-REASONS = (
-    "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
-    "not embedded", "over the cap", "bad annotation", "outside the image",
-)  # fmt: skip
+"""Failed pieces that the table names, and unusable images that summary.json names; all count."""
 
 
 @dataclass
@@ -120,95 +114,6 @@ def _time(seconds: float | None) -> str:
         return "done"
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
-
-
-@dataclass(frozen=True)
-class ClusterSizes:
-    """Regions per object class."""
-
-    clusters: int
-    smallest: int
-    median: float
-    largest: int
-    empty: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The outcome of a run; stages that are not done leave their counts at 0."""
-
-    files: int
-    """Image files that were found, duplicates included."""
-    duplicates: int
-    """Files left out because another one has the same content."""
-    others: int
-    """Files that are no images by their ending, and members of tars that belong to no image."""
-    bad: dict[str, str]
-    """Images that cannot be used and damaged tars, by path, and why; the first thousand of them."""
-    unusable: dict[str, int]
-    """Images that cannot be used, all of them, by reason."""
-    counts: dict[str, int]
-    """Everything that stages counted, by name."""
-    clusters: ClusterSizes | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Work of each stage that is done, summed over its pieces."""
-    formats: dict[str, int] = field(default_factory=dict)
-    """Images in formats that are not read, by ending."""
-    outputs: int = 0
-    """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
-
-    def table(self) -> str:
-        """The numbers as aligned lines."""
-        rows = [
-            ("images", self.files - sum(self.unusable.values()) - self.duplicates, "usable"),
-            *((f"  {why}", number, "") for why, number in sorted(self.unusable.items())),
-            ("  duplicate files", self.duplicates, ""),
-            *self._annotated_rows(),
-            *self._left_out_rows(),
-            ("  other files", self.others, "not images by their ending"),
-            ("  without a region", self.counts.get("images without region", 0), "not packed"),
-            ("  packed", self.counts.get("images packed", 0), f"in {self.counts.get('shards', 0)} shards"),
-            ("object proposals", self.counts.get("proposed", 0), ""),
-            *((f"  {why}", self.counts.get(f"dropped: {why}", 0), "dropped") for why in REASONS),
-            ("  kept", self.counts.get("kept", 0), self._per_image("kept")),
-            *self._cluster_rows(),
-            ("words", self.counts.get("words found", 0), ""),
-            ("  below confidence", self.counts.get("words below confidence", 0), "dropped"),
-            ("  without a token", self.counts.get("words without token", 0), "dropped"),
-            ("  kept", self.counts.get("text regions", 0), self._per_image("text regions")),
-            ("  different", self.counts.get("different words", 0), ""),
-            ("tokens", self.counts.get("tokens", 0), ""),
-        ]
-        lines = [f"{name:<22}{value:>10}  {note}".rstrip() for name, value, note in rows]
-        # A path may hold bytes that are no text.
-        names = {path: path.encode(errors="replace").decode() for path in self.bad}
-        named = [f"unusable: {names[path]} ({why})" for path, why in sorted(self.bad.items())]
-        if len(named) > NAMED:
-            named[NAMED:] = [f"unusable: {len(named) - NAMED} more, named in {SUMMARY}"]
-        return "\n".join([*lines, *named])
-
-    def _per_image(self, count: str) -> str:
-        images = self.counts.get("images used", 0)
-        return f"{self.counts.get(count, 0) / images:.1f} an image" if images else ""
-
-    def _annotated_rows(self) -> list[tuple[str, int, str]]:
-        images = self.counts.get("images with annotations", 0)
-        return [("  with annotations", images, "kept, nothing proposed")] if images else []
-
-    def _left_out_rows(self) -> list[tuple[str, int, str]]:
-        counted = ", ".join(f"{ending} {number}" for ending, number in self.formats.items())
-        rows = [
-            ("  other formats", sum(self.formats.values()), f"{counted}; convert them to JPEG or PNG"),
-            ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
-        ]
-        return [row for row in rows if row[1]]
-
-    def _cluster_rows(self) -> list[tuple[str, int, str]]:
-        if self.clusters is None:
-            return []
-        sizes = self.clusters
-        note = f"regions each: {sizes.smallest} min, {sizes.median:g} median, {sizes.largest} max"
-        return [("clusters", sizes.clusters, note), ("  empty", sizes.empty, "")]
 
 
 def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> Summary:

@@ -29,6 +29,7 @@ from megaregion.curation.stages.store import (
 )
 from megaregion.curation.stages.text import WORDS
 from megaregion.curation.types import Box, Boxes, Embedder, Proposal, area, as_array, intersection, iou
+from megaregion.schemas.curation import DROPPED
 
 REGIONS, FEATURES = "regions.jsonl", "features.npy"
 
@@ -76,13 +77,13 @@ class Embed(Stage):
                 chosen, dropped = choose(found.regions, boxes, self.job.settings.embed)
                 write_regions(file, replace(found, regions=chosen))
                 output.counts["kept"] += len(chosen)
-                output.counts.update({f"dropped: {why}": n for why, n in dropped.items()})
+                output.counts.update({DROPPED + why: n for why, n in dropped.items()})
                 if picture is None or not chosen:
                     continue
                 vectors = self._embedder.embed([crop(picture.pixels, region.box) for region in chosen])
                 lost = ~np.isfinite(vectors).all(axis=1)
                 vectors[lost] = 0
-                output.counts["dropped: not embedded"] += int(lost.sum())
+                output.counts[DROPPED + "not embedded"] += int(lost.sum())
                 output.counts["kept"] -= int(lost.sum())
                 features.append(vectors.astype(np.float16))
         output.save(FEATURES, np.concatenate(features))

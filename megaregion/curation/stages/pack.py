@@ -32,6 +32,7 @@ from megaregion.data.info import (
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.errors import UserError
+from megaregion.schemas.curation import DROPPED
 
 ENTRY = "entry.json"
 
@@ -126,7 +127,7 @@ class Pack(Stage):
             texts = [(word, token_set(tokenizer, word.text)) for word in words]
             output.counts["words without token"] += sum(not tokens for _, tokens in texts)
             output.counts["tokens"] += sum(len(tokens) for _, tokens in texts)
-            output.counts["dropped: over the cap"] += labels.count(CAPPED)
+            output.counts[DROPPED + "over the cap"] += labels.count(CAPPED)
             objects = [
                 _object(r, label) for r, label in zip(found.regions, labels, strict=True) if label >= 0
             ]

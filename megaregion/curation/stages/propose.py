@@ -27,6 +27,7 @@ from megaregion.curation.settings import ProposeSettings
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageRegions, Output, write_regions
 from megaregion.curation.types import Boxes, Pixels, Proposal, Proposer, area, as_array, intersection
+from megaregion.schemas.curation import DROPPED
 
 CANDIDATES = "candidates.jsonl"
 
@@ -90,7 +91,7 @@ class Propose(Stage):
         counts["proposed"] += len(found) + dropped.total()
         ranked, misfits = rank(found, picture.pixels, objectness, self.job.settings.propose)
         for why, number in (dropped + misfits).items():
-            counts[f"dropped: {why}"] += number
+            counts[DROPPED + why] += number
         return ranked
 
     @cached_property

@@ -1,7 +1,19 @@
-"""Stages ocr and tokenizer: the words of every image, with all confidences, and the classes of text."""
+"""Stages ocr and tokenizer: the words of every image, with all confidences, and the classes of text.
+
+The classes are a sentencepiece model learned from the recognised words and a corpus. Case stays (EXIT and
+exit look different); Unicode is normalised by NFKC. Word starts are a piece of their own, so that a syllable
+is one class wherever it stands. The rule that turns a text into its set of classes, without the word starts,
+lies in :mod:`megaregion.data.info`, where the evaluation finds it too.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,12 +21,23 @@ from typing import Any
 from typing_extensions import override
 
 from megaregion.curation.engines import load_reader
-from megaregion.curation.engines.tokenizer import DistinctTexts, corpus_identity, read_corpus, train_tokenizer
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageWords, Output, Piece, read_words, write_words
 from megaregion.curation.types import Reader
+from megaregion.data.info import WORD_START
+from megaregion.errors import UserError
+from megaregion.files import file_sha256
 
-WORDS = "words.jsonl"
+WORDS, MODEL = "words.jsonl", "tokenizer.model"
+
+OTHER_PIECES = 3 + 256 + 1
+"""Unknown, start and end of text, one piece for each byte, and the word start."""
+
+MAX_WORD = 64
+"""Characters of a word that are read; longer ones are noise."""
+
+HASHES = 2**64
+"""A hash is less than this."""
 
 
 class Ocr(Stage):
@@ -44,9 +67,6 @@ class Ocr(Stage):
         return load_reader(self.job.settings.reader)
 
 
-MODEL = "tokenizer.model"
-
-
 class Tokenizer(Stage):
     """Writes tokenizer.model."""
 
@@ -73,3 +93,147 @@ class Tokenizer(Stage):
             file.write(train_tokenizer(texts.texts(), read_corpus(settings.corpus), settings.vocab))
         output.counts["different words"] = texts.count()
         output.tick()
+
+
+def default_corpus() -> set[str]:
+    """The words of Python's own help: as they are, in lower and upper case, and capitalised.
+
+    Without the upper case, signs in capitals would split into single letters.
+    """
+    from pydoc_data.topics import topics
+
+    words = {word for text in topics.values() for word in re.findall(r"[^\W\d_]{2,}", text)}
+    return {form for word in words for form in (word, word.lower(), word.upper(), word.capitalize())}
+
+
+def read_corpus(path: str) -> set[str]:
+    """The distinct words of a text file, or of the default corpus if no path is given.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8 or holds no text.
+    """
+    if not path:
+        return default_corpus()
+    words: set[str] = set()
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for line in file:
+                words.update(line.split())
+    except OSError as error:
+        raise UserError(f"--corpus {path} cannot be read ({error.strerror}); name another file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--corpus {path} is not UTF-8 ({error.reason}); convert it first") from None
+    if not words:
+        raise UserError(f"--corpus {path} holds no text")
+    return words
+
+
+def corpus_identity(path: str) -> str:
+    """Hash of a corpus, or the name of the default one; raises as :func:`read_corpus`."""
+    try:
+        return file_sha256(Path(path)) if path else "default"
+    except OSError as error:
+        raise UserError(f"--corpus {path} cannot be read ({error.strerror}); name another file") from None
+
+
+def train_tokenizer(texts: Iterable[str], corpus: Iterable[str], vocabulary: int) -> bytes:
+    """Learn a unigram model with exactly the wanted number of pieces; the same input gives the same bytes.
+
+    Every distinct word of texts and corpus counts once, so that a sign seen a thousand times is still spelled
+    in pieces that it shares with other words.
+
+    Returns:
+        The model file.
+
+    Raises:
+        UserError: The text does not yield that many pieces.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    words = {word[:MAX_WORD] for text in texts for word in text.split()} | {
+        word[:MAX_WORD] for word in corpus
+    }
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([*_spelled(words, vocabulary), *string.punctuation, *string.digits]),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocabulary,
+            user_defined_symbols=[WORD_START],
+            byte_fallback=True,
+            # Less would push rare characters such as $ into bytes.
+            character_coverage=1.0,
+            # One thread and no sampling, so that the same text gives the same model.
+            num_threads=1,
+            shuffle_input_sentence=False,
+            input_sentence_size=0,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
+        raise UserError(
+            f"--vocab {vocabulary} does not fit {len(words)} distinct words (sentencepiece: {reason}); "
+            "use another --vocab or a larger --corpus"
+        ) from None
+    return model.getvalue()
+
+
+def _spelled(words: set[str], vocabulary: int) -> list[str]:
+    """Words in the most frequent characters only; rarer ones are left to the byte pieces.
+
+    Full coverage gives every character a piece. An OCR engine for many scripts misreads textures as rare
+    characters, which would take the room of real pieces: a character must occur in two words, and all of
+    them together get at most half of the room.
+    """
+    # sentencepiece takes its word start as a character of the text for a control mark.
+    clean = sorted(word.replace(WORD_START, "") for word in words)
+    counts = Counter(character for word in clean for character in word)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    spelled = {c for c in ranked[: (vocabulary - OTHER_PIECES) // 2] if counts[c] > 1}
+    table = {ord(character): None for character in ranked if character not in spelled}
+    return [word for word in (word.translate(table) for word in clean) if word]
+
+
+class DistinctTexts:
+    """Remembers the texts with the smallest hashes: which ones depends neither on order nor on repeats.
+
+    At most ``limit`` of them stay in the end; memory holds up to twice as many.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._hashes: dict[str, int] = {}
+        self._bound = HASHES
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Take texts into account."""
+        for text in texts:
+            if text in self._hashes:
+                continue
+            number = _hash(text)
+            if number < self._bound:
+                self._hashes[text] = number
+                if len(self._hashes) > 2 * self._limit:
+                    self._prune()
+
+    def texts(self) -> list[str]:
+        """The texts, sorted, at most the limit."""
+        self._prune()
+        return sorted(self._hashes)
+
+    def count(self) -> int:
+        """How many distinct texts there were; beyond the limit an estimate within a few thousandths."""
+        self._prune()
+        return len(self._hashes) if self._bound == HASHES else round(self._limit * HASHES / self._bound)
+
+    def _prune(self) -> None:
+        if len(self._hashes) > self._limit:
+            kept = sorted(self._hashes.items(), key=lambda item: (item[1], item[0]))[: self._limit]
+            self._hashes = dict(kept)
+            self._bound = kept[-1][1] + 1
+
+
+def _hash(text: str) -> int:
+    content = text.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

@@ -1,0 +1,102 @@
+"""summary.json: what a curation run found, kept and dropped, in the run's folder beside shards/."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+SUMMARY = "summary.json"
+
+DROPPED = "dropped: "
+"""How the name of a count of object proposals begins that were dropped; the reason follows."""
+
+REASONS = (
+    "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
+    "not embedded", "over the cap", "bad annotation", "outside the image",
+)  # fmt: skip
+
+NAMED = 10
+"""Unusable images that the table names."""
+
+
+@dataclass(frozen=True)
+class ClusterSizes:
+    """Regions per object class."""
+
+    clusters: int
+    smallest: int
+    median: float
+    largest: int
+    empty: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a run; stages that are not done leave their counts at 0."""
+
+    files: int
+    """Image files that were found, duplicates included."""
+    duplicates: int
+    """Files left out because another one has the same content."""
+    others: int
+    """Files that are no images by their ending, and members of tars that belong to no image."""
+    bad: dict[str, str]
+    """Images that cannot be used and damaged tars, by path, and why; the first thousand of them."""
+    unusable: dict[str, int]
+    """Images that cannot be used, all of them, by reason."""
+    counts: dict[str, int]
+    """Everything that stages counted, by name."""
+    clusters: ClusterSizes | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Work of each stage that is done, summed over its pieces."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Images in formats that are not read, by ending."""
+    outputs: int = 0
+    """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
+
+    def table(self) -> str:
+        """The numbers as aligned lines."""
+        count = Counter(self.counts)
+        formats = ", ".join(f"{ending} {number}" for ending, number in self.formats.items())
+        sometimes = [
+            ("  with annotations", count["images with annotations"], "kept, nothing proposed"),
+            ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
+            ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
+        ]
+        rows = [
+            ("images", self.files - sum(self.unusable.values()) - self.duplicates, "usable"),
+            *((f"  {why}", number, "") for why, number in sorted(self.unusable.items())),
+            ("  duplicate files", self.duplicates, ""),
+            *(row for row in sometimes if row[1]),
+            ("  other files", self.others, "not images by their ending"),
+            ("  without a region", count["images without region"], "not packed"),
+            ("  packed", count["images packed"], f"in {count['shards']} shards"),
+            ("object proposals", count["proposed"], ""),
+            *((f"  {why}", count[DROPPED + why], "dropped") for why in REASONS),
+            ("  kept", count["kept"], self._per_image("kept")),
+            *self._cluster_rows(),
+            ("words", count["words found"], ""),
+            ("  below confidence", count["words below confidence"], "dropped"),
+            ("  without a token", count["words without token"], "dropped"),
+            ("  kept", count["text regions"], self._per_image("text regions")),
+            ("  different", count["different words"], ""),
+            ("tokens", count["tokens"], ""),
+        ]
+        lines = [f"{name:<22}{value:>10}  {note}".rstrip() for name, value, note in rows]
+        named = [f"unusable: {path} ({why})" for path, why in sorted(self.bad.items())]
+        # A path may hold bytes that are no text.
+        named = [line.encode(errors="replace").decode() for line in named]
+        if len(named) > NAMED:
+            named[NAMED:] = [f"unusable: {len(named) - NAMED} more, named in {SUMMARY}"]
+        return "\n".join([*lines, *named])
+
+    def _per_image(self, name: str) -> str:
+        images = self.counts.get("images used", 0)
+        return f"{self.counts.get(name, 0) / images:.1f} an image" if images else ""
+
+    def _cluster_rows(self) -> list[tuple[str, int, str]]:
+        if self.clusters is None:
+            return []
+        sizes = self.clusters
+        note = f"regions each: {sizes.smallest} min, {sizes.median:g} median, {sizes.largest} max"
+        return [("clusters", sizes.clusters, note), ("  empty", sizes.empty, "")]
