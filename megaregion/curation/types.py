@@ -12,10 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.data.sample import RLE
-
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels; x1 and y1 exclusive."""
+from megaregion.data.sample import RLE, Box
 
 Boxes = NDArray[np.float64]
 """[R, 4]"""

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megaregion.curation.picture import BadImage, Picture
-from megaregion.curation.types import Box, Proposal
-from megaregion.data.sample import RLE, decode_mask, encode_mask
+from megaregion.curation.types import Proposal
+from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
 
 MAX_SHIFT = 60
 """Bits of a run length before its last character: no image has more pixels, and endless numbers cost time."""

@@ -20,7 +20,8 @@ from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece, read_regions, read_words
 from megaregion.curation.stages.text import WORDS
-from megaregion.curation.types import Box, Boxes, as_array, iou
+from megaregion.curation.types import Boxes, as_array, iou
+from megaregion.data.sample import Box
 from megaregion.errors import UserError
 
 MATCH = 0.5

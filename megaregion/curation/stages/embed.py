@@ -28,7 +28,8 @@ from megaregion.curation.stages.store import (
     write_regions,
 )
 from megaregion.curation.stages.text import WORDS
-from megaregion.curation.types import Box, Boxes, Embedder, Proposal, area, as_array, intersection, iou
+from megaregion.curation.types import Boxes, Embedder, Proposal, area, as_array, intersection, iou
+from megaregion.data.sample import Box
 from megaregion.schemas.curation import DROPPED
 
 REGIONS, FEATURES = "regions.jsonl", "features.npy"

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.types import Box, Proposal, Word
-from megaregion.data.sample import RLE
+from megaregion.curation.types import Proposal, Word
+from megaregion.data.sample import RLE, Box
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, new_file, write_bytes
 
