@@ -19,7 +19,7 @@ from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
-    from megaregion.curation.quality.truth import TrueImage
+    from megaregion.curation.quality.report import TrueImage
     from megaregion.curation.runner.pipeline import Share
     from megaregion.evaluation.scenes import Scene
 
@@ -80,7 +80,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _truth(scene: Scene) -> TrueImage:
-    from megaregion.curation.quality.truth import TrueImage
+    from megaregion.curation.quality.report import TrueImage
 
     objects, words = scene.objects, scene.words
     return TrueImage(
