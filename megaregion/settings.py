@@ -184,8 +184,19 @@ def _fitting(key: str, judge: Callable[[Any], Any], value: object) -> Any:
         raise UserError(f"{key} {misfit}") from None
 
 
+GONE = {
+    "cluster_method": "k-means is exact at any number of centers, and starts from --first-level cells",
+    "refine_passes": "all passes of k-means look at all centers, at most --cluster-iterations of them",
+    "assign_probes": "every region gets the nearest of all centers",
+}
+"""What became of settings that older files and commands may name."""
+
+
 def unknown(key: str, known: Iterable[str]) -> UserError:
     """What to raise about a key that no setting has."""
+    name = key.rpartition(".")[2].replace("-", "_")
+    if name in GONE:
+        return UserError(f"{key} is no setting any more: {GONE[name]}; leave it out")
     hint = did_you_mean(key, known) or "; --help lists all, and another version of megaregion may know it"
     return UserError(f"unknown setting {key}{hint}")
 

@@ -9,6 +9,7 @@
 #   MEGAREGION_SHARES=64                     tasks of an array; the outcome is the same for any number
 #   MEGAREGION_CURATE="--cpus-per-task=8"    options of every sbatch; a task uses as many workers as it has CPUs
 #   MEGAREGION_CURATE_embed="--gpus=1"       options of one stage's sbatch, after the others
+#   MEGAREGION_CURATE_cluster="--ntasks=8 --gpus-per-task=1"    ranks that share k-means, one job
 set -euo pipefail
 
 cd "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
@@ -30,6 +31,16 @@ if [[ ${1:-} == --job ]]; then
   fi
   share=()
   if [[ $stage != list ]]; then share=(--piece "${SLURM_ARRAY_TASK_ID:-0}" --of "$of"); fi
+  # K-means is one job of as many ranks as it gets tasks.
+  if [[ $stage == cluster && ${SLURM_NTASKS:-1} -gt 1 ]]; then
+    # shellcheck source=slurm/rendezvous.sh
+    source slurm/rendezvous.sh
+    meet
+    export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+    # shellcheck disable=SC2206
+    step=(srun --kill-on-bad-exit=1 ${MEGAREGION_SRUN:-})
+    exec "${step[@]}" "$python" tools/curate.py "$@" --stage cluster
+  fi
   # A task is one process tree on one node; srun is needed only for what it alone can do, such as containers.
   step=()
   # shellcheck disable=SC2206

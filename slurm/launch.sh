@@ -18,6 +18,8 @@ if [[ -f slurm/site.env ]]; then
   # shellcheck source=slurm/site.env.example
   source slurm/site.env
 fi
+# shellcheck source=slurm/rendezvous.sh
+source slurm/rendezvous.sh
 
 config=$1
 shift
@@ -71,22 +73,6 @@ count_fault() {
   echo "$((count + 1))"
 }
 
-# The first node's address, and a port of this start's own: a task of the last start may still hold the old one.
-address_of() {
-  local found
-  found=$(getent ahostsv4 "$1" | awk 'NR == 1 {print $1}' || true)
-  if [[ -z $found ]]; then
-    found=$(scontrol --oneliner show node "$1" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
-  fi
-  echo "$found"
-}
-
-port_of() {
-  local port=$((20000 + (SLURM_JOB_ID * 31 + restarts * 7) % 10000))
-  while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
-  echo "$port"
-}
-
 # srun in the background, for bash runs a trap only between commands; wait returns early on a trapped signal.
 run_step() {
   srun "${tasks[@]}" "$@" &
@@ -122,10 +108,7 @@ tasks+=(--kill-on-bad-exit=1 --wait=60 --output="$logs/rank-%t.out")
 # shellcheck disable=SC2206
 tasks+=(${MEGAREGION_SRUN:-})
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(address_of "$first")
-MASTER_PORT=$(port_of)
-export MASTER_ADDR MASTER_PORT
+meet
 # A checkpoint belongs to the newest start: a rank that SLURM lost sight of must not publish over it.
 export MEGAREGION_FENCE=$start
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
@@ -139,7 +122,7 @@ export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-^lo,docker,veth}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export TOKENIZERS_PARALLELISM=false
 
-say "$nodes of $SLURM_JOB_NUM_NODES nodes x $per_node tasks, first node $first ($MASTER_ADDR:$MASTER_PORT), logs in $logs"
+say "$nodes of $SLURM_JOB_NUM_NODES nodes x $per_node tasks, ranks meet at $MASTER_ADDR:$MASTER_PORT, logs in $logs"
 if [[ -n $stopping ]]; then requeue "asked to stop before training began"; fi
 
 # The machines are looked at by the ranks that will train, before anything is built: seconds, not a start of its own.

@@ -58,6 +58,9 @@ SMALLER = {
     "$python tools/atlas.py data/photos": Smaller("--tile 32"),
     "$python tools/atlas.py --synthetic": Smaller("--synthetic 60 --sheets 2 --tile 32"),
     "$python tools/make_scenes.py": Smaller("--train 6 --test 2"),
+    "$python -m torch.distributed.run --standalone --nproc-per-node 8 tools/curate.py": Smaller(
+        CURATION, ("--nproc-per-node 8", "--nproc-per-node 2")
+    ),
     "$python -m torch.distributed.run --nproc-per-node 4": Smaller(f"{TRAIN} --train.steps 4 --stop-at 2"),
     "$python -m torch.distributed.run --nproc-per-node 2": Smaller(f"{TRAIN} --train.steps 4"),
     "$python tools/pretrain.py --config configs/vit_l14_64gpu.yaml": Smaller(
@@ -87,6 +90,7 @@ ELSEWHERE = {
     "make test": "test_a_command_of_the_readme_runs",
     ". slurm/site.env && sbatch": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
     ". slurm/site.env && slurm/curate.sh": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
+    ". slurm/site.env && MEGAREGION_CURATE_cluster": "test_two_ranks_of_slurm_give_the_labels_of_one",
     "torchrun --nnodes 8": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
     "tools/benchmark.py kmeans": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
     "tools/benchmark.py assign": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",

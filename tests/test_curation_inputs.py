@@ -474,6 +474,5 @@ def test_an_unreadable_corpus_and_images_without_a_region_are_refused(tmp_path: 
     (tmp_path / "in" / "1.jpg").write_bytes(jpeg(1))
     with pytest.raises(UserError, match="--corpus /proc/self/mem cannot be read"):
         run(tmp_path / "in", tmp_path / "out", **FEW, corpus="/proc/self/mem")
-    for method in ("flat", "cells"):
-        with pytest.raises(UserError, match="no image has a region that can be embedded; loosen --min-edge"):
-            run(tmp_path / "in", tmp_path / "out", **FEW, min_edge=5000.0, ocr="none", cluster_method=method)
+    with pytest.raises(UserError, match="no image has a region that can be embedded; loosen --min-edge"):
+        run(tmp_path / "in", tmp_path / "out", **FEW, min_edge=5000.0, ocr="none")

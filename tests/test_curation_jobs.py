@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from curation_scenes import contents, run, scene, silent
 from drill import Drill
@@ -178,6 +180,30 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
     summaries = [json.loads((out / "summary.json").read_text()) for out in (tmp_path / "out", at_once)]
     assert summaries[0]["counts"] == summaries[1]["counts"]
     assert summaries[0]["bad"] == {"scene-8.jpg": "not an image"}
+
+
+def test_two_ranks_of_slurm_give_the_labels_of_one(
+    drill: Drill, images: Path, at_once: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(at_once, out)
+    shutil.rmtree(out / "stages" / "cluster")
+    job = drill.cluster.submit(
+        "--nodes=2", "--ntasks=2", "--cpus-per-task=1", f"--output={tmp_path}/cluster.log",
+        repository() / "slurm" / "curate.sh", "--job", "cluster", "1",
+        "--images", images, "--out", out, *FLAGS,
+        environment={
+            "MEGAREGION_HOME": str(repository()), "MEGAREGION_PYTHON": sys.executable,
+            "PYTHONPATH": str(repository()),
+        },
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert drill.cluster.finish(job, 300) == "COMPLETED", (tmp_path / "cluster.log").read_text()
+    found, alone = (np.load(each / "stages" / "cluster" / "00000" / "centers.npy") for each in (out, at_once))
+    assert np.abs(found - alone).max() < 1e-6
+    run(images, out, **FEW)
+    for piece in sorted(at_once.glob("stages/assign/*/labels.npy")):
+        assert np.array_equal(np.load(piece), np.load(out / piece.relative_to(at_once)))
 
 
 def _of(out: Path) -> tuple[Path, Path, CurationSettings]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from curation_scenes import save_tiny_clip, save_tiny_sam, scene
 from launch import repository
 from paddle_models import save_paddle_models
@@ -18,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.engines import load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch
-from megaregion.curation.kmeans.kmeans import find_centers, nearest_centers
+from megaregion.curation.kmeans.nearest import nearest
+from megaregion.curation.kmeans.split import find_centers
 from megaregion.curation.picture import crop
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.stages.embed import choose
@@ -159,13 +161,12 @@ def test_k_means_finds_the_same_unit_centers_for_the_same_seed() -> None:
     groups = rng.normal(size=(5, 32))
     vectors = np.repeat(groups, 40, axis=0) + rng.normal(0, 0.1, (200, 32))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    found = find_centers(vectors, 5, iterations=20, seed=1)
-    assert np.array_equal(found.centers, find_centers(vectors, 5, iterations=20, seed=1).centers)
-    assert np.allclose(np.linalg.norm(found.centers, axis=1), 1, atol=1e-5)
-    labels, cosines = nearest_centers(vectors, found.centers)
-    assert np.array_equal(labels, (vectors @ found.centers.T).argmax(axis=1))
-    assert np.allclose(cosines, (vectors @ found.centers.T).max(axis=1), atol=1e-5)
-    assert nearest_centers(vectors[:0], found.centers)[0].shape == (0,)
+    centers, _ = find_centers(vectors, 5, iterations=20, seed=1)
+    assert np.array_equal(centers, find_centers(vectors, 5, iterations=20, seed=1)[0])
+    assert np.allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+    labels, cosines, _ = nearest(torch.from_numpy(vectors), torch.from_numpy(centers))
+    assert np.array_equal(labels, (vectors @ centers.T).argmax(axis=1))
+    assert np.allclose(cosines, (vectors @ centers.T).max(axis=1), atol=1e-5)
 
 
 # Text

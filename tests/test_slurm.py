@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 
@@ -50,12 +49,9 @@ def test_a_mistake_fails_the_job_at_once_and_is_not_requeued(
 
 
 def test_jobs_of_one_host_and_starts_of_one_job_have_ports_of_their_own() -> None:
-    script = (repository() / "slurm" / "launch.sh").read_text()
-    function = re.search(r"^port_of\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL)
-    assert function is not None
-
     def port_of(job: int, restarts: int) -> int:
-        text = f"SLURM_JOB_ID={job} restarts={restarts}\n{function[0]}\nport_of"
+        start = f"SLURM_JOB_ID={job} SLURM_RESTART_COUNT={restarts}"
+        text = f"{start}; source {repository()}/slurm/rendezvous.sh; port_of"
         return int(subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout)
 
     ports = [port_of(job, restarts) for job in (7, 8, 9, 10007) for restarts in (0, 1, 2)]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megaregion.curation.quality.report import TrueImage
     from megaregion.curation.runner.pipeline import Share
     from megaregion.evaluation.scenes import Scene
+    from megaregion.parallel.topology import Topology
 
 
 def main() -> None:
@@ -30,21 +31,36 @@ def main() -> None:
 
 
 def _curate(arguments: argparse.Namespace) -> None:
-    from megaregion.curation.runner.pipeline import curate, curate_share, job_lines
+    from megaregion.curation.runner.pipeline import Share, curate, curate_share, job_lines
+    from megaregion.parallel.topology import leave
 
     settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
     check_settings(settings)
     if arguments.images is None:
         raise UserError("--images FOLDER is missing; name the folder of the images")
     where = arguments.images, arguments.out, settings
+    place = _join() if arguments.stage == "cluster" and not arguments.jobs else None
     if arguments.jobs:
         print("\n".join(job_lines(settings)))
-    elif share is None:
+    elif share is None and place is None:
         print(curate(*where, _progress, arguments.stage, arguments.workers).table())
     else:
+        share = share or Share(0, 1)
         pieces, done = curate_share(*where, _progress, arguments.stage, share, arguments.workers)
+        if place:
+            leave()
+            if place.rank:
+                return
         span = f"pieces {pieces[0]} to {pieces[-1]}" if pieces else "no piece"
         print(f"{arguments.stage} {share.number} of {share.of}: {span}, {done} done now")
+
+
+def _join() -> Topology | None:
+    """This rank's place if torchrun or srun has started several; one process needs none."""
+    from megaregion.parallel.topology import join, launched_as
+
+    _, ranks, _ = launched_as()
+    return join(1) if ranks > 1 else None
 
 
 def _share(piece: int | None, of: int | None) -> Share | None:

@@ -14,12 +14,6 @@ from megaregion.settings import check, flag_name, read_settings, sections, unkno
 MIN_VOCABULARY = 384
 """Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
 
-FLAT_CENTERS = 512
-"""Most centers for which plain k-means is as fast as any other."""
-
-MAX_PASSES = 12
-"""Most refinement passes; each is a stage of its own."""
-
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that training will decode."""
 
@@ -89,31 +83,19 @@ class ClusterSettings:
     clusters: PositiveInt = 256
     """Number of centers, the object classes (paper: 1000000)."""
     cluster_iterations: Annotated[int, Whole(1, 10_000)] = 20
-    """Passes of k-means over the embeddings."""
+    """Most exact passes of k-means over all embeddings; it ends earlier where no center moves any more."""
     cluster_seed: Seed = 0
     """Seed of k-means."""
-    cluster_method: Literal["auto", "flat", "cells"] = "auto"
-    """Flat k-means, or in first-level cells with refinement; auto: flat up to 512 centers."""
     first_level: Count = 0
-    """First-level cells, each a piece of work; 0 takes the root of the number of centers."""
-    refine_passes: Annotated[int, Whole(0, MAX_PASSES)] = 10
-    """Passes over all embeddings after the cells are done."""
-
-    @property
-    def hierarchical(self) -> bool:
-        """Whether centers are found in first-level cells."""
-        by_size = self.cluster_method == "auto" and self.clusters > FLAT_CENTERS
-        return by_size or self.cluster_method == "cells"
+    """Cells of the first guess; 0 takes the root of the number of centers, and one up to 512 centers."""
 
 
 @dataclass(frozen=True)
 class AssignSettings:
-    """The labels; more than 4096 centers are not all looked at, see assign-probes."""
+    """The labels: every region's nearest of all centers."""
 
-    assign_probes: Count = 16
-    """Cells of centers that are looked through for each region; 0 looks at every center."""
     chunk_memory: Annotated[int, Whole(1, 10**6, "MIB")] = 512
-    """Memory for embeddings that are worked on at once, in cluster stages and in assign."""
+    """Memory of a process for embeddings that are worked on at once, in cluster and in assign."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def join(tensor: int, timeout_minutes: int = 30) -> Topology:
     Raises:
         UserError: The number of ranks is not a multiple of tensor.
     """
-    rank, world_size, local_rank = _launched_as()
+    rank, world_size, local_rank = launched_as()
     if world_size % tensor:
         raise UserError(f"parallel.tensor must divide the number of ranks {world_size}, got {tensor}")
     device = _own_device(local_rank)
@@ -100,7 +100,7 @@ def own_store(purpose: str) -> Any:
     Args:
         purpose: Keeps its keys apart from everybody else's.
     """
-    rank, world_size, _ = _launched_as()
+    rank, world_size, _ = launched_as()
     # The agent of torchrun keeps its store over restarts, and old news with it.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"{purpose}-{start}", _store(rank, world_size, joins=True))  # type: ignore[attr-defined]
@@ -226,7 +226,7 @@ def _own_group(groups: list[list[int]], rank: int, timeout: timedelta) -> Group:
     return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
 
 
-def _launched_as() -> tuple[int, int, int]:
+def launched_as() -> tuple[int, int, int]:
     """Rank, world size and rank on this host, as the launcher says."""
     env = os.environ
     if "RANK" in env:

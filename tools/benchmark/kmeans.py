@@ -1,7 +1,8 @@
-"""Hierarchical k-means beside flat Faiss k-means, and a projection to 2 billion regions.
+"""Exact k-means beside flat Faiss k-means.
 
-Ratios are peer / ours, for times and inertia alike: an inertia ratio of 0.97 is 1.03 times flat's. The
-lines above the table project the measured speeds to 2 billion x 768, a million centers and 64 GPUs.
+Ratios are peer / ours, for times and inertia alike. The first line of each case is the fair one: our time
+until flat's final inertia is reached, against flat's time until it reaches ours (all of it where it never
+does). The last is the floor: the products that were looked at, at the rate of bare ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,20 @@ from benchmark.report import Case, Report
 from benchmark.scenes import scene_features
 from megaregion.bounds import Positive
 from megaregion.command_line import flag, path, whole
-from megaregion.curation.kmeans import cost
-from megaregion.curation.kmeans.features import Vectors, in_chunks
-from megaregion.curation.kmeans.hierarchy import Plan, cluster, in_order
-from megaregion.curation.kmeans.kmeans import Clustering, find_centers, nearest
+from megaregion.curation.kmeans.embeddings import Share
+from megaregion.curation.kmeans.nearest import in_order, nearest
+from megaregion.curation.kmeans.passes import Pass, cluster
+from megaregion.curation.kmeans.split import Plan, find_centers
 from megaregion.curation.settings import AssignSettings
 from megaregion.curation.types import unit
 from megaregion.errors import UserError
+from megaregion.heap import keep_freed_memory
+from megaregion.products import product
+
+Vectors = NDArray[np.float32]
 
 FLAT_ITERATIONS = 25
 """Faiss's own default; it ends earlier where nothing moves any more."""
-ASSIGNED = 16_384
-"""Vectors that one thread labels at a time."""
-PAPER_HOURS = 10.0
-"""What the RICE paper reports on 64 GPUs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     add = parser.add_argument
     add("--clusters", type=whole(), default=1024, help="centers for the scenes")
-    add("--passes", type=whole(), default=10, help="our passes over all vectors after the cells")
-    add("--iterations", type=whole(), default=20, help="our passes of k-means inside the cells")
+    add("--passes", type=whole(), default=20, help="our exact passes, at most")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +99,7 @@ def gaussian_features(
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Run the cases that were asked for, and project.
+    """Run the cases that were asked for.
 
     Raises:
         UserError: A flag is out of range, or the file of embeddings is of another kind.
@@ -108,122 +107,78 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     made = vectors_of(options)
     if options.clusters > options.crops:
         raise UserError(f"--clusters must be at most --crops {options.crops}, got {options.clusters}")
-    threads = torch.get_num_threads()
     clusters = {"scenes": options.clusters, "mixture": options.components}
-    goals = {"scenes": (3.0, 1.03), "mixture": (8.0, 1.05)}
-    report, runs = Report(describe_host(device)), []
-
-    def plan(clusters: int) -> Plan:
-        return Plan.of(clusters, options.iterations, 0, options.passes)
-
+    goals = {"scenes": (4.0, 8.0, 0.999), "mixture": (4.0, 8.0, 1.0)}
+    report = Report(describe_host(device))
     for name, make in made.items():
-        vectors = make()
-        cases, run = compare_kmeans(name, vectors, plan(clusters[name]), goals[name], threads)
-        report.cases += cases
-        runs.append(run)
-    # Smaller runs of ours, to see how time grows.
-    runs += [run_ours(vectors[::part], plan(clusters[name] // part), threads) for part in (2, 4)]
-    report.cases.append(_project(runs, threads, options))
+        report.cases += compare_kmeans(
+            name, make(), Plan(clusters[name], options.passes, 0), goals[name], device
+        )
     return report
 
 
-@dataclass(frozen=True)
-class Run:
-    """One k-means of ours: its centers, its length, and the work it did."""
-
-    centers: Vectors
-    seconds: float
-    work: list[cost.Work]
-
-
-def run_ours(vectors: Vectors, plan: Plan, threads: int) -> Run:
-    """Cluster in cells with refinement; the bar counts route, split and each pass."""
-
-    def advance(step: str) -> None:
-        bar.set_postfix_str(step)
-        bar.update()
-
-    with tqdm(total=2 + plan.passes, desc="in cells", unit="step", disable=None) as bar:
+def run_ours(
+    vectors: Vectors, plan: Plan, device: torch.device
+) -> tuple[torch.Tensor, list[tuple[float, Pass]]]:
+    """Cluster; the centers, and the seconds at which each pass ended."""
+    told: list[tuple[float, Pass]] = []
+    keep_freed_memory()
+    with tqdm(total=plan.iterations, desc="exact passes", unit="pass", disable=None) as bar:
         began = time.perf_counter()
-        found = cluster(vectors, plan, threads, advance)
-        seconds = time.perf_counter() - began
-    # The last step labels all vectors, which k-means does not.
-    work = cost.work_of(len(vectors), vectors.shape[1], plan, probes=1)[:-1]
-    return Run(found.centers, seconds, work)
+
+        def tell(done: Pass) -> None:
+            told.append((time.perf_counter() - began, done))
+            bar.update()
+
+        share = Share([vectors], AssignSettings().chunk_memory, device)
+        centers = cluster(share, plan, on_pass=tell)
+    return centers, told
 
 
 def compare_kmeans(
-    name: str, vectors: Vectors, plan: Plan, goals: tuple[float, float], threads: int
-) -> tuple[list[Case], Run]:
-    """Ours against flat k-means with Faiss.
+    name: str, vectors: Vectors, plan: Plan, goals: tuple[float, float, float], device: torch.device
+) -> list[Case]:
+    """Ours against flat k-means with Faiss on as many threads.
 
     Args:
         name: What the vectors are.
         vectors: Unit vectors, float32 [n, channels].
         plan: Our sizes.
-        goals: How many times faster, and the greatest inertia relative to flat.
-        threads: Threads of both.
+        goals: How many times faster to the same inertia and in all, and the most inertia relative to flat.
+        device: Where ours runs.
     """
-    ours = run_ours(vectors, plan, threads)
-    bare = run_ours(vectors, Plan.of(plan.clusters, plan.iterations, plan.seed, 0), threads)
+    threads, count = torch.get_num_threads(), len(vectors)
+    centers, told = run_ours(vectors, plan, device)
     began = time.perf_counter()
-    flat = find_centers(vectors, plan.clusters, FLAT_ITERATIONS, plan.seed, threads)
-    seconds = time.perf_counter() - began
-    inertia = {
-        who: _inertia(vectors, centers, threads)
-        for who, centers in (("ours", ours.centers), ("bare", bare.centers), ("flat", flat.centers))
-    }
-    label = f"{name}, n={len(vectors):,} C={vectors.shape[1]} K={plan.clusters:,}"
-    done = len(flat.objective)
-    same = _passes_to(flat, inertia["ours"], len(vectors))
+    flat, cosines = find_centers(vectors, plan.clusters, FLAT_ITERATIONS, plan.seed, threads)
+    flat_seconds = time.perf_counter() - began
+    tensor = torch.from_numpy(vectors).to(device)
+    ours, peer = (
+        float((2 - 2 * nearest(tensor, each.to(device)).best.double()).sum())
+        for each in (centers, torch.from_numpy(flat))
+    )
+    seconds = told[-1][0]
+    # A pass tells the inertia of the centers that it began with.
+    reached = [at for at, done in told if count * (2 - 2 * done.cosine) <= peer]
+    same = [number for number, value in enumerate(cosines, 1) if 2 * count - 2 * value <= ours]
+    until = flat_seconds * (same[0] if same else len(cosines)) / len(cosines)
+    scored = sum(done.scored for _, done in told)
+    floor = scored / bare_rate(tensor, plan.clusters)
+    label = f"{name}, n={count:,} C={vectors.shape[1]} K={plan.clusters:,}"
     return [
-        Case(f"{label}: flat, {done} passes", ours.seconds, seconds, goals[0], "s"),
-        Case(f"{label}: flat, stopped at our inertia", ours.seconds, seconds * same / done, 0, "s"),
-        Case(f"{label}: inertia, flat", inertia["ours"], inertia["flat"], 1 / goals[1], ""),
-        Case(f"{label}: inertia, cells not refined", inertia["ours"], inertia["bare"], 0, ""),
-        Case(f"{label}: time, cells not refined", ours.seconds, bare.seconds, 0, "s"),
-    ], ours
+        Case(f"{label}: until the other's inertia", reached[0] if reached else seconds, until, goals[0], "s"),
+        Case(f"{label}: flat, {len(cosines)} passes", seconds, flat_seconds, goals[1], "s"),
+        Case(f"{label}: inertia, flat", ours, peer, 1 / goals[2], ""),
+        Case(f"{label}: bare products of {scored:.1f} passes of {len(told)}", seconds, floor, 0, "s"),
+    ]
 
 
-def exact_search(vectors: Vectors, centers: Vectors, threads: int) -> tuple[NDArray[np.int64], Vectors]:
-    """The nearest of all centers, and the cosine to it; both [n]."""
-    parts = in_order(threads, lambda part: nearest(part, centers, 1), list(in_chunks(vectors, ASSIGNED)))
-    labels, cosines = (np.concatenate([part[which] for part in parts])[:, 0] for which in (0, 1))
-    return labels, cosines
-
-
-def _inertia(vectors: Vectors, centers: Vectors, threads: int) -> float:
-    """Sum of squared distances to the nearest center."""
-    cosines = exact_search(vectors, centers, threads)[1]
-    return float((2 - 2 * cosines.astype(np.float64)).sum())
-
-
-def _passes_to(flat: Clustering, inertia: float, count: int) -> int:
-    """Passes after which flat k-means is as good; all of them if it never is."""
-    # Faiss sums cosines where it is spherical: 2 - 2 cosine is the squared distance of unit vectors.
-    reached = [number for number, value in enumerate(flat.objective, 1) if 2 * count - 2 * value <= inertia]
-    return reached[0] if reached else len(flat.objective)
-
-
-def _project(runs: list[Run], threads: int, options: argparse.Namespace) -> Case:
-    """What 2 billion regions would take at the speed of these runs; says how it comes to that."""
-    fitted = cost.fit([(run.work, run.seconds) for run in runs], threads)
-    bare, fleet = _bare_rate(768, threads), cost.Fleet()
-    plan = Plan.of(1_000_000, options.iterations, 0, options.passes)
-    work = cost.work_of(2_000_000_000, 768, plan, AssignSettings().assign_probes)
-    seconds = cost.project(work, fitted, bare, fleet)
-    print(cost.explain(seconds, work, fitted, bare, fleet))
-    hours = sum(seconds.values()) / 3600
-    return Case("modelled: 2B x 768, 1M centers, 64 GPUs, paper", hours, PAPER_HOURS, 5.0, "h")
-
-
-def _bare_rate(channels: int, threads: int) -> float:
-    """Floating-point operations per second of a plain search."""
-    rng = np.random.Generator(np.random.Philox(key=0))
-    vectors = rng.standard_normal((4096, channels), dtype=np.float32)
-    centers, seconds = vectors[:2048].copy(), []
+def bare_rate(vectors: torch.Tensor, clusters: int) -> float:
+    """Passes a second if a pass were nothing but its products, on all threads."""
+    rows, centers = vectors[:4096], vectors[:2048].clone()
+    seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        exact_search(vectors, centers, threads)
+        in_order(lambda start: product(rows[start : start + 1024], centers), range(0, len(rows), 1024))
         seconds.append(time.perf_counter() - began)
-    return 2.0 * len(vectors) * len(centers) * channels / min(seconds)
+    return len(rows) * len(centers) / min(seconds) / (len(vectors) * clusters)

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from megaregion.curation.kmeans.kmeans import find_centers, nearest_centers
+from megaregion.curation.kmeans.nearest import nearest
+from megaregion.curation.kmeans.split import find_centers
 from megaregion.curation.stages.assign import COSINES, LABELS
 from megaregion.curation.stages.cluster import CENTERS
 from megaregion.curation.stages.embed import FEATURES
@@ -85,7 +87,7 @@ def cluster_quality(job: Job) -> ClusterQuality:
         largest_percent=_largest_percent(sizes),
         distance=distance / max(1, total),
         near_duplicates=_near_duplicates(regions, sample),
-        exact=float((nearest_centers(sample.vectors, np.asarray(centers))[0] == sample.labels).mean()),
+        exact=float((_nearest(sample.vectors, np.asarray(centers)) == sample.labels).mean()),
         stability=_stability(sample, count, settings.cluster_iterations, settings.cluster_seed),
         stability_clusters=count,
     )
@@ -125,9 +127,13 @@ def _near_duplicates(regions: LabelledRegions, sample: Sample) -> float:
 def _stability(sample: Sample, clusters: int, iterations: int, seed: int) -> float:
     labels = []
     for each in (seed, seed + 1):
-        found = find_centers(sample.vectors, clusters, iterations, each)
-        labels.append(nearest_centers(sample.vectors, found.centers)[0])
+        found, _ = find_centers(sample.vectors, clusters, iterations, each)
+        labels.append(_nearest(sample.vectors, found))
     return nmi(labels[0], labels[1])
+
+
+def _nearest(vectors: NDArray[np.float32], centers: NDArray[np.float32]) -> NDArray[np.int64]:
+    return nearest(torch.from_numpy(vectors), torch.from_numpy(centers)).labels.numpy()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ or other machines, and looks at no more than it needs for that.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
@@ -29,6 +30,9 @@ from megaregion.settings import read_settings
 
 RUN = "run.json"
 """Below OUT: what a run was started with, so that its state and report need nothing but the folder."""
+
+FORMER = ("coarse", "route", "split", "gather-[0-9]*", "refine-[0-9]*")
+"""Stages that runs of other versions have left; nothing reads them any more."""
 
 LIST = "list"
 """The step before all stages: finding the images."""
@@ -135,6 +139,9 @@ class Pipeline:
             # All that the dataset is made of is done: what a run over more images left is of no more use.
             for each in self._stages.values():
                 self.job.store.prune(each.name, each.pieces())
+            for former in FORMER:
+                for folder in (self.job.store.root / "stages").glob(former):
+                    shutil.rmtree(folder, ignore_errors=True)
         if tasks:
             stage.prepare()
             for task in tasks:
@@ -257,10 +264,17 @@ def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
     """
     try:
         content = json.loads((out / RUN).read_bytes())
-        settings = read_settings(CurationSettings(), content["settings"])
+        settings = _recorded(out, content["settings"])
         check_settings(settings)
         return Path(content["images"]), settings
     except OSError:
         raise UserError(f"--out {out} holds no run of tools/curate.py; give the folder of one") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out / RUN} is damaged; run tools/curate.py --stage list again") from None
+
+
+def _recorded(out: Path, values: Any) -> CurationSettings:
+    try:
+        return read_settings(CurationSettings(), values)
+    except UserError as error:
+        raise UserError(f"{out / RUN}: {error}, or curate again: what is of use is kept") from None

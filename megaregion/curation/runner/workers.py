@@ -14,14 +14,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
 
 from megaregion.curation.runner.holder import held
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.stage import Job, Stage
-from megaregion.curation.stages.store import Piece, writable
+from megaregion.curation.stages.store import Output, Piece, writable
 from megaregion.errors import UserError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -59,10 +62,12 @@ class Workers:
         Raises:
             UserError: A mistake that a user can mend ended a piece, or a piece killed several workers.
         """
-        if self._count == 0:
-            stages = make_stages(self._job)
-            for task in tasks:
-                _do(task, self._job, stages, tick)
+        stages = make_stages(self._job)
+        together = any(stages[task.piece.stage].together for task in tasks)
+        if self._count == 0 or together:
+            with _threads(self._count) if together else nullcontext():
+                for task in tasks:
+                    _do(task, self._job, stages, tick)
             return
         waiting, deaths = list(reversed(tasks)), Counter[Piece]()
         busy: dict[Connection, tuple[_Worker, Task]] = {}
@@ -140,6 +145,18 @@ class _Worker:
 
 
 @contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use as many threads here as there would be workers; ranks have theirs already."""
+    before = torch.get_num_threads()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -184,7 +201,12 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
 def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
     began = time.monotonic()
     piece = task.piece
+    if dist.is_initialized() and dist.get_rank():
+        # The first rank holds the piece, and writes it.
+        folder = job.store.folder(piece)
+        stages[piece.stage].work(piece.number, Output(job.store.root, folder, tick, task.key))
+        return
     with writable(job.store.root), held(job.store.folder(piece).parent, piece.number, tick) as count:
-        output = job.store.begin(piece, count)
+        output = job.store.begin(piece, count, task.key)
         stages[piece.stage].work(piece.number, output)
         job.store.finish(piece, task.key, output, began, task.recipes)

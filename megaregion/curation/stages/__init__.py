@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megaregion.curation.stages.assign import Assign, Balance
-from megaregion.curation.stages.cells import PASSES, Coarse, Route, Split
 from megaregion.curation.stages.cluster import Cluster
 from megaregion.curation.stages.embed import Embed
 from megaregion.curation.stages.pack import Pack, Publish
@@ -12,9 +11,9 @@ from megaregion.curation.stages.stage import Job, Stage
 from megaregion.curation.stages.text import Ocr, Tokenizer
 
 STAGES: tuple[type[Stage], ...] = (
-    Propose, Ocr, Embed, Coarse, Route, Split, *PASSES, Cluster, Assign, Balance, Tokenizer, Pack, Publish,
+    Propose, Ocr, Embed, Cluster, Assign, Balance, Tokenizer, Pack, Publish,
 )  # fmt: skip
-"""Each needs only earlier ones. Coarse, route, split and the passes have no pieces where k-means is flat."""
+"""Each needs only earlier ones."""
 
 NAMES = tuple(stage.name for stage in STAGES)
 

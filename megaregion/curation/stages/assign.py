@@ -1,4 +1,4 @@
-"""Stages assign and balance: every region's nearest center, and which regions of large clusters are packed.
+"""Stages assign and balance: every region's nearest of all centers, and what is packed of large clusters.
 
 Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
 Labels are read twice, piece by piece; memory grows with the number of clusters only.
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.kmeans.features import Vectors, in_chunks, rows_in, to_unit
-from megaregion.curation.kmeans.kmeans import nearest_centers
-from megaregion.curation.kmeans.probing import Probing
-from megaregion.curation.stages.cluster import CELLS, CENTERS, FIRST, NEIGHBOURS
+from megaregion.curation.kmeans.embeddings import rows_in, to_unit
+from megaregion.curation.kmeans.nearest import nearest
+from megaregion.curation.stages.cluster import CENTERS
 from megaregion.curation.stages.embed import FEATURES
 from megaregion.curation.stages.stage import Stage
 from megaregion.curation.stages.store import Output, Piece
@@ -31,11 +31,11 @@ class Assign(Stage):
     """Writes labels.npy, int64 [r], -1 for a region without embedding, and cosines.npy, float32 [r]."""
 
     name = "assign"
-    version = 2
+    version = 3
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {"assign_probes": self.job.settings.assign.assign_probes}
+        return {}
 
     @override
     def needs(self, number: int) -> list[Piece]:
@@ -48,22 +48,17 @@ class Assign(Stage):
         labels = np.full(len(rows), -1, dtype=np.int64)
         cosines = np.zeros(len(rows), dtype=np.float32)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
-        for start, chunk in zip(range(0, len(rows), size), in_chunks(rows, size), strict=True):
-            vectors = to_unit(chunk)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        centers = torch.from_numpy(self.load(cluster, CENTERS)).to(device)
+        for start in range(0, len(rows), size):
+            vectors = to_unit(rows[start : start + size])
             usable = np.flatnonzero(vectors.any(axis=1))
-            found = self._find(cluster, vectors[usable])
-            labels[start + usable], cosines[start + usable] = found
+            found = nearest(torch.from_numpy(vectors[usable]).to(device), centers)
+            labels[start + usable], cosines[start + usable] = found.labels.cpu(), found.best.cpu()
         output.save(LABELS, labels)
         output.save(COSINES, cosines)
         for _ in range(self.count(number)):
             output.tick()
-
-    def _find(self, cluster: Piece, vectors: Vectors) -> tuple[NDArray[np.int64], Vectors]:
-        centers = self.load(cluster, CENTERS, mapped=True)
-        if not self.path(cluster, CELLS).exists():
-            return nearest_centers(vectors, centers)
-        cells, first, near = (self.load(cluster, name, mapped=True) for name in (CELLS, FIRST, NEIGHBOURS))
-        return Probing(centers, cells, first, near).find(vectors, self.job.settings.assign.assign_probes)
 
 
 class Balance(Stage):

@@ -1,59 +1,62 @@
 """Stage cluster: the centers of all embeddings, one object class each.
 
-Shapes: n regions of the whole run, K centers, L cells of centers, M neighbours of a center, C channels.
+Shapes: K centers of C channels.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import logging
+from typing import Any
+
+import torch
 from typing_extensions import override
 
-from megaregion.curation.kmeans.features import Vectors, count_broken, to_unit
-from megaregion.curation.kmeans.kmeans import find_centers
-from megaregion.curation.kmeans.probing import ALL, build_probing
-from megaregion.curation.stages.cells import ClusterStage, before, gathered
+from megaregion.curation.kmeans.embeddings import Share
+from megaregion.curation.kmeans.passes import Pass, Progress, cluster
+from megaregion.curation.kmeans.split import Plan
 from megaregion.curation.stages.embed import FEATURES
+from megaregion.curation.stages.stage import Stage, plain
 from megaregion.curation.stages.store import Output, Piece
 
-CENTERS, CELLS, FIRST, NEIGHBOURS = "centers.npy", "cells.npy", "first.npy", "neighbours.npy"
+CENTERS = "centers.npy"
+LOG = logging.getLogger("megaregion.curation")
 
 
-class Cluster(ClusterStage):
-    """Writes centers.npy, float32 [K, C], unit vectors.
-
-    Where there are so many that regions cannot be compared with each, also what finds the nearest:
-    cells.npy, float32 [L, C], first.npy, int64 [L + 1], and neighbours.npy, int32 [K, M].
-    """
+class Cluster(Stage):
+    """Writes centers.npy, float32 [K, C], unit vectors; the ranks of a job do it together."""
 
     name = "cluster"
     whole = True
-    version = 2
+    together = True
+    version = 3
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        # In which chunks embeddings add up.
+        return plain(self.job.settings.cluster) | {"chunk_memory": self.job.settings.assign.chunk_memory}
 
     @override
     def needs(self, number: int) -> list[Piece]:
-        if not self.active:
-            return self.every("embed")
-        return before(self.plan.passes + 1, self.plan.cells)
+        return self.every("embed")
 
     @override
     def work(self, number: int, output: Output) -> None:
-        centers = self._in_cells(output) if self.active else self._flat(output)
-        if len(centers) > ALL:
-            probing = build_probing(centers, self.plan.seed)
-            centers = probing.centers
-            output.save(CELLS, probing.cells)
-            output.save(FIRST, probing.first)
-            output.save(NEIGHBOURS, probing.neighbours)
-        output.save(CENTERS, centers)
-        output.tick()
+        settings = self.job.settings.cluster
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        files = [self.path(piece, FEATURES) for piece in self.needs(number)]
+        share = Share(files, self.job.settings.assign.chunk_memory, device)
+        plan = Plan(
+            settings.clusters, settings.cluster_iterations, settings.cluster_seed, settings.first_level
+        )
+        centers = cluster(share, plan, Progress(output.kept("passes.npz"), output.key), _tell)
+        if share.rank == 0:
+            output.counts["embeddings not finite"] += share.broken
+            output.save(CENTERS, centers.cpu().numpy())
+            output.tick()
 
-    def _in_cells(self, output: Output) -> Vectors:
-        centers, split = gathered(self.plan.passes + 1, self.plan.cells, self.job.store)
-        output.counts[f"clusters split in pass {self.plan.passes}"] += split
-        return centers
 
-    def _flat(self, output: Output) -> Vectors:
-        rows = np.concatenate([self.load(piece, FEATURES) for piece in self.needs(0)])
-        output.counts["embeddings not finite"] += count_broken(rows)
-        vectors, plan = to_unit(rows), self.plan
-        return find_centers(vectors[vectors.any(axis=1)], plan.clusters, plan.iterations, plan.seed).centers
+def _tell(done: Pass) -> None:
+    LOG.info(
+        "pass %d: mean cosine %.6f, %d centers exchanged, %.1f%% of all scores looked at",
+        done.number, done.cosine, done.exchanged, 100 * done.scored,
+    )  # fmt: skip

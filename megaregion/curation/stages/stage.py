@@ -58,6 +58,8 @@ class Stage(ABC):
     """Unique, short; the name of its folder."""
     whole = False
     """One piece for the whole run, which reads earlier pieces only; else one for every slice of images."""
+    together = False
+    """Several ranks, or all threads of one process, do a piece together; else each worker does its own."""
     version = 1
     """Raised when the same input would give another outcome, so that old pieces are done again."""
 

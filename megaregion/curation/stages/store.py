@@ -67,10 +67,10 @@ class Manifest:
 
 
 class Output:
-    """Collects what one piece leaves behind, in its folder below the run's root."""
+    """Collects what one piece leaves behind in its folder; ``key`` says what the piece is made from."""
 
-    def __init__(self, root: Path, folder: Path, tick: Callable[[], None]) -> None:
-        self.root, self.folder, self.tick = root, folder, tick
+    def __init__(self, root: Path, folder: Path, tick: Callable[[], None], key: str = "") -> None:
+        self.root, self.folder, self.tick, self.key = root, folder, tick, key
         self.counts: Counter[str] = Counter()
         self.bad: dict[str, str] = {}
         self.files: list[Path] = []
@@ -87,6 +87,10 @@ class Output:
         """Write an array as a file of the piece."""
         with self.file(name) as file:
             np.save(file, values, allow_pickle=False)
+
+    def kept(self, name: str) -> Path:
+        """A file beside the piece's folder that outlives a kill, and goes when the piece is finished."""
+        return self.folder.with_name(f".{self.folder.name}-{name}")
 
     def adopt(self, path: Path) -> None:
         """Count a finished file, wherever it lies in the run's folder, among the piece's."""
@@ -150,14 +154,14 @@ class Store:
         )
         return manifest if whole else None
 
-    def begin(self, piece: Piece, tick: Callable[[], None]) -> Output:
+    def begin(self, piece: Piece, tick: Callable[[], None], key: str) -> Output:
         """Make room for a piece; what an earlier try left is gone."""
         folder = self.folder(piece)
         # The manifest first: if we are killed in between, nothing passes for finished.
         (folder / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return Output(self.root, folder, tick)
+        return Output(self.root, folder, tick, key)
 
     def finish(self, piece: Piece, key: str, output: Output, began: float, recipes: dict[str, str]) -> None:
         """Write the manifest, and so declare the piece finished.
@@ -176,6 +180,8 @@ class Store:
         seconds = round(time.monotonic() - began, 3)
         counts = dict(sorted((+output.counts).items()))
         self.write(piece, Manifest(key, files, counts, output.bad, seconds, recipes))
+        for path in output.folder.parent.glob(output.kept("*").name):
+            path.unlink()
 
     def write(self, piece: Piece, manifest: Manifest) -> None:
         """Write a piece's manifest."""
