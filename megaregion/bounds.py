@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,18 +24,18 @@ class Misfit(ValueError, argparse.ArgumentTypeError):
     """What is wrong with a value; its text goes on from a setting's name, as "must be true or false"."""
 
 
-class Kind:
+class Kind(ABC):
     """What the values of a setting may be."""
 
     @property
+    @abstractmethod
     def told(self) -> str:
         """The values in words, as "a whole number in [1, 1e9]"."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def metavar(self) -> str:
         """What stands for a value in ``--help``."""
-        raise NotImplementedError
 
     def read(self, value: object) -> Any:
         """The value from a text, or from what JSON holds; bounds are not looked at.
@@ -46,7 +47,7 @@ class Kind:
             return value
         raise self.misfit(value)
 
-    def check(self, value: Any) -> None:
+    def check(self, value: Any) -> None:  # noqa: B027 - a kind without bounds takes all of its values
         """Judge a value of this kind.
 
         Raises:

@@ -121,7 +121,8 @@ def add_settings(
     dest = _dest(defaults)
     for section in sections(defaults):
         named = section.key and not flat
-        group = parser.add_argument_group(f"{section.key}: " * bool(named) + section.told.rstrip("."))
+        told = section.told.rstrip(".")
+        group = parser.add_argument_group(f"{section.key}: {told}" if named else told)
         if named:
             group.add_argument(
                 f"--{section.key}", metavar="YAML", action=_Change, dest=dest, key=section.key,
@@ -242,6 +243,18 @@ def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     if teardown:
         sys.exit(code)
     end_process(code)
+
+
+def _tell_uncaught(kind: Any, error: Any, trace: Any) -> None:
+    """What nobody catches: Ctrl-C while modules are imported is a line, all else a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Before anything heavy is imported: Ctrl-C may come at once.
+sys.excepthook = _tell_uncaught
 
 
 def _of_the_machine(error: Exception) -> int:

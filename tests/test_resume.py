@@ -16,10 +16,43 @@ from megaregion.config import RunConfig, StageConfig
 from megaregion.data.info import DatasetInfo, ShardEntry
 from megaregion.errors import UserError
 from megaregion.settings import sections
-from megaregion.training.resume import FIXED, FREE, changes, facts
+from megaregion.training.resume import FIXED, changes, facts
 
 SETTINGS = {one.key for section in sections(RunConfig()) for one in section.settings}
 DATASET = DatasetInfo(4, 9, 9, 5, 6, "a", "b", (ShardEntry("one", 2, 9, "c"), ShardEntry("two", 2, 9, "d")))
+
+_HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives", "weight")
+
+FREE = {
+    # The seed orders samples, crops and negatives from here on; those of the steps before keep theirs.
+    "": ("name", "output", "seed", "init", "stages"),
+    "model": ("image_size", "first_weights"),
+    # The labels must stay: see check_fits.
+    "data": (
+        "path", "cache", "cache_bytes", "regions_per_image", "max_text_tokens", "crop_scale", "crop_ratio",
+        "flip", "color_jitter", "min_visible", "patch_coverage", "packing", "workers", "prefetch",
+        "window_shards", "max_bad_share", "read_retries", "read_pause",
+    ),
+    "head": (
+        "chunk_bytes", "draw_images", "backend", "init", "hierarchical", "census_every", "idle_steps",
+    ),
+    "head.object": _HEAD,
+    "head.text": _HEAD,
+    "optimizer": (
+        "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "head_weight_decay", "head_moments", "beta1",
+        "beta2", "eps", "clip_norm",
+    ),
+    "parallel": ("tensor", "sequence", "zero_stage"),
+    "train": (
+        "steps", "global_batch", "micro_batch", "precision", "recompute", "activation_gib", "fp8", "compile",
+        "log_every", "slow_factor", "watchdog_seconds",
+    ),
+    "checkpoint": ("every", "asynchronous", "local", "keep_last", "keep_every", "keep_best"),
+    "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks"),
+    "evaluate": ("every", "scenes", "split", "limit", "threads"),
+    "machines": ("slow_factor", "inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"),
+}  # fmt: skip
+"""Settings by section that a resume may change."""
 
 
 def keys(kind: dict[str, tuple[str, ...]]) -> list[str]:

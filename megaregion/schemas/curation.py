@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from megaregion.tables import aligned
+
 SUMMARY = "summary.json"
 
 DROPPED = "dropped: "
@@ -82,13 +84,13 @@ class Summary:
             ("  different", count["different words"], ""),
             ("tokens", count["tokens"], ""),
         ]
-        lines = [f"{name:<22}{value:>10}  {note}".rstrip() for name, value, note in rows]
+        lines = aligned([(name, str(value), note) for name, value, note in rows], left=(0, 2))
         named = [f"unusable: {path} ({why})" for path, why in sorted(self.bad.items())]
         # A path may hold bytes that are no text.
         named = [line.encode(errors="replace").decode() for line in named]
         if len(named) > NAMED:
             named[NAMED:] = [f"unusable: {len(named) - NAMED} more, named in {SUMMARY}"]
-        return "\n".join([*lines, *named])
+        return "\n".join([lines, *named])
 
     def _per_image(self, name: str) -> str:
         images = self.counts.get("images used", 0)

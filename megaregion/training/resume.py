@@ -1,4 +1,4 @@
-"""What may change from one start of a run to the next, and what not: two tables hold every setting."""
+"""What may change from one start of a run to the next, and what not."""
 
 from __future__ import annotations
 
@@ -22,40 +22,9 @@ FIXED = {
     "data": ("mean", "std"),
     "head": ("embedding_dim",),
 }
-"""Settings by section that give the weights their meaning: another value is refused."""
-
-_HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives", "weight")
-
-FREE = {
-    # The seed orders samples, crops and negatives from here on; those of the steps before keep theirs.
-    "": ("name", "output", "seed", "init", "stages"),
-    "model": ("image_size", "first_weights"),
-    # The labels must stay: see check_fits.
-    "data": (
-        "path", "cache", "cache_bytes", "regions_per_image", "max_text_tokens", "crop_scale", "crop_ratio",
-        "flip", "color_jitter", "min_visible", "patch_coverage", "packing", "workers", "prefetch",
-        "window_shards", "max_bad_share", "read_retries", "read_pause",
-    ),
-    "head": (
-        "chunk_bytes", "draw_images", "backend", "init", "hierarchical", "census_every", "idle_steps",
-    ),
-    "head.object": _HEAD,
-    "head.text": _HEAD,
-    "optimizer": (
-        "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "head_weight_decay", "head_moments", "beta1",
-        "beta2", "eps", "clip_norm",
-    ),
-    "parallel": ("tensor", "sequence", "zero_stage"),
-    "train": (
-        "steps", "global_batch", "micro_batch", "precision", "recompute", "activation_gib", "fp8", "compile",
-        "log_every", "slow_factor", "watchdog_seconds",
-    ),
-    "checkpoint": ("every", "asynchronous", "local", "keep_last", "keep_every", "keep_best"),
-    "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks"),
-    "evaluate": ("every", "scenes", "split", "limit", "threads"),
-    "machines": ("slow_factor", "inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"),
-}  # fmt: skip
-"""All others, as how the run computes, how long and on which images: another value is said and noted."""
+"""Settings by section that give the weights their meaning: another value is refused. All others say how the
+run computes, how long and on which images: another value is told and noted (tests list them, so that a new
+setting must be decided)."""
 
 LABELS = ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256")
 """What the heads learn, of a dataset."""
