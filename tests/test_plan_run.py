@@ -16,7 +16,7 @@ from toy import settings_of
 
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megaregion.errors import UserError
-from megaregion.models.recompute import watch_kept
+from megaregion.models.recompute import run_and_count
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero.engine import deepspeed_config
 from megaregion.planning import memory
@@ -79,16 +79,8 @@ def test_the_activations_are_those_that_autograd_keeps(weights: str, kept_mib: f
     kinds = {0: {"keep"}, 0.01: {"full"}, 4: {"full", "cheap"}, 8: {"cheap"}, 11: {"cheap", "keep"}}
     assert set(layout.recompute) == kinds[kept_mib], layout.recompute
     encoder = encoder.bfloat16() if precision == "bf16" else encoder
-    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def note(tensor: torch.Tensor) -> None:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-
     visible = torch.ones(2, 10, 64, dtype=torch.bool)
-    with watch_kept(note):
-        out = encoder(torch.randn(2, 3, 64, 64), visible)
-    counted = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    out, counted = run_and_count(encoder.parameters(), lambda: encoder(torch.randn(2, 3, 64, 64), visible))
     planned = 2 * activation_bytes(layout, Hardware(device="processor"))
     assert out.requires_grad
     assert planned == pytest.approx(counted, rel=0.02)

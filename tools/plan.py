@@ -65,7 +65,7 @@ def plan_run(flags: argparse.Namespace) -> int:
         best = planner.best_plans(plans, max(1, flags.choices))
     scaled = planner.weak_scaling(plan, planner.SIZES if flags.scaling is None else flags.scaling)
     if flags.dry_run is not None:
-        from megaregion.planning.dry_run import build_rank, count_gpu_step
+        from megaregion.planning.dry_run import TOLERANCE, build_rank, count_gpu_step
 
         if flags.device:
             counted = count_gpu_step(plan, flags.dry_run)
@@ -77,6 +77,8 @@ def plan_run(flags: argparse.Namespace) -> int:
         print(report.text(stages, best, scaled, built, counted))
     if built is not None:
         built.check()
+    if counted is not None:
+        counted.check(plan.memory.activations, TOLERANCE)
     _check_memory(planner.fullest(stages), plan)
     return 0
 

@@ -10,9 +10,9 @@ Shapes: T image tokens, N regions of an image, D width, M MLP width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from megaregion.config import ModelConfig, RunConfig
 Recompute = Literal["keep", "cheap", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("keep", "cheap", "full")
 GIB = 2**30
+Result = TypeVar("Result")
 
 
 def recomputed(
@@ -56,20 +57,30 @@ def recomputed(
 _WATCHERS: list[Callable[[Tensor], None]] = []
 
 
-@contextmanager
-def watch_kept(see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show every tensor that autograd keeps; hooks alone would see none inside of :func:`recomputed`."""
+def run_and_count(parameters: Iterable[Tensor], forward: Callable[[], Result]) -> tuple[Result, int]:
+    """What a forward pass gives, and the bytes that autograd keeps of it, parameters left out.
+
+    Hooks alone would see nothing inside of :func:`recomputed`.
+    """
+    own, kept = list(parameters), dict[int, torch.UntypedStorage]()
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
+        if all(storage._cdata != parameter.untyped_storage()._cdata for parameter in own):
+            kept[storage._cdata] = storage
 
     def pack(saved: Tensor) -> Tensor:
-        see(saved)
+        note(saved)
         return saved
 
-    _WATCHERS.append(see)
+    _WATCHERS.append(note)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            yield
+            result = forward()
     finally:
-        _WATCHERS.remove(see)
+        _WATCHERS.remove(note)
+    return result, sum(storage.nbytes() for storage in kept.values())
 
 
 def kept_bytes(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
-from megaregion.models.recompute import watch_kept
+from megaregion.models.recompute import run_and_count
 from megaregion.models.vit import RegionEncoder, decays
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
@@ -115,10 +115,11 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         # As many images as share the tokens: their parts have no rows that only pad them.
         images = _images(layout, layout.spread)
-        kept = kept_bytes(model.parameters(), lambda: model(*images)) / layout.spread
+        _, kept = run_and_count(model.parameters(), lambda: model(*images))
         engine = ZeroEngine(model, places, layout.config, place, decays)
         heads = [_head(kind, layout, place) for kind in layout.heads]
-        counted = {**state_bytes(engine, heads), "activations": round(kept * layout.micro_batch)}
+        activations = round(kept / layout.spread * layout.micro_batch)
+        counted = {**state_bytes(engine, heads), "activations": activations}
         # ZeRO 3 compares notes with the other ranks before its first pass, and there are none.
         if layout.zero_stage < 3:
             engine.backward(engine(*_images(layout, 1)).float().sum(), last=layout.micro_steps == 1)
@@ -146,23 +147,6 @@ def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[s
         **{kind: storage_bytes(held[kind]) for kind in ("weights", "masters", "moments")},
         "head": sum(storage_bytes(piece.tensor for piece in head.state().values()) for head in heads),
     }
-
-
-def kept_bytes(parameters: Iterable[Tensor], forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps of a forward pass, parameters left out."""
-    own, kept = list(parameters), dict[int, Tensor]()
-
-    def note(tensor: Tensor) -> None:
-        place = tensor.untyped_storage().data_ptr()
-        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
-        if all(place != parameter.untyped_storage().data_ptr() for parameter in own):
-            kept[place] = tensor
-
-    with watch_kept(note):
-        embeddings = forward()
-    size = storage_bytes(kept.values())
-    del embeddings
-    return size
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -23,10 +23,11 @@ from benchmark.memory import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.heap import keep_freed_memory, return_freed_memory
 from megaregion.models.linear import Linear
+from megaregion.models.recompute import run_and_count
 from megaregion.models.rotary import rotation, split_and_turn
 from megaregion.parallel import topology
 from megaregion.parallel.zero.engine import REDUCE_BUCKET
-from megaregion.planning.dry_run import kept_bytes, state_bytes
+from megaregion.planning.dry_run import state_bytes
 from megaregion.planning.layout import body_parameters
 from megaregion.products import product
 
@@ -80,9 +81,8 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
         peak = memory.peak() - before
         batch = next(batches)
         kinds = state_bytes(trainer.engine, trainer.heads.by_kind.values())
-        kinds["activations"] = kept_bytes(
-            trainer.engine.parameters.values(),
-            lambda: trainer.encode(batch),
+        _, kinds["activations"] = run_and_count(
+            trainer.engine.parameters.values(), lambda: trainer.encode(batch)
         )
         keep_freed_memory()
         for _ in range(config.train.steps):

@@ -18,21 +18,31 @@ SOURCE = Path(__file__).with_name("guard.cpp")
 
 
 def load_guard() -> None:
-    """Make this process one in which CUDA seems to be there.
+    """Make this process one in which CUDA seems to be there; a build of torch for CUDA answers by itself.
 
     Raises:
-        UserError: There is no C++ compiler, or it fails.
+        UserError: There is no C++ compiler, or it fails; or torch is built for CUDA and there is no GPU.
     """
     assert "torch" not in sys.modules, "torch asks for CUDA's hooks once, when it is first used"
-    ctypes.CDLL(str(build_guard()))
+    if not (_torch() / "lib" / "libtorch_cuda.so").exists():
+        ctypes.CDLL(str(build_guard()))
+    elif not Path("/dev/nvidia0").exists():
+        raise UserError(
+            "--device cuda without a GPU needs torch's build for processors, and this one is for CUDA; install "
+            "it in another environment (--index-url https://download.pytorch.org/whl/cpu)"
+        )
+
+
+def _torch() -> Path:
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def build_guard() -> Path:
     """Compile the library, once for a version of torch and of its source; returns its file."""
-    spec = find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    torch = Path(spec.origin).parent
+    torch = _torch()
     version = (torch / "version.py").read_bytes()
     name = hashlib.sha256(version + SOURCE.read_bytes()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"megaregion-{os.getuid()}" / f"guard-{name}.so"

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from megaregion.checks import batching
 from megaregion.data.batch import OBJECT, TEXT, Batch
+from megaregion.errors import UserError
 from megaregion.models.plan import partial_gradients, tensor_parallel_plan
-from megaregion.models.recompute import watch_kept
+from megaregion.models.recompute import run_and_count
 from megaregion.models.vit import RegionEncoder, decays
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology
@@ -51,6 +52,19 @@ class CountedStep:
     def waits(self) -> list[str]:
         """Where the host waits inside a micro-step, as file:line."""
         return [wait for name, tally in self.parts.items() if name != "update" for wait in tally.waits]
+
+    def check(self, planned: float, tolerance: float) -> None:
+        """Compare what autograd keeps with the plan.
+
+        Raises:
+            UserError: The plan is off by more than the tolerance.
+        """
+        off = planned / self.kept - 1
+        if abs(off) > tolerance:
+            raise UserError(
+                f"the plan's activations are off by {off:+.1%} from what autograd keeps on a GPU (at most "
+                f"{tolerance:.0%}); report it, the plan cannot be trusted for this config"
+            )
 
     def values(self) -> dict[str, Any]:
         """All counts, for JSON."""
@@ -103,10 +117,6 @@ def count_step(layout: Layout, place: Topology) -> CountedStep:
     dataset: Any = SimpleNamespace(info=info, folder=None)
     host_batch, cut = _batch(layout, labels), batching(config, layout.data)
     parts: dict[str, Tally] = {}
-    kept: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> None:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
 
     def part(name: str, work: Callable[[], Any]) -> Any:
         with KernelCounter(parts.setdefault(name, Tally())):
@@ -125,19 +135,15 @@ def count_step(layout: Layout, place: Topology) -> CountedStep:
 
         sent = part("batch", lambda: heads.send_labels(host_batch))
         inputs = part("batch", lambda: _inputs(host_batch.to(DEVICE), layout))
-        with watch_kept(note):
-            embeddings = part("encoder", lambda: engine(*inputs))
+        embeddings, kept = part("encoder", lambda: run_and_count(model.parameters(), lambda: engine(*inputs)))
         nodes = graph_nodes(embeddings)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        size = sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in own)
-        kept.clear()
         loss = part("heads", lambda: heads.loss(embeddings, sent, host_batch.keys, 0, 0, cut, refuse=False))
         part(
             "backward",
             lambda: engine.backward((embeddings.float() * loss.gradient.float()).sum(), last=True),
         )
         part("update", lambda: _update(engine, heads))
-    return CountedStep(parts, size, nodes)
+    return CountedStep(parts, kept, nodes)
 
 
 def _update(engine: ZeroEngine, heads: Heads) -> None:
