@@ -120,7 +120,7 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
 def report(flags: argparse.Namespace) -> int:
     import json
 
-    from megaregion.training.metrics import measure
+    from megaregion.training.goodput import measure
 
     goodput = measure(flags.run)
     print(json.dumps(vars(goodput)) if flags.json else goodput.table())

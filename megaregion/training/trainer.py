@@ -38,9 +38,10 @@ from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events, process_start
 from megaregion.training.clock import Clock, StepTimes, Times, Utilisation, gather_times
+from megaregion.training.goodput import Meter
 from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
-from megaregion.training.metrics import LOG, Meter, Metrics
+from megaregion.training.metrics import LOG, Metrics
 from megaregion.training.profiling import StepProfiler
 from megaregion.training.signals import StopRequest
 from megaregion.training.state import TrainingState

@@ -28,8 +28,8 @@ def load_guard() -> None:
         ctypes.CDLL(str(build_guard()))
     elif not Path("/dev/nvidia0").exists():
         raise UserError(
-            "--device cuda without a GPU needs torch's build for processors, and this one is for CUDA; install "
-            "it in another environment (--index-url https://download.pytorch.org/whl/cpu)"
+            "--device cuda without a GPU needs torch's build for processors, and this one is for CUDA; "
+            "install it in another environment (--index-url https://download.pytorch.org/whl/cpu)"
         )
 
 
