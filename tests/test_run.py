@@ -150,7 +150,9 @@ def test_what_ranks_of_a_host_say_alike_is_said_once(tmp_path: Path, monkeypatch
 
 
 def test_an_interruption_while_modules_are_imported_is_one_line() -> None:
-    code = "import megaregion, os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)"
+    code = (
+        "import megaregion.command_line, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=repository(), capture_output=True, text=True, check=False
     )
