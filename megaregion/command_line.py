@@ -238,7 +238,7 @@ def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED_EXIT
-    except (OSError, MemoryError, OverflowError, RuntimeError) as error:
+    except (OSError, MemoryError, OverflowError, RuntimeError, ImportError) as error:
         code = _of_the_machine(error)
     if teardown:
         sys.exit(code)
@@ -260,15 +260,15 @@ sys.excepthook = _tell_uncaught
 def _of_the_machine(error: Exception) -> int:
     """Say in a line what the machine refused; what is a mistake of ours is raised again."""
     told = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search(r"(out of|not enough|allocate) memory", told):
+    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, told):
         line, code = f"not enough memory ({told[:200] or 'of the host'}); take less at once", 1
+    elif _NO_FILES in told or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+        line, code = f"{_NO_FILES}; raise the limit on them (ulimit -n) or take fewer workers", 1
     elif isinstance(error, OverflowError):
         line, code = f"a number is too large for the machine ({told}); give a smaller one", USER_ERROR_EXIT
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         line, code = f"{place}{error.strerror or told}", USER_ERROR_EXIT if error.errno in _MENDABLE else 1
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            line += "; raise the limit on open files (ulimit -n) or take fewer workers"
     else:
         raise error
     if os.environ.get(TRACEBACK):
@@ -277,6 +277,9 @@ def _of_the_machine(error: Exception) -> int:
     return code
 
 
+_NO_FILES = "Too many open files"
+_NO_MEMORY = r"(out of|not enough|allocate) memory|failed to map segment"
+"""As libraries say it, the loader of shared ones included."""
 _MENDABLE = (
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP,

@@ -115,12 +115,30 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON, or nested beyond all files of this project.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON text says; a ValueError where it is none, or nested beyond all files of this project."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Objects of a file with one a line, none if it is missing; a killed writer's half line is left out."""
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError:
             continue
         if isinstance(record, dict):

@@ -23,6 +23,8 @@ from megaregion.errors import UserError
 
 YAML_BYTES = 100_000
 """Largest YAML file; all settings of a run are 4 kB."""
+YAML_BRACKETS = 1000
+"""Most brackets that a YAML file opens; the time that they take grows with their square."""
 YAML_VALUES = 10_000
 """Most values of a YAML file, those counted that its aliases repeat."""
 
@@ -259,6 +261,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         Misfit: It is no YAML, names a key twice, or is deep or large beyond all settings.
     """
+    if text.count("[") + text.count("{") > YAML_BRACKETS:
+        raise Misfit(f"is nested too deep: it opens more than {YAML_BRACKETS} brackets")
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         return None if node is None else _plain(node, iter(range(YAML_VALUES)))

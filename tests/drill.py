@@ -59,9 +59,9 @@ class Drill:
             cwd=self.folder,
         )  # fmt: skip
 
-    def torchrun(self, name: str, ranks: int) -> None:
+    def torchrun(self, name: str, ranks: int, *settings: str, **environment: str) -> None:
         """The same training without SLURM, undisturbed to its end."""
-        flags = [*TOY, f"--data.path={self.dataset}", f"--output={self.folder}", f"--name={name}"]
+        flags = [*TOY, f"--data.path={self.dataset}", f"--output={self.folder}", f"--name={name}", *settings]
         done = subprocess.run(
             [
                 sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
@@ -69,7 +69,7 @@ class Drill:
                 *flags,
             ],
             cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
 

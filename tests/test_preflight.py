@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from toy import toy_dataset
 
 from megaregion.config import MachinesConfig, RunConfig
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT
-from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, judge
+from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, judge, try_to_save
 
 WHOLE = Findings(
     rank=0, host="n0", versions={"torch": "2.13.0"}, device="H200, 140 GiB", matrix=0.010, exact=True,
@@ -63,6 +65,7 @@ def test_an_unfit_machine_is_named_and_another_allocation_may_do(odd: dict[str, 
             {"dataset": "", "complaint": "shard-00000.tar does not exist"},
             "n1: shard-00000.tar does not exist",
         ),
+        ({"refusal": "/runs takes no checkpoint (Read-only)"}, "n1: /runs takes no checkpoint (Read-only)"),
         ({"free": 10**9}, "n1 has 1.0 GB free for checkpoints, and 2 of them need 2.0 GB"),
     ],
 )
@@ -70,6 +73,20 @@ def test_what_a_person_must_mend_is_a_mistake(odd: dict[str, object], said: str)
     verdict = judge(findings(**odd), MachinesConfig(), 10**9)
     assert not verdict.machines
     assert [said in problem for problem in verdict.mistakes] == [True], verdict
+
+
+def test_a_disk_that_takes_no_checkpoint_is_found_before_the_first_save(tmp_path: Path) -> None:
+    assert try_to_save(tmp_path, 3 * 2**20) == ""
+    assert "/proc takes no checkpoint (" in try_to_save(Path("/proc"), 1)
+    handler, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, limit[1]))
+        told = try_to_save(tmp_path, 3 * 2**20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert f"{tmp_path} takes no checkpoint (File too large); make it writable" in told or "give back" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_weighed_before_it_is_written(tmp_path: Path) -> None:

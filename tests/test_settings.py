@@ -348,6 +348,8 @@ def test_a_wrong_flag_of_any_tool_is_a_line_before_anything_is_read(
         (MemoryError(), "not enough memory", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory", 1),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory", 1),
+        (RuntimeError("gloo/transport/tcp/socket.cc:24 socket: Too many open files"), "ulimit -n", 1),
+        (ImportError("libtorch.so: failed to map segment from shared object"), "not enough memory", 1),
         (OverflowError("Python int too large to convert to C long"), "a number is too large", 2),
         (UserError("say this"), "say this", 2),
         (Fenced("a newer start"), "a newer start", 86),

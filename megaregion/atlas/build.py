@@ -34,7 +34,7 @@ from megaregion.atlas.settings import AtlasSettings, check_settings
 from megaregion.atlas.source import Floats, Source
 from megaregion.atlas.tiles import Spool
 from megaregion.errors import UserError
-from megaregion.files import locked, replace_folder
+from megaregion.files import locked, read_json, replace_folder
 
 VERSION = 1
 """Goes up when the same source and settings would give another atlas."""
@@ -208,7 +208,7 @@ def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / MARK).read_bytes())
+        found = read_json(out / MARK)
     except (OSError, ValueError):
         raise UserError(f"--out {out} exists and is no atlas; name another folder") from None
     return bool(found == wanted)

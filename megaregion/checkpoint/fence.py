@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megaregion.checkpoint.format import FENCE, MANIFEST, finished_folders
 from megaregion.errors import Fenced, UserError
-from megaregion.files import file_sha256, write_text
+from megaregion.files import file_sha256, parse_json, read_json, write_text
 from megaregion.parallel.topology import Topology, host_name
 
 TOKEN = "MEGAREGION_FENCE"
@@ -138,8 +138,8 @@ def refusal(folder: Path) -> str | None:
         return None
     try:
         manifest = (folder / MANIFEST).read_bytes()
-        number = int(json.loads(manifest).get("incarnation", 0))
-    except (OSError, ValueError, AttributeError):
+        number = int(parse_json(manifest).get("incarnation", 0))
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
         return None  # Damaged, and reported as such by whoever opens it.
     following = min((other for other in numbers if other > number), default=None)
     if following is None:
@@ -154,7 +154,7 @@ def refusal(folder: Path) -> str | None:
 def read_claim(folder: Path, number: int) -> Claim | None:
     """A claim by its number; None if it is missing or damaged."""
     try:
-        found: dict[str, Any] = json.loads((folder / _file(number)).read_text())
+        found: dict[str, Any] = read_json(folder / _file(number))
         return Claim(number, found["token"], found["host"], found["time"], dict(found["published"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megaregion.errors import Fenced
-from megaregion.files import file_sha256, flush_folder, write_text
+from megaregion.files import file_sha256, flush_folder, read_json, write_text
 
 VERSION = 1
 """Of the manifest."""
@@ -260,8 +260,8 @@ def _move_aside(final: Path, incarnation: int) -> Path | None:
     aside = final.with_name(f"{final.name}{UNFINISHED}-replaced-{uuid.uuid4().hex[:8]}")
     final.rename(aside)
     try:
-        theirs = int(json.loads((aside / MANIFEST).read_text()).get("incarnation", 0))
-    except (OSError, ValueError, AttributeError):
+        theirs = int(read_json(aside / MANIFEST).get("incarnation", 0))
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
         theirs = -1
     if theirs > incarnation:
         aside.rename(final)

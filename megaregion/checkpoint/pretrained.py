@@ -7,7 +7,6 @@ names of our parameters.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megaregion.bounds import shown
 from megaregion.checkpoint.format import BODY
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, open_checkpoint, run_config
 from megaregion.checks import check_config
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from megaregion.errors import UserError
+from megaregion.files import read_json
 from megaregion.models import VisionTransformer
 from megaregion.models.initialisation import initial_value
+from megaregion.settings import check, read_settings
 
 FUNCTION = ("patch_size", "width", "depth", "heads", "mlp_width", "activation", "norm_eps", "rope_theta")
 """Settings that weights only make sense with."""
@@ -152,6 +154,8 @@ class EncoderFolder:
         settings = _json(folder / "config.json")
         self.architecture = _architecture(folder, settings)
         vision = settings.get("vision_config", settings) if settings["model_type"] == "clip" else settings
+        if not isinstance(vision, dict):
+            raise UserError(f"{folder}/config.json: vision_config must be an object, got {shown(vision)}")
         self.model = _model(folder, vision)
         self.data = _normalisation(folder)
         self._places = _places(folder)
@@ -234,7 +238,7 @@ def is_encoder_folder(folder: Path) -> bool:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except FileNotFoundError:
         raise UserError(
             f"{file.parent} is no HuggingFace folder (no {file.name}); give a folder with config.json and "
@@ -276,6 +280,8 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
         if settings.get(key, value) != value:
             raise UserError(f"{where}: {key} {settings[key]!r} is not supported, only {value}")
     rotary = settings.get("rope_parameters") or {}
+    if not isinstance(rotary, dict):
+        raise UserError(f"{where}: rope_parameters must be an object, got {shown(rotary)}")
     if rotary.get("rope_type", "axial") != "axial":
         raise UserError(f"{where}: rope_type {rotary['rope_type']!r} is not supported, only axial")
     activation = settings.get("hidden_act", "gelu")
@@ -285,17 +291,18 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
         size = settings.get(key)
         if isinstance(size, bool) or not isinstance(size, int):
             raise UserError(f"{where}: {key} must be one whole number, got {size!r}")
-    model = ModelConfig(
+    values = {
         **{ours: settings[theirs] for theirs, ours in _SIZES.items()},
-        activation=activation,
-        norm_eps=float(settings.get("layer_norm_eps", 1e-5)),
-        rope_theta=float(rotary.get("rope_theta", 10_000.0)),
-        region_layers=settings.get(
+        "activation": activation,
+        "norm_eps": settings.get("layer_norm_eps", 1e-5),
+        "rope_theta": rotary.get("rope_theta", 10_000.0),
+        "region_layers": settings.get(
             "region_layers", min(settings["num_hidden_layers"], ModelConfig.region_layers)
         ),
-        region_weights=settings.get("region_weights", "shared"),
-    )
+        "region_weights": settings.get("region_weights", "shared"),
+    }
     try:
+        model = read_settings(ModelConfig(), values, "model")
         check_config(RunConfig(model=model, optimizer=OptimizerConfig(warmup_steps=0)))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -311,8 +318,12 @@ def _normalisation(folder: Path) -> DataConfig:
     parts = [settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)]
     if not all(isinstance(part, (list, tuple)) and len(part) == 3 for part in parts):
         raise UserError(f"{file}: image_mean and image_std must be three numbers each, got {parts}")
-    mean, std = ((float(a), float(b), float(c)) for a, b, c in parts)
-    return DataConfig(mean=mean, std=std)
+    try:
+        data = read_settings(usual, {"mean": parts[0], "std": parts[1]}, "data")
+        check(data, "data")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return data
 
 
 def _places(folder: Path) -> dict[str, _Place]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from megaregion.bounds import shown
 from megaregion.checkpoint.fence import refusal
-from megaregion.checkpoint.format import LATEST, MANIFEST, VERSION, file_description, seal, step_folders
+from megaregion.checkpoint.format import (
+    DTYPES,
+    LATEST,
+    MANIFEST,
+    VERSION,
+    file_description,
+    seal,
+    step_folders,
+)
 from megaregion.config import RunConfig, config_from_dict
 from megaregion.errors import UserError
+from megaregion.files import read_json
 
 LOG = logging.getLogger("megaregion")
 
@@ -112,6 +122,51 @@ def run_config(reader: CheckpointReader) -> RunConfig:
         ) from error
 
 
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""Types of tensors, by their name in a manifest."""
+
+_ENTRIES = {"files": dict, "tensors": dict, "config": dict, "dataset": dict, "ranks": dict}
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """See that everything is of its type, that no piece lies elsewhere, no tensor exceeds the files.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is not as a run writes it.
+    """
+    for key, kind in _ENTRIES.items():
+        if not isinstance(manifest[key] if key in ("files", "tensors") else manifest.get(key, {}), kind):
+            raise ValueError(f"no object as {key}")
+    _sizes([manifest["step"], manifest["position"]])
+    files = manifest["files"]
+    for name, facts in files.items():
+        if "/" in name or name in ("", ".", "..") or "\0" in name:
+            raise ValueError(f"a file {shown(name)}, which lies elsewhere")
+        _sizes([facts["bytes"]])
+    room = sum(facts["bytes"] for facts in files.values())
+    for name, described in manifest["tensors"].items():
+        shape = _sizes(described["shape"])
+        if described["dtype"] not in TYPES or math.prod(shape) * TYPES[described["dtype"]].itemsize > room:
+            raise ValueError(f"a tensor {shown(name)} of {shown(described['dtype'])} {shown(shape)}")
+        for piece in described["pieces"]:
+            offset, part = _sizes(piece["offset"]), _sizes(piece["shape"])
+            if piece["file"] not in files or not isinstance(piece["key"], str):
+                raise ValueError(
+                    f"a piece of {shown(name)} in {shown(piece['file'])}, which it does not list"
+                )
+            if len(offset) != len(shape) or any(
+                o + n > s for o, n, s in zip(offset, part, shape, strict=True)
+            ):
+                raise ValueError(f"a piece of {shown(name)} that lies outside of it")
+
+
+def _sizes(values: Any) -> list[int]:
+    """A list of whole numbers of 0 or more."""
+    if not isinstance(values, list) or not all(type(one) is int and 0 <= one < 2**62 for one in values):
+        raise ValueError(f"{shown(values)} where whole numbers belong")
+    return values
+
+
 def copy_again(error: Exception) -> UserError:
     """The mistake that a damaged checkpoint is to whoever named it."""
     return UserError(f"{error}; give another step folder beside it, or copy the checkpoint again")
@@ -128,7 +183,7 @@ class CheckpointReader:
         """
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+            self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read: {error}") from error
         if not isinstance(self.manifest, dict) or self.manifest.get("version") != VERSION:
@@ -136,9 +191,11 @@ class CheckpointReader:
         # Older manifests have no seal.
         if "seal" in self.manifest and self.manifest["seal"] != seal(self.manifest):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
-        for key in ("step", "position", "files", "tensors"):
-            if key not in self.manifest:
-                raise DamagedCheckpoint(f"{folder / MANIFEST} has no {key}")
+        try:
+            _check_manifest(self.manifest)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            lacks = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+            raise DamagedCheckpoint(f"{folder / MANIFEST} has {lacks}") from None
         for name, facts in self.manifest["files"].items():
             try:
                 size: int | str = (folder / name).stat().st_size
@@ -195,7 +252,7 @@ class CheckpointReader:
         full = described["shape"]
         offset = list(offset) if offset is not None else [0] * len(full)
         shape = list(shape) if shape is not None else [f - o for f, o in zip(full, offset, strict=True)]
-        out = torch.empty(shape, dtype=getattr(torch, described["dtype"]))
+        out = torch.empty(shape, dtype=TYPES[described["dtype"]])
         missing = out.numel()
         for piece in described["pieces"]:
             starts = [max(o, p) for o, p in zip(offset, piece["offset"], strict=True)]

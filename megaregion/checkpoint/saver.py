@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -35,6 +34,7 @@ from megaregion.checkpoint.format import (
 )
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megaregion.errors import Fenced
+from megaregion.files import read_json
 from megaregion.parallel.topology import Topology
 from megaregion.schemas.run import Events
 
@@ -308,7 +308,7 @@ def _is_whole(folder: Path, whole: set[Path]) -> bool:
 
 def _loss(folder: Path) -> float | None:
     try:
-        loss = json.loads((folder / MANIFEST).read_text()).get("loss")
+        loss = read_json(folder / MANIFEST).get("loss")
     except (OSError, ValueError, AttributeError):
         return None
     return float(loss) if isinstance(loss, int | float) else None

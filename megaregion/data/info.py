@@ -5,12 +5,13 @@ Text labels are the distinct tokens of a region's text, by the same rule for sha
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaregion.bounds import shown
 from megaregion.errors import UserError
+from megaregion.files import read_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -96,7 +97,7 @@ def read_info(folder: Path) -> DatasetInfo:
     """
     path = Path(folder) / INFO_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; data.path must name a dataset that tools/curate.py has finished"
@@ -123,12 +124,31 @@ def read_info(folder: Path) -> DatasetInfo:
                 for shard in content["shards"]
             ),
         )
+        _check_types(info)
         total = sum(info.shard_sizes)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); pack it again") from None
     if not info.shards or total != info.samples:
         raise UserError(f"{path} names {info.samples} samples, but its shards hold {total}; pack it again")
     return info
+
+
+def _check_types(info: DatasetInfo) -> None:
+    """See that numbers are whole and names are names of files beside dataset.json; raises TypeError."""
+    parts: list[DatasetInfo | ShardEntry] = [info, *info.shards]
+    for part in parts:
+        for field in fields(part):
+            value, wanted = getattr(part, field.name), str(field.type)
+            if wanted == "int" and (type(value) is not int or not -1 <= value < 2**63):
+                raise TypeError(f"{field.name} must be a whole number, got {shown(value)}")
+            if wanted in ("str", "str | None") and not isinstance(
+                value, str if wanted == "str" else str | None
+            ):
+                raise TypeError(f"{field.name} must be text, got {shown(value)}")
+            if field.name == "name" and (not value.isprintable() or "/" in value):
+                raise TypeError(f"{field.name} must be the name of a shard, got {shown(value)}")
+    if max(info.object_classes, info.text_classes) >= 2**31:
+        raise TypeError("more classes than a label can name")
 
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:

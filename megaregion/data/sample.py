@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megaregion.bounds import shown
+
 RegionKind = Literal["object", "text"]
 Box = tuple[float, float, float, float]
 
@@ -91,7 +93,7 @@ def parse_sample(content: bytes) -> SampleRecord:
     except KeyError as missing:
         raise BadSample(f"record lacks {missing}") from None
     # RecursionError: deeply nested brackets exhaust the JSON parser's stack.
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise BadSample(f"record cannot be read: {error}") from None
     return SampleRecord(width, height, regions)
 
@@ -160,8 +162,8 @@ def _region_to_dict(region: RegionRecord) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     # A bool passes for an int in Python, and 3.7 must not become class 3.
-    if type(value) is not int or value < 0:
-        raise BadSample(f"record has {value!r} where a whole number of 0 or more belongs")
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise BadSample(f"record has {shown(value)} where a whole number of 0 or more belongs")
     return value
 
 

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -98,8 +99,10 @@ class ShardedDataset:
         image, image_size, record, record_size = shard.rows[index - self._starts[number]].tolist()
         start = image - HEADER
         wanted = record + record_size - start
-        content = os.pread(shard.file, wanted, start)
-        if len(content) != wanted:
+        # An image follows its header, and its record follows it.
+        placed = start >= 0 and wanted > HEADER
+        content = os.pread(shard.file, wanted, start) if placed else b""
+        if placed and len(content) != wanted:
             raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
         name = content[:100].rstrip(b"\0")
         if content[257:262] != b"ustar" or not name.endswith(b".jpg"):
@@ -108,7 +111,7 @@ class ShardedDataset:
                 "pack the shard again"
             )
         return RawSample(
-            name.removesuffix(b".jpg").decode(),
+            name.removesuffix(b".jpg").decode(errors="replace"),
             content[HEADER : HEADER + image_size],
             content[record - start :],
         )
@@ -173,9 +176,11 @@ class ShardedDataset:
             self._let_go()
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, SyntaxError, TokenError) as error:
+            # numpy reads the header as Python source.
             raise UserError(f"{path} cannot be read ({error}); pack the shard again") from None
-        if index.shape != (shard.samples, 4) or index.dtype != np.int64 or int(index.max()) > shard.bytes:
+        fits = index.shape == (shard.samples, 4) and index.dtype == np.int64
+        if not fits or not 0 <= index.min() <= index.max() <= shard.bytes:
             raise UserError(
                 f"{path} must index {shard.samples} samples in {shard.bytes} bytes, got {index.dtype} "
                 f"{index.shape}; pack the shard again"

@@ -17,7 +17,7 @@ from typing import Any
 from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
 from megaregion.errors import UserError
-from megaregion.files import new_folder
+from megaregion.files import new_folder, read_json
 from megaregion.processes import spread
 
 VERSION = 1
@@ -66,7 +66,7 @@ def is_done(out: Path, wanted: Mapping[str, Any], force: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
+        found = read_json(out / "scenes.json")
     except (OSError, ValueError):
         raise UserError(f"{out} exists and holds no scenes of ours; name another folder with --out") from None
     if found == wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
 from megaregion.evaluation.page import render, write_page
 from megaregion.evaluation.study import Study
 from megaregion.evaluation.visualise import Visuals
+from megaregion.files import read_json
 from megaregion.schemas.curation import DROPPED, SUMMARY
 from megaregion.schemas.run import EVALUATIONS, Metrics, read_metrics
 
@@ -106,7 +106,7 @@ def curation_card(dataset: Path) -> Markup:
 def _read_summary(dataset: Path) -> dict[str, Any]:
     for folder in (dataset, dataset.resolve().parent):
         try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            summary = read_json(folder / SUMMARY)
         except (OSError, ValueError):
             continue
         if isinstance(summary, dict):

@@ -25,7 +25,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megaregion.errors import UserError
-from megaregion.files import write_text
+from megaregion.files import read_json, write_text
 from megaregion.tables import aligned
 
 EVALUATION = "evaluation.json"
@@ -228,8 +228,8 @@ def read_evaluation(path: Path) -> Evaluation:
         UserError: It cannot be read, lacks a key, or a value is of another type; the text names file and key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason}); write it anew with tools/evaluate.py") from None
     try:

@@ -20,7 +20,6 @@ metrics.jsonl of training, evaluations.jsonl of evaluation/background.py, and ev
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from megaregion.errors import UserError
-from megaregion.files import read_records
+from megaregion.files import parse_json, read_records
 
 METRICS = "metrics.jsonl"
+HUGE = 10**300
+"""Beyond any measured number."""
 EVALUATIONS = "evaluations.jsonl"
 EVENTS = "events.jsonl"
 
@@ -85,9 +86,11 @@ def read_metrics(path: Path) -> Metrics:
     texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(line, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError):
             # A run that is writing, or was killed while it wrote, leaves half a last line.
             if number == len(texts):
                 break
@@ -154,4 +157,5 @@ def process_start() -> float:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -HUGE < value < HUGE

@@ -6,6 +6,8 @@
     MEGAREGION_FAULT="nan:step=5"                        features become NaN before step 5's heads
     MEGAREGION_FAULT="nan-gradient:step=5:count=3"       the body's gradient becomes NaN, three times over
     MEGAREGION_FAULT="slow:rank=1:step=2:seconds=0.5"    sleeps so long in every forward from step 2 on
+    MEGAREGION_FAULT="slow-save:step=5:seconds=3"        the first save from step 5 on takes so much longer
+    MEGAREGION_FAULT="clock-jump:step=5:seconds=-90"     the rank's wall clock goes wrong by so much in step 5
 
 Steps count from 1, as the log counts them. ``rank`` is 0 and ``count``, of steps tried, is 1 when not
 given; ``start=0`` keeps a fault to a job's first start, ``start=1`` to its first restart. Several are joined
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from megaregion.errors import UserError
 
 VARIABLE = "MEGAREGION_FAULT"
-KINDS = ("hang", "die", "die-in-save", "nan", "nan-gradient", "slow")
+KINDS = ("hang", "die", "die-in-save", "nan", "nan-gradient", "slow", "slow-save", "clock-jump")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Fault:
     count: int = 1
     """How often it acts from its step on; slow acts without end."""
     seconds: float = 0.0
+    """Length of one slow forward or save, or of a jump of the clock."""
     start: int | None = None
 
 
@@ -68,6 +71,11 @@ class Faults:
         """Called where a phase of the clock begins, with the step that is being taken or was last taken."""
         if phase not in ("forward", "save"):
             return
+        if phase == "save" and (fault := self._due("slow-save", step)):
+            time.sleep(fault.seconds)
+        if phase == "forward" and (fault := self._due("clock-jump", step)):
+            true, seconds = time.time, fault.seconds
+            time.time = lambda: true() + seconds
         if self._due("die" if phase == "forward" else "die-in-save", step):
             os.kill(os.getpid(), signal.SIGKILL)
         if phase == "forward" and self._due("hang", step):
@@ -92,12 +100,12 @@ class Faults:
             given.register_hook(lambda gradient: gradient * math.nan)
         return given
 
-    def _due(self, kind: str, step: int) -> bool:
+    def _due(self, kind: str, step: int) -> Fault | None:
         for fault in self._faults:
             if fault.kind == kind and step >= fault.step and fault.count > 0:
                 fault.count -= 1
-                return True
-        return False
+                return fault
+        return None
 
 
 def _parse(text: str) -> Fault:

@@ -6,10 +6,12 @@ says what is wrong and on which host. Only what is wrong with a machine may be g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -32,6 +34,8 @@ from megaregion.tables import aligned
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "webdataset")
 ROUNDS = 5
+PROBE_BYTES = 64 * 2**20
+"""Most that a rank writes to try the disk."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Findings:
     """Bytes free where checkpoints are written."""
     complaint: str = ""
     """Why the dataset cannot be read."""
+    refusal: str = ""
+    """Why a file as large as this rank's part of a checkpoint cannot be written and read there."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
     inside = host_group(hosts, topology)
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
     seconds, exact = _multiply(topology.device)
+    folder = _existing(Path(config.output) / config.name / "checkpoints")
     dataset, complaint = _read_dataset(config.data, topology)
     dist.barrier(topology.world_group)
     findings = Findings(
@@ -98,7 +105,8 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         device=_describe(topology.device), matrix=seconds, exact=exact,
         inside=_bus_bandwidth(inside, floats, topology.device),
         across=_bus_bandwidth(topology.world_group, floats, topology.device),
-        dataset=dataset, complaint=complaint, free=_free_bytes(Path(config.output) / config.name),
+        dataset=dataset, complaint=complaint, free=shutil.disk_usage(folder).free,
+        refusal=try_to_save(folder, checkpoint_bytes(config) // topology.world_size),
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     return [Findings(**json.loads(text)) for text in texts]
@@ -112,6 +120,7 @@ def judge(findings: Sequence[Findings], wanted: MachinesConfig, checkpoint_bytes
 
     mistakes = _differ(findings, "versions", versions, "install requirements.txt there")
     mistakes += list(dict.fromkeys(f"{one.host}: {one.complaint}" for one in findings if one.complaint))
+    mistakes += list(dict.fromkeys(f"{one.host}: {one.refusal}" for one in findings if one.refusal))
     readable = [one for one in findings if not one.complaint]
     mistakes += _differ(readable, "dataset", lambda one: one.dataset[:12], "copy it there again")
     need = wanted.free_checkpoints * checkpoint_bytes
@@ -225,10 +234,29 @@ def _read_dataset(data: DataConfig, topology: Topology) -> tuple[str, str]:
     return hashlib.sha256(content).hexdigest(), ""
 
 
-def _free_bytes(folder: Path) -> int:
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
+
+
+def try_to_save(folder: Path, size: int) -> str:
+    """Write and read a file where checkpoints will lie; gives what went wrong, or nothing."""
+    probe, block = folder / f".probe-{host_name()}-{os.getpid()}", os.urandom(2**20)
+    blocks = max(1, min(size, PROBE_BYTES) // len(block))
+    try:
+        with probe.open("xb", buffering=0) as stream:
+            written = sum(stream.write(block) for _ in range(blocks))
+            os.fsync(stream.fileno())
+        with probe.open("rb", buffering=0) as stream:
+            whole = written == blocks * len(block) and all(stream.read(2**20) == block for _ in range(blocks))
+        return "" if whole else f"{folder} does not give back what was written; checkpoints cannot lie there"
+    except OSError as error:
+        return f"{folder} takes no checkpoint ({error.strerror}); make it writable, or change output"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _differ(

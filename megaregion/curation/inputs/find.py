@@ -39,7 +39,7 @@ from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
-from megaregion.files import file_sha256, write_bytes
+from megaregion.files import file_sha256, read_json, write_bytes
 
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Files that are looked into; one that is compressed is named with the way out."""
@@ -304,7 +304,7 @@ def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of the tars of an earlier listing by path, size and time of change."""
     try:
-        current = json.loads((place / INPUTS).read_bytes()).get("scan") == SCAN
+        current = read_json(place / INPUTS).get("scan") == SCAN
     except (OSError, ValueError, AttributeError):
         current = False
     rows = _old_rows(place / TARS) if current else iter(())

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from megaregion.curation.inputs.tars import Member, scan_tar
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
+from megaregion.files import read_json
 
 FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 """Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
@@ -63,8 +64,10 @@ class Source:
     def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
-            found: dict[str, Any] = json.loads((place / INPUTS).read_bytes())
+            found: dict[str, Any] = read_json(place / INPUTS)
         except (OSError, ValueError):
+            found = {}
+        if not isinstance(found, dict):
             found = {}
         if found.get("version") != VERSION or found.get("folder") != str(folder.resolve()):
             raise UserError(

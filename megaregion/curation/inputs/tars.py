@@ -82,7 +82,7 @@ def scan_tar(path: Path) -> Scan:
             damage = _behind(path, tar.offset)
     except tarfile.ReadError as error:
         damage = f"truncated ({error})" if images or rest else _no_tar(path)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         damage = f"damaged ({error})"
     size = path.stat().st_size
     whole = {name: part for name, part in images.items() if part.offset + part.size <= size}
@@ -93,7 +93,12 @@ def scan_tar(path: Path) -> Scan:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, Part | None]]:
     """Name of every member but folders, and its place if it is a plain file."""
+    last = -1
     while (member := tar.next()) is not None:
+        # tarfile goes back over a member of negative size, without end.
+        if tar.offset <= last:
+            raise tarfile.ReadError("a member ends before it begins")
+        last = tar.offset
         # tarfile remembers every header, which is a kilobyte each.
         tar.members.clear()  # type: ignore[attr-defined]
         if not member.isdir():

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megaregion.errors import UserError
-from megaregion.files import locked, new_file
+from megaregion.files import locked, new_file, read_json
 
 LOG = logging.getLogger("megaregion.curation")
 
@@ -118,7 +118,7 @@ def read_holder(folder: Path, number: int) -> Holder | str | None:
     """Who works on a piece of a stage; a text if its worker is dead, and None if there never was one."""
     path = folder / RUNNING / f"{number:05d}"
     try:
-        holder = Holder(**json.loads(path.read_bytes()))
+        holder = Holder(**read_json(path))
         silence = time.time() - path.stat().st_mtime
     except (OSError, ValueError, TypeError):
         return None

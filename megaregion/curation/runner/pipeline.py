@@ -24,7 +24,7 @@ from megaregion.curation.stages import NAMES, make_stages
 from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
 from megaregion.curation.stages.store import Manifest, Piece, Store, writable
 from megaregion.errors import UserError
-from megaregion.files import write_bytes
+from megaregion.files import read_json, write_bytes
 from megaregion.schemas.curation import Summary
 from megaregion.settings import read_settings
 
@@ -263,7 +263,7 @@ def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
         UserError: The folder holds no run, or one of another version.
     """
     try:
-        content = json.loads((out / RUN).read_bytes())
+        content = read_json(out / RUN)
         settings = _recorded(out, content["settings"])
         check_settings(settings)
         return Path(content["images"]), settings

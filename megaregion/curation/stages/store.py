@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from megaregion.curation.types import Proposal, Word
 from megaregion.data.sample import RLE, Box
 from megaregion.errors import UserError
-from megaregion.files import file_sha256, new_file, write_bytes
+from megaregion.files import file_sha256, new_file, read_json, write_bytes
 
 VERSION = 1
 """Version of the manifest's layout."""
@@ -142,16 +142,14 @@ class Store:
         Thorough reading compares the files' hashes, not only their sizes.
         """
         try:
-            content = json.loads((self.folder(piece) / "manifest.json").read_bytes())
+            content = read_json(self.folder(piece) / "manifest.json")
             manifest = Manifest(**{**content, "files": {k: tuple(v) for k, v in content["files"].items()}})
+            whole = manifest.version == VERSION and all(
+                self._is_whole(path, size, sha if thorough else None)
+                for path, (size, sha) in manifest.files.items()
+            )
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        if manifest.version != VERSION:
-            return None
-        whole = all(
-            self._is_whole(path, size, sha if thorough else None)
-            for path, (size, sha) in manifest.files.items()
-        )
         return manifest if whole else None
 
     def begin(self, piece: Piece, tick: Callable[[], None], key: str) -> Output:
