@@ -152,7 +152,10 @@ class PretendCluster:
             values = dict(item.split("=", 1) for item in environment if "=" in item)
             if values.get("SLURM_JOB_ID") != job or "SLURM_PROCID" not in values:
                 continue
-            if b"pretrain.py" in _read(f"/proc/{process}/cmdline") and "MEGAREGION_FENCE" in values:
+            # srun's own command line ends with the ranks', and it carries rank 0's number.
+            command = _read(f"/proc/{process}/cmdline").split(b"\0")
+            runs = b"python" in command[0] and any(part.endswith(b"pretrain.py") for part in command)
+            if runs and "MEGAREGION_FENCE" in values:
                 found.setdefault(int(values["SLURM_PROCID"]), process)
         return found
 

@@ -1,6 +1,7 @@
 """Whatever a file from outside holds, it is read or refused in a line: no traceback, no hang, no memory gone.
 
-`make test` tries a few inputs that are always the same, `make drills` many that are always others.
+`make test` tries a few inputs that are always the same, `make drills` many that are always others: as many of
+each kind as MEGAREGION_FUZZ says.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import resource
 import tarfile
 from collections.abc import Callable
@@ -48,7 +50,8 @@ from megaregion.settings import check, read_settings, read_yaml, to_yaml
 REFUSALS = (UserError, BadSample, BadImage, DamagedCheckpoint)
 """The errors of this project that say what is wrong with a file."""
 SECONDS, BYTES = 5, 10**9
-FEW, MANY = 60, 3000
+FEW, MANY = 60, int(os.environ.get("MEGAREGION_FUZZ", "3000"))
+"""Inputs of each kind of file."""
 
 Parse = Callable[[bytes], object]
 
@@ -304,7 +307,10 @@ def piece_target(folder: Path) -> Target:
 
 
 def inputs_target(folder: Path) -> Target:
-    content = {"version": 2, "folder": str(folder.resolve()), "duplicates": 0, "others": 0}
+    content = {
+        "version": 2, "folder": str(folder.resolve()), "digest": "d", "duplicates": 0, "others": 0,
+        "outputs": 0, "formats": {".heic": 2}, "bad": {"x.tar": "damaged"},
+    }  # fmt: skip
     return file_target(folder / "inputs.json", json_like(content), lambda: Source(folder, folder, 5).outputs)
 
 

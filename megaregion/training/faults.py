@@ -30,6 +30,9 @@ from megaregion.errors import UserError
 VARIABLE = "MEGAREGION_FAULT"
 KINDS = ("hang", "die", "die-in-save", "nan", "nan-gradient", "slow", "slow-save", "clock-jump")
 
+AT_ONCE = ("nan", "nan-gradient", "clock-jump")
+"""Kinds that act in their step or never."""
+
 
 @dataclass
 class Fault:
@@ -39,7 +42,7 @@ class Fault:
     rank: int = 0
     step: int = 1
     count: int = 1
-    """How often it acts from its step on; slow acts without end."""
+    """How often it acts from its step on, NaN and a jump in their step alone; slow acts without end."""
     seconds: float = 0.0
     """Length of one slow forward or save, or of a jump of the clock."""
     start: int | None = None
@@ -102,7 +105,9 @@ class Faults:
 
     def _due(self, kind: str, step: int) -> Fault | None:
         for fault in self._faults:
-            if fault.kind == kind and step >= fault.step and fault.count > 0:
+            # A start that repeats a step has to meet its NaN again, one that begins behind it must not.
+            reached = step == fault.step if kind in AT_ONCE else step >= fault.step
+            if fault.kind == kind and reached and fault.count > 0:
                 fault.count -= 1
                 return fault
         return None

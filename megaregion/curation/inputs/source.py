@@ -33,6 +33,12 @@ FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 VERSION = 2
 """Version of these files' layout."""
 
+_FACTS = {
+    "version": int, "folder": str, "digest": str, "duplicates": int, "others": int, "outputs": int,
+    "formats": dict, "bad": dict,
+}  # fmt: skip
+"""What inputs.json holds."""
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -64,12 +70,11 @@ class Source:
     def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
-            found: dict[str, Any] = read_json(place / INPUTS)
-        except (OSError, ValueError):
+            found: dict[str, Any] = {"outputs": 0, "formats": {}, **read_json(place / INPUTS)}
+        except (OSError, ValueError, TypeError):
             found = {}
-        if not isinstance(found, dict):
-            found = {}
-        if found.get("version") != VERSION or found.get("folder") != str(folder.resolve()):
+        whole = all(type(found.get(key)) is kind for key, kind in _FACTS.items())
+        if not whole or found["version"] != VERSION or found["folder"] != str(folder.resolve()):
             raise UserError(
                 f"{place.parent} has no list of the images in {folder}; "
                 "run tools/curate.py --stage list first"
@@ -80,9 +85,9 @@ class Source:
         """Images left out: the same content as another file's, or the same name in a tar."""
         self.others: int = found["others"]
         """Files that are no images by their ending, and members of tars that belong to no image."""
-        self.outputs: int = found.get("outputs", 0)
+        self.outputs: int = found["outputs"]
         """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
-        self.formats: dict[str, int] = found.get("formats", {})
+        self.formats: dict[str, int] = found["formats"]
         """Images in formats that are not read, by ending."""
         self.bad: dict[str, str] = found["bad"]
         """Damaged tars and lost links by path, and why."""
