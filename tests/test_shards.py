@@ -204,6 +204,26 @@ def test_an_index_that_points_between_members_is_refused(folder: Path) -> None:
         ShardedDataset(folder).read(4)
 
 
+def test_a_shard_that_is_packed_anew_under_an_open_dataset_is_refused(tmp_path: Path) -> None:
+    folder = toy_dataset(tmp_path / "shards", shards=2)
+    dataset = pickle.loads(pickle.dumps(ShardedDataset(folder)))
+    first, last = dataset.read(0), len(dataset) - 1
+    for path in folder.glob("shard-*.tar"):
+        # Of the same size, as shards of other labels may be.
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content.replace(b'"label": 1', b'"label": 2').replace(b'"label":1', b'"label":2'))
+    assert dataset.read(0) == first, "what is open stays"
+    with pytest.raises(UserError, match=r"shard-00001\.tar is not the file .* it was packed anew while"):
+        dataset.read(last)
+    # The same bytes with another time, as a copy has them, are no other shard.
+    folder = toy_dataset(tmp_path / "copied", shards=2)
+    dataset = ShardedDataset(folder)
+    for path in folder.glob("shard-*.tar"):
+        os.utime(path, ns=(0, 0))
+    assert dataset.read(last)
+
+
 def test_an_index_that_is_a_pickle_is_not_opened(folder: Path) -> None:
     np.save(folder / "shard-00000.index.npy", np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"shard-00000\.index\.npy cannot be read"):

@@ -71,10 +71,10 @@ class ShardedDataset:
         self.info = read_info(self.folder)
         self._starts = list(accumulate(self.info.shard_sizes, initial=0))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        if self.mirror is None:
-            # Those of a remote dataset are checked as they arrive.
-            for shard in self.info.shards:
-                self._check_sizes(shard)
+        # Those of a remote dataset are checked as they arrive.
+        here = self.info.shards if self.mirror is None else ()
+        self._changed = [self._check_size(shard) for shard in here]
+        """When each shard was written, in nanoseconds."""
         if check_labels:
             for name, sha256 in self.info.label_files.items():
                 self._check_hash(name, sha256)
@@ -190,7 +190,18 @@ class ShardedDataset:
         # As a plain array over the same memory: each look at a memmap makes another memmap.
         opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), np.asarray(index))
         self._open[number] = opened
+        self._check_unchanged(number, opened.file)
         return opened
+
+    def _check_unchanged(self, number: int, file: int) -> None:
+        """See that a shard is the one that dataset.json named when it was read, perhaps days ago."""
+        if self.mirror is None and os.fstat(file).st_mtime_ns != self._changed[number]:
+            shard = self.info.shards[number]
+            try:
+                self._check_hash(f"{shard.name}.tar", shard.sha256)
+            except UserError as error:
+                self.close()
+                raise UserError(f"{error}; it was packed anew while this process was reading it") from None
 
     def _let_go(self) -> None:
         """Close shards that made room in the cache, for an open file keeps its bytes on the disk."""
@@ -198,14 +209,16 @@ class ShardedDataset:
         for number in gone:
             os.close(self._open.pop(number).file)
 
-    def _check_sizes(self, shard: ShardEntry) -> None:
+    def _check_size(self, shard: ShardEntry) -> int:
+        """See that a shard is whole; gives when it was written."""
         tar, index = self.folder / f"{shard.name}.tar", self.folder / f"{shard.name}.index.npy"
         for path in (tar, index):
             if not path.is_file():
                 raise UserError(
                     f"{path} does not exist, but {self.folder}/dataset.json names it; pack it again"
                 )
-        size = tar.stat().st_size
+        found = tar.stat()
+        size = found.st_size
         if shard.samples < 1 or not size:
             raise UserError(f"{tar} is empty; pack it again or take it out of dataset.json")
         if size != shard.bytes:
@@ -213,6 +226,7 @@ class ShardedDataset:
                 f"{tar} is half-written or changed: {size} bytes, but dataset.json says {shard.bytes}; "
                 "copy or pack it again"
             )
+        return found.st_mtime_ns
 
     def _check_hash(self, name: str, expected: str) -> None:
         path = self.folder / name
