@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from megaregion.parallel.topology import Topology
 if not torch.cuda.is_available():
     # megatron and DeepSpeed ask torch for CUDA's compiler; where there is one, every rank tells of no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-with warnings.catch_warnings():
+# What megatron compiles at its import is not used here, and torch's compiler is half of a rank's start.
+with warnings.catch_warnings(), patch.object(torch, "compile", lambda function: function):
     # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core import ModelParallelConfig

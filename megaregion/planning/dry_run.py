@@ -2,8 +2,8 @@
 
 torch's "fake" process group answers every collective at once, so any rank of any number can be built, with
 the code of a real start: the encoder cut by megatron's layers, DeepSpeed's engine, the heads' shards. One
-image goes through it, with the operations of a processor, to see what autograd keeps. Weights are left as the
-allocator gave them; nothing is learned here.
+image goes through it, with the operations of a processor, to see what autograd keeps. Weights and matrix
+products are left as the allocator gave them; nothing is learned here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 MIB = 2**20
 TOLERANCE = 0.05
 """Share by which the plan's memory may be off."""
+
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.mkldnn._linear_pointwise)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def build_rank(plan: Plan, rank: int) -> BuiltRank:
     layout = plan.layout
     # Also where there is a GPU: what autograd keeps is planned for a processor.
     group = _fake_group(rank, plan, torch.device("cpu"))
-    with group as place, warnings.catch_warnings():
+    with group as place, warnings.catch_warnings(), _Unmultiplied():
         warnings.simplefilter("ignore")
         model, places = _encoder(layout, place)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -205,6 +210,20 @@ class _Unset(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return named["tensor"] if named and "tensor" in named else arguments[0]
         return function(*arguments, **(named or {}))
+
+
+class _Unmultiplied(TorchDispatchMode):
+    """Leaves matrix products as the allocator gave them: a processor takes minutes for a large model's."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        named = named or {}
+        if function._overloadpacket not in PRODUCTS or function._schema.is_mutable:
+            return function(*arguments, **named)
+        arguments, named = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (arguments, named))
+        product: Tensor = function(*arguments, **named)
+        return torch.empty_like(product, device="cpu")
 
 
 def _encoder(layout: Layout, place: Topology) -> tuple[RegionEncoder, Any]:

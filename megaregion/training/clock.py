@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -261,6 +262,7 @@ class Utilisation:
         return share
 
 
+@cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a square matrix product on this rank, the fastest of three."""
     on_gpu = device.type == "cuda"
