@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest.mock import patch
@@ -27,8 +28,18 @@ from megaregion.parallel.topology import Topology
 if not torch.cuda.is_available():
     # megatron and DeepSpeed ask torch for CUDA's compiler; where there is one, every rank tells of no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-# What megatron compiles at its import is not used here, and torch's compiler is half of a rank's start.
-with warnings.catch_warnings(), patch.object(torch, "compile", lambda function: function):
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """While it is open, torch.compile gives functions back as they are.
+
+    megatron and DeepSpeed compile functions as they are imported that are not used here, and to import
+    torch's compiler is half of a rank's start.
+    """
+    return patch.object(torch, "compile", lambda function=None, **_: function or (lambda later: later))
+
+
+with warnings.catch_warnings(), uncompiled():
     # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core import ModelParallelConfig

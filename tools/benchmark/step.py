@@ -33,6 +33,7 @@ from megaregion.products import product
 
 GOALS = {"peer": 1.08, "rate": 0.82, "memory": 1 / 0.9, "regions": 1 / 1.06, "packed": 1.25, "padding": 0.97}
 PRODUCT_SIDE = 4096
+"""Of matrices that are large enough for the full rate."""
 BASE = ModelConfig()
 """ViT-B/16 at 224 px."""
 REGIONS = 10
@@ -161,7 +162,12 @@ def _compare(
 def ideal_seconds(sizes: StepSizes, product: float) -> float:
     """Seconds of a training step's products at the rate of one square product that took so many seconds."""
     operations = encoder_flops(sizes.model, 0, 0).training * sizes.batch
-    return operations / (2 * PRODUCT_SIDE**3) * product
+    return operations / (2 * product_side(sizes) ** 3) * product
+
+
+def product_side(sizes: StepSizes) -> int:
+    """Side of the square matrices whose product gives the rate; smaller for a toy, which is not to wait."""
+    return min(PRODUCT_SIDE, 16 * sizes.model.width)
 
 
 def square_product(sizes: StepSizes, device: torch.device, fastest: bool = False) -> Work:
@@ -172,7 +178,7 @@ def square_product(sizes: StepSizes, device: torch.device, fastest: bool = False
         device: Where it runs.
         fastest: As linears multiply (products.py), which on some processors is not as torch does.
     """
-    side = PRODUCT_SIDE
+    side = product_side(sizes)
     a, b = (torch.randn(side, side, device=device, dtype=sizes.dtype) for _ in range(2))
     out = torch.empty_like(a)
     return (lambda: product(a, b)) if fastest else (lambda: torch.mm(a, b, out=out))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megaregion.checks import batching
 from megaregion.config import RunConfig
-from megaregion.parallel.tensor_parallel import Placement
+from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero.stages import MOMENTS, STAGES
 
@@ -242,13 +242,14 @@ def _start(
         fused=True,
     )
     plain = effective_stage(config, topology.data_size) == 0
-    engine, wrapped, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config={**settings, "gradient_clipping": 0.0} if plain else settings,
-        mpu=_ModelParallelUnit(topology),
-        dist_init_required=False,
-    )
+    with uncompiled():
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={**settings, "gradient_clipping": 0.0} if plain else settings,
+            mpu=_ModelParallelUnit(topology),
+            dist_init_required=False,
+        )
     return engine, wrapped
 
 
