@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from atlas_data import CLUSTERS, SAMPLES, DeadlySource, curated_folder
-from launch import repository
+from launch import tool
 from PIL import Image
 
 from benchmark.browser import Browser, browser, missing_programs
@@ -45,10 +44,7 @@ def build(source: Source, out: Path, settings: AtlasSettings = SETTINGS, workers
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/atlas.py", *map(str, arguments)],
-        cwd=repository(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    return tool("tools/atlas.py", *arguments)
 
 
 def chunk(site: Path, name: str) -> object:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import repository
+from launch import tool
 
 from benchmark.head import HeadSizes, compare
 from benchmark.measure import Stopwatch
@@ -64,10 +62,10 @@ def test_the_head_benchmark_runs_at_any_size(sample_rate: float) -> None:
 def test_the_step_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     command = [
-        sys.executable, "-W", "ignore", "tools/benchmark.py", "step", "--width=32", "--depth=1", "--heads=2",
+        "tools/benchmark.py", "step", "--width=32", "--depth=1", "--heads=2",
         "--size=32", "--batch=2", "--rounds=1", f"--json={file}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     cases = json.loads(file.read_text())["cases"]
     assert all(case["ours"] > 0 and case["peer"] > 0 for case in cases)
@@ -85,10 +83,10 @@ def test_peak_memory_sees_what_was_let_go() -> None:
 def test_the_checkpoint_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     command = [
-        sys.executable, "tools/benchmark.py", "checkpoint", "--parameters=3e5", "--repeats=1",
+        "tools/benchmark.py", "checkpoint", "--parameters=3e5", "--repeats=1",
         f"--folder={tmp_path}", f"--json={file}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     cases = json.loads(file.read_text())["cases"]
     assert [case["goal"] for case in cases] == [20.0, 0, 0, 0]
@@ -99,10 +97,10 @@ def test_the_checkpoint_benchmark_runs_at_any_size(tmp_path: Path) -> None:
 def test_the_guards_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     command = [
-        sys.executable, "tools/benchmark.py", "guards", "--width=64", "--depth=4", "--image-size=32",
+        "tools/benchmark.py", "guards", "--width=64", "--depth=4", "--image-size=32",
         "--images=1", "--repeats=1", f"--json={file}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(file.read_text())["cases"]
     assert case["goal"] == 100.0
@@ -112,10 +110,10 @@ def test_the_guards_benchmark_runs_at_any_size(tmp_path: Path) -> None:
 def test_the_loader_benchmark_runs_and_reads_nothing_in_vain(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     command = [
-        sys.executable, "tools/benchmark.py", "loader", "--images=32", "--batch=8", "--repeats=1",
+        "tools/benchmark.py", "loader", "--images=32", "--batch=8", "--repeats=1",
         "--clock=processor", f"--folder={tmp_path}", f"--json={file}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False)
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     cases = json.loads(file.read_text())["cases"]
     assert [case["goal"] for case in cases] == [2.0, 0.85, 1.0, 1.0]

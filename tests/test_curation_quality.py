@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from curation_scenes import WORDS, run, scene
-from launch import repository
+from launch import tool
 
 from megaregion.curation.quality.clusters import nmi
 from megaregion.curation.stages.assign import keep_evenly
@@ -48,10 +47,7 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/curate.py", "report", "--out", str(folder / "out"), *flags],
-        cwd=repository(), capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    return tool("tools/curate.py", "report", "--out", folder / "out", *flags)
 
 
 def test_the_report_has_every_number_of_the_labels(curated: Path) -> None:
@@ -140,10 +136,7 @@ def test_the_benchmarks_of_curation_run_at_any_size(
     part: str, flags: list[str], goals: list[float] | None, tmp_path: Path
 ) -> None:
     file = tmp_path / "out.json"
-    done = subprocess.run(
-        [sys.executable, "tools/benchmark.py", part, *flags, f"--json={file}"],
-        cwd=repository(), capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+    done = tool("tools/benchmark.py", part, *flags, f"--json={file}")
     assert done.returncode == 0, done.stderr
     cases = json.loads(file.read_text())["cases"]
     assert all(case["ours"] > 0 and case["peer"] > 0 for case in cases)

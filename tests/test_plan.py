@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
-from launch import repository
+from launch import tool
 
 from megaregion.planning.faults import LLAMA3_FAULTS, FaultModel, best_interval, expected, simulate, young
 
@@ -45,13 +43,8 @@ def test_more_faults_and_slower_restarts_cost_goodput() -> None:
 
 
 def test_the_command_prints_both_sizes_and_the_same_numbers_for_the_same_seed() -> None:
-    command = [sys.executable, "tools/plan.py", "goodput", "--json", "--faults=2000", "--seed=4"]
-    first, second = (
-        subprocess.run(
-            command, cwd=repository(), capture_output=True, text=True, timeout=600, check=True
-        ).stdout
-        for _ in range(2)
-    )
+    command = ["tools/plan.py", "goodput", "--json", "--faults=2000", "--seed=4"]
+    first, second = (tool(*command).stdout for _ in range(2))
     assert first == second
     rows = json.loads(first)
     assert [row["gpus"] for row in rows] == [64, 1024]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from launch import repository
+from launch import repository, tool
 from toy import settings_of
 
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
@@ -236,12 +235,8 @@ def test_weak_scaling_keeps_a_ranks_images_and_loses_little_by_little() -> None:
 
 
 def test_the_command_prints_tables_or_json_and_ends_with_one_line_on_a_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/plan.py", "run", "--config", "configs/vit_l14_64gpu.yaml"]
-
     def plan(*flags: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *flags], cwd=repository(), capture_output=True, text=True, timeout=600, check=False
-        )
+        return tool("tools/plan.py", "run", "--config", "configs/vit_l14_64gpu.yaml", *flags)
 
     told = json.loads(plan("--json", "--samples=1e9", "--scaling", "8", "64").stdout)
     assert told["plan"]["samples"] == 10**9

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-from launch import repository
+from launch import repository, tool
 from readme import Smaller, commands, elsewhere, furnish, pages, python_blocks, recipe
 
 FOUND = commands()
@@ -27,12 +28,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 def run(command: str, place: tuple[Path, dict[str, str]]) -> str:
     folder, environment = place
-    line = f"$python {command}" if command.startswith("tools/") else command
+    words = shlex.split(command.removeprefix("$python "))
+    if words[0].startswith("tools/"):
+        done = tool(*words, cwd=folder, environment=environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
     done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from launch import launch, repository
+from launch import launch, repository, tool
 from toy import toy_config, toy_dataset
 
 from megaregion.checkpoint.reader import find_checkpoint
@@ -40,10 +40,7 @@ def command(dataset: Path, output: Path, *extra: str) -> list[str]:
 
 
 def pretrain(dataset: Path, output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(dataset, output, *extra),
-        cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+    return tool(*command(dataset, output, *extra)[3:])
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -99,10 +96,7 @@ def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
     resumed = pretrain(dataset, tmp_path, f"--train.steps={steps[-1] + 2}", "--resume=auto")
     assert resumed.returncode == 0, resumed.stderr
     assert [int(record["step"]) for record in metrics(tmp_path)] == list(range(1, steps[-1] + 3))
-    report = subprocess.run(
-        [sys.executable, "tools/pretrain.py", "report", str(tmp_path / "run"), "--json"],
-        cwd=repository(), capture_output=True, text=True, timeout=100, check=True,
-    )  # fmt: skip
+    report = tool("tools/pretrain.py", "report", tmp_path / "run", "--json")
     spent = json.loads(report.stdout)
     assert (spent["starts"], spent["lost"]) == (2, 0)
     assert min(spent[name] for name in ("training", "saving", "starting", "restarting")) > 0

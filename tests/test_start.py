@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 import yaml
 from export_runs import MODEL, convert, noise, write_run
-from launch import launch, repository
+from launch import launch, tool
 from safetensors.torch import load_file, save_file
 from toy import toy_config, toy_dataset
 
@@ -137,11 +135,7 @@ def pretrain(dataset: Path, output: Path, *flags: str) -> subprocess.CompletedPr
         "--optimizer.warmup_steps=0", "--optimizer.lr=1e-3", "--train.steps=10", "--name=run",
         f"--data.path={dataset}", f"--output={output}",
     ]  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "tools/pretrain.py", *small, *flags]
-    return subprocess.run(
-        command, cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return tool("tools/pretrain.py", *small, *flags)
 
 
 def test_a_folder_of_transformers_trains_on_for_ten_steps_and_exports_back(tmp_path: Path) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import repository
+from launch import tool
 from toy import toy_dataset
 
 from megaregion.errors import UserError
@@ -92,13 +89,10 @@ def test_a_window_that_is_none_is_refused(text: str) -> None:
 def test_a_run_splits_its_time_and_writes_a_profile(tmp_path: Path) -> None:
     dataset = toy_dataset(tmp_path / "shards", samples=16)
     command = [
-        sys.executable, "-W", "ignore", "tools/pretrain.py", *TOY, f"--data.path={dataset}",
+        "tools/pretrain.py", *TOY, f"--data.path={dataset}",
         f"--output={tmp_path}", "--name=toy", "--profile=2:3",
     ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "toy"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
