@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test drills lint types layers clean help
+.PHONY: demo test test-one test-other drills lint types layers clean help
 
 help:
 	@echo "make demo   images in, a HuggingFace encoder out; see runs/demo/report.html"
@@ -27,8 +27,14 @@ help:
 demo: .venv/ready
 	@$(BIN)/python tools/demo.py
 
+# Two pytests share the suite (tests/sharing.py); each prints when it ends.
 test: lint types layers
-	$(BIN)/python -m pytest
+	@taken=$$(mktemp -d); \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync TAKEN="$$taken" test-one test-other; \
+	code=$$?; rm -rf "$$taken"; exit $$code
+
+test-one test-other:
+	$(BIN)/python -m pytest --share="$(TAKEN)"
 
 drills: .venv/ready
 	$(BIN)/python -m pytest -m drill

@@ -8,6 +8,8 @@ import pytest
 from drill import NODES, Drill
 from pretend_cluster import pretend_cluster
 
+pytest_plugins = ["sharing"]
+
 
 @pytest.fixture(scope="session")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:

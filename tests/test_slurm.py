@@ -10,20 +10,30 @@ import pytest
 from drill import STEPS, Drill, assert_same
 from launch import repository
 
+RANKS = 4
+"""Enough here, where two cores run them; `make drills` plays its faults on eight."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(drill: Drill) -> str:
+    """A run that nothing happened to, started by torchrun; returns its name."""
+    drill.torchrun("undisturbed-on-four", RANKS)
+    return "undisturbed-on-four"
+
 
 def test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit(drill: Drill, undisturbed: str) -> None:
-    job = drill.submit("submitted")
+    job = drill.submit("submitted", nodes=RANKS)
     assert drill.finish("submitted", job) == "COMPLETED", drill.log("submitted")
     assert drill.is_trained("submitted")
     assert drill.losses("submitted") == drill.losses(undisturbed)
     assert_same(drill.state("submitted"), drill.state(undisturbed))
-    again = drill.submit("submitted")
+    again = drill.submit("submitted", nodes=RANKS)
     assert drill.finish("submitted", again) == "COMPLETED"
     assert len(drill.records("submitted")) == STEPS, "a job that follows a finished run leaves at once"
 
 
 def test_two_time_limits_cost_no_step_and_change_no_bit(drill: Drill, undisturbed: str) -> None:
-    job = drill.submit("limited")
+    job = drill.submit("limited", nodes=RANKS)
     for step in (6, 17):
         drill.wait_for_step("limited", job, step)
         drill.ask_to_stop(job)

@@ -1,0 +1,53 @@
+"""Several pytests share one suite: each takes the next test file that no other has taken.
+
+`make test` starts two, for much of the suite waits for processes that it has started. Tests of one pretend
+cluster stay together: to start it takes longer than most files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+LONGEST = (
+    "test_slurm", "test_curation_jobs", "test_readme", "test_training", "test_demo", "test_run", "test_guard",
+    "test_benchmark", "test_start", "test_watchdog", "test_export", "test_curation", "test_fuzz",
+)  # fmt: skip
+"""Files that are taken first, so that no pytest is left alone with one of them at the end."""
+MINE: set[str] = set()
+"""What this process has taken."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share", type=Path, metavar="FOLDER", help="leave files to other pytests that name the same folder"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("share"):
+        items.sort(key=_turn)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """True, which tells pytest that the test is done with, where another process has taken it."""
+    folder: Path | None = item.config.getoption("share")
+    if folder is None or _group(item) in MINE:
+        return None
+    try:
+        (folder / _group(item)).mkdir()
+    except FileExistsError:
+        return True
+    MINE.add(_group(item))
+    return None
+
+
+def _group(item: pytest.Item) -> str:
+    return "cluster" if "drill" in getattr(item, "fixturenames", ()) else item.path.stem
+
+
+def _turn(item: pytest.Item) -> int:
+    group = "test_slurm" if _group(item) == "cluster" else _group(item)
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST)

@@ -1,0 +1,32 @@
+"""Pytests that share a suite."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from launch import repository
+
+TESTS = "import time\n" + "".join(f"def test_{name}(): time.sleep(0.1)\n" for name in "abc")
+
+
+def test_two_pytests_that_share_a_folder_run_every_test_once(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    for number in range(8):
+        (tmp_path / f"test_{number}.py").write_text(TESTS)
+    command = [
+        sys.executable, "-m", "pytest", "-v", "-p", "sharing", "-p", "no:cacheprovider", "--rootdir=.",
+        "--share=taken", ".",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(repository() / "tests")}
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ran = [re.findall(r"^(\S+::\S+) PASSED", one.communicate(timeout=100)[0], re.M) for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert len(ran[0] + ran[1]) == len({*ran[0], *ran[1]}) == 24
+    assert all(len(one) % 3 == 0 for one in ran), "the tests of a file stay together"
