@@ -17,9 +17,8 @@ from toy_scenes import RUN, write_run, write_scenes, write_shards
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
 from megaregion.evaluation.comparison import joined_tables, read_runs
-from megaregion.evaluation.encoders import BoxedImage
-from megaregion.evaluation.estimates import share
-from megaregion.evaluation.huggingface import load_huggingface
+from megaregion.evaluation.encoders import BoxedImage, load_huggingface
+from megaregion.evaluation.measures import share
 from megaregion.evaluation.network import open_run
 from megaregion.export.huggingface import export_checkpoint
 from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table, write_evaluation

@@ -18,27 +18,25 @@ from megaregion.data.info import load_tokenizer, read_info, token_set
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation.classifiers import Neighbours, largest, nearest, vote
+from megaregion.evaluation.classifiers import Neighbours, ballots, largest, nearest, vote
 from megaregion.evaluation.encoders import BoxedImage, CropEncoder, Features, centred_pixels, crop, raw_pixels
-from megaregion.evaluation.encoding import encode_scenes
-from megaregion.evaluation.estimates import share
-from megaregion.evaluation.measures import MEASURES
-from megaregion.evaluation.measures.reading import judged, neighbour_tokens, word_recall
+from megaregion.evaluation.encoding import Batches, encode_scenes
+from megaregion.evaluation.measures import share
+from megaregion.evaluation.measures.reading import judged, word_recall
 from megaregion.evaluation.network import open_run
+from megaregion.evaluation.pictures import visualise
 from megaregion.evaluation.report import write_report
 from megaregion.evaluation.scenes import (
     Scene,
     TrueWord,
     Truth,
-    object_table,
+    frequent_tokens,
     open_image,
+    open_vocabulary,
     pick_scenes,
     read_scenes,
-    word_table,
 )
-from megaregion.evaluation.study import Study, StudyConfig, evaluate
-from megaregion.evaluation.visualise import visualise
-from megaregion.evaluation.vocabulary import frequent_tokens, open_vocabulary
+from megaregion.evaluation.study import MEASURES, Study, StudyConfig, evaluate
 from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.evaluation import read_evaluation, scalars, text, write_evaluation
 
@@ -165,13 +163,13 @@ def test_the_head_names_the_nearest_centers_whatever_their_length(place: Workpla
             return Features(embedding, embedding)
 
     scenes = read_scenes(place.scenes / "test")
-    found = encode_scenes(scenes, [Reader("reader", raw_pixels)], 8, 1, {})["reader"]
+    found = encode_scenes(Truth(scenes), [Reader("reader", raw_pixels)], Batches(8)).features["reader"]
     assert found.read == [(1, 3, 5, 4, 2, 0, 6)] * 4
 
 
 def test_neighbours_name_their_most_common_tokens_and_the_nearer_ones_break_ties() -> None:
     neighbours = Neighbours(np.array([[0, 1, 2, -1, -1]]), rows((0.9, 0.8, 0.7, -np.inf, -np.inf)))
-    assert neighbour_tokens(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5, 6)]
+    assert ballots(neighbours, [(1, 2), (3, 4), (5, 4, 6)]) == [(4, 1, 2, 3, 5, 6)]
 
 
 def test_gold_tokens_are_distinct_and_hold_no_bare_word_start(place: Workplace) -> None:
@@ -195,7 +193,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> N
 def test_the_prior_is_counted_in_the_training_shards(place: Workplace) -> None:
     vocabulary = open_vocabulary(ShardedDataset(place.dataset), {})
     assert vocabulary is not None
-    words = word_table(read_scenes(place.scenes / "train")).names
+    words = Truth(read_scenes(place.scenes / "train")).words.names
     assert vocabulary.prior == frequent_tokens(vocabulary.tokens(word) for word in words)
 
 
@@ -209,7 +207,7 @@ def test_another_tokenizer_than_the_runs_own_is_refused(place: Workplace) -> Non
 
 def test_tables_hold_objects_and_words_scene_by_scene(place: Workplace) -> None:
     scenes = read_scenes(place.scenes / "train")
-    objects, words = object_table(scenes), word_table(scenes)
+    objects, words = Truth(scenes).objects, Truth(scenes).words
     assert (len(objects), len(words)) == (24, 12)
     assert objects.scene.tolist() == [i // 2 for i in range(24)]
     assert scenes[3].boxes.tolist() == [*objects.boxes[6:8].tolist(), words.boxes[3].tolist()]
@@ -341,9 +339,9 @@ def test_the_untrained_encoder_is_the_network_before_the_first_step(place: Workp
 def test_features_come_back_in_the_order_of_the_tables_for_any_batch(place: Workplace) -> None:
     scenes = read_scenes(place.scenes / "train")
     encoder = CropEncoder("sizes", lambda crops: rows(*[c.shape[:2] for c in crops]))
-    objects = object_table(scenes).boxes
+    objects = Truth(scenes).objects.boxes
     for batch in (1, 5, 64):
-        found = encode_scenes(scenes, [encoder], batch, 2, {})["sizes"]
+        found = encode_scenes(Truth(scenes), [encoder], Batches(batch, workers=2)).features["sizes"]
         assert found.objects.tolist() == np.round(objects[:, [3, 2]] - objects[:, [1, 0]]).tolist()
         assert found.words.shape == (12, 2)
         assert found.read is None
@@ -407,8 +405,11 @@ def test_the_pixel_row_is_the_better_of_its_two_forms(place: Workplace, study: S
     scenes = read_scenes(place.scenes / "train"), read_scenes(place.scenes / "test")
     accuracies = {}
     for name, embed in (("raw", raw_pixels), ("centred", centred_pixels)):
-        known, asked = (encode_scenes(s, [CropEncoder("p", embed)], 8, 1, {})["p"].objects for s in scenes)
-        gallery, queries = map(object_table, scenes)
+        known, asked = (
+            encode_scenes(Truth(s), [CropEncoder("p", embed)], Batches(8)).features["p"].objects
+            for s in scenes
+        )
+        gallery, queries = (Truth(own).objects for own in scenes)
         named = vote(nearest(asked, known), gallery.names)
         accuracies[name] = np.mean(np.asarray(named) == queries.names)
     form = study.summary.notes["pixels"].removeprefix("crops at 32 x 32, ")

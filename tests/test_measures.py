@@ -14,14 +14,14 @@ from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import DECAYS, choose_decay, fit_probe, hold_out, nearest, vote
 from megaregion.evaluation.encoders import CropEncoder, centred_pixels, pixel_map
 from megaregion.evaluation.encoding import (
+    Batches,
     EncodedScenes,
     MappedScenes,
     SceneFeatures,
-    SceneMap,
     coverage,
     pooled,
 )
-from megaregion.evaluation.estimates import estimate, share
+from megaregion.evaluation.measures import estimate, share
 from megaregion.evaluation.measures.correspondence import (
     Pair,
     correspondence_table,
@@ -50,7 +50,6 @@ from megaregion.evaluation.scenes import (
     TrueWord,
     Truth,
     TruthMap,
-    object_table,
     read_scenes,
     truth_map,
 )
@@ -82,14 +81,14 @@ def truth_of(scene: Scene) -> TruthMap:
     return truth
 
 
-def painted(scene: Scene, cells: int = 24) -> SceneMap:
+def painted(scene: Scene, cells: int = 24) -> NDArray[np.float32]:
     """A map that says of every cell how much of each class, background and word it holds."""
     truth = truth_of(scene)
     planes = [coverage(truth.labels(CLASSES) == label, cells, cells) for label in range(-1, 4)]
     return np.stack(planes, axis=-1).astype(np.float32)
 
 
-def blind(scene: Scene) -> SceneMap:
+def blind(scene: Scene) -> NDArray[np.float32]:
     return np.random.default_rng(len(scene.key)).standard_normal((12, 12, 5)).astype(np.float32)
 
 
@@ -214,7 +213,7 @@ def test_a_held_out_group_is_whole_and_never_a_class_of_its_own() -> None:
 
 
 def features_of(scenes: list[Scene], knows: bool, seed: int) -> NDArray[np.float32]:
-    table = object_table(scenes)
+    table = Truth(scenes).objects
     rng = np.random.default_rng(seed)
     middles = np.eye(3, 6, dtype=np.float32)[[CLASSES.index(name) for name in table.names]]
     features = (middles if knows else 0) + 0.1 * rng.standard_normal((len(table), 6))
@@ -222,7 +221,7 @@ def features_of(scenes: list[Scene], knows: bool, seed: int) -> NDArray[np.float
 
 
 def labelled(scenes: list[Scene], knows: bool, seed: int) -> Labelled:
-    table = object_table(scenes)
+    table = Truth(scenes).objects
     return Labelled(features_of(scenes, knows, seed), table.names, table.instances, table.scene)
 
 
@@ -274,7 +273,7 @@ def test_retrieval_counts_matches_in_other_scenes_only_and_leaves_out_who_has_no
 
 
 def test_the_chance_of_retrieval_is_what_random_features_reach() -> None:
-    objects = object_table(make_scenes(60, 4))
+    objects = Truth(make_scenes(60, 4)).objects
     features = np.random.default_rng(0).standard_normal((len(objects), 64)).astype(np.float32)
     table = retrieval_table({"noise": features}, objects)
     for column in table.columns:
@@ -432,7 +431,7 @@ def test_images_in_class_folders_are_named_by_encoders_that_see_their_colour(pho
         CropEncoder("mean", lambda crops: np.stack([c.mean((0, 1)) for c in crops]).astype(np.float32)),
         CropEncoder("blind", lambda crops: centred_pixels(crops)[:, ::97]),
     ]
-    table = image_table(read_image_folder(photos), encoders, seeds=3, batch=7, workers=2)
+    table = image_table(read_image_folder(photos), encoders, seeds=3, batches=Batches(7, workers=2))
     assert cell(table, "mean", "knn") == cell(table, "mean", "linear") == 1.0
     assert table.columns[0].chance == pytest.approx(1 / 3)
     assert "6 of 30 images" in table.told
@@ -450,7 +449,7 @@ def test_a_split_of_the_folder_itself_is_kept(photos: Path, tmp_path: Path) -> N
         "val"
     }
     mean = CropEncoder("mean", lambda crops: np.stack([c.mean((0, 1)) for c in crops]).astype(np.float32))
-    assert cell(image_table(folder, [mean], 2, 8, 1), "mean", "linear") == 1.0
+    assert cell(image_table(folder, [mean], 2, Batches(8)), "mean", "linear") == 1.0
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "odd")
     with pytest.raises(UserError, match=r"has the class odd, which .* lacks"):
         read_image_folder(tmp_path)
@@ -467,7 +466,7 @@ def test_a_folder_without_classes_or_with_a_broken_image_is_refused(photos: Path
             (tmp_path / name / f"{number}.png").write_bytes(b"no image")
     mean = CropEncoder("mean", lambda crops: np.stack([c.mean((0, 1)) for c in crops]).astype(np.float32))
     with pytest.raises(UserError, match=r"cannot be read"):
-        image_table(read_image_folder(tmp_path), [mean], 1, 4, 1)
+        image_table(read_image_folder(tmp_path), [mean], 1, Batches(4))
 
 
 # ---- publishing ------------------------------------------------------------------------------------
@@ -476,7 +475,7 @@ def test_a_folder_without_classes_or_with_a_broken_image_is_refused(photos: Path
 def test_tables_are_published_as_json_markdown_text_and_tensorboard(
     asked: MappedScenes, tmp_path: Path
 ) -> None:
-    objects = object_table(asked.scenes)
+    objects = Truth(asked.scenes).objects
     features = np.random.default_rng(0).standard_normal((len(objects), 8)).astype(np.float32)
     table = retrieval_table({"trained": features, "model/crops": features}, objects)
     page = markdown([table])

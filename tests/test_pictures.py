@@ -15,10 +15,9 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 from megaregion.evaluation.clusters import confuse, like_order
 from megaregion.evaluation.encoders import BoxedImage, Features
-from megaregion.evaluation.network import NetworkEncoder, TrainedRun, open_run
-from megaregion.evaluation.pca_maps import Frame, fitting_size, high_map, paint, read_frames
+from megaregion.evaluation.network import NetworkEncoder, TrainedRun, fitting_size, open_run, region_attention
+from megaregion.evaluation.pca_maps import Frame, high_map, paint, read_frames
 from megaregion.evaluation.pictures import overlay
-from megaregion.evaluation.visualise import region_attention
 from megaregion.models import RegionEncoder, initialise
 
 

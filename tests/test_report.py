@@ -15,13 +15,13 @@ from toy_scenes import write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation import charts
-from megaregion.evaluation.charts import Line, line_chart, smoothed
+from megaregion.evaluation import page as charts
 from megaregion.evaluation.encoders import CropEncoder, centred_pixels, raw_pixels
 from megaregion.evaluation.network import open_run
+from megaregion.evaluation.page import Line, line_chart, smoothed
+from megaregion.evaluation.pictures import Visuals, visualise
 from megaregion.evaluation.report import curation_card, write_report
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
-from megaregion.evaluation.visualise import Visuals, visualise
 from megaregion.schemas.run import Curve, read_metrics
 
 HOSTILE = "\"'><script>"

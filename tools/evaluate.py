@@ -26,13 +26,11 @@ from megaregion.curation.engines.lite0 import Lite0
 from megaregion.curation.picture import resize
 from megaregion.curation.types import Pixels
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import CropEncoder, Encoder
-from megaregion.evaluation.huggingface import load_huggingface
-from megaregion.evaluation.measures import MEASURES, QUICK
+from megaregion.evaluation.encoders import CropEncoder, Encoder, load_huggingface
 from megaregion.evaluation.network import open_run
+from megaregion.evaluation.pictures import save_pictures, visualise
 from megaregion.evaluation.report import write_report
-from megaregion.evaluation.study import StudyConfig, evaluate
-from megaregion.evaluation.visualise import save_pictures, visualise
+from megaregion.evaluation.study import MEASURES, QUICK, StudyConfig, evaluate
 from megaregion.files import write_text
 from megaregion.schemas.evaluation import FOOTNOTE, markdown, text, write_board, write_evaluation
 

@@ -9,8 +9,9 @@ Shapes: R regions, K clusters, E embedding width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,9 @@ from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, Box, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.classifiers import nearest, unit
-from megaregion.evaluation.encoders import BoxedImage, Encoder
-from megaregion.evaluation.estimates import share
+from megaregion.evaluation.encoders import BoxedImage, Encoder, Floats
+from megaregion.evaluation.encoding import Progress, quiet
+from megaregion.evaluation.measures import share
 from megaregion.schemas.evaluation import Estimate
 
 SAMPLES = 300
@@ -32,8 +34,7 @@ PAIRS = 6
 """Most confused pairs that are shown with examples."""
 
 
-@dataclass(frozen=True)
-class LabelledRegion:
+class LabelledRegion(NamedTuple):
     """One region of the shards."""
 
     sample: int
@@ -46,11 +47,10 @@ class Confusion:
     """What the head named."""
 
     regions: Sequence[LabelledRegion]
-    named: NDArray[np.int64]
-    """Five clusters named for each region, most similar first, [R, 5]."""
     top1: Estimate | None
     """Share of regions whose own cluster is named first, with the images as groups."""
     top5: Estimate | None
+    """Share of regions whose own cluster is among the first five."""
     shown: list[int]
     """Clusters of the matrix, like ones beside each other."""
     matrix: NDArray[np.float64]
@@ -58,18 +58,14 @@ class Confusion:
     pairs: list[tuple[int, int, int]]
     """True cluster, named cluster and how many regions, most first."""
 
-    def example(self, cluster: int) -> LabelledRegion | None:
-        """A region of this cluster; None if none was drawn."""
-        return next((region for region in self.regions if region.label == cluster), None)
-
 
 def confuse(
     shards: ShardedDataset,
     encoder: Encoder,
-    centers: NDArray[np.float32],
+    centers: Floats,
     seed: int,
     batch: int = 32,
-    progress: Callable[[str, int, int], None] = lambda split, done, images: None,
+    progress: Progress = quiet,
 ) -> Confusion | None:
     """Ask the object head about regions of the shards.
 
@@ -90,8 +86,13 @@ def confuse(
     for start in range(0, len(drawn), batch):
         items = []
         for sample in drawn[start : start + batch]:
-            image, own = _read(shards, sample)
-            if image is not None and own:
+            raw = shards.read(sample)
+            try:
+                record, image = parse_sample(raw.record), decode_image(raw.image)
+            except (BadSample, OSError):
+                continue  # Training skips it too.
+            own = [LabelledRegion(sample, r.box, r.label) for r in record.regions if r.label is not None]
+            if own:
                 items.append(BoxedImage(image, np.asarray([region.box for region in own], np.float32)))
                 regions += own
         if items:
@@ -100,8 +101,7 @@ def confuse(
     parts = [part for part in embeddings if part is not None]
     if not parts:
         return None
-    named = nearest(np.concatenate(parts), centers, neighbours=5).index
-    return _summary(regions, named, centers)
+    return _confusion(regions, nearest(np.concatenate(parts), centers, neighbours=5).index, centers)
 
 
 def sample_image(shards: ShardedDataset, sample: int) -> Image.Image:
@@ -109,53 +109,22 @@ def sample_image(shards: ShardedDataset, sample: int) -> Image.Image:
     return decode_image(shards.read(sample).image)
 
 
-def _read(shards: ShardedDataset, sample: int) -> tuple[Image.Image | None, list[LabelledRegion]]:
-    raw = shards.read(sample)
-    try:
-        record = parse_sample(raw.record)
-        image = decode_image(raw.image)
-    except (BadSample, OSError):
-        return None, []  # Training skips it too.
-    return image, [LabelledRegion(sample, r.box, r.label) for r in record.regions if r.label is not None]
-
-
-def _summary(
-    regions: Sequence[LabelledRegion], named: NDArray[np.int64], centers: NDArray[np.float32]
-) -> Confusion:
+def _confusion(regions: Sequence[LabelledRegion], named: NDArray[np.int64], centers: Floats) -> Confusion:
+    """Count what was named, five clusters for each region with the most similar first, [R, 5]."""
     label = np.asarray([region.label for region in regions])
     samples = [region.sample for region in regions]
     hit = named == label[:, None]
     counts = Counter(label.tolist())
+    both = Counter(zip(label.tolist(), named[:, 0].tolist(), strict=True))
     shown = like_order([cluster for cluster, _ in counts.most_common(SHOWN)], centers)
-    place = {cluster: number for number, cluster in enumerate(shown)}
-    matrix = np.zeros((len(shown), len(shown)))
-    for true, first in zip(label.tolist(), named[:, 0].tolist(), strict=True):
-        if true in place and first in place:
-            matrix[place[true], place[first]] += 1 / counts[true]
-    wrong = Counter(
-        (true, first)
-        for true, first in zip(label.tolist(), named[:, 0].tolist(), strict=True)
-        if true != first
-    )
-    pairs = [(true, first, count) for (true, first), count in wrong.most_common() if first in counts]
-    return Confusion(
-        regions,
-        named,
-        share(hit[:, 0], samples),
-        share(hit.any(axis=1), samples),
-        shown,
-        matrix,
-        pairs[:PAIRS],
-    )
+    matrix = np.array([[both[true, first] / counts[true] for first in shown] for true in shown])
+    wrong = [(*pair, n) for pair, n in both.most_common() if pair[0] != pair[1] and pair[1] in counts]
+    top1, top5 = share(hit[:, 0], samples), share(hit.any(axis=1), samples)
+    return Confusion(regions, top1, top5, shown, matrix, wrong[:PAIRS])
 
 
-def like_order(clusters: Sequence[int], centers: NDArray[np.float32]) -> list[int]:
-    """Clusters in an order in which like centers are neighbours: along their first principal direction.
-
-    Args:
-        clusters: Clusters to order.
-        centers: Centers of all clusters, [K, E].
-    """
+def like_order(clusters: Sequence[int], centers: Floats) -> list[int]:
+    """Clusters along the first principal direction of their centers [K, E]: like ones are neighbours."""
     own = unit(centers[list(clusters)])
     centred = own - own.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)

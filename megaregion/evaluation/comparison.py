@@ -12,9 +12,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from megaregion.errors import UserError
-from megaregion.evaluation.charts import Line, line_chart, smoothed
-from megaregion.evaluation.page import write_page
+from megaregion.evaluation.page import Line, line_chart, smoothed, write_page
 from megaregion.evaluation.report import WHILE_TRAINING, dotted, metrics_or_none
+from megaregion.evaluation.scenes import read_image
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
 from megaregion.schemas.run import EVALUATIONS, METRICS, Metrics
 
@@ -166,13 +166,5 @@ def _frames(runs: Sequence[RunRecord]) -> dict[str, list[Image.Image | None]]:
         maps = [own.get(name) for own in have]
         first = next(file for file in maps if file)
         files = [first.with_name(f"{name}.frame.jpg"), *maps]
-        frames[name] = [_image(file) if file else None for file in files]
+        frames[name] = [read_image(file, "evaluate the run again") if file else None for file in files]
     return frames
-
-
-def _image(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read ({error}); evaluate the run again") from None

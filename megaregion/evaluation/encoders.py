@@ -9,20 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+
+from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.transforms import EvalTransform
+from megaregion.errors import UserError
 
 PIXELS = "pixels"
 """Name of the raw-pixel baseline's row."""
 SIDE = 32
 """Side to which it resizes a crop."""
-
 CELL = 8
-"""Pixels along each side of a place of the pixels' map."""
+"""Pixels along each side of a place of its map."""
+BATCH = 32
+"""Crops that go through a model of HuggingFace at once."""
+LAST_NORMS = ("post_layernorm", "layernorm", "norm")
+"""Names that its vision transformers give the norm behind their last block."""
 
+Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 
@@ -32,7 +44,7 @@ class BoxedImage:
 
     image: Image.Image
     """RGB."""
-    boxes: NDArray[np.float32]
+    boxes: Floats
     """[n, 4] in pixels of the image, x1 and y1 exclusive."""
 
 
@@ -40,9 +52,9 @@ class BoxedImage:
 class Features:
     """Features of R regions."""
 
-    region: NDArray[np.float32]
+    region: Floats
     """[R, C], compared by cosine."""
-    embedding: NDArray[np.float32] | None = None
+    embedding: Floats | None = None
     """[R, E], what the heads classify; None for an encoder without heads."""
 
 
@@ -52,110 +64,190 @@ class Encoder(Protocol):
     @property
     def name(self) -> str:
         """Name in the table."""
-        ...
 
     @property
-    def text_centers(self) -> NDArray[np.float32] | None:
+    def text_centers(self) -> Floats | None:
         """Weight of the text head, [V, E]; None without one."""
-        ...
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Encode all regions of a batch of images, image by image."""
-        ...
 
-    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def images(self, images: Sequence[Image.Image]) -> Floats:
         """Encode whole images, [B, C]."""
-        ...
 
-    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]] | None:
+    def maps(self, images: Sequence[Image.Image]) -> list[Floats] | None:
         """Feature map of each image, stretched to a square, [h, w, C] each; None if it has none."""
-        ...
 
 
+# ---- crops -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class CropEncoder:
-    """Encodes each region from its crop alone: pixels, or any image encoder.
+    """Encodes each region from its crop alone: pixels, or any image encoder."""
 
-    Args:
-        name: Name in the table.
-        embed: Crops, uint8 RGB [h, w, 3] of any sizes, to features [R, C].
-        threads: Threads that embed parts of the crops at once; for an embed that computes on one core.
-        see: From a whole image, uint8 RGB [h, w, 3], to its feature map; None if the encoder has none.
-    """
-
-    text_centers = None
-
-    def __init__(
-        self,
-        name: str,
-        embed: Callable[[Sequence[Pixels]], NDArray[np.float32]],
-        threads: int = 1,
-        see: Callable[[Pixels], NDArray[np.float32]] | None = None,
-    ) -> None:
-        self.name = name
-        self._embed = embed
-        self._threads = threads
-        self._see = see
-
-    def renamed(self, name: str) -> CropEncoder:
-        """The same encoder under another name."""
-        return CropEncoder(name, self._embed, self._threads, self._see)
+    name: str
+    embed: Callable[[Sequence[Pixels]], Floats]
+    """From crops, RGB [h, w, 3] of any sizes, to features [R, C]."""
+    threads: int = 1
+    """Threads that embed parts of the crops at once; for an embed that computes on one core."""
+    see: Callable[[Pixels], Floats] | None = None
+    """From a whole image, RGB [h, w, 3], to its feature map."""
+    text_centers: ClassVar[Floats | None] = None
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Cut out every region and embed the crops of all images together."""
-        return Features(self._embedded([np.asarray(crop(i.image, box)) for i in images for box in i.boxes]))
+        return Features(self._embedded([crop(item.image, box) for item in images for box in item.boxes]))
 
-    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def images(self, images: Sequence[Image.Image]) -> Floats:
         """Embed whole images as if each were one crop."""
-        return self._embedded([np.asarray(image) for image in images])
+        return self._embedded(images)
 
-    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]] | None:
+    def maps(self, images: Sequence[Image.Image]) -> list[Floats] | None:
         """Feature map of each image, if the encoder has one."""
-        if self._see is None:
+        if self.see is None:
             return None
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._see, [np.asarray(image) for image in images]))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self.see, map(np.asarray, images)))
 
-    def _embedded(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        size = max(1, -(-len(crops) // self._threads))
+    def _embedded(self, images: Sequence[Image.Image]) -> Floats:
+        crops = [np.asarray(image) for image in images]
+        size = max(1, -(-len(crops) // self.threads))
         parts = [crops[start : start + size] for start in range(0, len(crops), size)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return np.concatenate(list(pool.map(self._embed, parts))).astype(np.float32, copy=False)
+        with ThreadPoolExecutor(self.threads) as pool:
+            return np.concatenate(list(pool.map(self.embed, parts))).astype(np.float32, copy=False)
 
 
-def crop(image: Image.Image, box: Sequence[float] | NDArray[np.float32]) -> Image.Image:
+def crop(image: Image.Image, box: Sequence[float] | Floats) -> Image.Image:
     """Cut a box out of an image, rounded to whole pixels, clipped to the image, at least one pixel."""
     x0, y0, x1, y1 = (round(float(value)) for value in box)
     left, top = min(max(x0, 0), image.width - 1), min(max(y0, 0), image.height - 1)
     return image.crop((left, top, min(max(x1, left + 1), image.width), min(max(y1, top + 1), image.height)))
 
 
-def raw_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
+def raw_pixels(crops: Sequence[Pixels]) -> Floats:
     """Pixels of each crop at 32 x 32, on the 0..1 scale, as one vector, [R, 3072]."""
-    side = (SIDE, SIDE)
-    small = [np.asarray(Image.fromarray(c).resize(side, Image.Resampling.BILINEAR)) for c in crops]
-    return np.asarray(small, np.float32).reshape(len(crops), 3 * SIDE**2) / np.float32(255)
+    return np.stack([_small(crop, SIDE).ravel() for crop in crops])
 
 
-def centred_pixels(crops: Sequence[Pixels]) -> NDArray[np.float32]:
+def centred_pixels(crops: Sequence[Pixels]) -> Floats:
     """The same with each crop's mean subtracted, so that brightness alone makes no two crops alike."""
     pixels = raw_pixels(crops)
-    centred: NDArray[np.float32] = pixels - pixels.mean(axis=1, keepdims=True)
-    return centred
+    return np.subtract(pixels, pixels.mean(axis=1, keepdims=True))
 
 
-def pixel_map(image: Pixels, cells: int) -> NDArray[np.float32]:
+def pixel_map(image: Pixels, cells: int) -> Floats:
     """Pixels of each of cells x cells places at 8 x 8, on the 0..1 scale, [cells, cells, 192]."""
-    side = CELL * cells
-    small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR), np.float32)
-    places = small.reshape(cells, CELL, cells, CELL, 3).swapaxes(1, 2) / np.float32(255)
+    places = _small(image, CELL * cells).reshape(cells, CELL, cells, CELL, 3).swapaxes(1, 2)
     return places.reshape(cells, cells, -1)
 
 
-def pixel_encoders(cells: int) -> list[CropEncoder]:
+def _small(image: Pixels, side: int) -> Floats:
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(small, np.float32) / np.float32(255)
+
+
+def pixel_encoders(cells: int) -> list[Encoder]:
     """Both forms of the pixel baseline; the table shows the better of the two.
 
     Args:
         cells: Places along each side of their maps: the grid of the network that they are compared with.
     """
-    forms = ((f"{PIXELS}/raw", raw_pixels), (f"{PIXELS}/centred", centred_pixels))
-    return [CropEncoder(name, embed, see=lambda image: pixel_map(image, cells)) for name, embed in forms]
+    see = partial(pixel_map, cells=cells)
+    forms = {"raw": raw_pixels, "centred": centred_pixels}
+    return [CropEncoder(f"{PIXELS}/{form}", embed, see=see) for form, embed in forms.items()]
+
+
+# ---- networks --------------------------------------------------------------------------------------
+
+
+def pixels_of(images: Sequence[Image.Image], transform: EvalTransform, device: str) -> Tensor:
+    """Whole images as a network of this transform reads them, [B, 3, H, W]."""
+    return torch.stack([transform(image, [])[0] for image in images]).to(device)
+
+
+def as_array(values: Tensor) -> Floats:
+    """A tensor of a device as fp32 on the host."""
+    return values.float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class HuggingFaceEncoder:
+    """Regions as the mean of the patches that their box covers; whole images are encoded once."""
+
+    name: str
+    model: Any
+    """A vision transformer of transformers."""
+    transform: EvalTransform
+    """Resizes whole images, as the model expects them."""
+    device: str = "cpu"
+    text_centers: ClassVar[None] = None
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Encode all regions of a batch of images, image by image, [R, C]."""
+        maps = self.maps([item.image for item in images])
+        regions = []
+        for item, own in zip(images, maps, strict=True):
+            seen = self.transform(item.image, item.boxes.tolist())[1].numpy().astype(np.float32)
+            regions.append(seen @ own.reshape(-1, own.shape[-1]) / seen.sum(axis=1, keepdims=True))
+        return Features(np.concatenate(regions))
+
+    def images(self, images: Sequence[Image.Image]) -> Floats:
+        """Pooled feature of each whole image, [B, C]."""
+        return self._encode(images)[0]
+
+    def maps(self, images: Sequence[Image.Image]) -> list[Floats]:
+        """Patch features of each image, [h, w, C] each."""
+        return list(self._encode(images)[1])
+
+    def crops(self) -> CropEncoder:
+        """The same model asked about each region's crop, as the curation encoder is."""
+        return CropEncoder(f"{self.name}/crops", self._embed)
+
+    def _embed(self, crops: Sequence[Pixels]) -> Floats:
+        images = [Image.fromarray(crop) for crop in crops]
+        return np.concatenate([self.images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[Image.Image]) -> tuple[Floats, Floats]:
+        """Pooled features [B, C], and maps of what enters the last block, as of the run's own network."""
+        output = self.model(
+            pixel_values=pixels_of(images, self.transform, self.device), output_hidden_states=True
+        )
+        pooled = getattr(output, "pooler_output", None)
+        image = output.last_hidden_state[:, 0] if pooled is None else pooled
+        side = self.transform.patch
+        rows, columns = self.transform.height // side, self.transform.width // side
+        norms = (getattr(self.model, name, None) for name in LAST_NORMS)
+        norm = next((norm for norm in norms if norm is not None), torch.nn.Identity())
+        patches = norm(output.hidden_states[-2])[:, -rows * columns :]
+        return as_array(image), as_array(patches.unflatten(1, (rows, columns)))
+
+
+def load_huggingface(path: str, device: str = "cpu") -> HuggingFaceEncoder:
+    """Load a folder that save_pretrained wrote, or a model by its hub id, from safetensors alone.
+
+    Raises:
+        UserError: It cannot be loaded, or is no vision transformer.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        advice = "name a folder that save_pretrained wrote or a hub id"
+        raise UserError(f"--compare {path} cannot be loaded ({reason}); {advice}") from None
+    model = getattr(model, "vision_model", model)
+    side, patch = (getattr(model.config, key, None) for key in ("image_size", "patch_size"))
+    if not isinstance(side, int) or not isinstance(patch, int):
+        missing = "its config has no image_size and patch_size in pixels"
+        raise UserError(f"--compare {path} is no vision transformer: {missing}")
+    data = DataConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std))
+    transform = EvalTransform(data, ModelConfig(image_size=side, patch_size=patch))
+    return HuggingFaceEncoder(Path(path).name or path, model.to(device).eval(), transform, device)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,24 +21,32 @@ from numpy.typing import NDArray
 
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import nearest
-from megaregion.evaluation.encoders import BoxedImage, Encoder, Features
-from megaregion.evaluation.scenes import TRUTH, Scene, Truth, TruthMap, open_image
-from megaregion.evaluation.vocabulary import NAMED, Tokens
+from megaregion.evaluation.encoders import BoxedImage, Encoder, Features, Floats
+from megaregion.evaluation.scenes import NAMED, TRUTH, Scene, Tokens, Truth, TruthMap, open_image, truth_map
 
-SceneMap = NDArray[np.float32]
-"""Features of one image, [h, w, C]."""
+MAPPED_SCENES = 100
+"""Most scenes of a split whose maps are kept: they hold every place, not one feature a region."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is encoded, images done and images in all."""
 
 
+def quiet(told: str, done: int, images: int) -> None:
+    """Progress that tells nobody."""
+
+
+Item = TypeVar("Item")
+Picture = TypeVar("Picture")
+Answer = TypeVar("Answer")
+
+
 @dataclass(frozen=True)
 class SceneFeatures:
-    """What one encoder says of a list of scenes; rows as in object_table and word_table."""
+    """What one encoder says of the scenes of a split; rows as in the tables of their truth."""
 
-    objects: NDArray[np.float32]
+    objects: Floats
     """[n, C]."""
-    words: NDArray[np.float32]
+    words: Floats
     """[m, C]."""
     read: list[Tokens] | None = None
     """Tokens that the text head names for each word, most similar first; None without a text head."""
@@ -50,6 +59,18 @@ class EncodedScenes:
     truth: Truth
     features: Mapping[str, SceneFeatures]
 
+    def by_scene(self, scenes: Sequence[Scene]) -> dict[str, list[Floats]]:
+        """Features of each of these scenes' objects, then words, [R, C], by encoder."""
+        place = {scene.key: number for number, scene in enumerate(self.truth.scenes)}
+        objects, words = ([table.scene == place[scene.key] for scene in scenes]
+                          for table in (self.truth.objects, self.truth.words))  # fmt: skip
+        return {
+            name: [
+                np.concatenate([own.objects[o], own.words[w]]) for o, w in zip(objects, words, strict=True)
+            ]
+            for name, own in self.features.items()
+        }
+
 
 @dataclass(frozen=True)
 class MappedScenes:
@@ -57,128 +78,108 @@ class MappedScenes:
 
     scenes: Sequence[Scene]
     truths: Sequence[TruthMap]
-    maps: Mapping[str, Sequence[SceneMap]]
+    maps: Mapping[str, Sequence[Floats]]
+    """Of each scene, [h, w, C]."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How images go through encoders: a batch at a time, while threads read and decode the next one."""
+
+    size: int = 32
+    workers: int = 1
+    """Threads that read."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent is added here, under "read" (waiting for images) and each encoder's name."""
+    progress: Progress = quiet
+
+    def ask(
+        self,
+        told: str,
+        items: Sequence[Item],
+        read: Callable[[Item], Picture],
+        encoders: Mapping[str, Callable[[list[Picture]], Answer]],
+    ) -> dict[str, list[Answer]]:
+        """What each encoder answers to each batch of what is read of the items."""
+        answers: dict[str, list[Answer]] = {name: [] for name in encoders}
+        done, start = 0, time.perf_counter()
+        for pictures in self._read_ahead(items, read):
+            start = self._add("read", start)
+            for name, ask in encoders.items():
+                answers[name].append(ask(pictures))
+                start = self._add(name, start)
+            done += len(pictures)
+            self.progress(told, done, len(items))
+        return answers
+
+    def _read_ahead(self, items: Sequence[Item], read: Callable[[Item], Picture]) -> Iterator[list[Picture]]:
+        groups = [items[start : start + self.size] for start in range(0, len(items), self.size)]
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            # One batch ahead and no more: thousands of decoded images would not fit into memory.
+            ahead: list[Future[Picture]] = []
+            for following in (*groups, ()):
+                ready, ahead = ahead, [pool.submit(read, item) for item in following]
+                if ready:
+                    yield [picture.result() for picture in ready]
+
+    def _add(self, name: str, start: float) -> float:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - start
+        return now
 
 
 def encode_scenes(
-    scenes: Sequence[Scene],
-    encoders: Sequence[Encoder],
-    batch: int,
-    workers: int,
-    seconds: dict[str, float],
-    progress: Callable[[int], None] = lambda images: None,
-) -> dict[str, SceneFeatures]:
-    """Features of every region by every encoder, by its name.
-
-    Args:
-        scenes: What is encoded.
-        encoders: Their names are distinct.
-        batch: Images that go through an encoder at once.
-        workers: Threads that read and decode the next batch meanwhile.
-        seconds: Time spent is added here, under "read" (waiting for images) and each encoder's name.
-        progress: Called with the number of images after each batch.
+    truth: Truth, encoders: Sequence[Encoder], batches: Batches, told: str = ""
+) -> EncodedScenes:
+    """Features of every region by every encoder, whose names are distinct; progress hears what is told.
 
     Raises:
         UserError: An image is missing, cannot be decoded, or has another size than its truth says; or a
             feature is not finite.
     """
-    parts: dict[str, list[Features]] = {encoder.name: [] for encoder in encoders}
-    start = time.perf_counter()
-    for images in _read_ahead(scenes, batch, workers):
-        start = _add(seconds, "read", start)
-        for encoder in encoders:
-            parts[encoder.name].append(encoder.encode(images))
-            start = _add(seconds, encoder.name, start)
-        progress(len(images))
+    asks = {encoder.name: encoder.encode for encoder in encoders}
+    parts = batches.ask(told, truth.scenes, lambda s: BoxedImage(open_image(s), s.boxes), asks)
     is_word = np.concatenate(
-        [np.repeat([False, True], [len(scene.objects), len(scene.words)]) for scene in scenes]
+        [np.repeat([False, True], [len(scene.objects), len(scene.words)]) for scene in truth.scenes]
     )
-    return {encoder.name: _joined(encoder, parts[encoder.name], is_word) for encoder in encoders}
+    return EncodedScenes(truth, {own.name: _joined(own, parts[own.name], is_word) for own in encoders})
 
 
-def encode_maps(
-    scenes: Sequence[Scene],
-    encoders: Sequence[Encoder],
-    batch: int,
-    seconds: dict[str, float],
-    progress: Callable[[int], None] = lambda images: None,
-) -> dict[str, list[SceneMap]]:
-    """Feature maps of every scene by every encoder that has them; arguments as in :func:`encode_scenes`.
+def map_scenes(scenes: Sequence[Scene], encoders: Sequence[Encoder], batches: Batches) -> MappedScenes:
+    """Feature maps by every encoder that has them, of the first scenes whose objects all have masks.
 
     Raises:
         UserError: A feature is not finite.
     """
-    maps: dict[str, list[SceneMap]] = {}
-    for start in range(0, len(scenes), batch):
-        images = [open_image(scene) for scene in scenes[start : start + batch]]
-        for encoder in encoders:
-            began = time.perf_counter()
-            found = encoder.maps(images)
-            _add(seconds, encoder.name, began)
-            if found is None:
-                continue
-            if not all(np.isfinite(own).all() for own in found):
-                raise UserError(
-                    f"encoder {encoder.name} gives maps that are not finite; the run has diverged"
-                )
-            maps.setdefault(encoder.name, []).extend(found)
-        progress(len(images))
-    return maps
+    found = [(scene, truth_map(scene)) for scene in scenes[:MAPPED_SCENES] if scene.objects]
+    masked = [(scene, truth) for scene, truth in found if truth]
+    asks = {encoder.name: encoder.maps for encoder in encoders}
+    answers = batches.ask("maps of", masked, lambda pair: open_image(pair[0]), asks)
+    maps = {name: [own for part in parts if part for own in part] for name, parts in answers.items()}
+    for name, own in maps.items():
+        if not all(np.isfinite(each).all() for each in own):
+            raise UserError(f"encoder {name} gives maps that are not finite; the run has diverged")
+    has_maps = {name: own for name, own in maps.items() if own}
+    return MappedScenes([scene for scene, _ in masked], [truth for _, truth in masked], has_maps)
 
 
-def resized(scores: NDArray[np.float32], rows: int = TRUTH, columns: int = TRUTH) -> NDArray[np.float32]:
+def resized(scores: Floats, rows: int = TRUTH, columns: int = TRUTH) -> Floats:
     """Scores [h, w, K] at another number of cells, [rows, columns, K], bilinear between cell middles."""
     planes = torch.from_numpy(np.ascontiguousarray(scores)).permute(2, 0, 1)[None]
     larger = F.interpolate(planes, size=(rows, columns), mode="bilinear", align_corners=False)
-    array: NDArray[np.float32] = larger[0].permute(1, 2, 0).numpy()
-    return array
+    return larger[0].permute(1, 2, 0).numpy()
 
 
-def coverage(mask: NDArray[np.bool_], rows: int, columns: int) -> NDArray[np.float32]:
+def coverage(mask: NDArray[np.bool_], rows: int, columns: int) -> Floats:
     """Share of each of rows x columns cells that a mask [T, T] covers."""
     plane = torch.from_numpy(mask.astype(np.float32))[None, None]
-    array: NDArray[np.float32] = F.adaptive_avg_pool2d(plane, (rows, columns))[0, 0].numpy()
-    return array
+    return F.adaptive_avg_pool2d(plane, (rows, columns))[0, 0].numpy()
 
 
-def pooled(scene_map: SceneMap, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+def pooled(scene_map: Floats, mask: NDArray[np.bool_]) -> Floats:
     """Mean feature [C] under a mask [T, T], each cell by the share that it covers; zeros for no mask."""
     weight = coverage(mask, *scene_map.shape[:2])
-    total = float(weight.sum())
-    mean: NDArray[np.float32] = np.einsum("hwc,hw->c", scene_map, weight) / np.float32(max(total, 1e-9))
-    return mean
-
-
-def counter(progress: Progress, told: str, images: int) -> Callable[[int], None]:
-    """Adds up the images of batches and tells ``progress`` of them."""
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(told, done, images)
-
-    return count
-
-
-def _read_ahead(scenes: Sequence[Scene], batch: int, workers: int) -> Iterator[list[BoxedImage]]:
-    groups = [scenes[start : start + batch] for start in range(0, len(scenes), batch)]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        # One batch ahead and no more: thousands of decoded images would not fit into memory.
-        ahead = [pool.submit(_boxed, scene) for scene in groups[0]] if groups else []
-        for following in [*groups[1:], []]:
-            ready, ahead = ahead, [pool.submit(_boxed, scene) for scene in following]
-            yield [item.result() for item in ready]
-
-
-def _boxed(scene: Scene) -> BoxedImage:
-    return BoxedImage(open_image(scene), scene.boxes)
-
-
-def _add(seconds: dict[str, float], name: str, start: float) -> float:
-    now = time.perf_counter()
-    seconds[name] = seconds.get(name, 0.0) + now - start
-    return now
+    return np.einsum("hwc,hw->c", scene_map, weight) / np.float32(max(float(weight.sum()), 1e-9))
 
 
 def _joined(encoder: Encoder, parts: Sequence[Features], is_word: NDArray[np.bool_]) -> SceneFeatures:

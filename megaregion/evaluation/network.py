@@ -1,7 +1,7 @@
 """The run's network as an encoder of regions: with the weights of a checkpoint, or as it began.
 
-Shapes: B images of a batch, N regions an image (the most of any image of the batch), P patches, R regions
-of the batch one after another, D width, E embedding width, V text classes.
+Shapes: B images of a batch, N regions an image (the most of any image of the batch), P patches, h x w of
+them, R regions of the batch one after another, D width, E embedding width, V text classes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from megaregion.config import RunConfig, config_from_dict
 from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import BoxedImage, Features
+from megaregion.evaluation.encoders import BoxedImage, Features, Floats, as_array, pixels_of
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
 
@@ -30,93 +29,78 @@ BODY = "body.weight."
 HEAD = "head.{}.weight"
 
 
+@dataclass(frozen=True)
 class NetworkEncoder:
-    """Region tokens of a network, after its last norm; padded to one batch, never cropped.
+    """Region tokens of a network, after its last norm; padded to one batch, never cropped."""
 
-    Args:
-        name: Name in the table.
-        model: The network.
-        transform: Resizes whole images, as the model expects them.
-        device: Where the model computes, e.g. "cpu".
-        projected: Compare regions by the heads' embeddings instead of the exported features.
-        text_centers: Weight of the text head, [V, E]; None without one.
-    """
+    name: str
+    model: RegionEncoder
+    transform: EvalTransform
+    """Resizes whole images, as the model expects them."""
+    device: str = "cpu"
+    projected: bool = False
+    """Compare regions by the heads' embeddings instead of the exported features."""
+    text_centers: Floats | None = None
+    """Weight of the text head, [V, E]; None without one."""
 
-    def __init__(
-        self,
-        name: str,
-        model: RegionEncoder,
-        transform: EvalTransform,
-        device: str = "cpu",
-        projected: bool = False,
-        text_centers: NDArray[np.float32] | None = None,
-    ) -> None:
-        self.name = name
-        self.text_centers = text_centers
-        self._model = model.to(device).eval()
-        self._transform = transform
-        self._device = device
-        self._projected = projected
-
-    @property
-    def model(self) -> RegionEncoder:
-        """The network itself."""
-        return self._model
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval()
 
     def prepare(
-        self, image: Image.Image, boxes: Sequence[Box], size: tuple[int, int] | None = None
+        self, image: Image.Image, boxes: Sequence[Box], side: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One image as the model reads it, at the training size or at another.
+        """Pixels [1, 3, H, W] and which region sees which patch [1, N, P], on the model's device.
 
         Args:
             image: RGB.
             boxes: Regions, in pixels of the image.
-            size: Height and width; multiples of the patch.
-
-        Returns:
-            Pixels [1, 3, H, W] and which region sees which patch [1, N, P], on the model's device.
+            side: Longest side, in pixels, rounded to whole patches; the training size if None.
         """
-        transform = self._transform if size is None else EvalTransform(
-            self._transform.data, self._model.vit.config, size
-        )  # fmt: skip
+        config = self.model.vit.config
+        size = fitting_size(image.size, side, config.patch_size) if side else None
+        transform = EvalTransform(self.transform.data, config, size)
         pixels, visible = transform(image, boxes)
-        return pixels[None].to(self._device), visible[None].to(self._device)
+        return pixels[None].to(self.device), visible[None].to(self.device)
 
     @torch.inference_mode()
-    def encode(self, items: Sequence[BoxedImage]) -> Features:
-        """Encode every image once, and all its regions with it.
-
-        Returns:
-            Region features [R, D] (or the embeddings, if so asked) and embeddings [R, E], image by image.
-        """
-        images, visible, real = self._batch(items)
-        tokens = self._model.vit(images, visible, regions_only=True)
-        region = self._model.vit.pool(tokens.regions)[real]
-        embedding = self._model.projection(region)
-        return Features(_array(embedding if self._projected else region), _array(embedding))
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Features [R, D] (or embeddings, if so asked) and embeddings [R, E]; an image is encoded once."""
+        pixels, visible, real = self._batch(images)
+        tokens = self.model.vit(pixels, visible, regions_only=True)
+        region = self.model.vit.pool(tokens.regions)[real]
+        embedding = self.model.projection(region)
+        return Features(as_array(embedding if self.projected else region), as_array(embedding))
 
     @torch.inference_mode()
-    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def images(self, images: Sequence[Image.Image]) -> Floats:
         """Feature of each whole image: its class token after the last norm, [B, D]."""
-        pixels = torch.stack([self._transform(image, [])[0] for image in images]).to(self._device)
-        tokens = self._model.vit(pixels).image
-        return _array(self._model.vit.pool(tokens[:, 0]))
+        tokens = self.model.vit(pixels_of(images, self.transform, self.device)).image
+        return as_array(self.model.vit.pool(tokens[:, 0]))
 
     @torch.inference_mode()
-    def maps(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]]:
+    def maps(self, images: Sequence[Image.Image]) -> list[Floats]:
         """Patch features of each image at the training size, [h, w, D] each; see :func:`patch_map`."""
-        pixels = torch.stack([self._transform(image, [])[0] for image in images]).to(self._device)
-        return list(_array(patch_map(self._model, pixels)))
+        return list(as_array(patch_map(self.model, pixels_of(images, self.transform, self.device))))
 
-    def _batch(self, items: Sequence[BoxedImage]) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(self, images: Sequence[BoxedImage]) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, H, W], what their regions see [B, N, P], and which regions are real [B, N]."""
-        counts = torch.tensor([len(item.boxes) for item in items])
+        counts = torch.tensor([len(item.boxes) for item in images])
         real = torch.arange(max(1, int(counts.max()))) < counts[:, None]
-        images, seen = zip(*(self._transform(item.image, item.boxes.tolist()) for item in items), strict=True)
+        pixels, seen = zip(*(self.transform(item.image, item.boxes.tolist()) for item in images), strict=True)
         # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
         visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
         visible[real] = torch.cat(seen)
-        return torch.stack(images).to(self._device), visible.to(self._device), real.to(self._device)
+        return torch.stack(pixels).to(self.device), visible.to(self.device), real.to(self.device)
+
+
+def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int]:
+    """Height and width in whole patches, for a picture of this width and height and a longest side."""
+    scale = side / max(size)
+    width, height = (max(1, round(edge * scale / patch)) * patch for edge in size)
+    return height, width
+
+
+# ---- inside the last block -------------------------------------------------------------------------
 
 
 def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
@@ -125,24 +109,57 @@ def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
     No loss ever reaches what the last block makes of a patch, for region tokens read keys and values of
     what enters it; LLaVA-style models leave that block out for the same reason.
 
-    Args:
-        model: The network.
-        pixels: Normalised images, [B, 3, H, W].
-
-    Returns:
-        [B, h, w, D], after the last norm.
+    From normalised images [B, 3, H, W] to [B, h, w, D], after the last norm.
     """
-    entering: list[Tensor] = []
-    last = model.vit.blocks[-1]
-    hook = last.register_forward_pre_hook(lambda block, inputs: entering.append(inputs[0]))
+    entering, _ = _last_block(model, pixels)
+    tokens = entering[0].unflatten(0, (len(pixels), -1))
+    return model.vit.pool(tokens[:, 1:]).unflatten(1, _grid(model, pixels))
+
+
+class Attention(NamedTuple):
+    """Attention over patches, mean over heads, [N, h, w] each; an image's weights sum to at most 1."""
+
+    inside: Floats
+    """As the network computes it: zero outside of the region."""
+    anywhere: Floats
+    """The same query without its mask."""
+
+
+@torch.inference_mode()
+def region_attention(model: RegionEncoder, pixels: Tensor, visible: Tensor) -> Attention:
+    """Attention in the last block of one image's [1, 3, H, W] region tokens, which see patches [1, N, P]."""
+    (image, regions, angles, mask, _), written = _last_block(model, pixels, visible)
+    last: Any = model.vit.blocks[-1]
+    # A copy of the block for regions reads what the block has written, shared weights what enters it.
+    block, image = (last, image) if last.region is None else (last.region, written[0])
+    query = block.attention.project_regions(block.norm1(regions), angles, visible.shape[1])
+    _, key, _ = block.attention.project(block.norm1(image), angles)
+    scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
+    # From [1, heads, N, 1 + P]; the class token's weight is no patch's.
+    weights = ((each.float().softmax(dim=-1).mean(dim=1)[0, :, 1:]) for each in (scores + mask, scores))
+    return Attention(*(as_array(each.unflatten(1, _grid(model, pixels))) for each in weights))
+
+
+def _last_block(model: RegionEncoder, *inputs: Tensor) -> tuple[Any, Any]:
+    """What enters the last block when the network reads these inputs, and what it writes."""
+    seen: list[Any] = []
+    hook = model.vit.blocks[-1].register_forward_hook(
+        lambda _, entering, written: seen.append((entering, written))
+    )
     try:
-        model.vit(pixels)
+        model.vit(*inputs)
     finally:
         hook.remove()
-    side = model.vit.config.patch_size
-    rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
-    tokens = entering[0].unflatten(0, (len(pixels), -1))
-    return model.vit.pool(tokens[:, 1:]).unflatten(1, (rows, columns))
+    return seen[0]
+
+
+def _grid(model: RegionEncoder, pixels: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    patch = model.vit.config.patch_size
+    return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+
+# ---- the run ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +196,7 @@ class TrainedRun:
                         f"ask for {list(parameter.shape)}; the checkpoint and its config do not match"
                     )
                 parameter.copy_(value)
-        return NetworkEncoder("trained", model, self._transform, device, projected, self._centers("text"))
+        return NetworkEncoder("trained", model, self._transform, device, projected, self.centers("text"))
 
     def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The same network with the weights that the run began with."""
@@ -187,12 +204,8 @@ class TrainedRun:
         initialise(model, self.config.seed)
         if HEAD.format("text") in self.reader.names():
             classes, width = self.reader.shape(HEAD.format("text"))
-            centers = _array(random_centers(self.config.seed, "text", range(classes), width))
+            centers = as_array(random_centers(self.config.seed, "text", range(classes), width))
         return NetworkEncoder("untrained", model, self._transform, device, projected, centers)
-
-    def object_centers(self) -> NDArray[np.float32] | None:
-        """Weight of the object head, [K, E]; None if the run has none."""
-        return self._centers("object")
 
     def _model(self) -> RegionEncoder:
         return RegionEncoder(self.config.model, self.config.head.embedding_dim)
@@ -201,9 +214,10 @@ class TrainedRun:
     def _transform(self) -> EvalTransform:
         return EvalTransform(self.config.data, self.config.model)
 
-    def _centers(self, kind: str) -> NDArray[np.float32] | None:
+    def centers(self, kind: str) -> Floats | None:
+        """Weight of the object or the text head, [classes, E]; None if the run has none."""
         name = HEAD.format(kind)
-        return _array(self._read(name)) if name in self.reader.names() else None
+        return as_array(self._read(name)) if name in self.reader.names() else None
 
     def _read(self, name: str) -> Tensor:
         try:
@@ -213,7 +227,7 @@ class TrainedRun:
 
 
 def open_run(path: Path, step: int | None = None) -> TrainedRun:
-    """Open a run's checkpoint and check it against its checksums.
+    """Open a checkpoint, and check it against its checksums.
 
     Args:
         path: A run folder, its checkpoints folder or one checkpoint's folder.
@@ -229,8 +243,3 @@ def open_run(path: Path, step: int | None = None) -> TrainedRun:
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; evaluate another step with --checkpoint") from None
     return TrainedRun(reader, config_from_dict(reader.manifest["config"]))
-
-
-def _array(values: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = values.float().cpu().numpy()
-    return array

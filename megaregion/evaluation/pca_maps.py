@@ -9,21 +9,22 @@ Shapes: h x w patches of a picture, C channels of a feature, D width of the netw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from megaregion.data.image import to_rgb
 from megaregion.errors import UserError
-from megaregion.evaluation.encoding import SceneMap
+from megaregion.evaluation.encoders import Floats, as_array
+from megaregion.evaluation.encoding import Progress, quiet
 from megaregion.evaluation.network import NetworkEncoder, patch_map
+from megaregion.evaluation.scenes import IMAGE_ENDINGS, read_image
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MOST_FRAMES = 48
 """Frames that a page has room for; of a longer folder, evenly spaced ones are taken."""
 SHOWN_SIDE = 384
@@ -33,40 +34,36 @@ MOST_CELLS = 100_000
 """Cells that a basis is fitted on, evenly strided over all maps."""
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One picture."""
+class Frame(NamedTuple):
+    """One picture, RGB."""
 
     name: str
     image: Image.Image
-    """RGB."""
 
 
 @dataclass(frozen=True)
 class Basis:
     """Three directions, fitted once and used for every picture."""
 
-    mean: NDArray[np.float32]
+    mean: Floats
     """[C]."""
-    directions: NDArray[np.float32]
+    directions: Floats
     """[C, 3], most variance first."""
-    low: NDArray[np.float32]
+    low: Floats
     """Value of each component that is drawn as 0, [3]."""
-    high: NDArray[np.float32]
+    high: Floats
     """Value of each component that is drawn as 255, [3]."""
     explained: float
     """Share of the cells' variance that the three hold."""
 
-    def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    def project(self, features: Floats) -> Floats:
         """Components of features [..., C], as [..., 3]."""
-        components = (features - self.mean) @ self.directions
-        return components.astype(np.float32, copy=False)
+        return ((features - self.mean) @ self.directions).astype(np.float32, copy=False)
 
-    def colours(self, components: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def colours(self, components: Floats) -> NDArray[np.uint8]:
         """Components [h, w, 3] as red, green and blue."""
         scaled = (components - self.low) / np.maximum(self.high - self.low, 1e-9)
-        colours: NDArray[np.uint8] = (255 * np.clip(scaled, 0, 1)).round().astype(np.uint8)
-        return colours
+        return np.asarray((255 * np.clip(scaled, 0, 1)).round(), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -88,28 +85,20 @@ def read_frames(path: Path) -> list[Frame]:
     """
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
         if len(files) > MOST_FRAMES:
             files = [files[round(i)] for i in np.linspace(0, len(files) - 1, MOST_FRAMES)]
     if not files:
-        raise UserError(
-            f"--frames {path} holds no image; name an image or a folder of {', '.join(ENDINGS)} files"
-        )
-    frames = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                frames.append(Frame(file.stem, to_rgb(image)))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} cannot be read ({error}); remove it from the frames") from None
-    return frames
+        wanted = f"an image or a folder of {', '.join(IMAGE_ENDINGS)} files"
+        raise UserError(f"--frames {path} holds no image; name {wanted}")
+    return [Frame(file.stem, read_image(file, "remove it from the frames")) for file in files]
 
 
 def paint(
     encoder: NetworkEncoder,
     frames: Sequence[Frame],
     side: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = quiet,
 ) -> FrameMaps:
     """Colour every frame's patches by the principal components of all frames' patches.
 
@@ -117,35 +106,29 @@ def paint(
         encoder: The network.
         frames: Pictures of any sizes.
         side: Longest side at which the network reads them, in pixels; rounded to whole patches.
-        progress: Called with 1 after each frame.
+        progress: Told of frames.
     """
     maps = []
-    for frame in frames:
+    for done, frame in enumerate(frames, start=1):
         maps.append(high_map(encoder, frame.image, side))
-        progress(1)
+        progress(f"PCA maps, {encoder.name}", done, len(frames))
     basis = fit_basis(maps)
-    colours = [Image.fromarray(basis.colours(basis.project(own))) for own in maps]
-    return FrameMaps(encoder.name, [_enlarged(each) for each in colours], basis, maps[0].shape[:2])
+    painted = [Image.fromarray(basis.colours(basis.project(own))) for own in maps]
+    scales = [SHOWN_SIDE / max(each.size) for each in painted]
+    enlarged = [
+        each.resize((round(each.width * scale), round(each.height * scale)), Image.Resampling.BICUBIC)
+        for each, scale in zip(painted, scales, strict=True)
+    ]
+    return FrameMaps(encoder.name, enlarged, basis, maps[0].shape[:2])
 
 
-def high_map(encoder: NetworkEncoder, image: Image.Image, side: int) -> NDArray[np.float32]:
+@torch.inference_mode()
+def high_map(encoder: NetworkEncoder, image: Image.Image, side: int) -> Floats:
     """Patch features of one picture at a given longest side, in its own shape, [h, w, D]."""
-    pixels, _ = encoder.prepare(
-        image, [], fitting_size(image.size, side, encoder.model.vit.config.patch_size)
-    )
-    with torch.inference_mode():
-        array: NDArray[np.float32] = patch_map(encoder.model, pixels)[0].float().cpu().numpy()
-    return array
+    return as_array(patch_map(encoder.model, encoder.prepare(image, [], side)[0])[0])
 
 
-def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int]:
-    """Height and width in whole patches, for a picture of this width and height and a longest side."""
-    scale = side / max(size)
-    width, height = (max(1, round(edge * scale / patch)) * patch for edge in size)
-    return height, width
-
-
-def fit_basis(maps: Sequence[SceneMap]) -> Basis:
+def fit_basis(maps: Sequence[Floats]) -> Basis:
     """Fit one basis on the cells of all maps of an encoder, [h, w, C] each."""
     cells = np.concatenate([own.reshape(-1, own.shape[-1]) for own in maps])
     cells = cells[:: max(1, len(cells) // MOST_CELLS)]
@@ -153,24 +136,11 @@ def fit_basis(maps: Sequence[SceneMap]) -> Basis:
     centred = (cells - mean).astype(np.float64)
     values, vectors = np.linalg.eigh(centred.T @ centred)
     directions = vectors[:, ::-1][:, :COLOURS]
-    if directions.shape[1] < COLOURS:
-        directions = np.pad(directions, ((0, 0), (0, COLOURS - directions.shape[1])))
+    directions = np.pad(directions, ((0, 0), (0, COLOURS - directions.shape[1])))
     # The sign of an eigenvector is chance; fixed so, the same features give the same picture.
-    directions = directions * np.where(
-        directions[np.abs(directions).argmax(axis=0), range(COLOURS)] < 0, -1, 1
-    )
-    components = centred @ directions
-    low, high = np.quantile(components, (0.01, 0.99), axis=0)
-    return Basis(
-        mean.astype(np.float32),
-        directions.astype(np.float32),
-        low.astype(np.float32),
-        high.astype(np.float32),
-        float(values[::-1][:COLOURS].sum() / max(values.sum(), 1e-12)),
-    )
-
-
-def _enlarged(colours: Image.Image) -> Image.Image:
-    scale = SHOWN_SIDE / max(colours.size)
-    size = (round(colours.width * scale), round(colours.height * scale))
-    return colours.resize(size, Image.Resampling.BICUBIC)
+    largest = directions[np.abs(directions).argmax(axis=0), range(COLOURS)]
+    directions = directions * np.where(largest < 0, -1, 1)
+    low, high = np.quantile(centred @ directions, (0.01, 0.99), axis=0)
+    explained = float(values[::-1][:COLOURS].sum() / max(values.sum(), 1e-12))
+    mean, directions, low, high = (each.astype(np.float32) for each in (mean, directions, low, high))
+    return Basis(mean, directions, low, high, explained)

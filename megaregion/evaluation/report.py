@@ -12,10 +12,9 @@ from markupsafe import Markup
 
 from megaregion.errors import UserError
 from megaregion.evaluation import pictures
-from megaregion.evaluation.charts import Line, dot_chart, line_chart, smoothed
-from megaregion.evaluation.page import render, write_page
+from megaregion.evaluation.page import Line, line_chart, render, smoothed, write_page
+from megaregion.evaluation.pictures import Visuals
 from megaregion.evaluation.study import Study
-from megaregion.evaluation.visualise import Visuals
 from megaregion.files import read_json
 from megaregion.schemas.curation import DROPPED, SUMMARY
 from megaregion.schemas.run import EVALUATIONS, Metrics, read_metrics
@@ -40,7 +39,7 @@ def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> N
 
     Args:
         study: What was found.
-        visuals: Maps, attention and clusters, see visualise.py.
+        visuals: Maps, attention and clusters, see pictures.py.
         metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
         path: The page; readers see the old one or the new one.
     """
@@ -151,7 +150,7 @@ def _class_chart(study: Study) -> Markup:
             by_encoder[encoder] = right[name] / counts[name]
     order = sorted(shares, key=lambda name: (-shares[name]["trained"], name))
     rows = [(f"{name} ({counts[name]})", shares[name]) for name in order]
-    return dot_chart(rows, "Region 5-NN accuracy of each class")
+    return render("dots.svg", rows=rows, label="Region 5-NN accuracy of each class")
 
 
 def _duration(metrics: Metrics | None) -> str:

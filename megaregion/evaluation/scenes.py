@@ -1,4 +1,4 @@
-"""Scenes with known truth: what is in each image, and where; only the evaluation may read it.
+"""Scenes with known truth: what is in each image, where, and which tokens its words are made of.
 
 Shapes: R regions of a table, T x T places of a scene that was stretched to a square (T = TRUTH).
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +17,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
-from megaregion.data.sample import RLE, Box, decode_mask
+from megaregion.data.image import to_rgb
+from megaregion.data.info import TOKENIZER_NAME, load_tokenizer, token_set
+from megaregion.data.sample import RLE, BadSample, Box, decode_mask, parse_sample
+from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.vocabulary import Tokens
 
 TRUTH = 96
 """Cells along each side of the truth: scenes have some 256 pixels, maps 12 to 37 cells."""
 IGNORED = -1
 """Owner of a place that belongs to a word: neither object nor background."""
+TOP = 5
+"""Tokens that count where a word's are recalled."""
+NAMED = 32
+"""Most tokens that are named for a word; no word has as many."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+Tokens = tuple[int, ...]
+
+
+# ---- what is known of a scene ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,18 +100,28 @@ class Truth:
     """What is known of the scenes of one split."""
 
     scenes: Sequence[Scene]
-    tokens: tuple[Tokens, ...]
+    tokens: tuple[Tokens, ...] = ()
     """Gold tokens of each word, in the order of ``words``; all empty without a tokenizer."""
 
     @cached_property
     def objects(self) -> RegionTable:
-        """All objects, n rows."""
-        return object_table(self.scenes)
+        """All objects, scene by scene."""
+        return _table([[(item.name, item.instance, item.box) for item in s.objects] for s in self.scenes])
 
     @cached_property
     def words(self) -> RegionTable:
-        """All words, m rows."""
-        return word_table(self.scenes)
+        """All words, scene by scene."""
+        return _table([[(item.text, item.text, item.box) for item in s.words] for s in self.scenes])
+
+
+def _table(rows: Sequence[Sequence[tuple[str, str, Box]]]) -> RegionTable:
+    flat = [region for regions in rows for region in regions]
+    return RegionTable(
+        names=tuple(name for name, _, _ in flat),
+        instances=tuple(instance for _, instance, _ in flat),
+        boxes=np.asarray([box for _, _, box in flat], np.float32).reshape(-1, 4),
+        scene=np.repeat(np.arange(len(rows), dtype=np.int64), [len(regions) for regions in rows]),
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,9 @@ def truth_map(scene: Scene) -> TruthMap | None:
     return TruthMap(owner, tuple(item.name for item in scene.objects))
 
 
+# ---- the files -------------------------------------------------------------------------------------
+
+
 def read_scenes(folder: Path) -> list[Scene]:
     """Read one split of a scene set, a folder with truth.jsonl and images/ as tools/make_scenes.py writes it.
 
@@ -157,12 +184,9 @@ def read_scenes(folder: Path) -> list[Scene]:
 
 
 def pick_scenes(scenes: Sequence[Scene], regions: int, seed: int) -> list[Scene]:
-    """Draw whole scenes, in their order, until they hold this many objects: no image is read for one box.
+    """Draw whole scenes, in their order, until they hold this many objects; 0 takes all.
 
-    Args:
-        scenes: Scenes to draw from.
-        regions: Objects wanted; 0 takes every scene.
-        seed: The draw is a function of it; a larger wish only adds scenes.
+    No image is read for one box; a larger wish only adds scenes to those of the same seed.
     """
     if regions <= 0:
         return list(scenes)
@@ -178,11 +202,7 @@ def open_image(scene: Scene) -> Image.Image:
     Raises:
         UserError: It is missing, cannot be decoded, or has another size than the truth says.
     """
-    try:
-        with Image.open(scene.path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{scene.path} cannot be read ({error}); make the scenes again") from None
+    image = read_image(scene.path, "make the scenes again")
     if image.size != (scene.width, scene.height):
         raise UserError(
             f"{scene.path} has {image.width} x {image.height} pixels, its truth says "
@@ -191,24 +211,17 @@ def open_image(scene: Scene) -> Image.Image:
     return image
 
 
-def object_table(scenes: Sequence[Scene]) -> RegionTable:
-    """All objects of the scenes, scene by scene."""
-    return _table([[(item.name, item.instance, item.box) for item in scene.objects] for scene in scenes])
+def read_image(path: Path, advice: str) -> Image.Image:
+    """Read an image as RGB.
 
-
-def word_table(scenes: Sequence[Scene]) -> RegionTable:
-    """All words of the scenes, scene by scene."""
-    return _table([[(item.text, item.text, item.box) for item in scene.words] for scene in scenes])
-
-
-def _table(rows: Sequence[Sequence[tuple[str, str, Box]]]) -> RegionTable:
-    flat = [region for regions in rows for region in regions]
-    return RegionTable(
-        names=tuple(name for name, _, _ in flat),
-        instances=tuple(instance for _, instance, _ in flat),
-        boxes=np.asarray([box for _, _, box in flat], np.float32).reshape(-1, 4),
-        scene=np.repeat(np.arange(len(rows), dtype=np.int64), [len(regions) for regions in rows]),
-    )
+    Raises:
+        UserError: It is missing or cannot be decoded; the text ends with this advice.
+    """
+    try:
+        with Image.open(path) as file:
+            return to_rgb(file)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {advice}") from None
 
 
 def _parse_scene(line: Mapping[str, Any], folder: Path) -> Scene:
@@ -251,3 +264,62 @@ def _parse_box(values: Sequence[float], width: int, height: int) -> Box:
     if x0 < -0.5 or y0 < -0.5 or x1 > width + 0.5 or y1 > height + 0.5:
         raise ValueError(f"box {values} leaves its image of {width} x {height}")
     return x0, y0, x1, y1
+
+
+# ---- tokens ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the prior of its tokens."""
+
+    processor: SentencePieceProcessor
+    prior: Tokens
+    """The five tokens that most text regions of the training shards hold."""
+
+    def tokens(self, text: str) -> Tokens:
+        """Gold tokens of a text, by curation's own rule."""
+        return token_set(self.processor, text)
+
+    def pieces(self, tokens: Tokens) -> list[str]:
+        """Tokens as they are spelled."""
+        return [str(self.processor.id_to_piece(token)) for token in tokens]
+
+
+def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vocabulary | None:
+    """Open a dataset's tokenizer and count its tokens; None for a dataset without text.
+
+    Args:
+        shards: The dataset.
+        trained_on: The dataset's description in the checkpoint's manifest.
+
+    Raises:
+        UserError: The tokenizer cannot be read, or is not the one that the run was trained with.
+    """
+    if shards.info.text_classes == 0:
+        return None
+    expected = trained_on.get("tokenizer_sha256")
+    if expected is not None and expected != shards.info.tokenizer_sha256:
+        raise UserError(
+            f"{shards.folder / TOKENIZER_NAME} is not the tokenizer that the run was trained with; name the "
+            "run's dataset with --dataset"
+        )
+    processor = load_tokenizer(shards.folder / TOKENIZER_NAME)
+    return Vocabulary(processor, frequent_tokens(_text_regions(shards)))
+
+
+def frequent_tokens(regions: Iterable[Tokens]) -> Tokens:
+    """The five tokens that most regions hold, given each one's distinct tokens; ties go to the smaller id."""
+    counts = Counter(token for tokens in regions for token in tokens)
+    return tuple(sorted(counts, key=lambda token: (-counts[token], token))[:TOP])
+
+
+def _text_regions(shards: ShardedDataset) -> Iterator[Tokens]:
+    for index in range(len(shards)):
+        try:
+            record = parse_sample(shards.read(index).record)
+        except BadSample:
+            continue  # Training skips it too.
+        for region in record.regions:
+            if region.kind == "text":
+                yield region.labels

@@ -1,28 +1,119 @@
-"""One evaluation from end to end: scenes in, every encoder measured on the same regions."""
+"""One evaluation from end to end: scenes in, every encoder measured on the same regions.
+
+The summary, which is always made, sets two numbers side by side. Held out are regions of scenes never
+trained on, whose cut-outs no gallery holds. Train are the gallery's regions against the gallery itself, each
+without those of its own scene: the same cut-out stands in other training scenes and stays in. A network that
+has merely memorised its cut-outs scores high there and low on the test; the gap is the memorising.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from megaregion.data.info import DatasetInfo
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.evaluation.classifiers import NEIGHBOURS
+from megaregion.evaluation.classifiers import NEIGHBOURS, Neighbours, ballots, nearest, vote
 from megaregion.evaluation.encoders import PIXELS, CropEncoder, Encoder, pixel_encoders
-from megaregion.evaluation.encoding import EncodedScenes, Progress, counter, encode_scenes
-from megaregion.evaluation.measures import MEASURES, Evidence, measure
+from megaregion.evaluation.encoding import (
+    Batches,
+    EncodedScenes,
+    MappedScenes,
+    Progress,
+    SceneFeatures,
+    encode_scenes,
+    map_scenes,
+    quiet,
+)
+from megaregion.evaluation.measures import share
+from megaregion.evaluation.measures.correspondence import correspondence_table
 from megaregion.evaluation.measures.images import image_table, read_image_folder
-from megaregion.evaluation.measures.summary import Answers, answer, summary_table
+from megaregion.evaluation.measures.reading import (
+    judged,
+    prior_share,
+    reading_table,
+    word_recall,
+)
+from megaregion.evaluation.measures.recognition import majority_share, recognition_table
+from megaregion.evaluation.measures.retrieval import retrieval_table
+from megaregion.evaluation.measures.segmentation import segmentation_table
+from megaregion.evaluation.measures.separation import separation_table
 from megaregion.evaluation.network import TrainedRun
-from megaregion.evaluation.scenes import Scene, Truth, pick_scenes, read_scenes
-from megaregion.evaluation.vocabulary import Vocabulary, open_vocabulary
-from megaregion.schemas.evaluation import Evaluation, Table
+from megaregion.evaluation.scenes import (
+    TOP,
+    RegionTable,
+    Scene,
+    Tokens,
+    Truth,
+    Vocabulary,
+    open_vocabulary,
+    pick_scenes,
+    read_scenes,
+)
+from megaregion.schemas.evaluation import SUMMARY, Estimate, Evaluation, Table, summary_columns
 
 GALLERY_SPLIT = "train"
+
+T = TypeVar("T")
+
+
+# ---- the measures ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a measure may look at."""
+
+    known: EncodedScenes
+    """Training scenes, by every encoder."""
+    asked: EncodedScenes
+    """Held-out scenes, by every encoder."""
+    encoders: Sequence[Encoder]
+    prior: Tokens
+    """Most frequent tokens of the training shards; empty without text."""
+    config: StudyConfig
+    batches: Batches
+
+    @cached_property
+    def maps(self) -> tuple[MappedScenes, MappedScenes] | None:
+        """Maps of training and held-out scenes, made when first asked for; None where scenes lack masks."""
+        known = map_scenes(self.known.truth.scenes, self.encoders, self.batches)
+        asked = map_scenes(self.asked.truth.scenes, self.encoders, self.batches) if known.scenes else known
+        return (known, asked) if asked.scenes else None
+
+
+def _retrieval(own: Evidence) -> Table:
+    features = {name: seen.objects for name, seen in own.asked.features.items()}
+    return retrieval_table(features, own.asked.truth.objects)
+
+
+def _correspondence(own: Evidence) -> Table | None:
+    if own.maps is None:
+        return None
+    asked = own.maps[1]
+    return correspondence_table(own.asked.by_scene(asked.scenes), asked, own.config.seeds)
+
+
+MEASURES: Mapping[str, Callable[[Evidence], Table | None]] = {
+    "region": lambda own: recognition_table(own.known, own.asked, own.config.seeds),
+    "retrieval": _retrieval,
+    "ocr": lambda own: reading_table(own.known, own.asked, own.prior, own.config.seeds),
+    "correspondence": _correspondence,
+    "segmentation": lambda own: own.maps and segmentation_table(*own.maps, own.config.seeds),
+    "separation": lambda own: own.maps and separation_table(*own.maps),
+}
+"""All measures, in the order in which they are shown; a table is None where the scenes do not allow it."""
+QUICK = ("region", "retrieval", "ocr", "separation")
+"""Measures that cost little beside encoding the regions."""
+
+
+# ---- the study -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,6 +146,18 @@ class StudyConfig:
     """Folder of images with one subfolder a class, for a table on whole images."""
     baselines: bool = True
     """Measure the untrained network and raw pixels too."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one encoder answers about each held-out region."""
+
+    neighbours: Neighbours
+    """Of the held-out objects, rows of the gallery's objects."""
+    named: list[str]
+    """Class given to each held-out object by its neighbours."""
+    read: list[Tokens] | None
+    """The five tokens that the text head names for each held-out word; None without a text head."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +206,7 @@ def evaluate(
     run: TrainedRun,
     config: StudyConfig,
     others: Sequence[Encoder] = (),
-    progress: Progress = lambda split, done, images: None,
+    progress: Progress = quiet,
 ) -> Study:
     """Measure the run's network, the same network untrained, raw pixels and other encoders.
 
@@ -118,74 +221,43 @@ def evaluate(
     """
     shards = ShardedDataset(config.dataset)
     vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset") or {})
-    scenes = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
-    gallery = _truth(scenes, vocabulary)
-    queries = _truth(_scenes(config.scenes / config.split), vocabulary)
+    drawn = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
+    gallery, queries = (
+        Truth(scenes, tuple(vocabulary.tokens(w.text) if vocabulary else () for s in scenes for w in s.words))
+        for scenes in (drawn, _scenes(config.scenes / config.split))
+    )
     folder = read_image_folder(config.images) if config.images else None
     encoders = [*_own_encoders(run, config), *others]
-    seconds: dict[str, float] = {}
-
-    def encoded(split: str, truth: Truth) -> EncodedScenes:
-        count = counter(progress, split, len(truth.scenes))
-        found = encode_scenes(truth.scenes, encoders, config.batch, config.workers, seconds, count)
-        return EncodedScenes(truth, found)
-
-    known, asked = encoded(GALLERY_SPLIT, gallery), encoded(config.split, queries)
-    encoders, known, asked, form = _keep_better_pixels(encoders, known, asked)
-    answers = {name: answer(known.features[name], own, gallery) for name, own in asked.features.items()}
-    prior = vocabulary.prior if vocabulary else ()
-    summary = summary_table(known, asked, answers, prior, config.split, _notes(run, form))
-    evidence = Evidence(known, asked, encoders, prior, config.seeds, config.batch, seconds, progress)
-    tables = measure(evidence, config.measures)
-    if folder is not None:
-        seen = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
-        tables.append(image_table(folder, seen, config.seeds, config.batch, config.workers, progress))
-    return Study(
-        config, run, gallery, queries, answers, shards.info, vocabulary, seconds, summary, tuple(tables)
-    )
-
-
-def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
-    trained = run.trained(config.device, config.projected)
-    if not config.baselines:
-        return [trained]
-    untrained = run.untrained(config.device, config.projected)
-    return [trained, untrained, *pixel_encoders(run.config.model.grid)]
-
-
-def _keep_better_pixels(
-    encoders: Sequence[Encoder], known: EncodedScenes, asked: EncodedScenes
-) -> tuple[list[Encoder], EncodedScenes, EncodedScenes, str]:
-    """Keep that form of the pixel baseline which names objects better, in its place, and say which it was."""
-    forms = [
-        each for each in encoders if isinstance(each, CropEncoder) and each.name.startswith(f"{PIXELS}/")
-    ]
-    if not forms:
-        return list(encoders), known, asked, ""
-    true = np.asarray(asked.truth.objects.names)
-
-    def accuracy(form: Encoder) -> float:
-        found = answer(known.features[form.name], asked.features[form.name], known.truth)
-        return float(np.mean(np.asarray(found.named) == true))
-
-    best = max(forms, key=accuracy)
-    names = {each.name: each.name for each in encoders if each is best or each not in forms}
-    names[best.name] = PIXELS
+    batches = Batches(config.batch, config.workers, progress=progress)
     known, asked = (
-        replace(part, features={name: part.features[own] for own, name in names.items()})
-        for part in (known, asked)
+        encode_scenes(truth, encoders, batches, split)
+        for split, truth in ((GALLERY_SPLIT, gallery), (config.split, queries))
     )
-    kept = [best.renamed(PIXELS) if each is best else each for each in encoders if each.name in names]
-    return kept, known, asked, best.name.removeprefix(f"{PIXELS}/")
-
-
-def _notes(run: TrainedRun, pixels: str) -> dict[str, str]:
-    return {
+    answers = {name: _answer(known.features[name], own, gallery) for name, own in asked.features.items()}
+    form = _better_pixels(answers, queries)
+    answers = _kept(answers, form)
+    known, asked = (replace(part, features=_kept(part.features, form)) for part in (known, asked))
+    encoders = [
+        replace(own, name=name) if isinstance(own, CropEncoder) else own
+        for name, own in _kept({each.name: each for each in encoders}, form).items()
+    ]
+    prior = vocabulary.prior if vocabulary else ()
+    notes = {
         "trained": f"after step {run.step:,}",
         "untrained": "the same network before step 1",
-        PIXELS: f"crops at 32 x 32, {pixels}",
+        PIXELS: f"crops at 32 x 32, {form.removeprefix(f'{PIXELS}/')}",
         "curation": "pretrained; it made the object labels",
     }
+    evidence = Evidence(known, asked, encoders, prior, config, batches)
+    measured = [make(evidence) for name, make in MEASURES.items() if name in config.measures]
+    if folder is not None:
+        seen = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
+        measured.append(image_table(folder, seen, config.seeds, batches))
+    return Study(
+        config, run, gallery, queries, answers, shards.info, vocabulary, batches.seconds,
+        summary=_summary(evidence, answers, notes),
+        tables=tuple(table for table in measured if table is not None),
+    )  # fmt: skip
 
 
 def _scenes(folder: Path) -> list[Scene]:
@@ -202,6 +274,84 @@ def _scenes(folder: Path) -> list[Scene]:
     return scenes
 
 
-def _truth(scenes: Sequence[Scene], vocabulary: Vocabulary | None) -> Truth:
-    words = [word for scene in scenes for word in scene.words]
-    return Truth(scenes, tuple(vocabulary.tokens(word.text) if vocabulary else () for word in words))
+def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
+    trained = run.trained(config.device, config.projected)
+    if not config.baselines:
+        return [trained]
+    untrained = run.untrained(config.device, config.projected)
+    return [trained, untrained, *pixel_encoders(run.config.model.grid)]
+
+
+def _answer(known: SceneFeatures, asked: SceneFeatures, gallery: Truth) -> Answers:
+    neighbours = nearest(asked.objects, known.objects)
+    read = None if asked.read is None else [tokens[:TOP] for tokens in asked.read]
+    return Answers(neighbours, vote(neighbours, gallery.objects.names), read)
+
+
+def _better_pixels(answers: Mapping[str, Answers], queries: Truth) -> str:
+    """Name of the form of the pixel baseline that names objects better; none without a baseline."""
+    true = np.asarray(queries.objects.names)
+    forms = [name for name in answers if name.startswith(f"{PIXELS}/")]
+    return max(forms, key=lambda name: np.mean(np.asarray(answers[name].named) == true), default="")
+
+
+def _kept(by_encoder: Mapping[str, T], form: str) -> dict[str, T]:
+    """The same with this form of the pixel baseline in the place of all of them."""
+    return {
+        PIXELS if name == form else name: own
+        for name, own in by_encoder.items()
+        if name == form or not name.startswith(f"{PIXELS}/")
+    }
+
+
+# ---- the summary -----------------------------------------------------------------------------------
+
+
+def _summary(evidence: Evidence, answers: Mapping[str, Answers], notes: Mapping[str, str]) -> Table:
+    """Every encoder on held-out regions beside training regions, with all of the gallery."""
+    known, asked, split = evidence.known, evidence.asked, evidence.config.split
+    gallery, queries = known.truth, asked.truth
+    columns = summary_columns(
+        split,
+        majority_share(gallery.objects.names, queries.objects.names),
+        prior_share(evidence.prior, queries, word_recall),
+    )
+    rows = {
+        name: _summary_row(own, known.features[name], asked.features[name], gallery, queries)
+        for name, own in answers.items()
+    }
+    told = (
+        f"{len(queries.objects):,} objects and {len(queries.words):,} words of {len(queries.scenes):,} "
+        f"{split} scenes against {len(gallery.objects):,} objects and {len(gallery.words):,} words of "
+        f"{len(gallery.scenes):,} training scenes. Train: the gallery against itself without the own scene; "
+        "the same cut-outs stand in other scenes."
+    )
+    if PIXELS in rows:
+        told += f" {PIXELS.capitalize()}: the better of two forms ({notes[PIXELS]})."
+    shown = {name: notes[name] for name in rows if name in notes}
+    return Table(SUMMARY, "Test beside train", told, columns, rows, "most frequent", shown)
+
+
+def _summary_row(
+    answers: Answers, known: SceneFeatures, asked: SceneFeatures, gallery: Truth, queries: Truth
+) -> dict[str, Estimate | None]:
+    own, met = gallery.objects.scene, gallery.words.scene
+    within = vote(nearest(known.objects, known.objects, own, own), gallery.objects.names)
+    by_words = ballots(nearest(asked.words, known.words), gallery.tokens)
+    words_within = ballots(nearest(known.words, known.words, met, met), gallery.tokens)
+    read = {
+        "ocr_recall_at_5": (asked.read, queries),
+        "ocr_train_recall_at_5": (known.read, gallery),
+        "ocr_knn_recall_at_5": (by_words, queries),
+        "ocr_knn_train_recall_at_5": (words_within, gallery),
+    }
+    return {
+        "region_knn": _named_right(answers.named, queries.objects),
+        "region_knn_train": _named_right(within, gallery.objects),
+        **{key: judged([own] if own else [], truth, word_recall) for key, (own, truth) in read.items()},
+    }
+
+
+def _named_right(named: Sequence[str], objects: RegionTable) -> Estimate | None:
+    """Accuracy of the names given to objects, with the cut-outs as groups."""
+    return share(np.asarray(named) == np.asarray(objects.names), objects.instances)

@@ -1,114 +1,90 @@
-"""The measures by name: each makes a table of what encoders say of the scenes, judged by their truth."""
+"""The measures, one file each, and what they share: a number is a mean over seeds with its uncertainty.
+
+A measure takes what encoders say of training scenes (known) and of held-out scenes (asked), and how many
+seeds draw (seeds); it gives a table with a row of named estimates for each encoder.
+
+Test regions are not independent: the same few cut-outs stand in many scenes, and all patches of a scene
+share its background. So whole groups (cut-outs, scenes, images) are drawn with replacement, never single
+regions, and the seeds behind the mean are drawn again with them.
+
+Shapes: S seeds, Q queries, G groups, K numbers that a statistic is made of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from megaregion.evaluation.encoders import Encoder
-from megaregion.evaluation.encoding import EncodedScenes, MappedScenes, Progress, counter, encode_maps
-from megaregion.evaluation.measures.correspondence import correspondence_table
-from megaregion.evaluation.measures.reading import reading_table
-from megaregion.evaluation.measures.recognition import recognition_table
-from megaregion.evaluation.measures.retrieval import retrieval_table
-from megaregion.evaluation.measures.segmentation import segmentation_table
-from megaregion.evaluation.measures.separation import separation_table
-from megaregion.evaluation.scenes import Scene, TruthMap, truth_map
-from megaregion.evaluation.vocabulary import Tokens
-from megaregion.schemas.evaluation import Table
+from megaregion.schemas.evaluation import Estimate
 
-MAPPED_SCENES = 100
-"""Most scenes of each split whose maps are kept: they hold every place, not one feature a region."""
+DRAWS = 1000
+"""Bootstrap draws behind an interval."""
+
+Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From sums over groups, [..., K], to the statistic, [...]; nan where it cannot be said."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Everything that a measure may look at."""
+def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estimate | None:
+    """Estimate a statistic of sums over groups.
 
-    known: EncodedScenes
-    """Training scenes, by every encoder."""
-    asked: EncodedScenes
-    """Held-out scenes, by every encoder."""
-    encoders: Sequence[Encoder]
-    prior: Tokens
-    """Most frequent tokens of the training shards; empty without text."""
-    seeds: int
-    """Draws behind every mean."""
-    batch: int = 32
-    """Images that go through an encoder at once."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent on maps is added here."""
-    progress: Progress = lambda split, done, images: None
-    """Told of images as their maps are made."""
+    Args:
+        parts: What each group adds under each seed, [S, G, K].
+        reduce: From sums to the statistic.
+        seed: Of the draws.
 
-    @cached_property
-    def maps(self) -> tuple[MappedScenes, MappedScenes] | None:
-        """Maps of training and held-out scenes, made when first asked for; None where scenes lack masks."""
-        drawn = [_with_masks(part.truth.scenes) for part in (self.known, self.asked)]
-        if not all(scenes for scenes, _ in drawn):
-            return None
-        count = counter(self.progress, "maps of", sum(len(scenes) for scenes, _ in drawn))
-        known, asked = (
-            MappedScenes(scenes, truths, encode_maps(scenes, self.encoders, self.batch, self.seconds, count))
-            for scenes, truths in drawn
-        )
-        return known, asked
-
-
-Measure = Callable[[Evidence], Table | None]
-"""Measures every encoder; None where the scenes do not allow it."""
-
-
-def _retrieval(evidence: Evidence) -> Table:
-    features = {name: own.objects for name, own in evidence.asked.features.items()}
-    return retrieval_table(features, evidence.asked.truth.objects)
-
-
-def _correspondence(evidence: Evidence) -> Table | None:
-    if evidence.maps is None:
+    Returns:
+        The estimate; None when there is no group, or the statistic cannot be said of all of them.
+    """
+    seeds, groups, _ = parts.shape
+    if groups == 0:
         return None
-    asked = evidence.maps[1]
-    return correspondence_table(_by_scene(evidence.asked, asked.scenes), asked, evidence.seeds)
+    values = reduce(parts.sum(axis=1))
+    if not np.isfinite(values).all():
+        return None
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    # How often each group is drawn; the same draw for all seeds, for they were asked about the same groups.
+    counts = rng.multinomial(groups, np.full(groups, 1 / groups), size=DRAWS).astype(np.float64)
+    drawn = np.stack([reduce(counts @ part) for part in parts])
+    chosen = rng.integers(seeds, size=(seeds, DRAWS))
+    means = np.take_along_axis(drawn, chosen, axis=0).mean(axis=0)
+    mean = float(values.mean())
+    low, high = np.nanquantile(means, (0.025, 0.975)) if np.isfinite(means).any() else (mean, mean)
+    # A draw can miss what few groups hold, so that the plain quantiles would leave the estimate outside.
+    return Estimate(mean, min(float(low), mean), max(float(high), mean), tuple(values.tolist()))
 
 
-MEASURES: Mapping[str, Measure] = {
-    "region": lambda evidence: recognition_table(evidence.known, evidence.asked, evidence.seeds),
-    "retrieval": _retrieval,
-    "ocr": lambda evidence: reading_table(evidence.known, evidence.asked, evidence.prior, evidence.seeds),
-    "correspondence": _correspondence,
-    "segmentation": lambda evidence: evidence.maps and segmentation_table(*evidence.maps, evidence.seeds),
-    "separation": lambda evidence: evidence.maps and separation_table(*evidence.maps),
-}
-"""All measures, in the order in which they are shown."""
-QUICK = ("region", "retrieval", "ocr", "separation")
-"""Measures that cost little beside encoding the regions."""
+def share(
+    right: ArrayLike,
+    groups: Sequence[object] | Sequence[Sequence[object]],
+    asked: ArrayLike | None = None,
+    seed: int = 0,
+) -> Estimate | None:
+    """Estimate a mean of single verdicts, such as an accuracy.
+
+    Args:
+        right: Verdict on each query under each seed, [S, Q] or [Q]; between 0 and 1.
+        groups: Group of each query, [Q], or under each seed, [S, Q].
+        asked: Whether each query was asked under each seed, [S, Q]; all of them if None.
+        seed: Of the draws.
+    """
+    verdicts = np.atleast_2d(np.asarray(right, np.float64))
+    tries = np.ones_like(verdicts) if asked is None else np.asarray(asked, np.float64)
+    names = np.asarray(groups, dtype=np.str_)
+    group = np.broadcast_to(np.unique(names, return_inverse=True)[1].reshape(names.shape), verdicts.shape)
+    total = int(group.max()) + 1 if group.size else 0
+    hits, sizes = (
+        np.stack(
+            [np.bincount(own, weights, minlength=total) for own, weights in zip(group, each, strict=True)]
+        )
+        for each in (verdicts * tries, tries)
+    )
+    return estimate(np.stack([hits, sizes], axis=-1), _ratio, seed)
 
 
-def measure(evidence: Evidence, names: Sequence[str]) -> list[Table]:
-    """Measure every encoder by each of the named measures that the scenes allow."""
-    tables = [make(evidence) for name, make in MEASURES.items() if name in names]
-    return [table for table in tables if table is not None]
-
-
-def _with_masks(scenes: Sequence[Scene]) -> tuple[list[Scene], list[TruthMap]]:
-    """The first scenes whose objects all have masks, and their truths."""
-    found = [(scene, truth_map(scene)) for scene in scenes[:MAPPED_SCENES] if scene.objects]
-    return [scene for scene, truth in found if truth], [truth for _, truth in found if truth]
-
-
-def _by_scene(asked: EncodedScenes, scenes: Sequence[Scene]) -> dict[str, list[NDArray[np.float32]]]:
-    """Features of each scene's regions, objects first, [objects + words, C], by encoder."""
-    truth = asked.truth
-    place = {scene.key: number for number, scene in enumerate(truth.scenes)}
-    rows = [
-        [np.flatnonzero(table.scene == place[scene.key]) for table in (truth.objects, truth.words)]
-        for scene in scenes
-    ]
-    return {
-        name: [np.concatenate([own.objects[objects], own.words[words]]) for objects, words in rows]
-        for name, own in asked.features.items()
-    }
+def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Hits over tries, [..., 2] to [...]; nan without a try."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quotient: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
+    return quotient

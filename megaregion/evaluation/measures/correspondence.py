@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import unit
-from megaregion.evaluation.encoding import MappedScenes, SceneMap, pooled
-from megaregion.evaluation.estimates import share
+from megaregion.evaluation.encoders import Floats
+from megaregion.evaluation.encoding import MappedScenes, pooled
+from megaregion.evaluation.measures import share
 from megaregion.evaluation.scenes import Scene, TrueObject, TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
@@ -41,7 +42,7 @@ class Pair:
 
 
 def correspondence_table(
-    features: Mapping[str, Sequence[NDArray[np.float32]]], asked: MappedScenes, seeds: int
+    features: Mapping[str, Sequence[Floats]], asked: MappedScenes, seeds: int
 ) -> Table | None:
     """Measure every encoder by each scene's features, [R, C]; None where no two scenes share a class."""
     scenes, truths = asked.scenes, asked.truths
@@ -79,8 +80,8 @@ def draw_pairs(scenes: Sequence[Scene], seed: int) -> list[Pair]:
 
 
 def _row(
-    features: Sequence[NDArray[np.float32]],
-    maps: Sequence[SceneMap] | None,
+    features: Sequence[Floats],
+    maps: Sequence[Floats] | None,
     asked: MappedScenes,
     drawn: Sequence[Sequence[Pair]],
 ) -> dict[str, Estimate | None]:
@@ -94,7 +95,7 @@ def _row(
     return row
 
 
-def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], pair: Pair) -> bool:
+def right_box(features: Sequence[Floats], scenes: Sequence[Scene], pair: Pair) -> bool:
     """Whether the most similar region of the target scene is of the source's class."""
     (source, own), (target, _) = pair.source, pair.target
     best = int((unit(features[target]) @ unit(features[source][own])).argmax())
@@ -102,7 +103,7 @@ def right_box(features: Sequence[NDArray[np.float32]], scenes: Sequence[Scene], 
     return best < len(named) and named[best].name == _object(scenes, pair.source).name
 
 
-def peak_inside(maps: Sequence[SceneMap], truths: Sequence[TruthMap], pair: Pair) -> bool:
+def peak_inside(maps: Sequence[Floats], truths: Sequence[TruthMap], pair: Pair) -> bool:
     """Whether the target's most similar cell has its middle on the target's mask."""
     asked = pooled(maps[pair.source[0]], _mask(truths, pair.source))
     target = maps[pair.target[0]]

@@ -8,24 +8,22 @@ Shapes: B images of a batch, C feature width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from megaregion.data.image import to_rgb
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import NEIGHBOURS
 from megaregion.evaluation.encoders import Encoder
-from megaregion.evaluation.encoding import Progress
+from megaregion.evaluation.encoding import Batches
 from megaregion.evaluation.measures.recognition import Labelled, draw_scenes, majority_share, recognise
+from megaregion.evaluation.scenes import IMAGE_ENDINGS, read_image
 from megaregion.schemas.evaluation import Column, Table
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 ASKED_SPLITS = ("test", "val")
 ASKED_SHARE = 0.2
 """Share of each class that is asked about where the folder has no split of its own."""
@@ -75,9 +73,7 @@ def image_table(
     folder: ImageFolder,
     encoders: Sequence[Encoder],
     seeds: int,
-    batch: int,
-    workers: int,
-    progress: Progress = lambda split, done, images: None,
+    batches: Batches,
 ) -> Table:
     """Measure every encoder.
 
@@ -85,14 +81,13 @@ def image_table(
         folder: The images.
         encoders: Encoders of whole images.
         seeds: Draws of the split, or of the gallery where the split is fixed.
-        batch: Images that go through an encoder at once.
-        workers: Threads that read images.
-        progress: Told of images as they are encoded.
+        batches: How images go through an encoder.
 
     Raises:
         UserError: An image cannot be read.
     """
-    features = _encode(folder, encoders, batch, workers, progress)
+    read, asks = partial(read_image, advice="remove it from the folder"), {e.name: e.images for e in encoders}
+    features = batches.ask(folder.folder.name, folder.paths, read, asks)
     draws = [_draw(folder, seed, seeds) for seed in range(seeds)]
     names, fixed = np.asarray(folder.names), folder.asked is not None
     chance = float(
@@ -109,8 +104,9 @@ def image_table(
     )
     columns = (Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
     rows = {}
+    paths = [str(path) for path in folder.paths]
     for name, own in features.items():
-        images = Labelled(own, folder.names, [str(path) for path in folder.paths], np.arange(len(names)))
+        images = Labelled(np.concatenate(own), folder.names, paths, np.arange(len(names)))
         rows[name] = recognise(images, images, draws, tuning=~draws[0][1])
     return Table("image", "Naming images", told, columns, rows, "most frequent class")
 
@@ -131,38 +127,13 @@ def _draw(folder: ImageFolder, seed: int, seeds: int) -> tuple[NDArray[np.bool_]
     return ~asked, asked
 
 
-def _encode(
-    folder: ImageFolder,
-    encoders: Sequence[Encoder],
-    batch: int,
-    workers: int,
-    progress: Progress,
-) -> Mapping[str, NDArray[np.float32]]:
-    parts: dict[str, list[NDArray[np.float32]]] = {encoder.name: [] for encoder in encoders}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in range(0, len(folder.paths), batch):
-            images = list(pool.map(_open, folder.paths[start : start + batch]))
-            for encoder in encoders:
-                parts[encoder.name].append(encoder.images(images))
-            progress(folder.folder.name, min(start + batch, len(folder.paths)), len(folder.paths))
-    return {name: np.concatenate(own) for name, own in parts.items()}
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return to_rgb(file)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it from the folder") from None
-
-
 def _list(folder: Path) -> list[tuple[Path, str]]:
     return [
         (path, part.name)
         for part in sorted(folder.iterdir())
         if part.is_dir()
         for path in sorted(part.rglob("*"))
-        if path.suffix.lower() in ENDINGS
+        if path.suffix.lower() in IMAGE_ENDINGS
     ]
 
 

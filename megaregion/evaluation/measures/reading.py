@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megaregion.evaluation.classifiers import NEIGHBOURS, Neighbours, nearest
+from megaregion.evaluation.classifiers import NEIGHBOURS, ballots, nearest
 from megaregion.evaluation.encoding import EncodedScenes
-from megaregion.evaluation.estimates import share
+from megaregion.evaluation.measures import share
 from megaregion.evaluation.measures.recognition import draw_scenes
-from megaregion.evaluation.scenes import Truth
-from megaregion.evaluation.vocabulary import NAMED, TOP, Tokens
+from megaregion.evaluation.scenes import TOP, Tokens, Truth
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 Verdict = Callable[[Tokens, Tokens], float]
@@ -54,7 +53,7 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
         for seed in range(seeds):
             drawn = np.flatnonzero(draw_scenes(gallery.words.scene, seed, seeds))
             neighbours = nearest(own.words, known.features[name].words[drawn])
-            by_words.append(neighbour_tokens(neighbours, [gallery.tokens[row] for row in drawn]))
+            by_words.append(ballots(neighbours, [gallery.tokens[row] for row in drawn]))
         rows[name] = {
             f"{by}_{verdict}": judged(named, queries, judge)
             for by, named in (("head", by_head), ("knn", by_words))
@@ -95,24 +94,3 @@ def word_recall(named: Tokens, true: Tokens) -> float:
 def is_exact(named: Tokens, true: Tokens) -> bool:
     """Whether the first tokens named, as many as the word has, are the word's tokens in any order."""
     return set(named[: len(set(true))]) == set(true)
-
-
-def neighbour_tokens(neighbours: Neighbours, gallery: Sequence[Tokens]) -> list[Tokens]:
-    """Name the tokens that most of a word's nearest training words hold; ties go to the more similar.
-
-    Args:
-        neighbours: Nearest training words of R words.
-        gallery: True tokens of each training word.
-
-    Returns:
-        Tokens of each word, most votes first.
-    """
-    named = []
-    for row, similarity in zip(neighbours.index, neighbours.similarity, strict=True):
-        votes: dict[int, tuple[int, float]] = {}
-        for i, cosine in zip(row, similarity, strict=True):
-            for token in gallery[i] if i >= 0 else ():
-                votes_so_far, total = votes.get(token, (0, 0.0))
-                votes[token] = (votes_so_far + 1, total + float(cosine))
-        named.append(tuple(sorted(votes, key=lambda token: votes[token], reverse=True)[:NAMED]))
-    return named

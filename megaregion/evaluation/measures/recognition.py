@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import NEIGHBOURS, choose_decay, fit_probe, nearest, vote
+from megaregion.evaluation.encoders import Floats
 from megaregion.evaluation.encoding import EncodedScenes
-from megaregion.evaluation.estimates import share
+from megaregion.evaluation.measures import share
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 GALLERY_SHARE = 0.8
@@ -27,7 +28,7 @@ GALLERY_SHARE = 0.8
 class Labelled:
     """Named features of one split."""
 
-    features: NDArray[np.float32]
+    features: Floats
     """[R, C]."""
     names: Sequence[str]
     """Class of each, R of them."""

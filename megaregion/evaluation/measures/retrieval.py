@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.evaluation.classifiers import Neighbours, nearest
-from megaregion.evaluation.estimates import share
+from megaregion.evaluation.classifiers import nearest
+from megaregion.evaluation.encoders import Floats
+from megaregion.evaluation.measures import share
 from megaregion.evaluation.scenes import RegionTable
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
@@ -22,7 +23,7 @@ DEPTHS = (1, 5, 10)
 """Values of k."""
 
 
-def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: RegionTable) -> Table:
+def retrieval_table(features: Mapping[str, Floats], objects: RegionTable) -> Table:
     """Measure every encoder, whose features of the held-out objects are [Q, C]."""
     kinds = (("class", "same class", objects.names), ("cutout", "same cut-out", objects.instances))
     asking = {kind: _matches(labels, objects.scene) > 0 for kind, _, labels in kinds}
@@ -36,21 +37,17 @@ def retrieval_table(features: Mapping[str, NDArray[np.float32]], objects: Region
         f"{int(asking['cutout'].sum()):,} for their own cut-out, among all held-out objects of other "
         "scenes: recall among the nearest 1, 5 and 10."
     )
+    cutouts = np.asarray(objects.instances)
     rows: dict[str, dict[str, Estimate | None]] = {name: {} for name in features}
     for name, own in features.items():
         found = nearest(own, own, objects.scene, objects.scene, neighbours=max(DEPTHS))
         for kind, _, labels in kinds:
-            recalls = _recalls(found, np.asarray(labels), asking[kind], np.asarray(objects.instances))
-            rows[name] |= {f"{kind}_at_{depth}": recall for depth, recall in recalls.items()}
+            own_label = np.asarray(labels)
+            hit = (own_label[found.index] == own_label[:, None]) & (found.index >= 0)
+            for depth in DEPTHS:
+                recalled = hit[asking[kind], :depth].any(axis=1)
+                rows[name][f"{kind}_at_{depth}"] = share(recalled, cutouts[asking[kind]].tolist())
     return Table("retrieval", "Finding regions again", told, columns, rows, "random order")
-
-
-def _recalls(
-    found: Neighbours, labels: NDArray[np.str_], asking: NDArray[np.bool_], cutouts: NDArray[np.str_]
-) -> dict[int, Estimate | None]:
-    """Recall at each depth of the queries that have a match at all; a match is one of the same label."""
-    hit = (labels[found.index] == labels[:, None]) & (found.index >= 0)
-    return {depth: share(hit[asking, :depth].any(axis=1), cutouts[asking].tolist()) for depth in DEPTHS}
 
 
 def _matches(labels: Sequence[str], scene: NDArray[np.int64]) -> NDArray[np.int64]:

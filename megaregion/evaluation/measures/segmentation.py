@@ -11,13 +11,15 @@ Shapes: K classes with the background first, T x T truth cells, h x w cells of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import Probe, choose_decay, fit_probe
-from megaregion.evaluation.encoding import MappedScenes, SceneMap, pooled, resized
-from megaregion.evaluation.estimates import estimate
+from megaregion.evaluation.encoders import Floats
+from megaregion.evaluation.encoding import MappedScenes, pooled, resized
+from megaregion.evaluation.measures import estimate
 from megaregion.evaluation.measures.recognition import Labelled, draw_scenes
 from megaregion.evaluation.scenes import TRUTH, TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
@@ -45,12 +47,10 @@ def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
     A background's cut-out is its scene.
     """
     features, names, instances, places = [], [], [], []
-    quarters = [
-        (slice(y, y + TRUTH // 2), slice(x, x + TRUTH // 2)) for y in (0, TRUTH // 2) for x in (0, TRUTH // 2)
-    ]
+    halves = slice(TRUTH // 2), slice(TRUTH // 2, TRUTH)
     for place, (scene, truth) in enumerate(zip(known.scenes, known.truths, strict=True)):
         masks = [(item.name, item.instance, truth.owner == n + 1) for n, item in enumerate(scene.objects)]
-        for quarter in quarters:
+        for quarter in product(halves, halves):
             background = np.zeros((TRUTH, TRUTH), np.bool_)
             background[quarter] = truth.owner[quarter] == 0
             masks.append((BACKGROUND, scene.key, background))
@@ -85,38 +85,33 @@ def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> 
 
 
 def mean_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean intersection over union of the classes that occur.
-
-    From confusions [..., C * C], the true class first, to [...].
-    """
-    classes = round(sums.shape[-1] ** 0.5)
-    confusion = sums.reshape(*sums.shape[:-1], classes, classes)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - hits
-    with np.errstate(invalid="ignore", divide="ignore"):
-        each = np.where(confusion.sum(axis=-1) > 0, hits / union, np.nan)
-        # A class without a true pixel in the draw says nothing of the class.
-        counted = np.isfinite(each)
-        mean: NDArray[np.float64] = np.where(counted, each, 0).sum(axis=-1) / counted.sum(axis=-1)
-    return mean
+    """Mean intersection over union of the classes that occur, from confusions [..., C * C] to [...]."""
+    return _mean_of_finite(_class_iou(sums))
 
 
 def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As mean_iou, without the background's own share, [..., K * K] to [...]."""
+    """As mean_iou, without the background's own share."""
+    return _mean_of_finite(_class_iou(sums)[..., 1:])
+
+
+def _class_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each class, from confusions [..., C * C], the true class first, to [..., C]."""
     classes = round(sums.shape[-1] ** 0.5)
     matrix = sums.reshape(*sums.shape[:-1], classes, classes)
-    background = matrix[..., 0, 0] / (
-        matrix[..., 0, :].sum(-1) + matrix[..., :, 0].sum(-1) - matrix[..., 0, 0]
-    )
-    present = (matrix.sum(axis=-1) > 0).sum(axis=-1)
+    hits, true = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rest: NDArray[np.float64] = (mean_iou(sums) * present - background) / (present - 1)
-    return rest
+        # A class without a true pixel in the draw says nothing of the class.
+        return np.where(true > 0, hits / (true + matrix.sum(axis=-2) - hits), np.nan)
 
 
-def _asked_scene(
-    fitted: Probe, own: SceneMap, truth: TruthMap, classes: Sequence[str]
-) -> NDArray[np.float64]:
+def _mean_of_finite(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    counted = np.isfinite(shares)
+    with np.errstate(invalid="ignore"):
+        mean: NDArray[np.float64] = np.where(counted, shares, 0).sum(axis=-1) / counted.sum(axis=-1)
+    return mean
+
+
+def _asked_scene(fitted: Probe, own: Floats, truth: TruthMap, classes: Sequence[str]) -> NDArray[np.float64]:
     """Confusion of one held-out scene, over the classes of all seeds."""
     scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)
     place = np.asarray([classes.index(name) for name in fitted.classes])

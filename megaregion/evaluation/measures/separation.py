@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import DECAYS, fit_probe
-from megaregion.evaluation.encoding import MappedScenes, SceneMap, coverage, resized
-from megaregion.evaluation.estimates import estimate
+from megaregion.evaluation.encoders import Floats
+from megaregion.evaluation.encoding import MappedScenes, coverage, resized
+from megaregion.evaluation.measures import estimate
 from megaregion.evaluation.pca_maps import fit_basis
 from megaregion.evaluation.scenes import TruthMap
 from megaregion.schemas.evaluation import Column, Estimate, Table
@@ -32,7 +33,7 @@ MOST_CELLS = 20_000
 INSIDE, OUTSIDE = "inside", "outside"
 READINGS = ("one_colour", "three_colours", "all_channels")
 
-Reading = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Reading = Callable[[Floats], Floats]
 """From features or colours, [n, C], to how much each looks like an object, [n]."""
 
 
@@ -65,7 +66,7 @@ def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> dict[str, Es
     return dict(zip(READINGS, judged, strict=True))
 
 
-def best_colour(colours: NDArray[np.float32], inside: NDArray[np.bool_]) -> tuple[int, float]:
+def best_colour(colours: Floats, inside: NDArray[np.bool_]) -> tuple[int, float]:
     """The component that tells inside from outside best, and the sign with which it is high inside.
 
     Args:
@@ -77,7 +78,7 @@ def best_colour(colours: NDArray[np.float32], inside: NDArray[np.bool_]) -> tupl
     return best, 1.0 if areas[best] >= 0.5 else -1.0
 
 
-def exact_area(scores: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
+def exact_area(scores: Floats, inside: NDArray[np.bool_]) -> float:
     """Area under the ROC curve of scores [n], ties counting half."""
     values, bins = np.unique(scores, return_inverse=True)
     return float(area_under_curve(_histograms(bins, ~inside, inside, len(values))))
@@ -106,9 +107,7 @@ def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return area
 
 
-def _cells(
-    maps: Sequence[SceneMap], truths: Sequence[TruthMap]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _cells(maps: Sequence[Floats], truths: Sequence[TruthMap]) -> tuple[Floats, NDArray[np.bool_]]:
     """Features of cells that lie mostly inside objects or mostly outside, [n, C], and which they do, [n]."""
     features, verdicts = [], []
     for own, truth in zip(maps, truths, strict=True):
@@ -122,18 +121,18 @@ def _cells(
     return joined[order], verdict[order]
 
 
-def _linear(features: NDArray[np.float32], inside: NDArray[np.bool_]) -> Reading:
+def _linear(features: Floats, inside: NDArray[np.bool_]) -> Reading:
     fitted = fit_probe(features, [INSIDE if verdict else OUTSIDE for verdict in inside], DECAYS[0])
 
-    def read(asked: NDArray[np.float32]) -> NDArray[np.float32]:
+    def read(asked: Floats) -> Floats:
         scores = fitted.scores(asked)
-        difference: NDArray[np.float32] = scores[:, 0] - scores[:, 1]
+        difference: Floats = scores[:, 0] - scores[:, 1]
         return difference
 
     return read
 
 
-def _judge(reading: Reading, maps: Sequence[SceneMap], truths: Sequence[TruthMap]) -> Estimate | None:
+def _judge(reading: Reading, maps: Sequence[Floats], truths: Sequence[TruthMap]) -> Estimate | None:
     """AUC over all places of the held-out scenes, with the scenes as groups."""
     scores = []
     for own in maps:
