@@ -29,11 +29,7 @@ KINDNESS = 19
 
 
 def evaluate_step(folder: Path, step: int) -> None:
-    """Measure one checkpoint of a run and record it.
-
-    Args:
-        folder: The run's folder.
-        step: Step of a checkpoint that is, or is being, saved.
+    """Measure one checkpoint of a run, which is, or is being, saved, and record it.
 
     Raises:
         UserError: The checkpoint never came, or scenes and dataset cannot be used.

@@ -67,18 +67,10 @@ def confuse(
     batch: int = 32,
     progress: Progress = quiet,
 ) -> Confusion | None:
-    """Ask the object head about regions of the shards.
-
-    Args:
-        shards: The run's dataset.
-        encoder: The trained network.
-        centers: Weight of the object head, [K, E].
-        seed: Draws the images.
-        batch: Images that go through the network at once.
-        progress: Told of images.
+    """Ask the object head, whose centers are [K, E], about regions of shards' images that a seed draws.
 
     Returns:
-        What was confused; None if no image that was drawn has an object.
+        What the trained network confused; None if no image that was drawn has an object.
     """
     drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(shards))[:SAMPLES].tolist()
     regions: list[LabelledRegion] = []

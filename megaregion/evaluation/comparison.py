@@ -116,12 +116,7 @@ def _joined(key: str, runs: Sequence[RunRecord]) -> Table:
 
 
 def write_comparison(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write the page.
-
-    Args:
-        runs: Runs in the order of their columns.
-        path: The page; readers see the old one or the new one.
-    """
+    """Write the page, with the runs in this order."""
     styles = {run.name: f"run{place % STYLES}" for place, run in enumerate(runs)}
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in LOCATION)
     write_page(

@@ -32,12 +32,7 @@ HOVERS = 60
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill a template of templates/.
-
-    Args:
-        template: File name without its ending .jinja.
-        values: All that the template names.
-    """
+    """Fill a template of templates/, named without its ending .jinja, with all that it names."""
     return Markup(_templates.get_template(f"{template}.jinja").render(values))
 
 
@@ -146,12 +141,9 @@ class Axes:
 
 
 def line_chart(lines: Sequence[Line], label: str, form: Callable[[float], str] = plain) -> Markup:
-    """Draw a metric over the steps.
+    """Draw a metric of one run, or of several that share the frame, over the steps.
 
-    Args:
-        lines: The metric of one run, or of several that share the frame.
-        label: What the chart shows, for readers that see no picture.
-        form: How a value is written.
+    The label says what is shown to readers that see no picture; form is how a value is written.
     """
     return render("lines.svg", axes=Axes(lines), lines=lines, label=label, form=form, plain=plain)
 

@@ -105,7 +105,7 @@ def paint(
     Args:
         encoder: The network.
         frames: Pictures of any sizes.
-        side: Longest side at which the network reads them, in pixels; rounded to whole patches.
+        side: Longest side at which the network reads them, in pixels, rounded to whole patches.
         progress: Told of frames.
     """
     maps = []

@@ -74,7 +74,7 @@ def visualise(
     side: int = 0,
     progress: Progress = quiet,
 ) -> Visuals:
-    """Make all pictures.
+    """Make all pictures of a study.
 
     Args:
         study: What was measured.

@@ -35,13 +35,9 @@ MOST_CLASSES = 40
 
 
 def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> None:
-    """Write the page.
+    """Write the page of a study and its pictures.
 
-    Args:
-        study: What was found.
-        visuals: Maps, attention and clusters, see pictures.py.
-        metrics: The run's metrics.jsonl; without it the page says so where the curves would be.
-        path: The page; readers see the old one or the new one.
+    Without the run's metrics.jsonl, the page says so where the curves would be.
     """
     queries, seed = study.queries, study.config.seed
     try:
@@ -79,14 +75,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def curation_card(dataset: Path) -> Markup:
-    """Show what curation found, kept and dropped.
-
-    Args:
-        dataset: Folder of the shards.
-
-    Returns:
-        A card; empty when there is no summary, as for shards that came from elsewhere.
-    """
+    """A card on what curation found, kept and dropped for these shards; empty if they have no summary."""
     summary = _read_summary(dataset)
     counts = summary.get("counts") or {}
     dropped = {name.removeprefix(DROPPED): n for name, n in counts.items() if name.startswith(DROPPED)}

@@ -289,9 +289,7 @@ class Vocabulary:
 def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vocabulary | None:
     """Open a dataset's tokenizer and count its tokens; None for a dataset without text.
 
-    Args:
-        shards: The dataset.
-        trained_on: The dataset's description in the checkpoint's manifest.
+    ``trained_on`` is the dataset's description in the checkpoint's manifest.
 
     Raises:
         UserError: The tokenizer cannot be read, or is not the one that the run was trained with.

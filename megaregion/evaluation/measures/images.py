@@ -75,13 +75,7 @@ def image_table(
     seeds: int,
     batches: Batches,
 ) -> Table:
-    """Measure every encoder.
-
-    Args:
-        folder: The images.
-        encoders: Encoders of whole images.
-        seeds: Draws of the split, or of the gallery where the split is fixed.
-        batches: How images go through an encoder.
+    """Measure every encoder; seeds draw the split, or the gallery where the split is fixed.
 
     Raises:
         UserError: An image cannot be read.

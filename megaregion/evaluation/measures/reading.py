@@ -63,15 +63,9 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
 
 
 def judged(named: Sequence[Sequence[Tokens]], truth: Truth, verdict: Verdict) -> Estimate | None:
-    """Mean verdict over the words that have tokens, with equal words as groups.
+    """Mean verdict over the words that have tokens, with equal words as groups, of S x R named tokens.
 
-    Args:
-        named: Tokens named for each of R words under each of S seeds.
-        truth: The words.
-        verdict: Recall or exactness of one word.
-
-    Returns:
-        The estimate; None if nothing was named, or no word has tokens.
+    None if nothing was named, or no word has tokens.
     """
     rows = [row for row, tokens in enumerate(truth.tokens) if tokens]
     if not named or not rows:

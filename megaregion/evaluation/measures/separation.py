@@ -67,12 +67,7 @@ def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> dict[str, Es
 
 
 def best_colour(colours: Floats, inside: NDArray[np.bool_]) -> tuple[int, float]:
-    """The component that tells inside from outside best, and the sign with which it is high inside.
-
-    Args:
-        colours: Components of training cells, [n, 3].
-        inside: Whether each lies in an object, [n].
-    """
+    """Component of [n, 3] that tells inside from outside best, and the sign by which it is high inside."""
     areas = [exact_area(colour, inside) for colour in colours.T]
     best = int(np.argmax([abs(area - 0.5) for area in areas]))
     return best, 1.0 if areas[best] >= 0.5 else -1.0
