@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,8 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
             shutil.copytree(runs / f"{name}-whole" / "checkpoints" / step, middle / step)
         torch.distributed.barrier()
         train(toy_config(data, runs, f"{name}-continued", **TWO_OF_FOUR, **then), resume_from=middle)
+    if torch.distributed.get_rank() == 0:
+        (runs / "modules").write_text("\n".join(sys.modules))
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +279,12 @@ def test_resume_on_another_topology_agrees(name: str, dataset: Path, four_ranks:
     assert losses(continued) == pytest.approx(losses(whole)[2:], rel=1e-5)
     weights = differences(checkpoint(whole, 4), checkpoint(continued, 4), "body.weight")
     assert max(weights.values()) < 1e-4
+
+
+def test_no_rank_waits_for_torchs_compiler_to_be_imported(four_ranks: Path) -> None:
+    modules = (four_ranks / "modules").read_text().splitlines()
+    assert {"deepspeed", "megatron.core"} <= set(modules)
+    assert "torch._inductor.compile_fx" not in modules
 
 
 def test_a_checkpoint_holds_whole_tensors_whatever_wrote_it(dataset: Path, four_ranks: Path) -> None:
