@@ -22,8 +22,8 @@ import benchmark.kmeans
 from benchmark.kmeans import gaussian_features
 from benchmark.scenes import scene_features
 from megaregion.command_line import Parser, add_settings
+from megaregion.curation.embeddings import to_unit
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.kmeans.embeddings import to_unit
 from megaregion.curation.runner.pipeline import Pipeline, record_run, recorded_run
 from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages.embed import FEATURES, Embed
@@ -170,12 +170,12 @@ def test_no_more_rows_than_the_memory_setting_allows_are_worked_on_at_once(
         seen.append(len(rows))
         return to_unit(rows)
 
-    for module in ("kmeans.embeddings", "kmeans.split", "stages.assign"):
+    for module in ("embeddings", "kmeans", "stages.cluster"):
         monkeypatch.setattr(f"megaregion.curation.{module}.to_unit", watched)
-    for module in ("kmeans.embeddings", "stages.assign"):
+    for module in ("embeddings", "stages.cluster"):
         monkeypatch.setattr(f"megaregion.curation.{module}.rows_in", lambda memory, channels: 50 * memory)
     # The sample of the first level is bounded by the number of cells.
-    monkeypatch.setattr("megaregion.curation.kmeans.split.CELL_SAMPLE", 5)
+    monkeypatch.setattr("megaregion.curation.kmeans.CELL_SAMPLE", 5)
     run(tmp_path / "a", chunk_memory=1)
     assert max(seen) == 50
     assert sum(seen) > 3 * IMAGES * PER_IMAGE

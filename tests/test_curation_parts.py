@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.engines import load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch
-from megaregion.curation.kmeans.nearest import nearest
-from megaregion.curation.kmeans.split import find_centers
+from megaregion.curation.kmeans import find_centers
+from megaregion.curation.nearest import nearest
 from megaregion.curation.picture import crop
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.stages.embed import choose

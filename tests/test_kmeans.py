@@ -11,17 +11,26 @@ import torch
 from launch import launch
 
 from benchmark.kmeans import gaussian_features
-from megaregion.curation.kmeans import nearest as tiles
-from megaregion.curation.kmeans import passes
-from megaregion.curation.kmeans.embeddings import Share, evenly, rows_in
-from megaregion.curation.kmeans.nearest import nearest
-from megaregion.curation.kmeans.passes import Pass, Progress, add_up, assign, cluster
-from megaregion.curation.kmeans.split import Plan, find_centers, first_guess, share_out
+from megaregion.curation import kmeans
+from megaregion.curation import nearest as tiles
+from megaregion.curation.embeddings import Share, evenly, rows_in
+from megaregion.curation.kmeans import (
+    Pass,
+    Progress,
+    add_up,
+    assign,
+    cluster,
+    find_centers,
+    first_guess,
+    share_out,
+)
+from megaregion.curation.nearest import nearest
+from megaregion.curation.settings import ClusterSettings
 from megaregion.curation.types import unit
 from megaregion.errors import UserError
 from megaregion.parallel import topology
 
-PLAN = Plan(clusters=40, iterations=16, seed=3, first_level=5)
+PLAN = ClusterSettings(clusters=40, cluster_iterations=16, cluster_seed=3, first_level=5)
 
 
 def features(count: int = 1200, channels: int = 24, spread: float = 1.2) -> np.ndarray:
@@ -126,21 +135,21 @@ def test_sums_of_segments_are_those_of_the_rows_and_do_not_overflow_16_bits() ->
     labels = torch.arange(len(vectors)) * 7 % 50
     sums, sorted_sums = torch.zeros(60, 24), torch.zeros(60, 24)
     add_up(sums, vectors, labels)
-    passes._add_segments(sorted_sums, vectors, labels)
+    kmeans._add_segments(sorted_sums, vectors, labels)
     right = torch.stack([vectors[labels == label].double().sum(0) for label in range(60)])
     assert torch.allclose(sums.double(), right, atol=1e-4)
     assert torch.allclose(sorted_sums.double(), right, atol=1e-4)
     # 80,000 rows along one axis: 16-bit numbers end at 65,504.
     rows = np.zeros((80_010, 4), dtype=np.float16)
     rows[:80_000, 0] = rows[80_000:, 1] = 1
-    centers = cluster(Share([rows], 512), Plan(2, 4, 0))
+    centers = cluster(Share([rows], 512), ClusterSettings(2, 4, 0))
     assert sorted(centers.round().tolist()) == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def test_each_pass_is_nearer_and_ends_below_flat_k_means_with_faiss() -> None:
     vectors = gaussian_features(4000, 64, 400, 1.0)
     share, told = Share([vectors], 512), list[Pass]()
-    plan = Plan(400, 20, 0, first_level=20)
+    plan = ClusterSettings(400, 20, 0, first_level=20)
     guess = first_guess(share, plan)
     centers = cluster(share, plan, on_pass=told.append)
     flat = inertia(tensor(vectors), tensor(find_centers(vectors, 400, 25, 0)[0]))
@@ -163,7 +172,7 @@ def test_an_empty_center_takes_half_of_the_cluster_that_gains_most() -> None:
     add_up(sums, tensor(rows), labels)
     centers = torch.nn.functional.normalize(sums)
     centers[3, 7] = 1
-    taken = passes.exchange(share, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
+    taken = kmeans.exchange(share, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
     assert taken == 1
     assert sorted((centers @ tensor(means).T).argmax(1).tolist()) == [0, 1, 2, 3]
 
@@ -181,7 +190,7 @@ def test_threads_change_no_bit_and_the_seed_does() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, three)
-    assert not torch.equal(one, cluster(share, Plan(40, 16, 4, 5)))
+    assert not torch.equal(one, cluster(share, ClusterSettings(40, 16, 4, 5)))
 
 
 def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> None:
@@ -254,7 +263,7 @@ def test_rows_that_are_zero_or_not_finite_are_left_out_and_counted() -> None:
 @pytest.mark.parametrize("kinds", [1, 3, 39])
 def test_fewer_different_rows_than_centers_give_unit_centers_and_every_row_its_own(kinds: int) -> None:
     rows = np.repeat(features(kinds), 50, axis=0)
-    centers = cluster(Share([rows], 512), Plan(kinds + 1, 6, 0, 2))
+    centers = cluster(Share([rows], 512), ClusterSettings(kinds + 1, 6, 0, 2))
     assert torch.allclose(centers.norm(dim=1), torch.ones(kinds + 1), atol=1e-5)
     found = nearest(tensor(unit(rows.astype(np.float32))), centers)
     assert found.best.min() > 1 - 1e-5
@@ -264,17 +273,17 @@ def test_fewer_different_rows_than_centers_give_unit_centers_and_every_row_its_o
 def test_more_centers_than_embeddings_are_refused() -> None:
     rows = features(50)
     rows[:20] = 0
-    assert len(cluster(Share([rows], 512), Plan(30, 2, 0, 4))) == 30
+    assert len(cluster(Share([rows], 512), ClusterSettings(30, 2, 0, 4))) == 30
     with pytest.raises(UserError, match="--clusters must be at most the 30 regions"):
-        cluster(Share([rows], 512), Plan(31, 2, 0, 4))
+        cluster(Share([rows], 512), ClusterSettings(31, 2, 0, 4))
     with pytest.raises(UserError, match="no image has a region that can be embedded"):
-        cluster(Share([rows[:20]], 512), Plan(1, 2, 0))
+        cluster(Share([rows[:20]], 512), ClusterSettings(1, 2, 0))
 
 
 def test_where_most_of_a_sample_has_no_embedding_all_rows_are_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megaregion.curation.kmeans.split.CENTER_SAMPLE", 1)
+    monkeypatch.setattr("megaregion.curation.kmeans.CENTER_SAMPLE", 1)
     rows = features()
     rows[::2] = 0
     assert len(first_guess(Share([rows], 512), PLAN).unique(dim=0)) == 40
@@ -289,7 +298,7 @@ def test_centers_do_not_depend_on_what_stays_in_memory(
     for number, part in enumerate(np.split(rows, [300, 300, 1000])):
         np.save(tmp_path / f"{number}.npy", part)
         files.append(tmp_path / f"{number}.npy")
-    monkeypatch.setattr("megaregion.curation.kmeans.embeddings.rows_in", lambda memory, channels: 170)
+    monkeypatch.setattr("megaregion.curation.embeddings.rows_in", lambda memory, channels: 170)
     kept, read = Share(files, 512), Share(files, 0)
     assert [len(chunk) for chunk in kept] == [len(chunk) for chunk in read] == [170] * 7 + [10]
     assert torch.equal(cluster(kept, PLAN), cluster(read, PLAN))

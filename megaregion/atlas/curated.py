@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megaregion.atlas.source import Batch, Floats, Sample, make_rows
-from megaregion.curation.stages.assign import COSINES
+from megaregion.curation.stages.cluster import COSINES
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.store import ImageRegions, read_regions
 from megaregion.data.image import decode_image

@@ -2,7 +2,7 @@
 
     types.py, picture.py   what all share                   settings.py   every setting, by stage
     inputs/    find the images and read them                engines/      proposers, embedders, OCR
-    kmeans/    centers, and the nearest of them             stages/       the steps, cut into pieces
+    kmeans.py  centers; embeddings.py, nearest.py below     stages/       the steps, cut into pieces
     runner/    who does the pieces, how far a run is        quality/      whether the labels are any good
 
 A room imports from the rooms above it only. A run first lists its images. Then comes a row of stages: propose

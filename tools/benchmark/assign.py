@@ -17,8 +17,8 @@ from benchmark.kmeans import Vectors, add_data_arguments, bare_rate, run_ours, v
 from benchmark.measure import describe_host
 from benchmark.report import Case, Report
 from megaregion.command_line import whole
-from megaregion.curation.kmeans.nearest import nearest
-from megaregion.curation.kmeans.split import Plan
+from megaregion.curation.nearest import nearest
+from megaregion.curation.settings import ClusterSettings
 from megaregion.errors import UserError
 
 
@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     report = Report(describe_host(device))
     for name, make in made.items():
         vectors = make()
-        centers, _ = run_ours(vectors, Plan(clusters[name], options.passes, 0), device)
+        centers, _ = run_ours(vectors, ClusterSettings(clusters[name], options.passes), device)
         report.cases += compare_assign(name, torch.from_numpy(vectors).to(device), centers)
     return report
 

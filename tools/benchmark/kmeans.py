@@ -22,11 +22,10 @@ from benchmark.report import Case, Report
 from benchmark.scenes import scene_features
 from megaregion.bounds import Positive
 from megaregion.command_line import flag, path, whole
-from megaregion.curation.kmeans.embeddings import Share
-from megaregion.curation.kmeans.nearest import in_order, nearest
-from megaregion.curation.kmeans.passes import Pass, cluster
-from megaregion.curation.kmeans.split import Plan, find_centers
-from megaregion.curation.settings import AssignSettings
+from megaregion.curation.embeddings import Share
+from megaregion.curation.kmeans import Pass, cluster, find_centers
+from megaregion.curation.nearest import in_order, nearest
+from megaregion.curation.settings import AssignSettings, ClusterSettings
 from megaregion.curation.types import unit
 from megaregion.errors import UserError
 from megaregion.heap import keep_freed_memory
@@ -112,18 +111,18 @@ def measure(options: argparse.Namespace, device: torch.device) -> Report:
     report = Report(describe_host(device))
     for name, make in made.items():
         report.cases += compare_kmeans(
-            name, make(), Plan(clusters[name], options.passes, 0), goals[name], device
+            name, make(), ClusterSettings(clusters[name], options.passes), goals[name], device
         )
     return report
 
 
 def run_ours(
-    vectors: Vectors, plan: Plan, device: torch.device
+    vectors: Vectors, settings: ClusterSettings, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[float, Pass]]]:
     """Cluster; the centers, and the seconds at which each pass ended."""
     told: list[tuple[float, Pass]] = []
     keep_freed_memory()
-    with tqdm(total=plan.iterations, desc="exact passes", unit="pass", disable=None) as bar:
+    with tqdm(total=settings.cluster_iterations, desc="exact passes", unit="pass", disable=None) as bar:
         began = time.perf_counter()
 
         def tell(done: Pass) -> None:
@@ -131,26 +130,30 @@ def run_ours(
             bar.update()
 
         share = Share([vectors], AssignSettings().chunk_memory, device)
-        centers = cluster(share, plan, on_pass=tell)
+        centers = cluster(share, settings, on_pass=tell)
     return centers, told
 
 
 def compare_kmeans(
-    name: str, vectors: Vectors, plan: Plan, goals: tuple[float, float, float], device: torch.device
+    name: str,
+    vectors: Vectors,
+    settings: ClusterSettings,
+    goals: tuple[float, float, float],
+    device: torch.device,
 ) -> list[Case]:
     """Ours against flat k-means with Faiss on as many threads.
 
     Args:
         name: What the vectors are.
         vectors: Unit vectors, float32 [n, channels].
-        plan: Our sizes.
+        settings: Our sizes.
         goals: How many times faster to the same inertia and in all, and the most inertia relative to flat.
         device: Where ours runs.
     """
     threads, count = torch.get_num_threads(), len(vectors)
-    centers, told = run_ours(vectors, plan, device)
+    centers, told = run_ours(vectors, settings, device)
     began = time.perf_counter()
-    flat, cosines = find_centers(vectors, plan.clusters, FLAT_ITERATIONS, plan.seed, threads)
+    flat, cosines = find_centers(vectors, settings.clusters, FLAT_ITERATIONS, settings.cluster_seed, threads)
     flat_seconds = time.perf_counter() - began
     tensor = torch.from_numpy(vectors).to(device)
     ours, peer = (
@@ -163,8 +166,8 @@ def compare_kmeans(
     same = [number for number, value in enumerate(cosines, 1) if 2 * count - 2 * value <= ours]
     until = flat_seconds * (same[0] if same else len(cosines)) / len(cosines)
     scored = sum(done.scored for _, done in told)
-    floor = scored / bare_rate(tensor, plan.clusters)
-    label = f"{name}, n={count:,} C={vectors.shape[1]} K={plan.clusters:,}"
+    floor = scored / bare_rate(tensor, settings.clusters)
+    label = f"{name}, n={count:,} C={vectors.shape[1]} K={settings.clusters:,}"
     return [
         Case(f"{label}: until the other's inertia", reached[0] if reached else seconds, until, goals[0], "s"),
         Case(f"{label}: flat, {len(cosines)} passes", seconds, flat_seconds, goals[1], "s"),

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaregion.curation.kmeans.nearest import nearest
-from megaregion.curation.kmeans.split import find_centers
-from megaregion.curation.stages.assign import COSINES, LABELS
-from megaregion.curation.stages.cluster import CENTERS
+from megaregion.curation.kmeans import find_centers
+from megaregion.curation.nearest import nearest
+from megaregion.curation.stages.cluster import CENTERS, COSINES, LABELS
 from megaregion.curation.stages.embed import FEATURES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece

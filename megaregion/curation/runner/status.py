@@ -15,7 +15,7 @@ import numpy as np
 
 from megaregion.curation.runner.holder import Holder, last_failure, read_holder
 from megaregion.curation.stages import make_stages
-from megaregion.curation.stages.assign import LABELS
+from megaregion.curation.stages.cluster import LABELS
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece
 from megaregion.files import write_bytes

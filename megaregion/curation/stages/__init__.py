@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megaregion.curation.stages.assign import Assign, Balance
-from megaregion.curation.stages.cluster import Cluster
+from megaregion.curation.stages.cluster import Assign, Balance, Cluster
 from megaregion.curation.stages.embed import Embed
 from megaregion.curation.stages.pack import Pack, Publish
 from megaregion.curation.stages.propose import Propose

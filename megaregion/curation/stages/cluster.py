@@ -1,24 +1,32 @@
-"""Stage cluster: the centers of all embeddings, one object class each.
+"""Stages cluster, assign and balance: centers, the nearest of each region, what is packed of large clusters.
 
-Shapes: K centers of C channels.
+Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
+Labels are read twice, piece by piece; memory grows with the number of clusters only.
+
+Shapes: n regions of the whole run, r of a piece, K clusters or centers, C channels.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.kmeans.embeddings import Share
-from megaregion.curation.kmeans.passes import Pass, Progress, cluster
-from megaregion.curation.kmeans.split import Plan
+from megaregion.curation.embeddings import Share, rows_in, to_unit
+from megaregion.curation.kmeans import Pass, Progress, cluster
+from megaregion.curation.nearest import nearest
 from megaregion.curation.stages.embed import FEATURES
 from megaregion.curation.stages.stage import Stage, plain
 from megaregion.curation.stages.store import Output, Piece
 
 CENTERS = "centers.npy"
+LABELS, COSINES = "labels.npy", "cosines.npy"
+KEPT, STARTS = "kept.npy", "starts.npy"
 LOG = logging.getLogger("megaregion.curation")
 
 
@@ -41,14 +49,10 @@ class Cluster(Stage):
 
     @override
     def work(self, number: int, output: Output) -> None:
-        settings = self.job.settings.cluster
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         files = [self.path(piece, FEATURES) for piece in self.needs(number)]
-        share = Share(files, self.job.settings.assign.chunk_memory, device)
-        plan = Plan(
-            settings.clusters, settings.cluster_iterations, settings.cluster_seed, settings.first_level
-        )
-        centers = cluster(share, plan, Progress(output.kept("passes.npz"), output.key), _tell)
+        share = Share(files, self.job.settings.assign.chunk_memory, _device())
+        progress = Progress(output.kept("passes.npz"), output.key)
+        centers = cluster(share, self.job.settings.cluster, progress, _tell)
         if share.rank == 0:
             output.counts["embeddings not finite"] += share.broken
             output.save(CENTERS, centers.cpu().numpy())
@@ -60,3 +64,113 @@ def _tell(done: Pass) -> None:
         "pass %d: mean cosine %.6f, %d centers exchanged, %.1f%% of all scores looked at",
         done.number, done.cosine, done.exchanged, 100 * done.scored,
     )  # fmt: skip
+
+
+def _device() -> torch.device:
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+class Assign(Stage):
+    """Writes labels.npy, int64 [r], -1 for a region without embedding, and cosines.npy, float32 [r]."""
+
+    name = "assign"
+    version = 3
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def needs(self, number: int) -> list[Piece]:
+        return [Piece("embed", number), Piece("cluster", 0)]
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        features, clustered = self.needs(number)
+        rows = self.load(features, FEATURES, mapped=True)
+        labels = np.full(len(rows), -1, dtype=np.int64)
+        cosines = np.zeros(len(rows), dtype=np.float32)
+        size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
+        centers = torch.from_numpy(self.load(clustered, CENTERS)).to(_device())
+        for start in range(0, len(rows), size):
+            vectors = to_unit(rows[start : start + size])
+            usable = np.flatnonzero(vectors.any(axis=1))
+            found = nearest(torch.from_numpy(vectors[usable]).to(centers.device), centers)
+            labels[start + usable], cosines[start + usable] = found.labels.cpu(), found.best.cpu()
+        output.save(LABELS, labels)
+        output.save(COSINES, cosines)
+        for _ in range(self.count(number)):
+            output.tick()
+
+
+class Balance(Stage):
+    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
+
+    Without a cap there is nothing to do.
+    """
+
+    name = "balance"
+    whole = True
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"cluster_cap": self.job.settings.pack.cluster_cap}
+
+    @override
+    def pieces(self) -> int:
+        return int(self.job.settings.pack.cluster_cap > 0)
+
+    @override
+    def needs(self, number: int) -> list[Piece]:
+        return self.every("assign")
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        sizes = np.zeros(self.job.settings.cluster.clusters, dtype=np.int64)
+        starts = [0]
+        for labels in self._labels():
+            sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
+            starts.append(starts[-1] + len(labels))
+        output.save(STARTS, np.array(starts, dtype=np.int64))
+        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
+        seen = np.zeros_like(sizes)
+        with output.file(KEPT) as file:
+            header = {"descr": "|b1", "fortran_order": False, "shape": (starts[-1],)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for labels in self._labels():
+                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
+        output.counts["clusters capped"] = int((sizes > caps).sum())
+        output.counts["regions over the cap"] = int((sizes - caps).sum())
+        output.tick()
+
+    def _labels(self) -> Iterator[NDArray[np.int64]]:
+        for piece in self.needs(0):
+            yield self.load(piece, LABELS)
+
+
+def keep_evenly(
+    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
+
+    Args:
+        labels: Clusters, -1 for none, int64 [r].
+        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
+        sizes: Regions of each cluster in the whole run, int64 [K].
+        caps: How many of them stay, int64 [K].
+
+    Returns:
+        bool [r]; over all pieces exactly caps[k] of cluster k are True.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    clusters = labels[order]
+    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
+    lengths = np.diff(firsts, append=len(clusters))
+    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
+    kept = np.zeros(len(labels), dtype=bool)
+    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
+    kept[order] = (place + 1) * share // whole > place * share // whole
+    seen[clusters[firsts]] += lengths
+    return kept

@@ -14,8 +14,7 @@ from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
-from megaregion.curation.stages.assign import KEPT, LABELS, STARTS
-from megaregion.curation.stages.cluster import CENTERS
+from megaregion.curation.stages.cluster import CENTERS, KEPT, LABELS, STARTS
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.stage import Stage, plain
 from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from megaregion.curation.types import unit
 
@@ -24,9 +25,7 @@ def to_unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     """Rows as unit vectors; half precision had bent their length. A row that is not finite becomes zero."""
     vectors = np.asarray(rows, dtype=np.float32)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
-    if not finite.all():
-        vectors = np.where(finite[:, None], vectors, np.float32(0))
-    return unit(vectors)
+    return unit(vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0)))
 
 
 def evenly(total: int, wanted: int) -> NDArray[np.int64]:
@@ -43,14 +42,12 @@ def rows_in(memory: int, channels: int) -> int:
 class Share:
     """This rank's part of all embeddings, and its way to the other ranks; one rank has all.
 
-    Rows of zeros or that are not finite have no embedding and are left out.
+    Rows of zeros or that are not finite have no embedding and are left out. All ranks must make one together.
 
     Args:
         parts: Files or arrays of rows, float16 [r, C], which follow one another.
         memory: MiB that embeddings may take while they are worked on; where all fit, they stay there.
         device: Where to work; embeddings stay on a GPU in 16 bits where they fit in half of what is free.
-
-    All ranks must make one at the same time.
     """
 
     def __init__(
@@ -63,12 +60,13 @@ class Share:
         self.channels = int(shapes[0][1])
         self._ends = np.cumsum([rows for rows, _ in shapes])
         self.total = int(self._ends[-1])
-        first, last = (self.total * place // self.ranks for place in (self.rank, self.rank + 1))
+        own = self.own(self.total)
         self.chunk = rows_in(memory, self.channels)
-        self._spans = [np.arange(row, min(row + self.chunk, last)) for row in range(first, last, self.chunk)]
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory * 2**21
-        size = 4 if self.device.type == "cpu" else 2
-        self._held: list[Tensor] | None = [] if (last - first) * self.channels * size <= free // 2 else None
+        self._spans = [np.arange(row, min(row + self.chunk, own.stop)) for row in own[:: self.chunk]]
+        on_gpu = self.device.type == "cuda"
+        room = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else memory * 2**20
+        size = len(own) * self.channels * (2 if on_gpu else 4)
+        self._held: list[Tensor] | None = [] if size <= room else None
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         for rows in self._spans:
             raw = self.read(rows)
@@ -76,7 +74,7 @@ class Share:
             broken = len(raw) - int(np.isfinite(raw).all(axis=1).sum())
             counts += torch.tensor([len(vectors), broken], device=self.device)
             if self._held is not None:
-                self._held.append(vectors if self.device.type == "cpu" else vectors.half())
+                self._held.append(vectors.half() if on_gpu else vectors)
         self.usable, self.broken = self.add(counts).tolist()
         """Rows of all ranks with an embedding, and rows that are not finite."""
 
@@ -85,18 +83,17 @@ class Share:
         if self._held is None:
             yield from (self._usable(self.read(rows)) for rows in self._spans)
         else:
-            for held in self._held:
-                yield held if held.dtype == torch.float32 else torch.nn.functional.normalize(held.float())
+            yield from (v if v.dtype == torch.float32 else normalize(v.float()) for v in self._held)
+
+    def own(self, total: int) -> range:
+        """This rank's part of so many things."""
+        return range(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.floating]:
         """Rising rows as they lie on disk, counted over all ranks, [len(rows), C]."""
-        own = np.split(rows, np.searchsorted(rows, self._ends[:-1]))
         starts = [0, *self._ends[:-1].tolist()]
-        found = [
-            np.asarray(_open(part)[mine - start])
-            for part, mine, start in zip(self._parts, own, starts, strict=True)
-            if len(mine)
-        ]
+        of_parts = zip(self._parts, np.split(rows, np.searchsorted(rows, starts[1:])), starts, strict=True)
+        found = [np.asarray(_open(part)[own - start]) for part, own, start in of_parts if len(own)]
         return np.concatenate(found) if found else np.zeros((0, self.channels), dtype=np.float16)
 
     def add(self, values: Tensor) -> Tensor:

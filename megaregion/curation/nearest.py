@@ -63,21 +63,15 @@ def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Near
 
 
 def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
-    """Best and second best score of each vector in one precision, as they come out of the product.
-
-    Args:
-        vectors: [n, C].
-        centers: [K, C], of the same precision.
-        but: A center that each vector may not choose, int64 [n].
-    """
+    """What :func:`nearest` finds with the scores of one precision, that of vectors and centers."""
     height = TILE[vectors.device.type][0]
-    starts = range(0, len(vectors), height)
 
     def block(start: int) -> Nearest:
-        left_out = None if but is None else but[start : start + height]
-        return _scan_block(vectors[start : start + height], centers, left_out)
+        rows = slice(start, start + height)
+        return _scan_block(vectors[rows], centers, None if but is None else but[rows])
 
-    return Nearest(*(torch.cat(parts) for parts in zip(*in_order(block, starts), strict=True)))
+    found = in_order(block, range(0, len(vectors), height))
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _scan_block(vectors: Tensor, centers: Tensor, but: Tensor | None) -> Nearest:
@@ -94,8 +88,7 @@ def _scan_block(vectors: Tensor, centers: Tensor, but: Tensor | None) -> Nearest
         value = scores.gather(1, place[:, None])[:, 0]
         scores.scatter_(1, place[:, None], -torch.inf)
         second = torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value))
-        better = value > best + tie
-        labels = torch.where(better, place + first, labels)
+        labels = torch.where(value > best + tie, place + first, labels)
         best = torch.maximum(best, value)
     return Nearest(labels, best, second)
 

@@ -1,5 +1,7 @@
 """Exact spherical k-means over ranks: passes that assign every embedding to the nearest of all centers.
 
+The first guess is the paper's hierarchical split: Faiss finds cells, then centers inside each cell.
+
 What bounds prove unchanged is not scored again: each embedding keeps a bound on its cosine with all centers
 but its own, which rises by no more than these move. The few that move far are scored against all embeddings,
 so that the bound rises by the movement of the others alone.
@@ -7,7 +9,7 @@ so that the bound rises by the movement of the others alone.
 No pass would mend a guess that has two centers where one cluster is, and one where there are two. So pairs
 of centers are merged, and what that frees, like an empty center, takes half of the cluster that gains most.
 
-Shapes: n embeddings of a chunk, K centers, C channels.
+Shapes: n embeddings of a chunk, G cells, K centers, C channels.
 """
 
 from __future__ import annotations
@@ -15,18 +17,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megaregion.curation.kmeans.embeddings import Share
-from megaregion.curation.kmeans.nearest import ROUNDING, nearest, scan
-from megaregion.curation.kmeans.split import Plan, first_guess
+from megaregion.curation.embeddings import Share, evenly, to_unit
+from megaregion.curation.nearest import ROUNDING, in_order, nearest, scan
+from megaregion.curation.settings import ClusterSettings
+from megaregion.errors import UserError
 from megaregion.files import new_file
 
+FLAT = 512
+"""Most centers that are guessed at in one cell."""
+CELL_SAMPLE, CENTER_SAMPLE = 256, 32
+"""Embeddings that the guess sees for each of its cells, and for each center of a cell."""
+GUESS_PASSES = 10
+"""Passes of Faiss: a guess need not have settled."""
 SLACK = ROUNDING[torch.float32]
 JUMPERS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Sixty-fourths of the centers that may be scored against all embeddings because they moved furthest."""
@@ -34,6 +44,132 @@ HALVINGS = 4
 """Passes of the k-means that halves every cluster."""
 WORTH = 1e-3
 """Share of the centers below which exchanges end."""
+
+
+# The first guess
+
+
+def find_centers(
+    vectors: NDArray[np.float32], clusters: int, iterations: int, seed: int, threads: int = 1
+) -> tuple[NDArray[np.float32], list[float]]:
+    """Cluster unit vectors by cosine with Faiss.
+
+    Args:
+        vectors: Unit vectors, float32 [n, C].
+        clusters: Number of centers, K.
+        iterations: Passes over the vectors.
+        seed: Seed of the first centers.
+        threads: Faiss's own; another number adds up in another order and may change the centers' last bits.
+
+    Returns:
+        Unit vectors, float32 [K, C], and after each pass the sum of the cosines to the nearest center.
+
+    Raises:
+        UserError: There are fewer vectors than centers.
+    """
+    import faiss
+
+    check_enough(len(vectors), clusters)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        # Every vector counts; faiss would take a sample and warn about small clusters.
+        every: dict[str, Any] = {"min_points_per_centroid": 1, "max_points_per_centroid": len(vectors)}
+        means = faiss.Kmeans(vectors.shape[1], clusters, niter=iterations, seed=seed, spherical=True, **every)
+        means.train(np.ascontiguousarray(vectors))
+    finally:
+        faiss.omp_set_num_threads(before)
+    return np.asarray(means.centroids, dtype=np.float32), np.asarray(means.obj).tolist()
+
+
+def first_guess(share: Share, settings: ClusterSettings) -> Tensor:
+    """Centers found inside cells, each with as many as its size asks for: [K, C], the same on all ranks.
+
+    Sample, cells and seeds do not depend on the ranks; each rank splits cells of its own, on torch's threads.
+
+    Raises:
+        UserError: There are fewer embeddings than centers.
+    """
+    clusters, seed = settings.clusters, settings.cluster_seed
+    check_enough(share.usable, clusters)
+    count = settings.first_level or (1 if clusters <= FLAT else round(clusters**0.5))
+    cells = _find_cells(share, count, seed)
+    rows = evenly(share.total, CENTER_SAMPLE * clusters)
+    cell_of = _route(share, rows, cells)
+    if (cell_of >= 0).sum() < clusters:
+        # So many rows have no embedding that the sample has too few.
+        rows = np.arange(share.total)
+        cell_of = _route(share, rows, cells)
+    counts = share_out(np.bincount(cell_of[cell_of >= 0], minlength=len(cells)), clusters)
+    centers = torch.zeros(clusters, share.channels)
+    first = np.cumsum(counts) - counts
+
+    def split(cell: int) -> None:
+        if count := int(counts[cell]):
+            own = rows[cell_of == cell]
+            vectors = to_unit(share.read(own[evenly(len(own), max(share.chunk, count))]))
+            found, _ = find_centers(vectors, count, GUESS_PASSES, seed + 1 + cell)
+            centers[first[cell] : first[cell] + count] = torch.from_numpy(found)
+
+    in_order(split, range(share.rank, len(cells), share.ranks))
+    return share.add(centers.to(share.device))
+
+
+def _find_cells(share: Share, count: int, seed: int) -> Tensor:
+    """Centers of the cells, [G, C]; zeros where there is one, or too few embeddings in the sample."""
+    cells = torch.zeros(count, share.channels)
+    if share.rank == 0 and count > 1:
+        # Room for rows without embedding, which are of no use here.
+        sample = to_unit(share.read(evenly(share.total, 2 * CELL_SAMPLE * count)))
+        sample = sample[sample.any(axis=1)]
+        sample = sample[evenly(len(sample), CELL_SAMPLE * count)]
+        if len(sample) >= count:
+            cells = torch.from_numpy(find_centers(sample, count, GUESS_PASSES, seed)[0])
+    return share.agree(cells.to(share.device))
+
+
+def _route(share: Share, rows: NDArray[np.int64], cells: Tensor) -> NDArray[np.int64]:
+    """The nearest cell of each row, [len(rows)]; -1 without embedding."""
+    found = torch.zeros(len(rows), dtype=torch.int64, device=share.device)
+    own = share.own(len(rows))
+    for start in own[:: share.chunk]:
+        part = slice(start, min(start + share.chunk, own.stop))
+        vectors = torch.from_numpy(to_unit(share.read(rows[part]))).to(share.device)
+        # Numbers from 1, so that the sum over ranks tells a row without embedding from cell 0.
+        found[part] = torch.where(vectors.any(1), 1 + nearest(vectors, cells).labels, 0)
+    return share.add(found).cpu().numpy() - 1
+
+
+def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
+    """Centers of each cell, int64 [G], by its number of vectors: largest remainders, at most one a vector.
+
+    Raises:
+        UserError: There are fewer vectors than centers.
+    """
+    check_enough(int(sizes.sum()), clusters)
+    exact = sizes * (clusters / sizes.sum())
+    shares = np.minimum(np.floor(exact).astype(np.int64), sizes)
+    while (lacking := clusters - int(shares.sum())) > 0:
+        # A stable order, so that every rank comes to the same.
+        order = np.argsort(-(exact - shares), kind="stable")
+        shares[order[shares[order] < sizes[order]][:lacking]] += 1
+    return shares
+
+
+def check_enough(vectors: int, clusters: int) -> None:
+    """Raise UserError where there are fewer vectors than centers."""
+    if not vectors:
+        raise UserError(
+            "no image has a region that can be embedded; loosen --min-edge, --max-area or --min-objectness"
+        )
+    if vectors < clusters:
+        raise UserError(
+            f"--clusters must be at most the {vectors} regions that were embedded, got {clusters}; "
+            "use fewer clusters or more images"
+        )
+
+
+# The passes
 
 
 class Known(NamedTuple):
@@ -59,41 +195,37 @@ class Pass(NamedTuple):
     """Share of all scores, embeddings times centers, that had to be looked at."""
 
 
-class Progress:
-    """Where the centers lie after each pass, so that a kill costs one.
+class Progress(NamedTuple):
+    """The file that keeps the centers after each pass, so that a kill costs one."""
 
-    Args:
-        path: File; None keeps nothing.
-        key: What the centers are made from; what another key left is of no use.
-    """
-
-    def __init__(self, path: Path | None = None, key: str = "") -> None:
-        self._path, self._key = path, key
+    path: Path
+    key: str
+    """What the centers are made from; what another key left is of no use."""
 
     def load(self) -> tuple[int, bool, Tensor] | None:
         """Passes that are done, whether exchanges go on, and centers; None if there is nothing of use."""
-        with suppress(OSError, ValueError, KeyError, EOFError):
-            if self._path is not None:
-                with np.load(self._path, allow_pickle=False) as found:
-                    if str(found["key"]) == self._key:
-                        return int(found["done"]), bool(found["mending"]), torch.from_numpy(found["centers"])
+        with suppress(OSError, ValueError, KeyError, EOFError), np.load(self.path, allow_pickle=False) as old:
+            if str(old["key"]) == self.key:
+                return int(old["done"]), bool(old["mending"]), torch.from_numpy(old["centers"])
         return None
 
     def save(self, done: int, mending: bool, centers: Tensor) -> None:
         """Keep the centers after a pass."""
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(self._path) as file:
-                np.savez(file, key=self._key, done=done, mending=mending, centers=centers.cpu().numpy())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(self.path) as file:
+            np.savez(file, key=self.key, done=done, mending=mending, centers=centers.cpu().numpy())
 
 
 def cluster(
-    share: Share, plan: Plan, progress: Progress | None = None, on_pass: Callable[[Pass], None] | None = None
+    share: Share,
+    settings: ClusterSettings,
+    progress: Progress | None = None,
+    on_pass: Callable[[Pass], None] | None = None,
 ) -> Tensor:
     """Find centers; all ranks call it together, each with its share.
 
-    The outcome is a function of the embeddings, the plan, the ranks and the chunks: threads and kills change
-    no bit of it.
+    The outcome is a function of the embeddings, the settings, the ranks and the chunks: threads and kills
+    change no bit of it.
 
     Returns:
         Unit vectors, float32 [K, C], the same on every rank.
@@ -101,52 +233,47 @@ def cluster(
     Raises:
         UserError: There are fewer embeddings than centers.
     """
-    progress = progress or Progress()
-    done, mending, centers = _begin(share, plan, progress)
-    known: list[Known | None] | None = None
-    moved = torch.zeros(plan.clusters, device=share.device)
-    for number in range(done + 1, plan.iterations + 1):
-        sums = torch.zeros_like(centers)
-        now: list[Known] = []
+    clusters, most, seed = settings.clusters, settings.cluster_iterations, settings.cluster_seed
+    done, mending, centers = _begin(share, settings, progress)
+    known: list[Known] = []
+    moved = torch.zeros(clusters, device=share.device)
+    for number in range(done + 1, most + 1):
+        sums, before, known = torch.zeros_like(centers), known, []
+        counts = torch.zeros(clusters, dtype=torch.int64, device=share.device)
         told = torch.zeros(2, dtype=torch.float64, device=share.device)
         for place, vectors in enumerate(share):
-            found, scored = assign(vectors, centers, known[place] if known else None, moved)
+            found, scored = assign(vectors, centers, before[place] if before else None, moved)
             add_up(sums, vectors, found.labels)
+            counts += torch.bincount(found.labels, minlength=clusters)
             told += torch.stack([dot(vectors, centers[found.labels]).double().sum(), told.new_tensor(scored)])
-            now.append(found)
-        share.add(sums)
-        share.add(told)
-        counts = torch.zeros(plan.clusters, dtype=torch.int64, device=share.device)
-        for each in now:
-            counts += torch.bincount(each.labels, minlength=plan.clusters)
-        share.add(counts)
+            known.append(found)
+        for values in (sums, counts, told):
+            share.add(values)
         # Embeddings that cancel out leave no direction; the center stays where it was.
         new, exchanged = torch.where(sums.any(1, keepdim=True), normalize(sums), centers), 0
-        if (mending and number <= plan.iterations // 2) or not bool(counts.all()):
-            exchanged = exchange(share, new, sums, counts, [each.labels for each in now], plan.seed + number)
-            mending = exchanged > WORTH * plan.clusters
+        if (mending and number <= most // 2) or not bool(counts.all()):
+            exchanged = exchange(share, new, sums, counts, [each.labels for each in known], seed + number)
+            mending = exchanged > WORTH * clusters
         share.agree(new)
-        moved, centers, known = (new - centers).norm(dim=1), new, list(now)
+        moved, centers = (new - centers).norm(dim=1), new
         settled = not bool(moved.any())
-        if share.rank == 0:
-            progress.save(plan.iterations if settled else number, mending, centers)
+        if progress and share.rank == 0:
+            progress.save(most if settled else number, mending, centers)
         if on_pass:
             cosine, scored = (told / share.usable).tolist()
-            on_pass(Pass(number, centers, cosine, exchanged, scored / plan.clusters))
+            on_pass(Pass(number, centers, cosine, exchanged, scored / clusters))
         if settled:
             break
     return centers
 
 
-def _begin(share: Share, plan: Plan, progress: Progress) -> tuple[int, bool, Tensor]:
+def _begin(share: Share, settings: ClusterSettings, progress: Progress | None) -> tuple[int, bool, Tensor]:
     """What the first rank finds saved, else a first guess."""
-    saved = progress.load() if share.rank == 0 else None
-    state = share.agree(torch.tensor([saved[0], saved[1]] if saved else [0, 1], device=share.device))
-    done, mending = state.tolist()
-    if not done:
-        return 0, True, share.agree(first_guess(share, plan))
-    empty = torch.zeros(plan.clusters, share.channels)
-    return done, bool(mending), share.agree((saved[2] if saved else empty).to(share.device))
+    saved = progress.load() if progress and share.rank == 0 else None
+    done, mending, centers = saved or (0, True, torch.zeros(settings.clusters, share.channels))
+    done, mending = share.agree(torch.tensor([done, mending], device=share.device)).tolist()
+    centers = centers.to(share.device) if done else first_guess(share, settings)
+    return done, bool(mending), share.agree(centers)
 
 
 def dot(some: Tensor, others: Tensor) -> Tensor:
@@ -207,8 +334,7 @@ def assign(vectors: Tensor, centers: Tensor, known: Known | None, moved: Tensor)
         again[rest] = torch.maximum(mine, rival) - other[rest] <= SLACK
     rows = again.nonzero()[:, 0]
     if len(rows):
-        found = nearest(vectors[rows], centers)
-        labels[rows], other[rows] = found.labels, found.other
+        labels[rows], _, other[rows] = nearest(vectors[rows], centers)
     return Known(labels, other), scores
 
 
@@ -227,6 +353,9 @@ def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
     costs = [fail * k + (n - fail) * size for fail, size in zip(fails, sizes, strict=True)]
     best = int(np.argmin(costs))
     return far[: sizes[best]], rises[best], costs[best]
+
+
+# Exchanges
 
 
 def exchange(
@@ -276,12 +405,12 @@ def exchange(
 def _pairs(share: Share, centers: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters that are each other's nearest, each pair once; every rank looks for some of them."""
     numbers = torch.arange(len(centers), device=centers.device)
-    own = numbers[len(centers) * share.rank // share.ranks : len(centers) * (share.rank + 1) // share.ranks]
+    span = share.own(len(centers))
+    own = numbers[span.start : span.stop]
     partner = torch.zeros_like(numbers)
     partner[own] = nearest(centers[own], centers, but=own).labels
     share.add(partner)
-    mutual = (partner[partner] == numbers) & (numbers < partner) & filled & filled[partner]
-    first = mutual.nonzero()[:, 0]
+    first = ((partner[partner] == numbers) & (numbers < partner) & filled & filled[partner]).nonzero()[:, 0]
     return first, partner[first]
 
 
