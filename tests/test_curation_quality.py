@@ -11,7 +11,7 @@ import pytest
 from curation_scenes import WORDS, run, scene
 from launch import tool
 
-from megaregion.curation.quality.clusters import nmi
+from megaregion.curation.quality import nmi
 from megaregion.curation.stages.cluster import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset

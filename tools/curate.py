@@ -19,7 +19,7 @@ from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
-    from megaregion.curation.quality.report import TrueImage
+    from megaregion.curation.report import TrueImage
     from megaregion.curation.runner.pipeline import Share
     from megaregion.evaluation.scenes import Scene
     from megaregion.parallel.topology import Topology
@@ -84,7 +84,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from megaregion.curation.quality.report import report
+    from megaregion.curation.report import report
     from megaregion.curation.runner.pipeline import Pipeline, open_job, recorded_run
     from megaregion.evaluation.scenes import read_scenes
 
@@ -96,7 +96,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _truth(scene: Scene) -> TrueImage:
-    from megaregion.curation.quality.report import TrueImage
+    from megaregion.curation.report import TrueImage
 
     objects, words = scene.objects, scene.words
     return TrueImage(

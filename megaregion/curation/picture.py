@@ -19,19 +19,15 @@ from megaregion.data.image import FORMATS, to_rgb
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
 """Files that are taken for images, in lower or upper case."""
-
 OTHER_FORMATS = (
     ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef",
     ".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff",
 )  # fmt: skip
 """Images that are not read, but counted by their ending."""
-
 ORIENTATION = 0x0112
 """EXIF tag of how the camera was held; 1 is upright."""
-
 MAX_ASPECT = 20
 """Greatest ratio of an image's edges; no crop makes sense of a longer strip, and OCR engines fail on it."""
-
 JPEG_QUALITY = 95
 """Quality of images that have to be encoded anew."""
 

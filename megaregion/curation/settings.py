@@ -13,7 +13,6 @@ from megaregion.settings import check, flag_name, read_settings, sections, unkno
 
 MIN_VOCABULARY = 384
 """Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
-
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that training will decode."""
 

@@ -50,7 +50,6 @@ class Proposer(Protocol):
 
     def propose(self, image: Pixels) -> list[Proposal]:
         """Propose regions of an image, RGB uint8 [h, w, 3]."""
-        ...
 
 
 class Embedder(Protocol):
@@ -59,7 +58,6 @@ class Embedder(Protocol):
     @property
     def dim(self) -> int:
         """Channels C of an embedding."""
-        ...
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
         """Embed crops.
@@ -70,7 +68,6 @@ class Embedder(Protocol):
         Returns:
             Unit vectors, float32 [n, C]; a crop's vector does not depend on the others.
         """
-        ...
 
 
 class Reader(Protocol):
@@ -78,7 +75,6 @@ class Reader(Protocol):
 
     def read(self, image: Pixels) -> list[Word]:
         """Read an image, RGB uint8 [h, w, 3]; nothing is filtered by confidence."""
-        ...
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

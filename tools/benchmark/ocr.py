@@ -17,7 +17,7 @@ from benchmark.report import Case, Report
 from benchmark.scenes import ComposedScene, compose_scenes
 from megaregion.command_line import whole
 from megaregion.curation.engines.ocr import RapidReader, to_words
-from megaregion.curation.quality.report import READABLE
+from megaregion.curation.report import READABLE
 
 MISREAD = 0.1
 """Greatest share of the readable words that may be misread."""

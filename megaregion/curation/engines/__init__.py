@@ -29,13 +29,10 @@ def load_reader(settings: OcrSettings) -> Reader:
     """
     if settings.ocr == "none":
         return NoReader()
-    if settings.ocr == "paddleocr":
-        from megaregion.curation.engines.ocr import PaddleReader
+    from megaregion.curation.engines.ocr import PaddleReader, RapidReader
 
-        return PaddleReader(Path(settings.paddle))
-    from megaregion.curation.engines.ocr import RapidReader
-
-    return RapidReader(settings.ocr_side)
+    paddle = settings.ocr == "paddleocr"
+    return PaddleReader(Path(settings.paddle)) if paddle else RapidReader(settings.ocr_side)
 
 
 def load_proposer(settings: ProposeSettings) -> Proposer:

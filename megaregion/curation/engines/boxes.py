@@ -22,19 +22,14 @@ from megaregion.curation.types import Boxes, Pixels, Proposal, area
 
 SIDE = 448
 """Side, in pixels, of the square to which the image is scaled: 14 x 14 coarse cells."""
-
 RING = 0.25
 """Width of a box's surroundings, as a share of its edges."""
-
 WEIGHTS = {"area": 1.9, "aspect": -1.0, "fine": 1.4, "coarse": 1.15, "image": 1.9, "energy": 3.7}
 """Weight of each value's logarithm in the log-odds."""
-
 TOUCH = -0.7
 """Log-odds for every edge of the image that the box touches."""
-
 BIAS = 7.2
 """Log-odds of a box whose values are all 1."""
-
 EMPTY = 1e-9
 FLOOR = 1e-3
 """Least value whose logarithm is taken."""

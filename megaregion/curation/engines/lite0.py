@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,16 +26,12 @@ from megaregion.files import file_sha256, write_bytes
 
 WIDTH = 1280
 """Channels of the embedding."""
-
 CACHE_VARIABLE = "MEGAREGION_CACHE"
 """Environment variable that names another cache folder."""
-
 FINE_BLOCK = 7
 """Block whose output has stride 16 and 80 channels."""
-
 LAYOUT = 1
 """Raised when the converted model's inputs or outputs change."""
-
 BATCH = 16
 """Crops that pass through a network at once."""
 
@@ -92,11 +88,21 @@ class Lite0Embedder:
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
         """Embed crops, see :class:`megaregion.curation.types.Embedder`."""
-        vectors = [np.zeros((0, self.dim), dtype=np.float32)]
-        for start in range(0, len(crops), BATCH):
-            batch = [resize(crop, self._side, self._side) for crop in crops[start : start + BATCH]]
-            vectors.append(self._network.embed(np.stack(batch)))
-        return unit(np.concatenate(vectors))
+        return embed_squares(crops, self._side, self.dim, self._network.embed)
+
+
+def embed_squares(
+    crops: Sequence[Pixels],
+    side: int,
+    width: int,
+    network: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Unit vectors, [n, width], of crops squeezed to squares of a side, B of them at once."""
+    vectors = [np.zeros((0, width), dtype=np.float32)]
+    for start in range(0, len(crops), BATCH):
+        batch = [resize(crop, side, side) for crop in crops[start : start + BATCH]]
+        vectors.append(network(np.stack(batch)))
+    return unit(np.concatenate(vectors))
 
 
 def fingerprint() -> str:

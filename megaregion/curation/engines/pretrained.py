@@ -14,27 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from megaregion.curation.engines.lite0 import BATCH
+from megaregion.curation.engines.lite0 import embed_squares
 from megaregion.curation.picture import resize
-from megaregion.curation.types import Pixels, Proposal, unit
+from megaregion.curation.types import Pixels, Proposal
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's statistics of R, G, B on the 0..1 scale."""
-
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """SAM's statistics of R, G, B on the 0..255 scale."""
-
 POINTS = 64
 """Points that are prompted at once."""
-
 MIN_IOU = 0.88
 """Masks whose own predicted IoU is less are dropped, as in SAM's automatic generator."""
-
 MIN_STABILITY = 0.95
 """Masks whose area shrinks more when the threshold rises are dropped, likewise."""
-
 STABILITY_OFFSET = 1.0
 """How far the threshold moves, in logits, when stability is judged."""
 
@@ -131,14 +126,14 @@ class ClipEmbedder:
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
         """Embed crops, see :class:`megaregion.curation.types.Embedder`."""
-        vectors = [np.zeros((0, self.dim), dtype=np.float32)]
+        return embed_squares(crops, self._side, self.dim, self._pooled)
+
+    def _pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         mean, std = (255 * np.asarray(values, np.float32) for values in (CLIP_MEAN, CLIP_STD))
-        for start in range(0, len(crops), BATCH):
-            batch = [resize(crop, self._side, self._side) for crop in crops[start : start + BATCH]]
-            pixels = torch.from_numpy((np.stack(batch) - mean) / std).permute(0, 3, 1, 2).to(device())
-            with torch.inference_mode():
-                vectors.append(self._model(pixel_values=pixels).pooler_output.float().cpu().numpy())
-        return unit(np.concatenate(vectors))
+        pixels = torch.from_numpy((images - mean) / std).permute(0, 3, 1, 2).to(device())
+        with torch.inference_mode():
+            found: NDArray[np.float32] = self._model(pixel_values=pixels).pooler_output.float().cpu().numpy()
+        return found
 
 
 def device() -> torch.device:
@@ -160,13 +155,8 @@ def load_model(kind: Any, folder: Path) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} holds no {kind.__name__} that can be loaded: {reason}") from None

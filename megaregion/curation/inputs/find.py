@@ -43,13 +43,10 @@ from megaregion.files import file_sha256, read_json, write_bytes
 
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Files that are looked into; one that is compressed is named with the way out."""
-
 SCAN = 2
 """Raised when the same tar would be found to hold something else: old lists of tars are not believed then."""
-
 NAMED = 1000
 """Damaged tars and lost links that are named; more are counted."""
-
 WRITTEN = ({"atlas.json", "sheets/"}, {"config.yaml", "metrics.jsonl"})
 """Names by which a folder is known for an atlas or a training run: its pictures are no input."""
 
@@ -88,7 +85,7 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
         candidates = new / "candidates.jsonl"
         write_listing(candidates, search.images(_Known(place / FILES)))
         write_listing(new / FILES, search.unique(Listing(candidates)))
-        write_listing(new / TARS, search.look_into_tars(_known_tars(place), workers))
+        write_listing(new / TARS, search.look_into_tars(_Known(place / TARS, _scanned_alike(place)), workers))
         if not search.found:
             raise search.no_image()
         _accept(new, place, search.summary() | {"digest": _digest(new)})
@@ -126,7 +123,7 @@ class _Search:
         self._folder, self._out = folder, out.resolve()
         self._tars: list[Found] = []
         self._parquets = self._others = self._duplicates = self._outputs = 0
-        self._formats: Counter[str] = Counter()
+        self._formats = Counter[str]()
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
         self._ambiguous: set[str] = set()
@@ -177,17 +174,13 @@ class _Search:
                 self._ambiguous.update(_beginnings(key, tars))
                 yield {"key": key, **row}
 
-    def look_into_tars(
-        self, known: dict[tuple[Any, ...], dict[str, Any]], workers: int
-    ) -> Iterator[dict[str, Any]]:
+    def look_into_tars(self, known: _Known, workers: int) -> Iterator[dict[str, Any]]:
         """A row for each tar."""
         rows: list[dict[str, Any]] = []
         for tar, key in zip(self._tars, self._tar_keys(), strict=True):
             state = _state(tar.path)
-            found = known.get((tar.name, state.st_size, state.st_mtime_ns), {})
-            rows.append({
-                **found, "path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns, "key": key,
-            })  # fmt: skip
+            own = {"path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns, "key": key}
+            rows.append({**known.of(tar.name, state), **own})
         new = [row for row in rows if "images" not in row]
         paths = [self._folder / row["path"] for row in new]
         several = ProcessPoolExecutor(workers) if workers > 1 and len(new) > 1 else nullcontext()
@@ -274,10 +267,10 @@ class _Search:
 
 
 class _Known:
-    """Hashes from an earlier listing, asked for in the order of paths."""
+    """What an earlier listing knew of files, asked for in the order of paths."""
 
-    def __init__(self, path: Path) -> None:
-        self._rows = _old_rows(path)
+    def __init__(self, path: Path, believed: bool = True) -> None:
+        self._rows = _old_rows(path) if believed else iter(())
         self._row = next(self._rows, None)
 
     def of(self, name: str, state: os.stat_result) -> dict[str, Any]:
@@ -301,14 +294,12 @@ def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def _known_tars(place: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows of the tars of an earlier listing by path, size and time of change."""
+def _scanned_alike(place: Path) -> bool:
+    """Whether an earlier search looked into tars as this one does."""
     try:
-        current = read_json(place / INPUTS).get("scan") == SCAN
+        return bool(read_json(place / INPUTS).get("scan") == SCAN)
     except (OSError, ValueError, AttributeError):
-        current = False
-    rows = _old_rows(place / TARS) if current else iter(())
-    return {(row["path"], row["size"], row["changed"]): row for row in rows}
+        return False
 
 
 def _count(path: Path) -> dict[str, Any]:

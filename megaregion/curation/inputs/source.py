@@ -29,10 +29,8 @@ from megaregion.files import read_json
 
 FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 """Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
-
 VERSION = 2
 """Version of these files' layout."""
-
 _FACTS = {
     "version": int, "folder": str, "digest": str, "duplicates": int, "others": int, "outputs": int,
     "formats": dict, "bad": dict,

@@ -34,10 +34,8 @@ RUNNING, FAILED = ".running", ".failed"
 
 BEAT = 5.0
 """Seconds between signs of life."""
-
 PATIENCE = 120.0
 """Seconds that a piece in use is waited for: a network file system holds a dead node's locks for a while."""
-
 SILENCE = 60.0
 """Seconds without one after which a piece's worker counts as dead."""
 
@@ -165,9 +163,10 @@ def _beating(path: Path, holder: Holder) -> Iterator[None]:
     ended = threading.Event()
 
     def beat() -> None:
-        _note(path, json.dumps(asdict(holder)))
-        while not ended.wait(BEAT):
+        while True:
             _note(path, json.dumps(asdict(holder)))
+            if ended.wait(BEAT):
+                return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

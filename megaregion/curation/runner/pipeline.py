@@ -30,10 +30,8 @@ from megaregion.settings import read_settings
 
 RUN = "run.json"
 """Below OUT: what a run was started with, so that its state and report need nothing but the folder."""
-
 FORMER = ("coarse", "route", "split", "gather-[0-9]*", "refine-[0-9]*")
 """Stages that runs of other versions have left; nothing reads them any more."""
-
 LIST = "list"
 """The step before all stages: finding the images."""
 
@@ -53,11 +51,10 @@ class Share(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a share."""
+    """The pieces of a share, and how many of them were done now; the others had been done before."""
 
     pieces: range
     done: int
-    """Pieces that were done now; the others had been done before."""
 
 
 def curate(
@@ -106,11 +103,7 @@ def curate_share(
 
 
 def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
-    """A run whose images are listed.
-
-    Raises:
-        UserError: They are not.
-    """
+    """A run whose images are listed; raises UserError where they are not."""
     return Job(settings, Source(images, out / "stages", settings.image.piece_images), Store(out))
 
 
@@ -188,12 +181,12 @@ class Pipeline:
             # A share must not look at everything before it: what one piece made for all is known by its
             # recipes, and a reader of all pieces trusts their sizes.
             brief = self._share is not None and reader is not None
-            wide = not stage.sliced or (reader is not None and not reader.sliced)
+            wide = stage.whole or (reader is not None and reader.whole)
             manifest = self.job.store.read(piece, thorough=not (brief and wide))
             if manifest is None:
                 return None
             recipes = recipes_of(stage.name, self._stages)
-            if brief and not stage.sliced:
+            if brief and stage.whole:
                 if manifest.recipes != recipes:
                     return None
             elif manifest.key != self._key(stage, piece.number):
@@ -251,7 +244,7 @@ class _OneImage:
 
 
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:
-    """Write the record."""
+    """Keep what a run was started with."""
     content = {"images": str(images.absolute()), "settings": asdict(settings)}
     write_bytes(out / RUN, json.dumps(content, indent=1).encode())
 

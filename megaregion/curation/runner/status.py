@@ -15,7 +15,7 @@ import numpy as np
 
 from megaregion.curation.runner.holder import Holder, last_failure, read_holder
 from megaregion.curation.stages import make_stages
-from megaregion.curation.stages.cluster import LABELS
+from megaregion.curation.stages.cluster import cluster_sizes
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece
 from megaregion.files import write_bytes
@@ -78,7 +78,7 @@ def table(stages: Sequence[Progress]) -> str:
 
 def _progress(job: Job, stage: Stage, recipes: dict[str, str], now: float) -> Progress:
     pieces = stage.pieces()
-    progress = Progress(stage.name, pieces, stage.sliced)
+    progress = Progress(stage.name, pieces, not stage.whole)
     for number in range(pieces):
         piece, size = Piece(stage.name, number), stage.count(number)
         progress.images += size
@@ -148,11 +148,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
 
 
 def _cluster_sizes(job: Job) -> ClusterSizes:
-    clusters = job.settings.cluster.clusters
-    sizes = np.zeros(clusters, dtype=np.int64)
-    for number in range(job.source.slices):
-        labels = job.store.load(Piece("assign", number), LABELS)
-        sizes += np.bincount(labels[labels >= 0], minlength=clusters)
+    sizes = cluster_sizes(job)
     return ClusterSizes(
-        clusters, int(sizes.min()), float(np.median(sizes)), int(sizes.max()), int((sizes == 0).sum())
+        len(sizes), int(sizes.min()), float(np.median(sizes)), int(sizes.max()), int((sizes == 0).sum())
     )

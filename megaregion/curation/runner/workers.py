@@ -29,12 +29,10 @@ from megaregion.errors import UserError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Read by the numeric libraries when they are loaded."""
-
 LOG = logging.getLogger("megaregion.curation")
 
 MAX_DEATHS = 3
 """Workers that one piece may cost before the run ends."""
-
 IMAGE, DONE = "image", "done"
 """What a worker says after an image and after a piece; after a failure it sends the exception."""
 
@@ -158,16 +156,14 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in values.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _serve(pipe: Connection, job: Job, parent: int) -> None:
@@ -203,10 +199,9 @@ def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]
     piece = task.piece
     if dist.is_initialized() and dist.get_rank():
         # The first rank holds the piece, and writes it.
-        folder = job.store.folder(piece)
-        stages[piece.stage].work(piece.number, Output(job.store.root, folder, tick, task.key))
+        stages[piece.stage].work(piece.number, Output(job.store.folder(piece), tick, task.key))
         return
     with writable(job.store.root), held(job.store.folder(piece).parent, piece.number, tick) as count:
         output = job.store.begin(piece, count, task.key)
         stages[piece.stage].work(piece.number, output)
-        job.store.finish(piece, task.key, output, began, task.recipes)
+        job.store.finish(piece, output, began, task.recipes)

@@ -13,7 +13,6 @@ STAGES: tuple[type[Stage], ...] = (
     Propose, Ocr, Embed, Cluster, Assign, Balance, Tokenizer, Pack, Publish,
 )  # fmt: skip
 """Each needs only earlier ones."""
-
 NAMES = tuple(stage.name for stage in STAGES)
 
 

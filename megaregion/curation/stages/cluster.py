@@ -1,7 +1,7 @@
 """Stages cluster, assign and balance: centers, the nearest of each region, what is packed of large clusters.
 
 Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
-Labels are read twice, piece by piece; memory grows with the number of clusters only.
+Labels are read piece by piece; memory grows with the number of clusters only.
 
 Shapes: n regions of the whole run, r of a piece, K clusters or centers, C channels.
 """
@@ -21,7 +21,7 @@ from megaregion.curation.embeddings import Share, rows_in, to_unit
 from megaregion.curation.kmeans import Pass, Progress, cluster
 from megaregion.curation.nearest import nearest
 from megaregion.curation.stages.embed import FEATURES
-from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.stage import Job, Stage, plain
 from megaregion.curation.stages.store import Output, Piece
 
 CENTERS = "centers.npy"
@@ -88,11 +88,11 @@ class Assign(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         features, clustered = self.needs(number)
-        rows = self.load(features, FEATURES, mapped=True)
+        rows = self.job.store.load(features, FEATURES, mapped=True)
         labels = np.full(len(rows), -1, dtype=np.int64)
         cosines = np.zeros(len(rows), dtype=np.float32)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
-        centers = torch.from_numpy(self.load(clustered, CENTERS)).to(_device())
+        centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(_device())
         for start in range(0, len(rows), size):
             vectors = to_unit(rows[start : start + size])
             usable = np.flatnonzero(vectors.any(axis=1))
@@ -102,6 +102,20 @@ class Assign(Stage):
         output.save(COSINES, cosines)
         for _ in range(self.count(number)):
             output.tick()
+
+
+def read_labels(job: Job) -> Iterator[NDArray[np.int64]]:
+    """Labels of each slice's regions, [r], in order; -1 is a region without label."""
+    for number in range(job.source.slices):
+        yield job.store.load(Piece("assign", number), LABELS)
+
+
+def cluster_sizes(job: Job) -> NDArray[np.int64]:
+    """Regions of each cluster in the whole run, [K]."""
+    sizes = np.zeros(job.settings.cluster.clusters, dtype=np.int64)
+    for labels in read_labels(job):
+        sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
+    return sizes
 
 
 class Balance(Stage):
@@ -127,26 +141,19 @@ class Balance(Stage):
 
     @override
     def work(self, number: int, output: Output) -> None:
-        sizes = np.zeros(self.job.settings.cluster.clusters, dtype=np.int64)
-        starts = [0]
-        for labels in self._labels():
-            sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
-            starts.append(starts[-1] + len(labels))
-        output.save(STARTS, np.array(starts, dtype=np.int64))
+        sizes = cluster_sizes(self.job)
+        starts = np.cumsum([0, *(len(labels) for labels in read_labels(self.job))], dtype=np.int64)
+        output.save(STARTS, starts)
         caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
         seen = np.zeros_like(sizes)
         with output.file(KEPT) as file:
-            header = {"descr": "|b1", "fortran_order": False, "shape": (starts[-1],)}
+            header = {"descr": "|b1", "fortran_order": False, "shape": (int(starts[-1]),)}
             np.lib.format.write_array_header_1_0(file, header)
-            for labels in self._labels():
+            for labels in read_labels(self.job):
                 file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
         output.counts["clusters capped"] = int((sizes > caps).sum())
         output.counts["regions over the cap"] = int((sizes - caps).sum())
         output.tick()
-
-    def _labels(self) -> Iterator[NDArray[np.int64]]:
-        for piece in self.needs(0):
-            yield self.load(piece, LABELS)
 
 
 def keep_evenly(

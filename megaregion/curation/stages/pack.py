@@ -156,11 +156,11 @@ class Pack(Stage):
 
     def _labels(self, piece: int) -> NDArray[np.int64]:
         """Labels of a slice's regions; those over the cap have none."""
-        labels: NDArray[np.int64] = self.load(Piece("assign", piece), LABELS)
+        labels: NDArray[np.int64] = self.job.store.load(Piece("assign", piece), LABELS)
         if self.job.settings.pack.cluster_cap:
             balance = Piece("balance", 0)
-            first, last = self.load(balance, STARTS)[piece : piece + 2]
-            kept = self.load(balance, KEPT, mapped=True)[first:last]
+            first, last = self.job.store.load(balance, STARTS)[piece : piece + 2]
+            kept = self.job.store.load(balance, KEPT, mapped=True)[first:last]
             labels[~kept & (labels >= 0)] = CAPPED
         return labels
 

@@ -33,7 +33,6 @@ CANDIDATES = "candidates.jsonl"
 
 MAX_CANDIDATES = 500
 """Best proposals that are compared with each other; the cost grows with their square."""
-
 CROWDING = 1.0
 """Penalty, in log-odds, of a proposal that lies inside a better one: raises the recall of 12 boxes by two
 points. More of it trades boxes that fit for boxes elsewhere."""

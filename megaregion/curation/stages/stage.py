@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from megaregion.curation.inputs.source import ImageFile, Source
 from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.curation.settings import CurationSettings
@@ -57,7 +55,7 @@ class Stage(ABC):
     name: str
     """Unique, short; the name of its folder."""
     whole = False
-    """One piece for the whole run, which reads earlier pieces only; else one for every slice of images."""
+    """One piece for the whole run, which reads earlier pieces only; else each piece has images of its own."""
     together = False
     """Several ranks, or all threads of one process, do a piece together; else each worker does its own."""
     version = 1
@@ -74,18 +72,9 @@ class Stage(ABC):
     def work(self, number: int, output: Output) -> None:
         """Do one piece; ``output`` takes files, counts and the images that could not be used."""
 
-    def slices(self) -> int:
-        """Number of slices that the images are cut into."""
-        return self.job.source.slices
-
-    @property
-    def sliced(self) -> bool:
-        """Whether piece i covers slice i of the images, or at least images of its own."""
-        return not self.whole
-
     def pieces(self) -> int:
         """Number of pieces."""
-        return 1 if self.whole else self.slices()
+        return 1 if self.whole else self.job.source.slices
 
     def images(self, number: int) -> Sequence[ImageFile]:
         """The slice of images that a piece covers."""
@@ -93,7 +82,7 @@ class Stage(ABC):
 
     def count(self, number: int) -> int:
         """How often a piece ticks: the images that it covers, 1 without any."""
-        return self.job.source.count(number) if self.sliced else 1
+        return 1 if self.whole else self.job.source.count(number)
 
     def needs(self, number: int) -> list[Piece]:
         """Earlier pieces that a piece reads."""
@@ -105,29 +94,24 @@ class Stage(ABC):
 
     def key(self, number: int, needed: Sequence[str]) -> str:
         """Hash of all that a piece's outcome depends on, given the digests of what :meth:`needs` names."""
-        content = [self.name, self.version, self._settings_text, list(needed)]
-        return _hash([*content, self.identity(number)])
+        return _hash([*self._origin, list(needed), self.identity(number)])
 
     def identity(self, number: int) -> list[Any]:
         """What a piece's outcome depends on among the images; JSON."""
-        return self.job.source.identity(number) if self.sliced else []
+        return [] if self.whole else self.job.source.identity(number)
 
     @cached_property
     def recipe(self) -> str:
         """Hash of what all pieces depend on alike: the stage itself and its settings."""
-        return _hash([self.name, self.version, self._settings_text])
+        return _hash(self._origin)
 
     def every(self, stage: str) -> list[Piece]:
         """The pieces of a stage that has one for every slice."""
-        return [Piece(stage, number) for number in range(self.slices())]
+        return [Piece(stage, number) for number in range(self.job.source.slices)]
 
     def path(self, piece: Piece, name: str) -> Path:
         """Where a file of a finished piece lies."""
         return self.job.store.folder(piece) / name
-
-    def load(self, piece: Piece, name: str, mapped: bool = False) -> NDArray[Any]:
-        """An array that a finished piece left; mapped, only what is touched is read."""
-        return self.job.store.load(piece, name, mapped)
 
     def pictures(self, number: int, output: Output) -> Iterator[tuple[ImageFile, Picture | None]]:
         """Each image of a piece, decoded; a bad one is counted, named, and given without its picture."""
@@ -141,8 +125,8 @@ class Stage(ABC):
             output.tick()
 
     @cached_property
-    def _settings_text(self) -> str:
-        return json.dumps(self.settings(), sort_keys=True)
+    def _origin(self) -> list[Any]:
+        return [self.name, self.version, json.dumps(self.settings(), sort_keys=True)]
 
 
 def _hash(content: list[Any]) -> str:

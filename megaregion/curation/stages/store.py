@@ -31,7 +31,6 @@ from megaregion.files import file_sha256, new_file, read_json, write_bytes
 
 VERSION = 1
 """Version of the manifest's layout."""
-
 _IN_THE_WAY = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
@@ -69,8 +68,8 @@ class Manifest:
 class Output:
     """Collects what one piece leaves behind in its folder; ``key`` says what the piece is made from."""
 
-    def __init__(self, root: Path, folder: Path, tick: Callable[[], None], key: str = "") -> None:
-        self.root, self.folder, self.tick, self.key = root, folder, tick, key
+    def __init__(self, folder: Path, tick: Callable[[], None], key: str = "") -> None:
+        self.folder, self.tick, self.key = folder, tick, key
         self.counts: Counter[str] = Counter()
         self.bad: dict[str, str] = {}
         self.files: list[Path] = []
@@ -132,8 +131,8 @@ class Store:
 
     def load(self, piece: Piece, name: str, mapped: bool = False) -> NDArray[Any]:
         """An array that a finished piece left; mapped, only what is touched is read."""
-        path = self.folder(piece) / name
-        found: NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        mode: Any = "r" if mapped else None
+        found: NDArray[Any] = np.load(self.folder(piece) / name, mmap_mode=mode, allow_pickle=False)
         return found
 
     def read(self, piece: Piece, thorough: bool = True) -> Manifest | None:
@@ -159,25 +158,17 @@ class Store:
         (folder / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return Output(self.root, folder, tick, key)
+        return Output(folder, tick, key)
 
-    def finish(self, piece: Piece, key: str, output: Output, began: float, recipes: dict[str, str]) -> None:
-        """Write the manifest, and so declare the piece finished.
-
-        Args:
-            piece: Which one.
-            key: What it was made from.
-            output: What it left.
-            began: Its start, by time.monotonic().
-            recipes: Hash of the settings of its stage and of those before it.
-        """
+    def finish(self, piece: Piece, output: Output, began: float, recipes: dict[str, str]) -> None:
+        """Write the manifest of a piece begun at a time.monotonic(), and so declare it finished."""
         files = {
             path.relative_to(self.root).as_posix(): (path.stat().st_size, file_sha256(path))
             for path in output.files
         }
         seconds = round(time.monotonic() - began, 3)
         counts = dict(sorted((+output.counts).items()))
-        self.write(piece, Manifest(key, files, counts, output.bad, seconds, recipes))
+        self.write(piece, Manifest(output.key, files, counts, output.bad, seconds, recipes))
         for path in output.folder.parent.glob(output.kept("*").name):
             path.unlink()
 

@@ -32,10 +32,8 @@ WORDS, MODEL = "words.jsonl", "tokenizer.model"
 
 OTHER_PIECES = 3 + 256 + 1
 """Unknown, start and end of text, one piece for each byte, and the word start."""
-
 MAX_WORD = 64
 """Characters of a word that are read; longer ones are noise."""
-
 HASHES = 2**64
 """A hash is less than this."""
 

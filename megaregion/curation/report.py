@@ -1,7 +1,7 @@
 """The quality report of a run: a table to read, and report.json to compare with.
 
-Clusters have a file of their own; here are the text and, where it is known, the truth: are the objects among
-the regions, are clusters classes, are words read? Truth is for measuring only; no stage ever sees it.
+:mod:`megaregion.curation.quality` measures the clusters; here are the text and, where it is known, the truth:
+are the objects among the regions, are clusters classes, are words read? No stage ever sees the truth.
 
 Shapes: R regions and S true boxes of an image.
 """
@@ -12,15 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.quality.clusters import NEAR, ClusterQuality, LabelledRegions, cluster_quality, nmi
+from megaregion.curation.quality import NEAR, ClusterQuality, cluster_quality, nmi
 from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.runner.status import summarise
+from megaregion.curation.stages.cluster import read_labels
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Job
@@ -32,15 +32,14 @@ from megaregion.data.sample import Box
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import Summary
+from megaregion.tables import aligned
 
 REPORT = "report.json"
 
 KNOWN_TEXTS = 200_000
 """Distinct texts that are counted at once; beyond twice as many, the rarest are forgotten."""
-
 SHOWN = 20
 """Most frequent texts and tokens that are reported."""
-
 BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Borders of the confidences that are counted together."""
 
@@ -48,13 +47,10 @@ Rows = list[tuple[str, str]]
 
 MATCH = 0.5
 """IoU from which a region shows an object."""
-
 TIGHT = 0.7
 """IoU of a region that fits well."""
-
 WORD_MATCH = 0.3
 """IoU from which a word that was read is the one that is written there: engines frame it more widely."""
-
 READABLE = 16.0
 """Height of a word, in pixels, from which it has to be read."""
 
@@ -150,13 +146,9 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None =
         raise UserError(
             f"{job.store.root} is not finished: stage {missing[0]} is not done; run tools/curate.py on"
         )
-    found = QualityReport(
-        summary,
-        cluster_quality(job),
-        text_quality(job),
-        None if truth is None else truth_quality(job, truth),
-    )
-    write_bytes(Path(job.store.root) / REPORT, json.dumps(asdict(found), indent=1).encode())
+    against = None if truth is None else truth_quality(job, truth)
+    found = QualityReport(summary, cluster_quality(job), text_quality(job), against)
+    write_bytes(job.store.root / REPORT, json.dumps(asdict(found), indent=1).encode())
     return found
 
 
@@ -218,7 +210,7 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
         UserError: None of the run's images is among them.
     """
     tally, images = _Tally(), 0
-    for number, labels, _ in LabelledRegions(job).labels():
+    for number, labels in enumerate(read_labels(job)):
         parts = (("embed", REGIONS), ("propose", CANDIDATES))
         kept, candidates = (
             read_regions([job.store.folder(Piece(stage, number)) / name]) for stage, name in parts
@@ -306,14 +298,13 @@ def _cluster_rows(found: ClusterQuality) -> Rows:
 
 def _text_rows(found: TextQuality) -> Rows:
     confidence = ", ".join(f"{low}+ {count}" for low, count in found.confidence.items() if count)
-    rows = [
+    return [
         ("words by confidence", confidence),
         ("tokens of a word", f"{found.tokens_per_word:.2f}"),
         ("tokens in use", f"{found.used_tokens} of {found.vocabulary}, {found.byte_tokens:.1%} single bytes"),
         ("most frequent texts", _counted(found.texts)),
         ("most frequent tokens", _counted(found.tokens)),
     ]
-    return rows
 
 
 def _truth_rows(found: TruthQuality) -> Rows:
@@ -335,5 +326,4 @@ def _counted(items: list[tuple[str, int]]) -> str:
 
 def _lines(title: str, rows: Rows) -> str:
     # What was read may hold characters that a terminal cannot show.
-    texts = [f"  {name:<26}{value}".encode(errors="replace").decode() for name, value in rows]
-    return "\n".join([title, *texts])
+    return f"{title}\n{aligned(rows, left=(0, 1), indent='  ')}".encode(errors="replace").decode()
