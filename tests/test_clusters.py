@@ -55,7 +55,7 @@ def silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
 
 def without_images(change: Callable[..., None]) -> None:
     """Let embed read no piece before it."""
-    change(Embed, "needs", lambda self, number: [])
+    change(Embed, "reads", ())
     change(Embed, "settings", lambda self: {})
     change(Embed, "prepare", lambda self: None)
 

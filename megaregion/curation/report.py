@@ -187,16 +187,11 @@ def text_quality(job: Job) -> TextQuality:
 
 @dataclass
 class _Tally:
-    objects: int = 0
-    found: int = 0
-    tight: int = 0
-    proposed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     kept: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    overlaps: list[float] = field(default_factory=list)
-    words: int = 0
-    exact: int = 0
+    """Kept regions of each image."""
+    matched: list[tuple[int, str, float]] = field(default_factory=list)
+    """Cluster, class and IoU of each kept region that shows an object."""
 
 
 def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
@@ -209,7 +204,7 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
     Raises:
         UserError: None of the run's images is among them.
     """
-    tally, images = _Tally(), 0
+    tally = _Tally()
     for number, labels in enumerate(read_labels(job)):
         parts = (("embed", REGIONS), ("propose", CANDIDATES))
         kept, candidates = (
@@ -223,63 +218,64 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
             true = truth.get(regions.key)
             if true is None:
                 continue
-            images += 1
             boxes = as_array([region.box for region in regions.regions])
             _count_objects(tally, true, boxes, own, as_array([region.box for region in proposed.regions]))
             above = words.above(job.settings.tokenizer.min_confidence)
             _count_words(tally, true, [word.text for word in above], as_array([w.box for w in above]))
-    if not images:
+    if not tally.kept:
         raise UserError("--truth holds none of the run's images; give the split that was curated")
-    _, classes = np.unique(np.array(tally.classes, dtype=str), return_inverse=True)
-    clusters = np.array(tally.labels, dtype=np.int64)
-    fits = np.array(tally.overlaps, dtype=np.float64) >= TIGHT
+    counts = tally.counts
     return TruthQuality(
-        images=images,
-        objects=tally.objects,
-        recall=tally.found / max(1, tally.objects),
-        tight_recall=tally.tight / max(1, tally.objects),
-        proposed_recall=tally.proposed / max(1, tally.objects),
+        images=len(tally.kept),
+        objects=counts["objects"],
+        recall=counts["found"] / max(1, counts["objects"]),
+        tight_recall=counts["tight"] / max(1, counts["objects"]),
+        proposed_recall=counts["proposed"] / max(1, counts["objects"]),
         regions_per_image=float(np.mean(tally.kept)),
         most_regions=max(tally.kept),
-        matched_nmi=nmi(clusters, classes.astype(np.int64)),
-        matched=len(clusters),
-        tight_nmi=nmi(clusters[fits], classes[fits].astype(np.int64)),
-        words=tally.words,
-        exact_words=tally.exact / max(1, tally.words),
+        matched_nmi=_nmi(tally.matched),
+        matched=len(tally.matched),
+        tight_nmi=_nmi([match for match in tally.matched if match[2] >= TIGHT]),
+        words=counts["words"],
+        exact_words=counts["exact"] / max(1, counts["words"]),
     )
+
+
+def _nmi(matched: list[tuple[int, str, float]]) -> float:
+    _, classes = np.unique(np.array([name for _, name, _ in matched], dtype=str), return_inverse=True)
+    return nmi(np.array([label for label, _, _ in matched], dtype=np.int64), classes.astype(np.int64))
 
 
 def _count_objects(
     tally: _Tally, true: TrueImage, boxes: Boxes, labels: NDArray[np.int64], candidates: Boxes
 ) -> None:
     tally.kept.append(len(boxes))
-    tally.objects += len(true.boxes)
+    tally.counts["objects"] += len(true.boxes)
     if not len(true.boxes):
         return
     wanted = as_array(true.boxes)
     if len(candidates):
-        tally.proposed += int((iou(wanted, candidates).max(axis=1) >= MATCH).sum())
+        tally.counts["proposed"] += int((iou(wanted, candidates).max(axis=1) >= MATCH).sum())
     if not len(boxes):
         return
     overlaps = iou(wanted, boxes)
-    tally.found += int((overlaps.max(axis=1) >= MATCH).sum())
-    tally.tight += int((overlaps.max(axis=1) >= TIGHT).sum())
+    tally.counts["found"] += int((overlaps.max(axis=1) >= MATCH).sum())
+    tally.counts["tight"] += int((overlaps.max(axis=1) >= TIGHT).sum())
     best = overlaps.argmax(axis=0).tolist()
     for region in np.flatnonzero((overlaps.max(axis=0) >= MATCH) & (labels >= 0)).tolist():
-        tally.labels.append(int(labels[region]))
-        tally.classes.append(true.classes[best[region]])
-        tally.overlaps.append(float(overlaps[best[region], region]))
+        overlap = float(overlaps[best[region], region])
+        tally.matched.append((int(labels[region]), true.classes[best[region]], overlap))
 
 
 def _count_words(tally: _Tally, true: TrueImage, texts: Sequence[str], boxes: Boxes) -> None:
     for text, box in zip(true.texts, true.text_boxes, strict=True):
         if box[3] - box[1] < READABLE:
             continue
-        tally.words += 1
+        tally.counts["words"] += 1
         if texts:
             overlaps = iou(as_array([box]), boxes)[0]
             near = np.flatnonzero(overlaps >= WORD_MATCH).tolist()
-            tally.exact += any(texts[place] == text for place in near)
+            tally.counts["exact"] += any(texts[place] == text for place in near)
 
 
 def _cluster_rows(found: ClusterQuality) -> Rows:

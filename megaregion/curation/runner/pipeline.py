@@ -21,7 +21,7 @@ from megaregion.curation.runner.status import summarise
 from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
-from megaregion.curation.stages.stage import Job, Stage, recipes_of, stages_before
+from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece, Store, writable
 from megaregion.errors import UserError
 from megaregion.files import read_json, write_bytes
@@ -222,25 +222,13 @@ def job_lines(settings: CurationSettings) -> Sequence[str]:
         ``STAGE many|one EARLIER,EARLIER``: whether pieces can be shared, and the stages to wait for, or
         ``list`` where there is none.
     """
-    stages = make_stages(Job(settings, cast("Source", _OneImage()), Store(Path())))
     lines = []
-    for name, stage in stages.items():
-        if stage.pieces():
-            earlier = [other for other in stages if other in stages_before(stage)]
+    # Which stages there are does not depend on the images.
+    for name, stage in make_stages(Job(settings, cast("Source", None), Store(Path()))).items():
+        if not stage.whole or stage.pieces():
+            earlier = [other for other in NAMES if other in (*stage.reads, *stage.reads_whole)]
             lines.append(f"{name} {'one' if stage.whole else 'many'} {','.join(earlier) or 'list'}")
     return lines
-
-
-class _OneImage:
-    """As much of a source as the order of stages depends on: one slice of one image."""
-
-    slices = 1
-
-    def __len__(self) -> int:
-        return 1
-
-    def overlapping(self, first: int, last: int) -> range:
-        return range(1)
 
 
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:

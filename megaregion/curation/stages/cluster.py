@@ -34,6 +34,7 @@ class Cluster(Stage):
     """Writes centers.npy, float32 [K, C], unit vectors; the ranks of a job do it together."""
 
     name = "cluster"
+    reads = ("embed",)
     whole = True
     together = True
     version = 3
@@ -42,10 +43,6 @@ class Cluster(Stage):
     def settings(self) -> dict[str, Any]:
         # In which chunks embeddings add up.
         return plain(self.job.settings.cluster) | {"chunk_memory": self.job.settings.assign.chunk_memory}
-
-    @override
-    def needs(self, number: int) -> list[Piece]:
-        return self.every("embed")
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -75,15 +72,13 @@ class Assign(Stage):
     """Writes labels.npy, int64 [r], -1 for a region without embedding, and cosines.npy, float32 [r]."""
 
     name = "assign"
+    reads = ("embed",)
+    reads_whole = ("cluster",)
     version = 3
 
     @override
     def settings(self) -> dict[str, Any]:
         return {}
-
-    @override
-    def needs(self, number: int) -> list[Piece]:
-        return [Piece("embed", number), Piece("cluster", 0)]
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -125,6 +120,7 @@ class Balance(Stage):
     """
 
     name = "balance"
+    reads = ("assign",)
     whole = True
 
     @override
@@ -134,10 +130,6 @@ class Balance(Stage):
     @override
     def pieces(self) -> int:
         return int(self.job.settings.pack.cluster_cap > 0)
-
-    @override
-    def needs(self, number: int) -> list[Piece]:
-        return self.every("assign")
 
     @override
     def work(self, number: int, output: Output) -> None:

@@ -22,7 +22,6 @@ from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import (
     Output,
-    Piece,
     read_regions,
     read_words,
     write_regions,
@@ -42,6 +41,7 @@ class Embed(Stage):
     """Writes regions.jsonl and features.npy, float16 [r, C]; a row of zeros is a region without label."""
 
     name = "embed"
+    reads = ("propose", "ocr")
     version = 2
 
     @override
@@ -54,10 +54,6 @@ class Embed(Stage):
         else:
             values["lite0"] = lite0.fingerprint()
         return values
-
-    @override
-    def needs(self, number: int) -> list[Piece]:
-        return [Piece("propose", number), Piece("ocr", number)]
 
     @override
     def prepare(self) -> None:

@@ -16,7 +16,7 @@ from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture
 from megaregion.curation.stages.cluster import CENTERS, KEPT, LABELS, STARTS
 from megaregion.curation.stages.embed import REGIONS
-from megaregion.curation.stages.stage import Stage, plain
+from megaregion.curation.stages.stage import Job, Stage, plain
 from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.curation.types import Proposal, Word
@@ -47,7 +47,13 @@ class Pack(Stage):
     """
 
     name = "pack"
+    reads = ("embed", "assign", "ocr")
     version = 2
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        capped = job.settings.pack.cluster_cap > 0
+        self.reads_whole = ("balance", "tokenizer") if capped else ("tokenizer",)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -71,14 +77,11 @@ class Pack(Stage):
     @override
     def identity(self, number: int) -> list[Any]:
         source = self.job.source
-        return [self._span(number), [source.identity(piece) for piece in self._overlapping(number)]]
+        return [self._span(number), [source.identity(piece) for piece in self.slices(number)]]
 
     @override
-    def needs(self, number: int) -> list[Piece]:
-        names = ("embed", "assign", "ocr")
-        overlapping = [Piece(name, piece) for name in names for piece in self._overlapping(number)]
-        balance = [Piece("balance", 0)] if self.job.settings.pack.cluster_cap else []
-        return [*overlapping, *balance, Piece("tokenizer", 0)]
+    def slices(self, number: int) -> range:
+        return self.job.source.overlapping(*self._span(number))
 
     @override
     def prepare(self) -> None:
@@ -107,10 +110,6 @@ class Pack(Stage):
         """Positions of a piece's first image, and of the one after its last."""
         size = self.job.settings.pack.samples_per_shard
         return number * size, min((number + 1) * size, len(self.job.source))
-
-    def _overlapping(self, number: int) -> range:
-        """Pieces of the other stages that this one's images lie in."""
-        return self.job.source.overlapping(*self._span(number))
 
     def _samples(self, number: int, output: Output) -> Iterator[tuple[str, bytes, SampleRecord]]:
         """The samples of a piece: every readable image with at least one region."""
@@ -142,7 +141,7 @@ class Pack(Stage):
 
     def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[int], ImageWords]]:
         """Each image of the piece with what earlier stages say of it."""
-        pieces = self._overlapping(number)
+        pieces = self.slices(number)
         regions = read_regions(self.path(Piece("embed", piece), REGIONS) for piece in pieces)
         words = read_words(self.path(Piece("ocr", piece), WORDS) for piece in pieces)
         labels = (label for piece in pieces for label in self._labels(piece).tolist())
@@ -177,6 +176,8 @@ class Publish(Stage):
     """Writes shards/dataset.json, centers.npy and, if there is text, tokenizer.model."""
 
     name = "publish"
+    reads = ("pack",)
+    reads_whole = ("cluster", "tokenizer")
     whole = True
 
     @override
@@ -184,9 +185,8 @@ class Publish(Stage):
         return {}
 
     @override
-    def needs(self, number: int) -> list[Piece]:
-        packed = [Piece("pack", piece) for piece in range(Pack(self.job).pieces())]
-        return [*packed, Piece("cluster", 0), Piece("tokenizer", 0)]
+    def slices(self, number: int) -> range:
+        return range(Pack(self.job).pieces())
 
     @override
     def work(self, number: int, output: Output) -> None:

@@ -54,6 +54,10 @@ class Stage(ABC):
 
     name: str
     """Unique, short; the name of its folder."""
+    reads: tuple[str, ...] = ()
+    """Earlier stages of which a piece reads the pieces of the same slices of the images; a whole one all."""
+    reads_whole: tuple[str, ...] = ()
+    """Earlier stages of one piece that a piece reads."""
     whole = False
     """One piece for the whole run, which reads earlier pieces only; else each piece has images of its own."""
     together = False
@@ -84,9 +88,14 @@ class Stage(ABC):
         """How often a piece ticks: the images that it covers, 1 without any."""
         return 1 if self.whole else self.job.source.count(number)
 
+    def slices(self, number: int) -> range:
+        """Slices of the images that a piece reads of."""
+        return range(self.job.source.slices) if self.whole else range(number, number + 1)
+
     def needs(self, number: int) -> list[Piece]:
         """Earlier pieces that a piece reads."""
-        return []
+        sliced = [Piece(stage, each) for stage in self.reads for each in self.slices(number)]
+        return [*sliced, *(Piece(stage, 0) for stage in self.reads_whole)]
 
     def prepare(self) -> None:
         """Called once before pieces run, in the process that hands them out."""
@@ -104,10 +113,6 @@ class Stage(ABC):
     def recipe(self) -> str:
         """Hash of what all pieces depend on alike: the stage itself and its settings."""
         return _hash(self._origin)
-
-    def every(self, stage: str) -> list[Piece]:
-        """The pieces of a stage that has one for every slice."""
-        return [Piece(stage, number) for number in range(self.job.source.slices)]
 
     def path(self, piece: Piece, name: str) -> Path:
         """Where a file of a finished piece lies."""
@@ -140,13 +145,8 @@ def recipes_of(name: str, stages: Mapping[str, Stage]) -> dict[str, str]:
     while waiting:
         stage = stages[waiting.pop()]
         recipes[stage.name] = stage.recipe
-        waiting += stages_before(stage) - recipes.keys()
+        waiting += {*stage.reads, *stage.reads_whole} - recipes.keys()
     return dict(sorted(recipes.items()))
-
-
-def stages_before(stage: Stage) -> set[str]:
-    """Stages that a stage reads from."""
-    return {need.stage for need in stage.needs(0)} if stage.pieces() else set()
 
 
 def describe(folder: Path) -> str:

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from megaregion.curation.engines import load_reader
 from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import ImageWords, Output, Piece, read_words, write_words
+from megaregion.curation.stages.store import ImageWords, Output, read_words, write_words
 from megaregion.curation.types import Reader
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
@@ -69,16 +69,13 @@ class Tokenizer(Stage):
     """Writes tokenizer.model."""
 
     name = "tokenizer"
+    reads = ("ocr",)
     whole = True
 
     @override
     def settings(self) -> dict[str, Any]:
         settings = self.job.settings.tokenizer
         return plain(settings) | {"corpus": corpus_identity(settings.corpus)}
-
-    @override
-    def needs(self, number: int) -> list[Piece]:
-        return self.every("ocr")
 
     @override
     def work(self, number: int, output: Output) -> None:
