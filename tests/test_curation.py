@@ -23,10 +23,9 @@ from curation_scenes import contents, save_tiny_clip, save_tiny_sam, scene, work
 from PIL import Image
 
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.picture import BadImage, read_picture
+from megaregion.curation.picture import BadImage, iou, read_picture
 from megaregion.curation.settings import settings_from
 from megaregion.curation.stages.store import Output, Store
-from megaregion.curation.types import iou
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset

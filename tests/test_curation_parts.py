@@ -21,12 +21,11 @@ from megaregion.curation.engines import load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch
 from megaregion.curation.kmeans import find_centers
 from megaregion.curation.nearest import nearest
-from megaregion.curation.picture import crop
+from megaregion.curation.picture import Proposal, crop, iou
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.stages.embed import choose
 from megaregion.curation.stages.propose import nms, rank
 from megaregion.curation.stages.text import DistinctTexts, default_corpus, train_tokenizer
-from megaregion.curation.types import Proposal, iou
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError

@@ -13,7 +13,7 @@ from launch import launch
 from benchmark.kmeans import gaussian_features
 from megaregion.curation import kmeans
 from megaregion.curation import nearest as tiles
-from megaregion.curation.embeddings import Share, evenly, rows_in
+from megaregion.curation.embeddings import Share, evenly, rows_in, unit
 from megaregion.curation.kmeans import (
     Pass,
     Progress,
@@ -26,7 +26,6 @@ from megaregion.curation.kmeans import (
 )
 from megaregion.curation.nearest import nearest
 from megaregion.curation.settings import ClusterSettings
-from megaregion.curation.types import unit
 from megaregion.errors import UserError
 from megaregion.parallel import topology
 

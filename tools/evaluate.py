@@ -23,8 +23,7 @@ from megaregion.bounds import Count, Images, PositiveInt, Seed, Whole, Workers
 from megaregion.command_line import Parser, flag, path, run
 from megaregion.curation.engines import load_embedder
 from megaregion.curation.engines.lite0 import Lite0
-from megaregion.curation.picture import resize
-from megaregion.curation.types import Pixels
+from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import CropEncoder, Encoder, load_huggingface
 from megaregion.evaluation.network import open_run

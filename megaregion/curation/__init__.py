@@ -1,6 +1,6 @@
 """Curation: from a folder of images or tars to a dataset of labelled regions.
 
-    types.py, picture.py   what all share                   settings.py   every setting, by stage
+    picture.py an image, regions and words in it            settings.py   every setting, by stage
     inputs/    find the images and read them                engines/      proposers, embedders, OCR
     kmeans.py  centers of embeddings.py by nearest.py       stages/       the steps, cut into pieces
     runner/    who does the pieces, how far a run is        quality.py    whether clusters make good classes

@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megaregion.curation.types import unit
-
 WORKING = 3
 """Float32 copies of a chunk that are alive at once while it is worked on."""
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale each row to length 1, [n, C]; a row of zeros stays zero."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def to_unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megaregion.curation.embeddings import unit
 from megaregion.curation.kmeans import find_centers
 from megaregion.curation.nearest import nearest
 from megaregion.curation.stages.cluster import CENTERS, COSINES, cluster_sizes, read_labels
 from megaregion.curation.stages.embed import FEATURES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece
-from megaregion.curation.types import unit
 
 NEAR = 0.97
 """Cosine from which two regions count as near-duplicates."""

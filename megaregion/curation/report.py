@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megaregion.curation.picture import Boxes, as_array, iou
 from megaregion.curation.quality import NEAR, ClusterQuality, cluster_quality, nmi
 from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.runner.status import summarise
@@ -26,7 +27,6 @@ from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
-from megaregion.curation.types import Boxes, as_array, iou
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import Box
 from megaregion.errors import UserError

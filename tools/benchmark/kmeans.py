@@ -22,11 +22,10 @@ from benchmark.report import Case, Report
 from benchmark.scenes import scene_features
 from megaregion.bounds import Positive
 from megaregion.command_line import flag, path, whole
-from megaregion.curation.embeddings import Share
+from megaregion.curation.embeddings import Share, unit
 from megaregion.curation.kmeans import Pass, cluster, find_centers
 from megaregion.curation.nearest import in_order, nearest
 from megaregion.curation.settings import AssignSettings, ClusterSettings
-from megaregion.curation.types import unit
 from megaregion.errors import UserError
 from megaregion.heap import keep_freed_memory
 from megaregion.products import product

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from megaregion.curation.embeddings import unit
 from megaregion.curation.engines import load_embedder
-from megaregion.curation.picture import crop, read_picture
-from megaregion.curation.types import Pixels, unit
+from megaregion.curation.picture import Pixels, crop, read_picture
 from megaregion.demo.assets import load_library
 from megaregion.demo.folder import write_scenes
 from megaregion.demo.scenes import Scene, SceneMaker, SceneSettings

@@ -6,11 +6,48 @@ boxes.py, ONNX Runtime lite0.py, transformers pretrained.py, the OCR engines ocr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megaregion.curation.picture import Pixels, Proposal, Word
 from megaregion.curation.settings import OcrSettings, ProposeSettings
-from megaregion.curation.types import Embedder, Pixels, Proposer, Reader, Word
 from megaregion.errors import UserError
+
+
+class Proposer(Protocol):
+    """Finds regions in one image."""
+
+    def propose(self, image: Pixels) -> list[Proposal]:
+        """Propose regions of an image, RGB uint8 [h, w, 3]."""
+
+
+class Embedder(Protocol):
+    """Maps crops of any size to unit vectors."""
+
+    @property
+    def dim(self) -> int:
+        """Channels C of an embedding."""
+
+    def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
+        """Embed crops.
+
+        Args:
+            crops: RGB, uint8 [h, w, 3], of any sizes.
+
+        Returns:
+            Unit vectors, float32 [n, C]; a crop's vector does not depend on the others.
+        """
+
+
+class Reader(Protocol):
+    """Finds and reads text in one image."""
+
+    def read(self, image: Pixels) -> list[Word]:
+        """Read an image, RGB uint8 [h, w, 3]; nothing is filtered by confidence."""
 
 
 class NoReader:

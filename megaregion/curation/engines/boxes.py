@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.curation.engines.lite0 import FeatureMaps, Lite0
-from megaregion.curation.picture import resize
-from megaregion.curation.types import Boxes, Pixels, Proposal, area
+from megaregion.curation.picture import Boxes, Pixels, Proposal, area, resize
 
 SIDE = 448
 """Side, in pixels, of the square to which the image is scaled: 14 x 14 coarse cells."""

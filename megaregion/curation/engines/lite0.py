@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.picture import resize
-from megaregion.curation.types import Pixels, unit
+from megaregion.curation.embeddings import unit
+from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, write_bytes
 
@@ -87,7 +87,7 @@ class Lite0Embedder:
         self._network = Lite0()
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Embed crops, see :class:`megaregion.curation.types.Embedder`."""
+        """Embed crops, see :class:`megaregion.curation.engines.Embedder`."""
         return embed_squares(crops, self._side, self.dim, self._network.embed)
 
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import yaml
 
-from megaregion.curation.types import Pixels, Word
+from megaregion.curation.picture import Pixels, Word
 from megaregion.errors import UserError
 
 
@@ -53,7 +53,7 @@ class RapidReader:
         logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
 
     def read(self, image: Pixels) -> list[Word]:
-        """Read an image, see :class:`megaregion.curation.types.Reader`."""
+        """Read an image, see :class:`megaregion.curation.engines.Reader`."""
         result = self._engine(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         if result.boxes is None or result.txts is None:
             return []
@@ -92,7 +92,7 @@ class PaddleReader:
         )
 
     def read(self, image: Pixels) -> list[Word]:
-        """Read an image, see :class:`megaregion.curation.types.Reader`."""
+        """Read an image, see :class:`megaregion.curation.engines.Reader`."""
         words: list[Word] = []
         for page in self._engine.predict(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
             words += to_words(page["rec_polys"], page["rec_texts"], page["rec_scores"], image)

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from megaregion.curation.engines.lite0 import embed_squares
-from megaregion.curation.picture import resize
-from megaregion.curation.types import Pixels, Proposal
+from megaregion.curation.picture import Pixels, Proposal, resize
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
 
@@ -125,7 +124,7 @@ class ClipEmbedder:
         self.dim = int(self._model.config.hidden_size)
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Embed crops, see :class:`megaregion.curation.types.Embedder`."""
+        """Embed crops, see :class:`megaregion.curation.engines.Embedder`."""
         return embed_squares(crops, self._side, self.dim, self._pooled)
 
     def _pooled(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megaregion.curation.picture import BadImage, Picture
-from megaregion.curation.types import Proposal
+from megaregion.curation.picture import BadImage, Picture, Proposal
 from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
 
 MAX_SHIFT = 60

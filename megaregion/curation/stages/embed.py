@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from megaregion.curation.engines import lite0, load_embedder
-from megaregion.curation.picture import crop
+from megaregion.curation.engines import Embedder, lite0, load_embedder
+from megaregion.curation.picture import Boxes, Proposal, area, as_array, crop, intersection, iou
 from megaregion.curation.settings import EmbedSettings
 from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Stage, describe, plain
@@ -27,7 +27,6 @@ from megaregion.curation.stages.store import (
     write_regions,
 )
 from megaregion.curation.stages.text import WORDS
-from megaregion.curation.types import Boxes, Embedder, Proposal, area, as_array, intersection, iou
 from megaregion.data.sample import Box
 from megaregion.schemas.curation import DROPPED
 

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture
+from megaregion.curation.picture import Picture, Proposal, Word
 from megaregion.curation.stages.cluster import CENTERS, KEPT, LABELS, STARTS
 from megaregion.curation.stages.embed import REGIONS
 from megaregion.curation.stages.stage import Job, Stage, plain
 from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
-from megaregion.curation.types import Proposal, Word
 from megaregion.data.info import (
     CENTERS_NAME,
     INFO_NAME,

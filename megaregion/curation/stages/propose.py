@@ -18,15 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.engines import lite0, load_proposer
+from megaregion.curation.engines import Proposer, lite0, load_proposer
 from megaregion.curation.engines.boxes import Objectness
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import BadImage, Picture
+from megaregion.curation.picture import (
+    BadImage,
+    Boxes,
+    Picture,
+    Pixels,
+    Proposal,
+    area,
+    as_array,
+    intersection,
+)
 from megaregion.curation.settings import ProposeSettings
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageRegions, Output, write_regions
-from megaregion.curation.types import Boxes, Pixels, Proposal, Proposer, area, as_array, intersection
 from megaregion.schemas.curation import DROPPED
 
 CANDIDATES = "candidates.jsonl"

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.types import Proposal, Word
+from megaregion.curation.picture import Proposal, Word
 from megaregion.data.sample import RLE, Box
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, new_file, read_json, write_bytes

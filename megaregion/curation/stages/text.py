@@ -20,10 +20,9 @@ from typing import Any
 
 from typing_extensions import override
 
-from megaregion.curation.engines import load_reader
+from megaregion.curation.engines import Reader, load_reader
 from megaregion.curation.stages.stage import Stage, describe, plain
 from megaregion.curation.stages.store import ImageWords, Output, read_words, write_words
-from megaregion.curation.types import Reader
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
 from megaregion.files import file_sha256
