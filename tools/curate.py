@@ -127,7 +127,7 @@ def _parser() -> Parser:
     parser = Parser(
         description="Turn images into a dataset of labelled regions, OUT/shards. What is done is "
         "skipped; changed settings or images redo what depends on them. Prints a summary and writes it to "
-        "OUT/summary.json.",
+        "OUT/summary.json."
     )
     parser.set_defaults(command=_curate)
     add = parser.add_argument

@@ -105,7 +105,7 @@ class Source:
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """Position of each slice's first image among all images, and their number, [slices + 1]."""
-        images = np.concatenate([[len(self._files)], self._tar_counts])
+        images = np.diff(self._firsts)
         slices = -(-images // self.slice_size)
         sizes = np.full(slices.sum(), self.slice_size, dtype=np.int64)
         last = (np.cumsum(slices) - 1)[slices > 0]
@@ -116,10 +116,6 @@ class Source:
     def slices(self) -> int:
         """Number of slices."""
         return len(self.starts) - 1
-
-    def count(self, number: int) -> int:
-        """Images of a slice."""
-        return int(self.starts[number + 1] - self.starts[number])
 
     def images(self, number: int) -> list[ImageFile]:
         """The images of a slice."""
@@ -133,7 +129,8 @@ class Source:
         tar, first = self._place_of(number)
         if tar is not None:
             row = self._tar(tar)
-            found = [row["path"], row["size"], row["changed"], first, self.count(number)]
+            count = min(self.slice_size, row["images"] - first)
+            found = [row["path"], row["size"], row["changed"], first, count]
             # What lies beside a tar can change the key of its images.
             marked = row["key"] != plain_key(row["path"].rsplit(".", 1)[0])
             return [*found, row["key"]] if marked else found
@@ -191,22 +188,17 @@ class Source:
         return content
 
     @cached_property
-    def _tar_counts(self) -> NDArray[np.int64]:
+    def _firsts(self) -> NDArray[np.int64]:
+        """Position of the first loose image, of the first of each tar, and their number, [tars + 2]."""
         rows = self._tars.rows(0, len(self._tars))
-        return np.fromiter((row["images"] for row in rows), dtype=np.int64, count=len(self._tars))
-
-    @cached_property
-    def _tar_starts(self) -> NDArray[np.int64]:
-        """First slice of each tar."""
-        loose = -(-len(self._files) // self.slice_size)
-        return loose + np.concatenate([[0], np.cumsum(-(-self._tar_counts // self.slice_size))])
+        tars = np.fromiter((row["images"] for row in rows), dtype=np.int64, count=len(self._tars))
+        return np.cumsum(np.concatenate([[0, len(self._files)], tars]))
 
     def _place_of(self, number: int) -> tuple[int | None, int]:
         """Tar of a slice, None for loose files, and its first image there."""
-        if number < self._tar_starts[0]:
-            return None, number * self.slice_size
-        tar = int(np.searchsorted(self._tar_starts, number, side="right")) - 1
-        return tar, (number - int(self._tar_starts[tar])) * self.slice_size
+        position = int(self.starts[number])
+        part = int(np.searchsorted(self._firsts, position, side="right")) - 1
+        return part - 1 if part else None, position - int(self._firsts[part])
 
     def _tar(self, tar: int) -> dict[str, Any]:
         [row] = self._tars.rows(tar, tar + 1)

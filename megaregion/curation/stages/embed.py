@@ -20,12 +20,7 @@ from megaregion.curation.picture import Boxes, Proposal, area, as_array, crop, i
 from megaregion.curation.settings import EmbedSettings
 from megaregion.curation.stages.propose import CANDIDATES
 from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import (
-    Output,
-    read_regions,
-    read_words,
-    write_regions,
-)
+from megaregion.curation.stages.store import Output, read_regions, read_words, write_regions
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
 from megaregion.schemas.curation import DROPPED

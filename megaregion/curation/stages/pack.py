@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -65,22 +65,13 @@ class Pack(Stage):
         return -(-len(self.job.source) // self.job.settings.pack.samples_per_shard)
 
     @override
-    def images(self, number: int) -> Sequence[ImageFile]:
-        return list(self.job.source.between(*self._span(number)))
-
-    @override
-    def count(self, number: int) -> int:
-        first, last = self._span(number)
-        return last - first
+    def span(self, number: int) -> tuple[int, int]:
+        size = self.job.settings.pack.samples_per_shard
+        return number * size, min((number + 1) * size, len(self.job.source))
 
     @override
     def identity(self, number: int) -> list[Any]:
-        source = self.job.source
-        return [self._span(number), [source.identity(piece) for piece in self.slices(number)]]
-
-    @override
-    def slices(self, number: int) -> range:
-        return self.job.source.overlapping(*self._span(number))
+        return [self.span(number), [self.job.source.identity(each) for each in self.slices(number)]]
 
     @override
     def prepare(self) -> None:
@@ -100,15 +91,10 @@ class Pack(Stage):
                     writer.add(*sample)
             entry = asdict(writer.entry)
             output.counts["shards"] += 1
-            output.adopt(self.job.shards / f"{name}.tar")
-            output.adopt(self.job.shards / f"{name}.index.npy")
+            output.files.append(self.job.shards / f"{name}.tar")
+            output.files.append(self.job.shards / f"{name}.index.npy")
         with output.file(ENTRY) as file:
             file.write(json.dumps(entry).encode())
-
-    def _span(self, number: int) -> tuple[int, int]:
-        """Positions of a piece's first image, and of the one after its last."""
-        size = self.job.settings.pack.samples_per_shard
-        return number * size, min((number + 1) * size, len(self.job.source))
 
     def _samples(self, number: int, output: Output) -> Iterator[tuple[str, bytes, SampleRecord]]:
         """The samples of a piece: every readable image with at least one region."""
@@ -144,7 +130,7 @@ class Pack(Stage):
         regions = read_regions(self.path(Piece("embed", piece), REGIONS) for piece in pieces)
         words = read_words(self.path(Piece("ocr", piece), WORDS) for piece in pieces)
         labels = (label for piece in pieces for label in self._labels(piece).tolist())
-        start, (first, last) = int(self.job.source.starts[pieces.start]), self._span(number)
+        start, (first, last) = int(self.job.source.starts[pieces.start]), self.span(number)
         images = self.job.source.between(first, last)
         for position, (found, read) in enumerate(zip(regions, words, strict=True), start):
             own = list(islice(labels, len(found.regions)))
@@ -209,7 +195,7 @@ class Publish(Stage):
         )
         output.counts["samples"] = info.samples
         for name in (INFO_NAME, CENTERS_NAME, *([TOKENIZER_NAME] if text else [])):
-            output.adopt(self.job.shards / name)
+            output.files.append(self.job.shards / name)
         output.tick()
 
     def _remove_others(self, names: set[str]) -> None:

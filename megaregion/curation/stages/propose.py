@@ -86,14 +86,11 @@ class Propose(Stage):
         content = self.job.source.annotation(image)
         annotated = None if content is None else read_annotations(content, picture)
         if annotated is None:
-            found, dropped, objectness = (
-                self._proposer.propose(picture.pixels),
-                Counter[str](),
-                self._objectness,
-            )
+            found, dropped = self._proposer.propose(picture.pixels), Counter[str]()
         else:
-            (found, dropped), objectness = annotated, None
+            found, dropped = annotated
             counts["images with annotations"] += 1
+        objectness = self._objectness if annotated is None else None
         counts["images used"] += 1
         counts["proposed"] += len(found) + dropped.total()
         ranked, misfits = rank(found, picture.pixels, objectness, self.job.settings.propose)

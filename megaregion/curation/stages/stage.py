@@ -80,17 +80,20 @@ class Stage(ABC):
         """Number of pieces."""
         return 1 if self.whole else self.job.source.slices
 
-    def images(self, number: int) -> Sequence[ImageFile]:
-        """The slice of images that a piece covers."""
-        return () if self.whole else self.job.source.images(number)
+    def span(self, number: int) -> tuple[int, int]:
+        """Positions of a piece's first image, and of the one after its last."""
+        first, last = self.job.source.starts[number : number + 2].tolist()
+        return first, last
 
     def count(self, number: int) -> int:
         """How often a piece ticks: the images that it covers, 1 without any."""
-        return 1 if self.whole else self.job.source.count(number)
+        first, last = (0, 1) if self.whole else self.span(number)
+        return last - first
 
     def slices(self, number: int) -> range:
-        """Slices of the images that a piece reads of."""
-        return range(self.job.source.slices) if self.whole else range(number, number + 1)
+        """Slices in which a piece's images lie; all of them for a whole stage."""
+        source = self.job.source
+        return range(source.slices) if self.whole else source.overlapping(*self.span(number))
 
     def needs(self, number: int) -> list[Piece]:
         """Earlier pieces that a piece reads."""
@@ -120,7 +123,7 @@ class Stage(ABC):
 
     def pictures(self, number: int, output: Output) -> Iterator[tuple[ImageFile, Picture | None]]:
         """Each image of a piece, decoded; a bad one is counted, named, and given without its picture."""
-        for image in self.images(number):
+        for image in self.job.source.between(*self.span(number)):
             picture = None
             try:
                 picture = self.job.read(image)

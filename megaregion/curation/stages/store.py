@@ -73,6 +73,7 @@ class Output:
         self.counts: Counter[str] = Counter()
         self.bad: dict[str, str] = {}
         self.files: list[Path] = []
+        """Finished files of the piece, wherever they lie in the run's folder."""
 
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
@@ -80,7 +81,7 @@ class Output:
         path = self.folder / name
         with new_file(path, durable=False) as file:
             yield file
-        self.adopt(path)
+        self.files.append(path)
 
     def save(self, name: str, values: NDArray[Any]) -> None:
         """Write an array as a file of the piece."""
@@ -90,10 +91,6 @@ class Output:
     def kept(self, name: str) -> Path:
         """A file beside the piece's folder that outlives a kill, and goes when the piece is finished."""
         return self.folder.with_name(f".{self.folder.name}-{name}")
-
-    def adopt(self, path: Path) -> None:
-        """Count a finished file, wherever it lies in the run's folder, among the piece's."""
-        self.files.append(path)
 
 
 @contextmanager
