@@ -173,12 +173,10 @@ def check_enough(vectors: int, clusters: int) -> None:
 
 
 class Known(NamedTuple):
-    """What a rank knows of a chunk of its embeddings."""
+    """Of each embedding of a chunk the nearest center, int64 [n], and what no other's cosine exceeds, [n]."""
 
     labels: Tensor
-    """The nearest center, int64 [n]."""
     other: Tensor
-    """No other center has a greater cosine, [n]."""
 
 
 class Pass(NamedTuple):
@@ -282,13 +280,7 @@ def dot(some: Tensor, others: Tensor) -> Tensor:
 
 
 def add_up(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:
-    """Add each vector to the sum of its label, in the order of the rows, so that the bits are the same again.
-
-    Args:
-        sums: Float32 [K, C]; 16 bits would overflow.
-        vectors: Float32 [n, C].
-        labels: Int64 [n].
-    """
+    """Add each vector, [n, C], to the float32 sum of its label, [K, C], always in the order of the rows."""
     if sums.device.type == "cpu":
         sums.index_add_(0, labels, vectors)
     else:
@@ -341,9 +333,7 @@ def assign(vectors: Tensor, centers: Tensor, known: Known | None, moved: Tensor)
 def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
     """The centers to score against all embeddings, how far the others moved at most, and what both cost.
 
-    Args:
-        margins: By how much each embedding's own center is nearer than any other could be, [n].
-        moved: How far each center moved, [K].
+    The margins, [n], say by how much each embedding's own center is nearer than any other could be.
     """
     n, k = len(margins), len(moved)
     far = moved.argsort(descending=True, stable=True)
