@@ -21,6 +21,8 @@ from megaregion.curation.picture import Boxes, Pixels, Proposal, area, resize
 
 SIDE = 448
 """Side, in pixels, of the square to which the image is scaled: 14 x 14 coarse cells."""
+BLUR = 0.8
+"""Deviation, in pixels, of the blur before segmenting."""
 RING = 0.25
 """Width of a box's surroundings, as a share of its edges."""
 WEIGHTS = {"area": 1.9, "aspect": -1.0, "fine": 1.4, "coarse": 1.15, "image": 1.9, "energy": 3.7}
@@ -43,12 +45,10 @@ class SelectiveSearch:
     Args:
         sides: Longest side, in pixels, of the image at each size; smaller images stay as they are.
         scales: Sizes of the segments that the grouping starts from; another one costs as much as the first.
-        blur: Deviation, in pixels, of the blur before segmenting.
     """
 
-    def __init__(self, sides: Sequence[int], scales: Sequence[int] = (150,), blur: float = 0.8) -> None:
+    def __init__(self, sides: Sequence[int], scales: Sequence[int] = (150,)) -> None:
         self._sides, self._scales = tuple(sides), tuple(scales)
-        self._blur = blur
 
     def propose(self, image: Pixels) -> list[Proposal]:
         """Propose boxes; each occurs once."""
@@ -79,7 +79,7 @@ class SelectiveSearch:
         search = kit.createSelectiveSearchSegmentation()
         search.setBaseImage(image)
         search.addImage(cv2.cvtColor(image, cv2.COLOR_BGR2HSV))
-        search.addGraphSegmentation(kit.createGraphSegmentation(self._blur, float(scale), 100))
+        search.addGraphSegmentation(kit.createGraphSegmentation(BLUR, float(scale), 100))
         search.addStrategy(strategy)
         return np.asarray(search.process(), dtype=np.float64).reshape(-1, 4)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
@@ -245,17 +245,12 @@ def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
     """
     try:
         content = read_json(out / RUN)
-        settings = _recorded(out, content["settings"])
+        settings = read_settings(CurationSettings(), content["settings"])
         check_settings(settings)
         return Path(content["images"]), settings
+    except UserError as error:
+        raise UserError(f"{out / RUN}: {error}, or curate again: what is of use is kept") from None
     except OSError:
         raise UserError(f"--out {out} holds no run of tools/curate.py; give the folder of one") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out / RUN} is damaged; run tools/curate.py --stage list again") from None
-
-
-def _recorded(out: Path, values: Any) -> CurationSettings:
-    try:
-        return read_settings(CurationSettings(), values)
-    except UserError as error:
-        raise UserError(f"{out / RUN}: {error}, or curate again: what is of use is kept") from None
