@@ -36,9 +36,9 @@ from megaregion.evaluation.scenes import (
     pick_scenes,
     read_scenes,
 )
-from megaregion.evaluation.study import MEASURES, Study, StudyConfig, evaluate
+from megaregion.evaluation.study import Study, StudyConfig, evaluate
 from megaregion.models import RegionEncoder, initialise
-from megaregion.schemas.evaluation import read_evaluation, scalars, text, write_evaluation
+from megaregion.schemas.evaluation import MEASURES, read_evaluation, scalars, text, write_evaluation
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -154,6 +154,32 @@ def test_an_interruption_while_modules_are_imported_is_one_line() -> None:
     assert done.returncode in (-signal.SIGINT, 130)
 
 
+HEAVY = ("torch", "scipy", "transformers", "deepspeed", "faiss")
+IMPORTS = """
+import runpy, sys
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name in sys.argv[1].split(","):
+            print("heavy", "command line first" if "megaregion.command_line" in sys.modules else "too early")
+sys.meta_path.insert(0, Watch())
+sys.argv, sys.path[0] = sys.argv[2:], "tools"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tool", sorted((repository() / "tools").glob("*.py")), ids=lambda file: file.stem)
+def test_a_tool_imports_nothing_heavy_before_it_can_tell_a_mistake_or_its_help(tool: Path) -> None:
+    for flag, code in (("--help", 0), ("--no-such-flag", USER_ERROR_EXIT)):
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS, ",".join(HEAVY), str(tool), flag],
+            cwd=repository(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "heavy too early" not in done.stdout
+        # Flags of these two list what modules with torch hold.
+        assert "heavy" not in done.stdout or tool.stem in ("convert_checkpoint", "curate")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
-from types import ModuleType
-
-import torch
+from pathlib import Path
 
 from megaregion.command_line import Parser, path, run, whole
 from megaregion.errors import UserError
@@ -20,11 +19,9 @@ PARTS = (
 
 
 def main() -> int:
-    # Imported here and not above, for a process that a part starts loads this file again; all of them are
-    # imported only to be listed.
-    chosen = [name for name in PARTS if name in sys.argv[1:2]] or PARTS
-    parts = {name: importlib.import_module(f"benchmark.{name}") for name in chosen}
-    options = parse(parts)
+    options = parse()
+    import torch
+
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -33,20 +30,23 @@ def main() -> int:
     folder = getattr(options, "folder", None)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder; make it first, on the disk to measure")
-    report = parts[options.part].measure(options, device)
+    report = importlib.import_module(f"benchmark.{options.part}").measure(options, device)
     print(report.table())
     if options.json:
         report.write_json(options.json)
     return 0
 
 
-def parse(parts: dict[str, ModuleType]) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="part", required=True)
-    for name, part in parts.items():
-        told = (part.__doc__ or "").partition("\n")[0].rstrip(".")
-        command = commands.add_parser(name, help=told, description=part.__doc__)
-        part.add_arguments(command)
+    for name in PARTS:
+        file = Path(__file__).with_suffix("") / f"{name}.py"
+        told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        command = commands.add_parser(name, help=told.partition("\n")[0].rstrip("."), description=told)
+        # Only the part that is asked for is imported: they bring torch, Faiss and OpenCV with them.
+        if name in sys.argv:
+            importlib.import_module(f"benchmark.{name}").add_arguments(command)
         command.add_argument(
             "--threads", type=whole(1, 1024), help="threads of the processor; all when not given"
         )

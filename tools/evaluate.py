@@ -12,26 +12,29 @@ import time
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Annotated
 
 from megaregion.bounds import Count, Images, PositiveInt, Seed, Whole, Workers
 from megaregion.command_line import Parser, flag, path, run
-from megaregion.curation.engines import load_embedder
-from megaregion.curation.engines.lite0 import Lite0
-from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import CropEncoder, Encoder, load_huggingface
-from megaregion.evaluation.network import open_run
-from megaregion.evaluation.pictures import save_pictures, visualise
-from megaregion.evaluation.report import write_report
-from megaregion.evaluation.study import MEASURES, QUICK, StudyConfig, evaluate
 from megaregion.files import write_text
-from megaregion.schemas.evaluation import FOOTNOTE, markdown, text, write_board, write_evaluation
+from megaregion.schemas.evaluation import (
+    FOOTNOTE,
+    MEASURES,
+    QUICK,
+    markdown,
+    text,
+    write_board,
+    write_evaluation,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from tqdm import tqdm
+
+    from megaregion.curation.picture import Pixels
+    from megaregion.evaluation.encoders import Encoder
 
 STRIDE = 32
 """Pixels along each side of a place of the curation encoder's map."""
@@ -39,6 +42,13 @@ STRIDE = 32
 
 def main() -> None:
     arguments = _parser().parse_args()
+    from tqdm import tqdm
+
+    from megaregion.evaluation.network import open_run
+    from megaregion.evaluation.pictures import save_pictures, visualise
+    from megaregion.evaluation.report import write_report
+    from megaregion.evaluation.study import StudyConfig, evaluate
+
     began = time.perf_counter()
     opened = open_run(arguments.run, arguments.checkpoint)
     device = _device(arguments.device)
@@ -82,6 +92,11 @@ def main() -> None:
 
 def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Encoder]:
     """The curation encoder and the models to compare with."""
+    from megaregion.curation.engines import load_embedder
+    from megaregion.curation.engines.lite0 import Lite0
+    from megaregion.curation.picture import resize
+    from megaregion.evaluation.encoders import CropEncoder, load_huggingface
+
     others: list[Encoder] = []
     if arguments.curation != "none":
         embedder, network = load_embedder(arguments.curation), Lite0()
@@ -157,6 +172,8 @@ def _parser() -> Parser:
 
 
 def _device(name: str) -> str:
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

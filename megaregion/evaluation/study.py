@@ -109,8 +109,6 @@ MEASURES: Mapping[str, Callable[[Evidence], Table | None]] = {
     "separation": lambda own: own.maps and separation_table(*own.maps),
 }
 """All measures, in the order in which they are shown; a table is None where the scenes do not allow it."""
-QUICK = ("region", "retrieval", "ocr", "separation")
-"""Measures that cost little beside encoding the regions."""
 
 
 # ---- the study -------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ EVALUATION = "evaluation.json"
 """Name of the file in a run's folder; that of another split than test has the split in its name."""
 SUMMARY = "summary"
 """Key of the table that every evaluation has: test beside train against the whole gallery."""
+MEASURES = ("region", "retrieval", "ocr", "correspondence", "segmentation", "separation")
+"""Keys of the tables that are made when they are asked for, in the order in which they are shown."""
+QUICK = ("region", "retrieval", "ocr", "separation")
+"""Those that cost little beside encoding the regions."""
 FOOTNOTE = "Percent; in brackets the 95% interval over seeds and over the groups of test data."
 DIGITS = 5
 """Decimals of a share in the file: finer than one region in ten thousand."""
