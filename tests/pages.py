@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-)
+from benchmark.browser import browser, missing_programs
 
 
 class Page(HTMLParser):
@@ -50,14 +45,18 @@ class Page(HTMLParser):
         self.text += data
 
 
-def open_in_browser(page: Path, profile: Path) -> str:
-    """The page's content as a browser has built it, if it had no complaint."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("chromium is not installed; CI needs it to open the page")
-        pytest.skip("chromium is not installed")
-    command = [chromium, *FLAGS.split(), f"--user-data-dir={profile}", page.as_uri()]
-    opened = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    assert "CONSOLE" not in opened.stderr
-    return opened.stdout
+def require_browser() -> None:
+    """Skip the test where there is no browser; in CI there must be one."""
+    missing = " and ".join(missing_programs())
+    if missing:
+        assert os.environ.get("CI") != "true", f"{missing} not installed; CI needs them to open pages"
+        pytest.skip(f"{missing} not installed")
+
+
+def open_in_browser(page: Path) -> str:
+    """The page's content as a browser has built it, if it said nothing on the console."""
+    require_browser()
+    with browser() as window:
+        window.get(page.as_uri())
+        assert window.get_log("browser") == []
+        return str(window.page_source)

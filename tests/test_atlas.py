@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,9 +15,10 @@ import numpy as np
 import pytest
 from atlas_data import CLUSTERS, SAMPLES, DeadlySource, curated_folder
 from launch import tool
+from pages import require_browser
 from PIL import Image
 
-from benchmark.browser import Browser, browser, missing_programs
+from benchmark.browser import Browser, browser
 from megaregion.atlas import neighbours
 from megaregion.atlas.build import Outcome, build_atlas
 from megaregion.atlas.cluster_map import ROOM, Places, make_map_tiles, place_clusters, principal_axes
@@ -76,11 +76,7 @@ def site(curation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def window() -> Iterator[Browser]:
-    missing = missing_programs()
-    if missing:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{' and '.join(missing)} not installed; CI needs them to open the atlas")
-        pytest.skip(f"{' and '.join(missing)} not installed")
+    require_browser()
     with browser() as found:
         yield found
 
@@ -299,8 +295,8 @@ return images.length >= arguments[0] && images.every((image) => image.complete &
 
 
 def go(window: Browser, site: Path, address: str) -> None:
-    window.open("about:blank")
-    window.open(f"{(site / 'index.html').as_uri()}{address}")
+    window.get("about:blank")
+    window.get(f"{(site / 'index.html').as_uri()}{address}")
     window.wait("return document.body.dataset.shown === arguments[0]", address)
 
 
@@ -330,7 +326,7 @@ def test_every_page_opens_from_a_file_with_its_pictures_and_no_complaint(window:
         ("#/map/0.5", "There is no cluster 0.5", 0),
     ):
         go(window, site, address)
-        text = window.run("return document.title + ' ' + document.body.innerText")
+        text = window.execute_script("return document.title + ' ' + document.body.innerText")
         assert words.lower() in text.lower(), (address, text)
         window.wait(LOADED, images)
         assert window.complaints() == [], address
@@ -378,21 +374,23 @@ def test_the_map_shows_every_cluster_and_leads_to_its_page(window: Browser, site
 def test_a_member_leads_to_its_sample_where_its_box_is_lit(window: Browser, site: Path) -> None:
     for cluster in range(CLUSTERS):
         go(window, site, f"#/cluster/{cluster}")
-        if window.run("return document.querySelector('a.tile[href^=\"#/sample/\"]') !== null"):
+        if window.execute_script("return document.querySelector('a.tile[href^=\"#/sample/\"]') !== null"):
             break
-    target = window.run(
+    target = window.execute_script(
         "const tile = document.querySelector('a.tile[href^=\"#/sample/\"]'); "
         "tile.click(); return tile.getAttribute('href')"
     )
     window.wait("return document.body.dataset.shown === arguments[0]", target)
     window.wait(LOADED, 1)
-    lit = window.run(
+    lit = window.execute_script(
         "return [...document.querySelectorAll('.overlay .lit')].map((box) => box.dataset.region)"
     )
     assert lit == [target.rsplit("/", 1)[1]]
-    assert window.run("return document.querySelectorAll('.overlay rect.object').length") > 0
+    assert window.execute_script("return document.querySelectorAll('.overlay rect.object').length") > 0
     window.press("b")
-    assert window.run("return getComputedStyle(document.querySelector('.overlay')).display") == "none"
+    assert (
+        window.execute_script("return getComputedStyle(document.querySelector('.overlay')).display") == "none"
+    )
     window.press("b")
     assert window.complaints() == []
 
@@ -401,11 +399,11 @@ def test_text_from_images_never_becomes_markup(window: Browser, site: Path) -> N
     numbers = range(SAMPLES)
     for number in numbers:
         go(window, site, f"#/sample/{number}")
-        if "<img" in window.run("return document.body.innerText"):
+        if "<img" in window.execute_script("return document.body.innerText"):
             break
     else:
         pytest.fail("no sample shows the text that looks like markup")
-    assert window.run("return document.querySelector('img[src=nothing]')") is None
+    assert window.execute_script("return document.querySelector('img[src=nothing]')") is None
     assert window.complaints() == []
 
 
@@ -414,13 +412,13 @@ def test_the_page_follows_the_colour_scheme_and_fits_a_phone(window: Browser, si
     for scheme in ("light", "dark"):
         window.prefer(scheme)
         go(window, site, "#/clusters")
-        shades.append(window.run("return getComputedStyle(document.body).backgroundColor"))
+        shades.append(window.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert shades == ["rgb(247, 246, 243)", "rgb(19, 20, 23)"]
     window.prefer("light")
     window.resize(390, 844)
     for address in ("#/", "#/clusters", "#/cluster/3", "#/tokens", "#/samples", "#/sample/0"):
         go(window, site, address)
-        assert window.run("return document.documentElement.scrollWidth") <= 390, address
+        assert window.execute_script("return document.documentElement.scrollWidth") <= 390, address
     window.resize(1280, 860)
     assert window.complaints() == []
 
@@ -432,7 +430,7 @@ def test_a_folder_copied_in_part_says_which_file_is_missing(
     shutil.copytree(site, copy)
     (copy / "data" / "clusters" / "0.js").unlink()
     go(window, copy, "#/cluster/3")
-    assert "data/clusters/0.js cannot be loaded" in window.run("return document.body.innerText")
+    assert "data/clusters/0.js cannot be loaded" in window.execute_script("return document.body.innerText")
     window.complaints()
 
 
@@ -451,5 +449,5 @@ def test_a_synthetic_atlas_draws_only_what_the_view_needs(window: Browser, tmp_p
     go(window, out, "#/map/4321")
     window.wait("const state = MapPage.state(); return state.points > 0 && state.points < 3000")
     go(window, out, "#/cluster/4321")
-    assert "40 largest clusters" in window.run("return document.body.innerText")
+    assert "40 largest clusters" in window.execute_script("return document.body.innerText")
     assert window.complaints() == []

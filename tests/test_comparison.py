@@ -96,7 +96,7 @@ def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
     assert "optimizer.lr" in page
     assert "optimizer.beta1" not in page
     assert "Region 5-NN while training" in page
-    assert "What differs" in open_in_browser(out, tmp_path / "browser")
+    assert "What differs" in open_in_browser(out)
 
 
 def test_mistakes_are_one_line_and_exit_code_2(

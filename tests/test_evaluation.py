@@ -41,7 +41,6 @@ from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.evaluation import MEASURES, read_evaluation, scalars, text, write_evaluation
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @dataclasses.dataclass(frozen=True)

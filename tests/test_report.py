@@ -73,8 +73,8 @@ def test_the_page_is_whole_and_fetches_nothing(report: Path) -> None:
     assert not re.search(r"\$|\{\{|\{%|\{#", page.text), "a template's own signs"
 
 
-def test_the_page_opens_in_a_browser_without_a_complaint(report: Path, tmp_path: Path) -> None:
-    assert "Nearest neighbours" in open_in_browser(report, tmp_path)
+def test_the_page_opens_in_a_browser_without_a_complaint(report: Path) -> None:
+    assert "Nearest neighbours" in open_in_browser(report)
 
 
 def test_every_encoder_is_drawn_in_a_colour_that_the_page_knows(report: Path) -> None:

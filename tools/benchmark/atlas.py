@@ -98,23 +98,23 @@ def _measure_atlas(clusters: int, sheets: int, folder: Path, workers: int) -> At
 
 def _look(site: Path, cluster: int) -> Look:
     with browser() as window:
-        window.open((site / "index.html").resolve().as_uri())
+        window.get((site / "index.html").resolve().as_uri())
         window.wait("return performance.getEntriesByName('map').length && MapPage.state().points")
         # The browser reports its first paint a little later than it happens.
         painted = window.wait("return performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
-        drawn = window.run("return performance.getEntriesByName('map')[0].startTime")
+        drawn = window.execute_script("return performance.getEntriesByName('map')[0].startTime")
         for _ in range(4):
             window.press("+")
-        window.run("location.hash = '#/clusters'")
+        window.execute_script("location.hash = '#/clusters'")
         window.wait("return document.body.dataset.shown === '#/clusters'")
-        window.run(
+        window.execute_script(
             "window.asked = performance.now(); location.hash = arguments[0];"
             "const watch = () => document.body.dataset.shown === arguments[0] "
             "? (window.came = performance.now()) : requestAnimationFrame(watch); watch();",
             f"#/cluster/{cluster}",
         )
         came = window.wait("return window.came && window.came - window.asked")
-        heap = window.command("Runtime.getHeapUsage", {})["usedSize"]
+        heap = window.execute_cdp_cmd("Runtime.getHeapUsage", {})["usedSize"]
         return Look(painted, drawn, came, heap, window.memory())
 
 
