@@ -40,7 +40,7 @@ from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.kernels import choose_kernel
 from megaregion.heads.loss import apply_margin
 from megaregion.heads.optimizer import RowAdamW
-from megaregion.heads.sampling import class_hashes, draw_key, drawn_classes
+from megaregion.heads.sampling import DrawRule, build_targets, class_hashes, draw_key, drawn_classes
 
 ALL = {"sample_rate": 1.0}
 
@@ -663,6 +663,18 @@ def test_tiles_cover_the_scores_once_within_the_budget(
     assert (ends or [0])[-1] == classes
     held = min(plan.kept + 1, len(ends)) * plan.rows * plan.classes * itemsize
     assert held <= max(budget, itemsize * plan.rows)  # one column of a shortest block is the least there is
+
+
+def test_slots_without_a_label_change_neither_a_draw_nor_the_blocks_that_it_is_cut_into() -> None:
+    rule = DrawRule("text", 100_000, range(25_000), ranks=4, seed=3, rate=0.1, min_negatives=64)
+    found = torch.randint(100_000, (600, 2), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([found, torch.full((600, 30), -1)], 1)
+    draws = []
+    for labels in (found, padded):
+        draws += build_targets(labels, everyone(labels), rule, step=0, first_row=0, draw_rows=0).draws
+    plain, wide = draws
+    assert torch.equal(plain.classes, wide.classes)
+    assert plain.typical_size == wide.typical_size == pytest.approx(plain.size, rel=0.05)
 
 
 def test_a_text_head_can_do_without_labels_on_its_last_slots(group: dist.ProcessGroup) -> None:

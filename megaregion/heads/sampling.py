@@ -87,7 +87,8 @@ def drawn_classes(
     device = labels.device
     positives = labels[labels >= 0]
     threshold = math.ceil(rate * HASH_SPAN)
-    if _rate_reaches_floor(classes - min(classes, labels.numel()), rate, min_negatives):
+    # Counted, since most slots of a text row may be padding.
+    if _rate_reaches_floor(classes - min(classes, len(positives)), rate, min_negatives):
         drawn = class_hashes(key, local.start, local.stop, device) < threshold
         is_positive = torch.zeros(len(local), dtype=torch.bool, device=device)
         inside = (positives >= local.start) & (positives < local.stop)
@@ -260,19 +261,19 @@ def distinct(labels: Tensor) -> Tensor:
 def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int, group: int) -> Draw:
     key, local = draw_key(rule.seed, rule.name, step, group), rule.local
     found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
-    here = (labels >= local.start) & (labels < local.stop)
+    valid, here = labels >= 0, (labels >= local.start) & (labels < local.stop)
     columns = labels - local.start
     share = -(-rule.classes // rule.ranks)
     if found is not None:
         place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
         columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
-        share = min(share, int(share * rule.rate) + int((labels >= 0).sum()) // rule.ranks)
+        share = min(share, int(share * rule.rate) + int(valid.sum()) // rule.ranks)
     columns = columns.masked_fill(~here, -1)
     return Draw(
         rows=rows,
         index=index,
-        valid=labels >= 0,
+        valid=valid,
         classes=found,
         columns=columns,
         size=len(local) if found is None else len(found),
