@@ -118,7 +118,7 @@ def batching(config: RunConfig, data_ranks: int, stage: StageConfig | None = Non
     Raises:
         UserError: The global batch cannot be spread over the ranks, or no micro-batch fits head.draw_images.
     """
-    batch, heads = config.train.global_batch, (config.head.object, config.head.text)
+    batch, heads = config.train.global_batch, tuple(config.head.by_kind.values())
     # A draw of all classes is the same for any images that share it.
     drawn = config.head.draw_images if min(head.sample_rate for head in heads) < 1 else 0
     most = (stage.micro_batch if stage else 0) or config.train.micro_batch

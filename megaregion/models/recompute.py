@@ -151,7 +151,7 @@ def recompute_of_run(config: RunConfig, micro_batch: int, image_size: int) -> tu
     return choose_recompute(
         config.model,
         micro_batch * (1 + (image_size // config.model.patch_size) ** 2),
-        2 if config.train.precision == "bf16" else 4,
+        config.train.value_bytes,
         config.train.activation_gib * GIB,
         config.parallel.tensor,
         config.parallel.tensor if config.parallel.tokens_cut else 1,

@@ -247,7 +247,7 @@ def _images(layout: Layout, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _dtype(layout: Layout) -> torch.dtype:
-    return torch.bfloat16 if layout.config.train.precision == "bf16" else torch.float32
+    return torch.bfloat16 if layout.config.train.bf16 else torch.float32
 
 
 def _head(kind: str, layout: Layout, place: Topology) -> ClassShardedHead:

@@ -159,7 +159,7 @@ class Layout:
     @property
     def itemsize(self) -> int:
         """Bytes of a body parameter and of an activation."""
-        return 2 if self.config.train.precision == "bf16" else 4
+        return self.config.train.value_bytes
 
     @property
     def recompute(self) -> tuple[Recompute, ...]:

@@ -49,7 +49,7 @@ def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
         data_ranks: Copies of the model; micro-batches of one step follow from it.
     """
     cut = batching(config, data_ranks)
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.bf16
     return {
         "train_batch_size": config.train.global_batch,
         # Those of the first resolution; the engine is told with each micro-step which is a step's last.
@@ -224,7 +224,7 @@ def _start(
     _prepare_deepspeed(topology.device)
     import deepspeed
 
-    if config.train.precision == "bf16":
+    if config.train.bf16:
         model = model.to(torch.bfloat16)
     named = list(model.named_parameters())
     groups = [
