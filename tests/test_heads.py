@@ -38,9 +38,9 @@ from megaregion.errors import UserError
 from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.kernels import choose_kernel
-from megaregion.heads.loss import apply_margin
 from megaregion.heads.optimizer import RowAdamW
 from megaregion.heads.sampling import DrawRule, build_targets, class_hashes, draw_key, drawn_classes
+from megaregion.heads.streaming import apply_margin
 
 ALL = {"sample_rate": 1.0}
 

@@ -17,7 +17,7 @@ from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfi
 from megaregion.errors import UserError
 from megaregion.models.recompute import run_and_count
 from megaregion.models.vit import RegionEncoder
-from megaregion.parallel.zero.engine import deepspeed_config
+from megaregion.parallel.zero import deepspeed_config
 from megaregion.planning import memory
 from megaregion.planning.dry_run import build_rank
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware

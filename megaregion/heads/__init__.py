@@ -1,9 +1,8 @@
 """Classification heads: margin, sampling, streaming loss, and the class-sharded head that joins them."""
 
 from megaregion.heads.collectives import GatheredFeatures, gather_features
-from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sampling import Targets
-from megaregion.heads.sharded import ClassShardedHead, HeadLoss, LocalTensor
+from megaregion.heads.sharded import ClassShardedHead, HeadLoss, LocalTensor, NonFiniteFeatures
 
 __all__ = [
     "ClassShardedHead",

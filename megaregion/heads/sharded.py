@@ -23,7 +23,6 @@ from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.centers import DeadClasses, find_doubles, given_centers, random_centers
 from megaregion.heads.collectives import GatheredFeatures
-from megaregion.heads.finite import FiniteGuard
 from megaregion.heads.kernels import Products, choose_kernel
 from megaregion.heads.optimizer import ClassGradient, RowAdamW
 from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets, send
@@ -282,3 +281,52 @@ def report_loss(sums: RowSums, targets: Targets, classes: int, group: dist.Proce
         "positive_share": drawn[1] / drawn[0].clamp_min(1),
     }
     return HeadLoss(sums.loss, count, metrics)
+
+
+class NonFiniteFeatures(UserError):
+    """Features hold NaN or infinity; ``rows`` are the rows' numbers in the micro-step's global order."""
+
+    def __init__(self, head: str, rows: Sequence[int]) -> None:
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        super().__init__(
+            f"{len(rows)} features of head {head} are not finite (rows {shown} of the micro-step); "
+            "the step is refused and the centers stay as they are"
+        )
+        self.rows = list(rows)
+
+
+class FiniteGuard:
+    """Refuses features that are not finite, as soon as it costs nothing to wait for the answer.
+
+    On a processor that is at once; on a GPU, whose queue would stall, when the step ends, before anything is
+    moved. A caller who judges the whole step himself, on all ranks at once, sets ``waits``: then nothing is
+    raised here and :meth:`spoilt` says afterwards what was found.
+    """
+
+    def __init__(self, head: str) -> None:
+        self._head = head
+        self.waits = False
+        self._unasked: list[tuple[Tensor, Tensor]] = []
+
+    def watch(self, rows: Tensor, index: Tensor) -> None:
+        """Note the rows ``index`` [n] of a micro-step's features [R, E]."""
+        self._unasked.append((index, ~rows.sum(1).isfinite()[index]))
+        if rows.device.type == "cpu":
+            self.ask()
+
+    def ask(self) -> None:
+        """Raise NonFiniteFeatures if any row noted since the last time was not finite."""
+        if self.waits:
+            return
+        noted, self._unasked = self._unasked, []
+        for index, bad in noted:
+            if bool(bad.any()):
+                raise NonFiniteFeatures(self._head, index[bad].tolist())
+
+    def spoilt(self) -> list[list[int]]:
+        """Rows that were not finite, for each :meth:`watch` since they were last forgotten."""
+        return [index[bad].tolist() for index, bad in self._unasked]
+
+    def forget(self) -> None:
+        """Drop what was noted."""
+        self._unasked = []

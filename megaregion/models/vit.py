@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -458,3 +458,27 @@ class RegionEncoder(nn.Module):
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay acts on a parameter: on matrices, not on biases, norms and single tokens."""
     return parameter.dim() >= 2 and not name.endswith("class_pos_emb")
+
+
+Cut = Literal["column", "row"]
+CUTS: dict[str, Cut] = {"qkv": "column", "out": "row", "fc1": "column", "fc2": "row"}
+"""How ranks may share a linear. column: each holds some outputs (rows of the weight, and their biases); row:
+some inputs (columns of the weight), and the sum over ranks plus one replicated bias is the output."""
+
+
+def tensor_parallel_plan(model: nn.Module) -> dict[str, Cut]:
+    """The cut of every linear that ranks may share, by module name; all else is whole on every rank."""
+    return {
+        name: CUTS[name.rpartition(".")[2]]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in CUTS
+    }
+
+
+def partial_gradients(model: nn.Module, tokens_cut: bool) -> list[str]:
+    """Names of the whole parameters to which each rank sends back only what its own heads or tokens do.
+
+    The sum over ranks is their gradient. ``tokens_cut``: the tokens between linears are cut too.
+    """
+    norms = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias") if tokens_cut else ()
+    return [name for name, _ in model.named_parameters() if name.endswith(("class_pos_emb", *norms))]

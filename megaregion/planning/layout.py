@@ -213,7 +213,7 @@ def _zero_settings(config: RunConfig, data: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         # megatron tells that it has no Transformer Engine; no run here needs it.
         warnings.simplefilter("ignore")
-        from megaregion.parallel.zero.engine import deepspeed_config
+        from megaregion.parallel.zero import deepspeed_config
     settings: dict[str, Any] = deepspeed_config(config, data)["zero_optimization"]
     return settings
 

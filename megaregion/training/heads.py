@@ -22,9 +22,8 @@ from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 from megaregion.heads.collectives import gather_features
-from megaregion.heads.finite import NonFiniteFeatures
 from megaregion.heads.sampling import GatheringLabels
-from megaregion.heads.sharded import ClassShardedHead
+from megaregion.heads.sharded import ClassShardedHead, NonFiniteFeatures
 from megaregion.parallel.topology import NodeGroups, Topology
 
 LOG = logging.getLogger("megaregion")

@@ -30,9 +30,14 @@ from megaregion.heads.sampling import GatheringLabels
 from megaregion.heap import keep_freed_memory
 from megaregion.models.initialisation import initialise
 from megaregion.models.linear import use_float8
-from megaregion.models.plan import partial_gradients, tensor_parallel_plan
 from megaregion.models.recompute import recompute_of_run
-from megaregion.models.vit import RegionEncoder, VisionTransformer, decays
+from megaregion.models.vit import (
+    RegionEncoder,
+    VisionTransformer,
+    decays,
+    partial_gradients,
+    tensor_parallel_plan,
+)
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine

@@ -26,7 +26,7 @@ from megaregion.models.linear import Linear
 from megaregion.models.recompute import run_and_count
 from megaregion.models.rotary import rotation, split_and_turn
 from megaregion.parallel import topology
-from megaregion.parallel.zero.engine import REDUCE_BUCKET
+from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.dry_run import state_bytes
 from megaregion.planning.layout import body_parameters
 from megaregion.products import product

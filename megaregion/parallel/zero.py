@@ -4,8 +4,8 @@
 
 DeepSpeed owns everything between a loss and the updated body: bf16 copies and fp32 masters, reduction over
 the data ranks (it averages, see heads/), partitioning by stage. The gradient norm is joined with that of
-the heads, which live outside the engine, so that both are clipped by one coefficient. stages.py says where
-each ZeRO stage keeps what.
+the heads, which live outside the engine, so that both are clipped by one coefficient. zero_stages.py says
+where each ZeRO stage keeps what.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megaregion.checks import batching
 from megaregion.config import RunConfig
 from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
-from megaregion.parallel.zero.stages import MOMENTS, STAGES
+from megaregion.parallel.zero_stages import MOMENTS, STAGES
 
 REDUCE_BUCKET = 50_000_000
 """Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
