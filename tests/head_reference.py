@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig, HeadsConfig, OptimizerConfig, RunConfig
-from megaregion.heads import ClassShardedHead, HeadLoss, Targets, gather_features
+from megaregion.heads import ClassShardedHead, GatheredFeatures, HeadLoss, Targets
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.parallel.topology import NodeGroups, Topology
 
@@ -112,7 +112,7 @@ def loss_of(
 ) -> HeadLoss:
     """Loss of this rank's rows together with those of all other ranks."""
     targets = targets_of(head, labels, rows, step, first_row, draw_rows)
-    return head.score(gather_features(features, head.topology), targets)
+    return head.score(GatheredFeatures(features, head.topology), targets)
 
 
 def drawn_of(targets: Targets, classes: int) -> list[set[int]]:

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
-from megaregion.heads import ClassShardedHead, NonFiniteFeatures, gather_features, tiles
+from megaregion.heads import ClassShardedHead, GatheredFeatures, NonFiniteFeatures, tiles
 from megaregion.heads.centers import given_centers, random_centers
 from megaregion.heads.kernels import choose_kernel
 from megaregion.heads.optimizer import RowAdamW
@@ -98,7 +98,7 @@ def assert_equals_dense(
 ) -> None:
     rows = everyone(labels) if rows is None else rows
     targets = targets_of(head, labels, rows, step=3, first_row=0, draw_rows=draw_rows)
-    result = head.score(gather_features(features, head.topology), targets)
+    result = head.score(GatheredFeatures(features, head.topology), targets)
     (result.sum * 0.37).backward()
     own = features.detach().double().requires_grad_()
     centers = head.weight.detach().double().requires_grad_()
@@ -352,7 +352,7 @@ def test_scoring_and_backward_never_wait_for_the_device(group: dist.ProcessGroup
         targets = targets_of(head, labels, everyone(labels), 0, first_row=20 * micro_step, draw_rows=5)
         assert len(targets.draws) == 4
         with _Watch() as watch:
-            gathered = gather_features(features, place_of(group))
+            gathered = GatheredFeatures(features, place_of(group))
             head.score(gathered, targets).sum.backward()
         # One check of finite features, which only a head on a processor makes at once.
         assert watch.waits == ["aten._local_scalar_dense.default"]
@@ -604,7 +604,7 @@ def test_a_loaded_head_goes_on_as_the_saved_one(group: dist.ProcessGroup) -> Non
     train(saved, range(3))
     kept = {name: piece.tensor.clone() for name, piece in saved.state().items()}
     loaded.load(lambda name, offset, shape: kept[name][offset[0] : offset[0] + shape[0]])
-    loaded.seed = saved.seed
+    loaded.rule = saved.rule
     train(saved, range(3, 5))
     train(loaded, range(3, 5))
     assert torch.equal(saved.weight, loaded.weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
-from megaregion.heads import gather_features, tiles
+from megaregion.heads import GatheredFeatures, tiles
 from megaregion.heads.collectives import GatheringRows, scatter_sums
 from megaregion.parallel import topology
 
@@ -146,7 +146,7 @@ def train(
             features, labels, rows = micro_batch(case, step, micro_step, data)
             # The head's own gather or, as for two heads, one that was made before.
             targets = targets_of(head, labels, rows, step, micro_step * ROWS, case["draw_rows"])
-            result = head.score(gather_features(features, place), targets)
+            result = head.score(GatheredFeatures(features, place), targets)
             (result.sum / (2 * ROWS)).backward()
             found["loss"].append(result.sum.detach())
             found["metrics"].append({name: float(value) for name, value in result.metrics.items()})

@@ -1,6 +1,6 @@
 """Classification heads: margin, sampling, streaming loss, and the class-sharded head that joins them."""
 
-from megaregion.heads.collectives import GatheredFeatures, gather_features
+from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.sampling import Targets
 from megaregion.heads.sharded import ClassShardedHead, HeadLoss, LocalTensor, NonFiniteFeatures
 
@@ -11,5 +11,4 @@ __all__ = [
     "LocalTensor",
     "NonFiniteFeatures",
     "Targets",
-    "gather_features",
 ]

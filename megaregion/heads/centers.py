@@ -1,9 +1,8 @@
 """Centers of classes: their first values, their norms, and those that do no work any more.
 
-First values are random or made from k-means centers, the same for any sharding. Dead classes waste capacity:
-a class that no region shows any more is only ever a negative, and two centers of one concept push apart what
-belongs together. The first are known exactly; doubles are looked for among a random sample of centers, since
-all pairs of a million centers are too many.
+First values are random or made from k-means centers, the same for any sharding. Two kinds of classes waste
+capacity: one that no region shows any more, and two whose centers have become alike and push each other
+apart.
 
 Shapes: K classes over all ranks, C width of given centers, n probed centers, E embedding width.
 """
@@ -26,15 +25,9 @@ BLOCK = 1024
 
 
 def random_centers(seed: int, name: str, local: range, dim: int) -> Tensor:
-    """Gaussian centers of length about 1 for a range of classes, float32 [len(local), E].
+    """Gaussian centers of length about 1 for the classes ``local`` of head ``name``, float32 [len(local), E].
 
     Each block of classes has a generator of its own, so a class's center does not depend on the range.
-
-    Args:
-        seed: Seed of the run.
-        name: Name of the head.
-        local: Class numbers.
-        dim: E.
     """
     centers = torch.empty((len(local), dim))
     for block in range(local.start // BLOCK, -(-local.stop // BLOCK) if len(local) else 0):
@@ -46,17 +39,11 @@ def random_centers(seed: int, name: str, local: range, dim: int) -> Tensor:
 
 
 def given_centers(centers: np.ndarray | Tensor, seed: int, name: str, local: range, dim: int) -> Tensor:
-    """Unit centers from given ones, float32 [len(local), E].
+    """Unit centers of the classes ``local`` from given ones [K, C], float32 [len(local), E].
 
-    Where the widths differ the centers are mapped by one fixed random matrix with orthonormal columns or
-    rows (the Q of a Gaussian matrix under ``seed``): wider keeps all angles, narrower keeps them on average.
-
-    Args:
-        centers: Given centers, [K, C]; may be a memory map, of which only the range is read.
-        seed: Seed of the map.
-        name: Name of the head.
-        local: Class numbers.
-        dim: E.
+    Of a memory map only the range is read. Where the widths differ the centers are mapped by one fixed random
+    matrix with orthonormal columns or rows (the Q of a Gaussian matrix under ``seed``): wider keeps all
+    angles, narrower keeps them on average.
     """
     part = torch.from_numpy(np.array(centers[local.start : local.stop], dtype=np.float32))
     width = part.shape[1]
@@ -75,11 +62,7 @@ def _generator(seed: int, place: str) -> torch.Generator:
 
 
 def inverse_norms(centers: Tensor) -> Tensor:
-    """1 / length of each center, [C]; 1 for a center shorter than 1e-8, which thus scores 0 and can grow.
-
-    Args:
-        centers: Centers, [C, E].
-    """
+    """1 / length of centers [C, E], [C]; 1 for one shorter than 1e-8, which thus scores 0 and can grow."""
     lengths = torch.linalg.vector_norm(centers, dim=1)
     return torch.where(lengths > 1e-8, lengths.reciprocal(), 1.0)
 
@@ -109,13 +92,7 @@ class DeadClasses:
     """Probed class, the other center most like it, and their cosine, where it is above the threshold."""
 
     def report(self, head: str, classes: int, idle_steps: int) -> str:
-        """One line for the log.
-
-        Args:
-            head: Name of the head.
-            classes: K.
-            idle_steps: Steps after which a class counts as idle.
-        """
+        """One line for the log of a head of so many classes."""
         pairs = ", ".join(f"{one} ~ {other} ({cosine:.2f})" for one, other, cosine in self.doubles[:SHOWN])
         more = ", ..." if len(self.doubles) > SHOWN else ""
         return (
@@ -135,16 +112,10 @@ def find_doubles(
     probes: int,
     threshold: float,
 ) -> tuple[int, tuple[tuple[int, int, float], ...]]:
-    """Look for centers that have become alike, among a sample that changes with the step.
+    """Look for centers of a cosine above ``threshold``; a collective.
 
-    Args:
-        weight: Centers of this rank, [len(local), E].
-        local: This rank's classes.
-        classes: K.
-        group: All ranks.
-        step: Present step.
-        probes: Centers to probe.
-        threshold: Cosine above which two centers are alike.
+    All pairs of a million centers are too many: a random sample of ``probes``, another one in each step,
+    meets all centers.
 
     Returns:
         Number of probed centers, and the doubles as in :class:`DeadClasses`.

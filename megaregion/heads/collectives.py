@@ -33,7 +33,7 @@ class GatheringRows:
     """Rows of all ranks, on their way; every rank has as many."""
 
     def __init__(self, rows: Tensor, group: dist.ProcessGroup, nodes: NodeGroups | None = None) -> None:
-        """Send this rank's rows; see ``GatheringRows.arrive``."""
+        """Send this rank's rows; :meth:`arrive` waits for all."""
         self._nodes = nodes
         # Held here, since what is being sent must not be freed.
         self._sent = rows.contiguous()
@@ -56,15 +56,9 @@ class GatheringRows:
 
 
 def scatter_sums(rows: Tensor, group: dist.ProcessGroup, nodes: NodeGroups | None = None) -> Tensor:
-    """Sum what all ranks hold for each row and give every rank its own rows: the way back of the gather.
+    """The way back of the gather: sum all ranks' parts of all rows [R, ...], give each its own, [r, ...].
 
-    Args:
-        rows: Parts of all rows, [R, ...].
-        group: The ranks.
-        nodes: The group by nodes, to go node by node; sums are then added in another order.
-
-    Returns:
-        This rank's rows, [r, ...].
+    With ``nodes`` it goes node by node, and sums are added in another order.
     """
     each = len(rows) // group.size()
     if nodes is None:
@@ -82,12 +76,15 @@ def _reduce_scatter(rows: Tensor, each: int, group: dist.ProcessGroup) -> Tensor
 
 
 class GatheredFeatures:
-    """Normalised features of a micro-step's rows over all data ranks; both heads share one gather."""
+    """Normalised features of a micro-step's rows over all data ranks; both heads share one gather.
 
-    def __init__(self, unit: Tensor, topology: Topology) -> None:
-        """Send this rank's unit rows [r, E]."""
-        self._unit, self._topology = unit, topology
-        self._gathering = GatheringRows(unit.detach(), topology.data_group, topology.node_groups)
+    Until the rows are asked for there is time for other work.
+    """
+
+    def __init__(self, features: Tensor, topology: Topology) -> None:
+        """Normalise this rank's region embeddings [r, E], with gradient, and send for those of all."""
+        self._unit, self._topology = _UnitRows.apply(features), topology
+        self._gathering = GatheringRows(self._unit.detach(), topology.data_group, topology.node_groups)
         self._rows: Tensor | None = None
 
     @property
@@ -96,19 +93,6 @@ class GatheredFeatures:
         if self._rows is None:
             self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology)
         return self._rows
-
-
-def gather_features(features: Tensor, topology: Topology) -> GatheredFeatures:
-    """Normalise this rank's features and send for those of all data ranks.
-
-    Args:
-        features: Region embeddings of this rank's rows, with gradient, [r, E].
-        topology: This rank's place.
-
-    Returns:
-        What will be there when its ``rows`` are asked for; until then there is time for other work.
-    """
-    return GatheredFeatures(_UnitRows.apply(features), topology)
 
 
 class _UnitRows(torch.autograd.Function):
@@ -151,11 +135,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def unit_scale(rows: Tensor) -> Tensor:
-    """The factor that gives each row length 1, [R, 1]: 0 for a row of zeros, NaN for one not finite.
-
-    Args:
-        rows: Features, [R, E].
-    """
+    """The factor that gives each row [R, E] length 1, [R, 1]: 0 for a row of zeros, NaN if not finite."""
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     tiny = torch.finfo(norm.dtype).tiny ** 0.5
     # norm - norm is 0, but NaN where the norm overflows: such a row must not pass as a row of zeros.

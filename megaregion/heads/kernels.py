@@ -86,9 +86,7 @@ def exponentiate(products: Tensor, inverse: Tensor | None, shift: Tensor | None)
 
 
 def choose_kernel(backend: HeadBackend) -> Kernel:
-    """The kernel of a backend.
-
-    ``auto`` is torch: the Triton kernel has been checked against it, but not yet timed on a GPU.
+    """The kernel of a backend; auto is torch, since the Triton one has not been timed on a GPU yet.
 
     Raises:
         UserError: Triton was asked for and is not installed.
@@ -100,8 +98,3 @@ def choose_kernel(backend: HeadBackend) -> Kernel:
     from megaregion.heads.triton_kernel import exponentiate_fused
 
     return exponentiate_fused
-
-
-def greatest_scores(products: Tensor, inverse: Tensor | None) -> Tensor:
-    """Greatest score of each row, [r]; the products are overwritten."""
-    return torch.amax(products if inverse is None else products.mul_(inverse[:, None]), 0)

@@ -1,17 +1,16 @@
 """The centers' gradients and their AdamW: only classes that took part in a step are decayed and moved.
 
-What the streaming loss adds up is the gradient of the *unit* centers, before the factor that the rest of
-the graph puts on the loss; a draw of all classes, which reads the centers where they lie, has divided by
-their lengths already. All corrections are linear and the centers stand still during a step, so they are
-made once, when the step ends: the part along the center goes, length and factor come.
+The streaming loss adds up the gradient of the *unit* centers, before the factor that the rest of the graph
+puts on the loss; a draw of all classes, which reads the centers where they lie, has divided by their lengths
+already. All corrections are linear and the centers stand still during a step, so they are made once, when the
+step ends: the part along the center goes, length and factor come.
 
 One draw's gradients are kept as they are, by class. When a second draw comes, both go into a matrix of all
-local classes with a mark for each that took part: sizes stay unknown to the host until the step ends, which
-asks the device once.
+local classes with a mark for each that took part: sizes stay unknown to the host until the step ends.
 
-A dense AdamW would decay and move every center in every step, on the moments of steps long past. Here a
-row that was not drawn keeps weight and moments bit for bit, and the bias correction counts the steps
-that the row itself has seen. When every row takes part each time this is torch.optim.AdamW.
+A dense AdamW would move every center in every step, on the moments of steps long past. Here a row that was
+not drawn keeps weight and moments bit for bit, and the bias correction counts the steps that the row itself
+has seen. When every row takes part each time this is torch.optim.AdamW.
 
 Shapes: K local classes, E embedding width, C classes of a draw, n classes that took part so far.
 """
@@ -166,14 +165,7 @@ class RowAdamW:
 
     @torch.no_grad()
     def step(self, rows: Tensor | None, gradient: Tensor, lr: float, scale: Tensor | float = 1.0) -> None:
-        """Decay and move some rows.
-
-        Args:
-            rows: Rising row numbers, int64 [n]; None for all rows.
-            gradient: Their gradients, [n, E].
-            lr: Learning rate.
-            scale: Factor of the gradient (the clip coefficient).
-        """
+        """Move rising ``rows`` [n] (None: all) by ``scale`` (which clips) times their gradient [n, E]."""
         block = lines_at_a_time(self.weight)
         for start in range(0, len(gradient), block):
             part = slice(start, min(start + block, len(gradient)))

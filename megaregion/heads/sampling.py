@@ -1,18 +1,16 @@
 """What a head scores in a micro-step: its rows, their positives, and the drawn classes of each group of rows.
 
-A *draw* is the set of classes that one group of rows is scored against: the positives of the group's
-rows, always, and each other class if its hash lies under a threshold. The hash is a function of (seed, step,
-group, head, class), never of ranks: it knows the class by its global number, so a rank finds its part of the
-draw alone and any sharding finds the same draw.
+A *draw* is the set of classes that one group of rows is scored against: the positives of the group's rows,
+always, and each other class if its hash lies under a threshold. The hash is a function of (seed, step, group,
+head, class), never of ranks: a rank finds its part of the draw alone and any sharding finds the same.
 
-The floor: at least ``min_negatives`` classes that are no row's positive are drawn (all of them, if
-there are fewer), however many classes the positives take. When the rate alone gives that many with
-probability 1 - 1e-15, nothing more is done; when it may not, the threshold is raised to the hash of rank
-``min_negatives`` among all K classes that are not positive, which every rank computes for itself.
-Both depend on counts that all ranks know, so they hold for any number of ranks.
+The floor: at least ``min_negatives`` classes that are no row's positive are drawn (all of them, if there are
+fewer). When the rate alone gives that many with probability 1 - 1e-15, nothing more is done; when it may not,
+the threshold is raised to the hash of rank ``min_negatives`` among all K classes that are not positive, which
+every rank computes for itself.
 
-All of it follows from labels and numbers alone, not from features, and it is the only place where sizes
-that depend on data must be known to the host. So it is made on the host while a GPU runs the encoder.
+All of it follows from labels, not from features, and it is the only place where sizes that depend on data
+must be known to the host. So it is made on the host while a GPU runs the encoder.
 
 Shapes: K classes in all, C classes of a draw on this rank, r rows on this rank, R rows of the head over all
 data ranks, T labels of a row (padded with -1).
@@ -24,6 +22,7 @@ import hashlib
 import logging
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +39,7 @@ HASH_SPAN = 2**32
 
 
 def draw_key(seed: int, name: str, step: int, group: int) -> int:
-    """The 64-bit key of one draw.
-
-    Args:
-        seed: Seed of the run.
-        name: Name of the head.
-        step: Optimizer step.
-        group: Number of the group of rows within the step.
-    """
+    """The 64-bit key of one draw: of a run's seed, a head's name, an optimizer step and a group within it."""
     text = f"{seed}/{name}/{step}/{group}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -69,18 +61,15 @@ def class_hashes(key: int, start: int, stop: int, device: torch.device) -> Tenso
 def drawn_classes(
     key: int, classes: int, local: range, labels: Tensor, rate: float, min_negatives: int
 ) -> Tensor | None:
-    """The part of a draw that lies in a rank's class range.
+    """The part of a draw that lies in a rank's class range: rising class numbers, int64 [C], or None for all.
 
     Args:
         key: Key of the draw.
-        classes: Number K of classes over all ranks.
+        classes: K.
         local: The rank's class range.
         labels: Positives of all rows of the group, -1 where there is none, int64 [R, T].
         rate: Share of the classes that is drawn.
         min_negatives: The floor.
-
-    Returns:
-        Rising class numbers counted from ``local.start``, int64 [C]; None for all of the range.
     """
     if rate >= 1.0 or classes <= min_negatives:
         return None
@@ -116,15 +105,13 @@ class DrawRule:
     """What decides a head's draws besides step and rows."""
 
     name: str
-    """Name of the head."""
     classes: int
-    """Number of classes over all ranks."""
+    """K."""
     local: range
     """This rank's classes."""
     ranks: int
     """Ranks that share the classes."""
     seed: int
-    """Seed of the run."""
     rate: float
     """Share of classes drawn."""
     min_negatives: int
@@ -154,14 +141,9 @@ class Draw:
 
     def to(self, device: torch.device) -> Draw:
         """The draw on a device, without waiting for it."""
-        return replace(
-            self,
-            index=send(self.index, device),
-            valid=send(self.valid, device),
-            classes=None if self.classes is None else send(self.classes, device),
-            columns=send(self.columns, device),
-            positives=send(self.positives, device),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: send(tensor, device) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -209,8 +191,8 @@ def build_targets(
     """
     index = rows.nonzero().squeeze(1)
     chosen = labels[index]
-    check_labels(chosen, index, rule.name, rule.classes)
-    chosen = distinct(chosen)
+    _check_labels(chosen, index, rule.name, rule.classes)
+    chosen = _distinct(chosen)
     group_of_row = (index + first_row) // (draw_rows or max(1, len(rows)))
     groups, counts = group_of_row.unique_consecutive(return_counts=True)
     draws, start = [], 0
@@ -221,34 +203,21 @@ def build_targets(
     return Targets(index, chosen, tuple(draws), step)
 
 
-def check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
-    """Refuse labels that cannot be positives.
-
-    Args:
-        labels: Labels of the head's rows, [R, T].
-        index: The rows' numbers, for the message, [R].
-        name: Name of the head.
-        classes: Number of classes.
-
-    Raises:
-        UserError: A label is below -1 or not below ``classes``, or a row has no label.
-    """
-    outside = ((labels < -1) | (labels >= classes)).any(1)
-    empty = (labels < 0).all(1)
-    if not bool((outside | empty).any()):
-        return
+def _check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
+    """Refuse labels [R, T] of the rows ``index`` [R] that cannot be positives."""
+    outside, empty = (labels < -1) | (labels >= classes), (labels < 0).all(1)
     if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        found = labels[row][(labels[row] < -1) | (labels[row] >= classes)]
+        row, slot = outside.nonzero()[0].tolist()
         raise UserError(
-            f"label {int(found[0])} of row {int(index[row])} lies outside the {classes} classes of head "
-            f"{name}; the dataset's label space and the head's must be the same"
+            f"label {int(labels[row, slot])} of row {int(index[row])} lies outside the {classes} classes of "
+            f"head {name}; the dataset's label space and the head's must be the same"
         )
-    row = int(empty.nonzero()[0])
-    raise UserError(f"row {int(index[row])} belongs to head {name} but has no label; drop it or label it")
+    if bool(empty.any()):
+        row = int(index[empty][0])
+        raise UserError(f"row {row} belongs to head {name} but has no label; drop it or label it")
 
 
-def distinct(labels: Tensor) -> Tensor:
+def _distinct(labels: Tensor) -> Tensor:
     """Replace repeated labels of a row by -1, since positives are a set, [R, T]; the order may change."""
     if labels.shape[1] < 2:
         return labels
@@ -315,13 +284,7 @@ class GatheringLabels:
     """
 
     def __init__(self, labels: Tensor, topology: Topology, stream: torch.cuda.Stream | None) -> None:
-        """Send this rank's labels.
-
-        Args:
-            labels: On the host, [r, T].
-            topology: This rank's place.
-            stream: The stream they come back by; None on a processor.
-        """
+        """Send this rank's labels [r, T], on the host; ``stream`` brings them back, None on a processor."""
         own = send(labels, topology.device)
         self._rows = GatheringRows(own, topology.data_group, topology.node_groups)
         self._stream = stream

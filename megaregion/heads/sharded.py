@@ -1,11 +1,11 @@
 """The class-sharded head: a million centers spread over all ranks, with their own optimizer.
 
-Rank r of the world holds a contiguous range of classes, ceil(K / W) each (the last ranks may hold fewer,
-or none). It scores all rows of the micro-step against them; only row sums travel. The head stays outside
-the training engine, which would broadcast one rank's shard over the others.
+Rank r of W holds a contiguous range of classes, ceil(K / W) each (the last ranks may hold fewer, or none). It
+scores all rows of the micro-step against them; only row sums travel. The head stays outside the training
+engine, which would broadcast one rank's shard over the others.
 
-Shapes: R rows over all data ranks, K classes over all ranks, E embedding width,
-T labels of a row (padded with -1).
+Shapes: R rows over all data ranks, K classes over all ranks, E embedding width, T labels of a row (padded
+with -1).
 """
 
 from __future__ import annotations
@@ -66,24 +66,15 @@ class ClassShardedHead:
     ) -> None:
         """Lay out this rank's class range and its first centers.
 
-        Args:
-            kind: object or text; part of every random key.
-            config: The run: loss and sampling of this kind of head, embedding width, optimizer, seed.
-            classes: Number K of classes over all ranks.
-            topology: This rank's place; the classes are spread over its world group.
-            dtype: Type of the centers; float64 serves tests.
+        The kind, object or text, is part of every random key. The classes are spread over the topology's
+        world group. Centers of float64 serve tests.
 
         Raises:
             UserError: No classes, or a backend that is not there.
         """
         if classes < 1:
             raise UserError(f"head {kind} needs at least 1 class, got {classes}")
-        self.config, self.classes, self.name, self.seed = (
-            config.head.by_kind[kind],
-            classes,
-            kind,
-            config.seed,
-        )
+        self.config, self.classes, self.name = config.head.by_kind[kind], classes, kind
         self.dim, self.chunk_bytes = config.head.embedding_dim, config.head.chunk_bytes
         self.kernel = choose_kernel(config.head.backend)
         self.topology, self.world_group = topology, topology.world_group
@@ -91,12 +82,14 @@ class ClassShardedHead:
         share = -(-classes // ranks)
         start = min(rank * share, classes)
         self.local = range(start, min(start + share, classes))
+        rate, floor = self.config.sample_rate, self.config.min_negatives
+        self.rule = DrawRule(kind, classes, self.local, ranks, config.seed, rate, floor)
         self.operand: torch.dtype | None = None
         """Type of the operands of matrix products; None chooses bf16 for bf16 features on a GPU."""
-        self.weight = random_centers(self.seed, kind, self.local, self.dim).to(dtype)
+        self.weight = random_centers(config.seed, kind, self.local, self.dim).to(dtype)
         self.optimizer = RowAdamW(self.weight, config.optimizer)
         self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
-        self.guard, self.sampling = FiniteGuard(kind), SamplingWatch(kind, self.config.sample_rate)
+        self.guard, self.sampling = FiniteGuard(kind), SamplingWatch(kind, rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
 
     @property
@@ -113,10 +106,7 @@ class ClassShardedHead:
         return self
 
     def start_from(self, centers: np.ndarray | Tensor) -> None:
-        """Replace the random first centers by given ones; see ``given_centers``.
-
-        Args:
-            centers: Centers of all classes, [K, C]; a memory map is read only where needed.
+        """Replace the random first centers by ``given_centers`` of all classes, [K, C].
 
         Raises:
             UserError: Centers of another number of classes.
@@ -126,7 +116,7 @@ class ClassShardedHead:
                 f"head {self.name} has {self.classes} classes but was given {len(centers)} centers; "
                 "take centers.npy of the dataset that is trained on"
             )
-        self.weight.copy_(given_centers(centers, self.seed, self.name, self.local, self.dim))
+        self.weight.copy_(given_centers(centers, self.rule.seed, self.name, self.local, self.dim))
 
     def draw(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0
@@ -150,22 +140,7 @@ class ClassShardedHead:
                 f"labels of head {self.name} must be int64 [rows, tokens], "
                 f"got {labels.dtype} {list(labels.shape)}"
             )
-        targets = build_targets(
-            labels,
-            rows,
-            DrawRule(
-                name=self.name,
-                classes=self.classes,
-                local=self.local,
-                ranks=self.world_group.size(),
-                seed=self.seed,
-                rate=self.config.sample_rate,
-                min_negatives=self.config.min_negatives,
-            ),
-            step=step,
-            first_row=first_row,
-            draw_rows=draw_rows,
-        )
+        targets = build_targets(labels, rows, self.rule, step, first_row, draw_rows)
         self.sampling.look(targets, len(self.local))
         return targets.to(self.device)
 
@@ -182,18 +157,29 @@ class ClassShardedHead:
         rows = features.rows.to(self.weight.dtype)
         self.guard.watch(rows.detach(), targets.index)
         settings = StreamSettings(
-            config=self.config,
-            group=self.world_group,
-            chunk_bytes=self.chunk_bytes,
-            scratch=self.scratch,
-            products=Products(operand),
-            kernel=self.kernel,
+            self.config, self.world_group, self.chunk_bytes, self.scratch, Products(operand), self.kernel
         )
         sums = score_rows(rows, targets, self.weight, self.gradient, settings, ahead)
         if torch.is_grad_enabled():
             for draw in targets.draws:
                 self.last_positive.index_fill_(0, draw.positives, targets.step)
-        return report_loss(sums, targets, self.classes, self.world_group)
+        return self._report(sums, targets)
+
+    def _report(self, sums: RowSums, targets: Targets) -> HeadLoss:
+        """Sums over the head's rows, the same on every rank, beside what this rank drew for them."""
+        device = sums.loss.device
+        draws = targets.draws
+        sizes = [sum(draw.size for draw in draws), sum(len(draw.positives) for draw in draws)]
+        drawn = send(torch.tensor(sizes, dtype=torch.float32), device)
+        dist.all_reduce(drawn, group=self.world_group)
+        count = send(torch.tensor(len(targets.index)), device)
+        metrics = {
+            "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
+            "accuracy": sums.won / count.clamp_min(1),
+            "sample_rate": drawn[0] / max(1, self.classes * len(draws)),
+            "positive_share": drawn[1] / drawn[0].clamp_min(1),
+        }
+        return HeadLoss(sums.loss, count, metrics)
 
     def grad_norm_squared(self) -> Tensor:
         """Squared norm of the centers' gradients over all ranks, 0-d.
@@ -207,14 +193,10 @@ class ClassShardedHead:
         return total.to(self.weight.dtype)
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        """Move the centers that took part.
-
-        Args:
-            lr: Learning rate.
-            scale: Factor of the gradients (the clip coefficient).
+        """Move the centers that took part, by gradients times ``scale`` (the clip coefficient).
 
         Raises:
-            NonFiniteFeatures: On a GPU, if features of the step were not finite; nothing was changed.
+            NonFiniteFeatures: As :meth:`grad_norm_squared`.
         """
         self.guard.ask()
         self.gradient.finish()
@@ -238,11 +220,7 @@ class ClassShardedHead:
         }
 
     def load(self, reader: Callable[[str, Sequence[int], Sequence[int]], Tensor]) -> None:
-        """Take over a checkpoint that any number of ranks wrote.
-
-        Args:
-            reader: Gives the piece of a tensor of ``state`` at an offset, of a shape.
-        """
+        """Take over any ranks' checkpoint; ``reader`` gives a tensor's piece by name, offset and shape."""
         found = {name: reader(name, p.offset, tuple(p.tensor.shape)) for name, p in self.state().items()}
         for name, piece in self.state().items():
             piece.tensor.copy_(found[name])
@@ -258,29 +236,6 @@ class ClassShardedHead:
             self.weight, self.local, self.classes, self.world_group, step, probes, threshold
         )
         return DeadClasses(int(idle), probed, doubles)
-
-
-def report_loss(sums: RowSums, targets: Targets, classes: int, group: dist.ProcessGroup) -> HeadLoss:
-    """Put sums over rows and draws together.
-
-    Args:
-        sums: Sums over the head's rows, the same on every rank.
-        targets: The rows and this rank's part of the draws.
-        classes: Classes over all ranks.
-        group: All ranks.
-    """
-    device = sums.loss.device
-    sizes = [sum(draw.size for draw in targets.draws), sum(len(draw.positives) for draw in targets.draws)]
-    drawn = send(torch.tensor(sizes, dtype=torch.float32), device)
-    dist.all_reduce(drawn, group=group)
-    count = send(torch.tensor(len(targets.index)), device)
-    metrics = {
-        "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
-        "accuracy": sums.won / count.clamp_min(1),
-        "sample_rate": drawn[0] / max(1, classes * len(targets.draws)),
-        "positive_share": drawn[1] / drawn[0].clamp_min(1),
-    }
-    return HeadLoss(sums.loss, count, metrics)
 
 
 class NonFiniteFeatures(UserError):

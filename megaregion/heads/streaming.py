@@ -1,18 +1,20 @@
 """The streaming loss: row losses and gradients of one draw after the other, and never the matrix of scores.
 
-For a block of rows, tile after tile of classes: product, exponential, row sums. When the row sums of
-all ranks are known, the same tiles - kept where memory allows, else computed again - become the
-gradient of features and centers. The gradient is made here, in the forward pass, since loss and
-gradient need the same exponentials and only a factor of the whole loss comes later: three matrix
-products per tile instead of the four of a backward pass that recomputes. What backward adds is that
-factor: at once to the rows' gradient, at the end of the step to the centers'.
+Both losses see the negatives only through Z = sum_n exp(s_n), so the derivative by a negative's score is
+exp(s_n) times one factor of the row: nothing but an exponential stands between the matrix products.
+
+For a block of rows, tile after tile of classes: product, exponential, row sums. When the row sums of all
+ranks are known, the same tiles - kept where memory allows, else computed again - become the gradient of
+features and centers. It is made here, in the forward pass, since loss and gradient need the same
+exponentials: three matrix products per tile instead of the four of a backward pass that recomputes. Backward
+adds the factor of the whole loss: at once to the rows' gradient, at the end of the step to the centers'.
 
 Cosines are bounded, so exp(s) of scales up to 70 fits fp32 with room for all sums: no running maximum.
-Greater scales take one more sweep for the rows' maxima. The logarithm of the scale's base is folded into
-the features, since exp2 costs a third of exp.
+Greater scales take one more sweep for the rows' maxima. The logarithm of the scale's base is folded into the
+features, since exp2 costs a third of exp.
 
-Shapes: R rows of the draw, r rows of a block, C classes of the draw on this rank, c classes of a tile,
-E embedding width, T positives of a row.
+Shapes: R rows of the draw, r rows of a block, C classes of the draw on this rank, c classes of a tile, E
+embedding width, T positives of a row (padded).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig, LossName, MarginName
 from megaregion.heads.centers import inverse_norms, normalise
-from megaregion.heads.kernels import Kernel, Products, greatest_scores
+from megaregion.heads.kernels import Kernel, Products
 from megaregion.heads.optimizer import ClassGradient
 from megaregion.heads.sampling import Draw, Targets
 from megaregion.heads.tiles import Scratch, TileBuffer, kind_of_device, own_places, plan_tiles
@@ -41,7 +43,7 @@ class RowTerms(NamedTuple):
     """Losses of rows and their derivatives."""
 
     loss: Tensor
-    """Loss of each row, [R]."""
+    """Of each row, [R]."""
     grad_negative: Tensor
     """d loss / d s_n divided by exp(s_n - shift): one factor for all negatives of a row, [R]."""
     grad_positive: Tensor
@@ -49,14 +51,14 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(loss: LossName, scores: Tensor, valid: Tensor, sum_exp: Tensor, shift: Tensor) -> RowTerms:
-    """Losses and derivatives of rows.
+    """Losses and derivatives of rows, in the type of ``sum_exp``.
 
     separated (RICE): ``log(1 + sum_p exp(-s_p)) + log(1 + sum_n exp(s_n))``.
 
-    softmax (UNICOM, PartialFC): the mean over positives p of ``-s_p + log(exp(s_p) + sum_n exp(s_n))``.
-    Each positive faces the negatives alone. The other form for several positives,
-    ``-log(sum_p exp(s_p) / (sum_p exp(s_p) + sum_n exp(s_n)))``, is content when one token of a word is
-    found and then leaves the others without gradient. With one positive the two are the same.
+    softmax (UNICOM, PartialFC): the mean over positives p of ``-s_p + log(exp(s_p) + sum_n exp(s_n))``. Each
+    positive faces the negatives alone. The other form for several positives, ``-log(sum_p exp(s_p) / (sum_p
+    exp(s_p) + sum_n exp(s_n)))``, is content when one token of a word is found and then leaves the others
+    without gradient. With one positive the two are the same.
 
     Args:
         loss: separated or softmax.
@@ -64,9 +66,6 @@ def row_terms(loss: LossName, scores: Tensor, valid: Tensor, sum_exp: Tensor, sh
         valid: Which of them are there, bool [R, T].
         sum_exp: sum_n exp(s_n - shift) over negatives, [R].
         shift: What was subtracted from the negatives' scores, [R] or 0-d.
-
-    Returns:
-        Losses and derivatives, in the type of ``sum_exp``.
     """
     log_sum_exp = sum_exp.log() + shift
     if loss == "separated":
@@ -97,18 +96,17 @@ def _softmax(scores: Tensor, valid: Tensor, sum_exp: Tensor, log_sum_exp: Tensor
 
 
 def apply_margin(cosine: Tensor, kind: MarginName, margin: float) -> tuple[Tensor, Tensor]:
-    """Put the margin on positives' cosines.
+    """Put the margin on positives' cosines; return them and their derivatives, both of the input's shape.
 
-    ArcFace (Deng et al. 2019) is cos(theta + m). Past theta = pi - m that would rise again, so there,
-    as in the reference code, it is cos(theta) - m * sin(m): still falling with theta, one small jump.
+    CosFace subtracts m from the cosine; ArcFace (Deng et al. 2019) is cos(theta + m). Past theta = pi - m
+    that would rise again, so there, as in the reference code, it is cos(theta) - m * sin(m): still falling
+    with theta, one small jump. PartialFC computes the margin without gradient, which silently replaces
+    ArcFace's slope by 1; here it is exact.
 
     Args:
-        cosine: Cosines between features and their positive centers, any shape.
+        cosine: Cosines between features and their positive centers.
         kind: cosface, arcface or none.
         margin: m; a cosine for cosface, radians for arcface.
-
-    Returns:
-        The cosines with margin, and their derivatives by the cosine; both of the input's shape.
     """
     if kind == "none":
         return cosine, torch.ones_like(cosine)
@@ -174,15 +172,9 @@ class DrawStream:
         centers: Tensor,
         results: RowResults,
     ) -> None:
-        """Take the parts of a draw.
+        """Take a draw, unit rows of the micro-step [all rows, E], and this rank's centers of the draw [C, E].
 
-        Args:
-            settings: What all draws share.
-            draw: The draw's rows, and the columns of their positives.
-            features: Unit rows of the micro-step, of which the draw has some, [all rows, E].
-            centers: Centers of the draw on this rank, [C, E]: of length 1 where the draw has chosen classes,
-                of any length where it has all.
-            results: Where the rows' results go.
+        Centers are of length 1 where the draw has chosen classes, of any length where it has all.
         """
         self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
         self._draw, self._features, self._results = draw, features, results
@@ -204,11 +196,9 @@ class DrawStream:
         self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
 
     def run(self, grad_centers: Tensor | None) -> None:
-        """Find the rows' losses and, where room for them is given, the gradients.
+        """Find the rows' losses and, where room for them is given, add the gradients to it.
 
-        Args:
-            grad_centers: Gradient of the unit centers, over the centers' lengths if these were given as they
-                are; is added to, [C, E].
+        They are those of the unit centers, [C, E], over the centers' lengths if these were given as they are.
         """
         buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
         waiting: list[_Swept] = []
@@ -286,14 +276,9 @@ class DrawStream:
     def _multiply(
         self, features: Tensor, rows: slice, tile: slice, out: Tensor, positives: Tensor | None = None
     ) -> None:
-        """Write a tile's products and take the rows' own positives out: they are no negatives.
+        """Write a tile's products [c, r], -inf at the rows' own positives: they are no negatives.
 
-        Args:
-            features: The block's operand, [r, E].
-            rows: The block.
-            tile: The tile.
-            out: Receives the products, [c, r], -inf at positives.
-            positives: The positives' scores are added to it, [r, T].
+        The positives' scores are added to ``positives`` [r, T].
         """
         self._products.multiply(self._centers[tile], features.T, out)
         line, inside = own_places(self._draw.columns[rows], tile)
@@ -318,8 +303,9 @@ class DrawStream:
             for number, tile in enumerate(self._plan.tiles()):
                 scores = buffer.tile(number, len(features), tile)
                 self._multiply(features, rows, tile, scores)
-                inverse = None if self._inverse is None else self._inverse[tile]
-                top[rows] = torch.maximum(top[rows], greatest_scores(scores, inverse))
+                if self._inverse is not None:
+                    scores.mul_(self._inverse[tile][:, None])
+                top[rows] = torch.maximum(top[rows], scores.amax(0))
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
         return (top / LOG2E).clamp_min(floor)
@@ -337,15 +323,10 @@ class RowSums(NamedTuple):
 
 
 def fetch_centers(draw: Draw, weight: Tensor, scratch: Scratch) -> Tensor:
-    """Centers of a draw's classes, [C, E]; the same memory holds the next draw's.
+    """Centers of a draw's classes, [C, E], from this rank's; the same memory holds the next draw's.
 
     Chosen centers are copied, and as copies made unit ones: that is one pass over them instead of two over
     the scores. Where all classes are drawn there is no copy, and they keep their lengths.
-
-    Args:
-        draw: The draw.
-        weight: Centers of this rank, [local classes, E].
-        scratch: Memory for chosen centers.
     """
     return weight if draw.classes is None else normalise(scratch.rows("centers", weight, draw.classes))
 
@@ -358,7 +339,7 @@ def score_rows(
     settings: StreamSettings,
     ahead: Tensor | None = None,
 ) -> RowSums:
-    """Score unit rows against the targets' draws.
+    """Score unit rows against the targets' draws; the returned loss carries gradient.
 
     Args:
         features: Unit rows of the micro-step, [R, E].
@@ -367,9 +348,6 @@ def score_rows(
         gradient: Receives the centers' gradients if ``features`` wants one.
         settings: What all draws share.
         ahead: Centers of the first draw, if they were fetched already.
-
-    Returns:
-        The sums; the loss carries gradient.
     """
     learns = torch.is_grad_enabled() and features.requires_grad
     wanted = gradient if learns else None

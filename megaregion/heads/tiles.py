@@ -1,12 +1,11 @@
 """How work is cut: a matrix of scores into blocks of rows and tiles of classes, centers into portions.
 
-A tile lies in memory with a class per line and the block's rows side by side: processors multiply
-(centers x rows) markedly faster than (rows x centers) when the rows are few.
+A tile lies in memory with a class per line and the block's rows side by side: processors multiply (centers x
+rows) markedly faster than (rows x centers) when the rows are few.
 
-A block's rows meet all classes of the draw before their sums are known, and once more for the gradient.
-Tiles that fit the memory budget are kept between the two; the others are computed again. Tall blocks
-make efficient matrix products, so a block is never shorter than ``MIN_ROWS``: with a small budget it is
-tiles that give way, not rows.
+A block's rows meet all classes of the draw before their sums are known, and once more for the gradient. Tiles
+that fit the memory budget are kept between the two; the others are computed again. Tall blocks make efficient
+matrix products, so with a small budget it is tiles that give way, not rows.
 
 Several passes follow each other over the same elements. On a processor a portion stays in its cache between
 them; on a GPU it keeps the device busy for longer than its host takes to start the next pass.
@@ -92,16 +91,10 @@ class TilePlan:
 def plan_tiles(
     rows: int, classes: int, typical_classes: int, itemsize: int, budget: int, device: str
 ) -> TilePlan:
-    """Cut scores so that kept tiles and one more fit a budget.
+    """Cut [rows, classes] scores so that kept tiles and one more fit a budget, in bytes.
 
-    Args:
-        rows: R.
-        classes: C.
-        typical_classes: About C, and the same on every rank: all ranks must cut the same blocks of rows,
-            since their sums meet.
-        itemsize: Bytes of a score.
-        budget: Bytes for scores.
-        device: processor or gpu.
+    ``typical_classes`` is about C, and the same on every rank: all ranks must cut the same blocks of rows,
+    since their sums meet. ``device`` is processor or gpu.
     """
     scores = max(1, budget // itemsize)
     block = min(max(1, rows), max(MIN_ROWS, scores // max(1, typical_classes)))
@@ -131,14 +124,10 @@ class TileBuffer:
 
 
 def own_places(columns: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """Positives that stand inside a tile.
-
-    Args:
-        columns: Where each positive stands among the draw's classes, -1 if not on this rank, [rows, T].
-        tile: Slice of classes.
+    """Which positives, at ``columns`` [r, T] among the draw's classes (-1: not on this rank), a tile holds.
 
     Returns:
-        Line within the tile (0 where it is elsewhere) and whether it is there, both [T, rows].
+        Line within the tile (0 where it is elsewhere) and whether it is there, both [T, r].
     """
     lines = columns.T
     inside = (lines >= tile.start) & (lines < tile.stop)

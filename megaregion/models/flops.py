@@ -80,14 +80,9 @@ def encoder_flops(
 
 
 def head_flops(rows: float, classes: float, dim: int, kept: float = 1.0) -> float:
-    """Forward and backward of rows against the classes they are scored against.
+    """Forward and backward of R rows against C classes of width E.
 
-    Three products: the scores, and the gradients of rows and of centers.
-
-    Args:
-        rows: R.
-        classes: C.
-        dim: E.
-        kept: Share of the scores that memory keeps from the sums to the gradient; the rest is computed twice.
+    Three products: the scores, and the gradients of rows and of centers. ``kept`` is the share of the scores
+    that memory keeps from the sums to the gradient; the rest is computed twice.
     """
     return 2.0 * (4.0 - kept) * rows * classes * dim

@@ -28,28 +28,13 @@ CHROMA = 3.0
 
 @torch.no_grad()
 def initialise(model: RegionEncoder, seed: int) -> None:
-    """Set every parameter of an encoder whose linears are whole.
-
-    Args:
-        model: Encoder on any device, in any type.
-        seed: Seed of the run.
-    """
+    """Set every parameter of an encoder whose linears are whole, on any device, in any type."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, model.vit.config, seed))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Make the first value of one parameter.
-
-    Args:
-        name: Name of the parameter in RegionEncoder.
-        shape: Its full shape.
-        config: The model's settings.
-        seed: Seed of the run.
-
-    Returns:
-        A float32 tensor of the shape, on the CPU.
-    """
+    """The first value of the parameter ``name`` of RegionEncoder, whole, float32 on the CPU."""
     kind = name.rsplit(".", 2)[-2:]
     if kind[-1] == "bias":
         return torch.zeros(shape)
@@ -97,16 +82,12 @@ def _stable_seed(seed: int, name: str) -> int:
 
 
 def cosine_filters(count: int, patch: int) -> Tensor:
-    """The filters with the most power in natural images, whitened, float32 [D, 3, p, p].
+    """The filters with the most power in natural images, whitened, float32 [D = count, 3, p, p].
 
     A trained patch embedding looks like smooth colour blobs and gratings, the principal components of natural
     patches, and those are close to a cosine basis. A long run finds them by itself; a run of minutes should
     not have to. Power falls with the square of the frequency, so each filter is multiplied by its frequency.
     Beyond the 3 p^2 filters there are, the list starts again.
-
-    Args:
-        count: D.
-        patch: p.
     """
     basis = _cosines(patch)
     axes = [(u, v, c) for u in range(patch) for v in range(patch) for c in range(3)]

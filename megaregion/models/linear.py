@@ -60,15 +60,11 @@ def _rows(tokens: Tensor) -> Tensor:
 
 
 def use_float8(blocks: nn.Module, device: torch.device) -> int:
-    """Let every linear of the blocks multiply in 8 bits, by torchao; returns how many do.
+    """Let every linear of the blocks multiply in 8 bits, by torchao, in place; returns how many do.
 
-    Weights, masters and all else stay as they are. Each operand is scaled as a whole by its largest value,
-    for every product anew, so that it uses the range of e4m3 (gradients: e5m2). It pays where products are
-    large: a ViT-bigG's, hardly a ViT-B's.
-
-    Args:
-        blocks: The transformer's blocks, changed in place; parameters stay the same objects.
-        device: Where they run; a processor has no such units and computes the same numbers slowly.
+    Weights, masters and all else stay as they are, the same objects. Each operand is scaled as a whole by its
+    largest value, for every product anew, so that it uses the range of e4m3 (gradients: e5m2). It pays where
+    products are large: a ViT-bigG's, hardly a ViT-B's. A processor computes the same numbers slowly.
 
     Raises:
         UserError: torchao is not installed, the GPU has no 8-bit matrix units, or no linear has a width that

@@ -110,13 +110,7 @@ def choose_recompute(
 ) -> tuple[Recompute, ...]:
     """What each block computes again to fit a budget at the least time; all full where nothing fits.
 
-    Args:
-        model: Sizes of the transformer.
-        tokens: Image tokens of a micro-batch.
-        item: Bytes of a number.
-        budget: Bytes for what all blocks keep; 0 for no bound.
-        tensor: Ranks that share the heads and the MLP.
-        spread: Ranks that share the tokens between the linears.
+    The budget is in bytes for what all blocks keep, 0 for no bound; the rest as in :func:`kept_bytes`.
     """
     if budget <= 0:
         return everywhere("keep", model.depth)
@@ -139,13 +133,7 @@ def everywhere(recompute: Recompute, blocks: int) -> tuple[Recompute, ...]:
 
 
 def recompute_of_run(config: RunConfig, micro_batch: int, image_size: int) -> tuple[Recompute, ...]:
-    """What each block computes again, by train.recompute and train.activation_gib.
-
-    Args:
-        config: The run.
-        micro_batch: Images that a rank passes through the model at once.
-        image_size: Their side, in pixels.
-    """
+    """What each block computes again, by train.recompute and train.activation_gib; the size in pixels."""
     if config.train.recompute:
         return everywhere("full", config.model.depth)
     return choose_recompute(

@@ -53,13 +53,7 @@ class Rotation(NamedTuple):
 
 
 def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
-    """Gather the angles of a sequence that holds several images, each with its class token in front.
-
-    Args:
-        class_angle: Learned angle of the class token, [d/2].
-        grids: Rows and columns of each image's patches.
-        theta: Base of the frequencies.
-    """
+    """The angles of images in one sequence, each behind its class token; grids are (rows, columns)."""
     parts = [rotation(class_angle, rows, columns, theta, 1) for rows, columns in grids]
     cos, sin = torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts])
     lengths = tuple(1 + rows * columns for rows, columns in grids)
@@ -69,17 +63,9 @@ def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta
 
 
 def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
-    """Gather the angles of the tokens of images of one size.
+    """The angles of B images of one size: of the class token and of rows * columns patches, row by row.
 
-    Args:
-        class_angle: Learned angle of the class token, [d/2].
-        rows: Patches along the image's height.
-        columns: Patches along the image's width.
-        theta: Base of the frequencies.
-        images: B.
-
-    Returns:
-        Angles of the class token and of rows * columns patches, row by row.
+    ``class_angle`` is the learned one, [d/2]; ``theta`` the base of the frequencies.
     """
     class_angle = class_angle.float()
     cos, sin = _patch_table(rows, columns, class_angle.shape[-1], theta, class_angle.device)
@@ -103,15 +89,9 @@ def _patch_table(
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of the last dimension; gradients reach the angles too.
+    """Turn the pairs (i, i + d/2) of vectors [..., d]; gradients reach the angles too.
 
-    Args:
-        x: Vectors, [..., d].
-        cos: Cosines that broadcast to [..., d/2].
-        sin: Sines of the same shape.
-
-    Returns:
-        Turned vectors in the type of x, computed in at least float32.
+    Cosines and sines broadcast to [..., d/2]. Computed in at least float32, returned in the type of x.
     """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -119,15 +99,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection of the image's tokens, and turn its queries and keys.
-
-    Args:
-        qkv: Fused projection, [B, T, H, 3, d].
-        angles: Angles of the T tokens.
-
-    Returns:
-        Queries, keys and values, [B, H, T, d] each.
-    """
+    """Split a fused projection [B, T, H, 3, d] into q, k, v, [B, H, T, d] each, the first two turned."""
     starts = None if angles.packing is None else angles.packing.starts
     query, key, value = _SplitAndTurn.apply(qkv, angles.class_angle, angles.cos, angles.sin, starts)
     return query, key, value

@@ -83,28 +83,11 @@ class Attention(nn.Module):
         self.out = Linear(config.width, config.width)
 
     def project(self, image: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the image's tokens.
-
-        Args:
-            image: Normalised image tokens, [R, D].
-            angles: Angles of the T tokens of each image.
-
-        Returns:
-            Queries, keys and values, [B, H, T, d] each; queries and keys turned.
-        """
+        """Queries, keys and values of normed image tokens [R, D], [B, H, T, d] each; q and k turned."""
         return split_and_turn(self._by_heads(self.qkv(image), angles.sequences, len(angles.cos)), angles)
 
     def project_regions(self, regions: Tensor, angles: Rotation, count: int) -> Tensor:
-        """Project region tokens to queries, turned by the class token's angle.
-
-        Args:
-            regions: Normalised region tokens, [R, D].
-            angles: Angles of the image.
-            count: N.
-
-        Returns:
-            Queries, [B, H, N, d].
-        """
+        """Queries of normed region tokens [R, D], turned by the class token's angle, [B, H, N, d]."""
         query = self._by_heads(self.qkv(regions), angles.images, count)[:, :, :, 0].transpose(1, 2)
         return turn(query, angles.class_angle.cos(), angles.class_angle.sin())
 
@@ -122,7 +105,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Let queries read the image.
+        """Let queries read the image; returns what they read, projected, [B Q, D].
 
         Args:
             query: Queries, [B, H, Q, d].
@@ -130,9 +113,6 @@ class Attention(nn.Module):
             value: Values of the image's tokens, [B, H, T, d].
             mask: Added to the scores, [B, 1, Q, T]; 0 where a query sees a token, -inf where not.
             packing: How images share one sequence, if they do; shapes are then those of ``packed_attention``.
-
-        Returns:
-            What the queries read, projected, [B Q, D].
         """
         if packing is None:
             read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -145,7 +125,7 @@ class Attention(nn.Module):
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packing: Packing
 ) -> Tensor:
-    """Let every image's queries read that image's tokens.
+    """Let every image's queries read that image's tokens; returns the shape of the queries.
 
     On a GPU in half precision one kernel takes all images (flash attention over their boundaries); elsewhere
     each image is a call of its own, which costs no operation that a mask would throw away.
@@ -156,9 +136,6 @@ def packed_attention(
         value: Values, [1, H, S, d].
         mask: What each region sees, [1, 1, N, S], 0 or -inf; None for image tokens.
         packing: How the images share the sequence.
-
-    Returns:
-        What was read, in the shape of the queries.
     """
     if mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _by_boundaries(query, key, value, packing)
@@ -205,12 +182,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor, cheap: bool = False) -> Tensor:
-        """Map tokens [R, D] to [R, D].
-
-        Args:
-            x: Tokens.
-            cheap: Compute the non-linearity again in the backward pass instead of keeping its result.
-        """
+        """Map tokens [R, D] to [R, D]; if ``cheap``, backward makes the non-linearity's result again."""
         hidden: Tensor = self.fc1(x)
         active = self.activation(hidden)
         with recomputed(active, hidden, self.activation) if cheap else nullcontext():
@@ -221,8 +193,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm block; ``region`` holds the region tokens' own weights, if they have any.
 
-    Attributes:
-        cheap: Make what norms and the non-linearity give to image tokens again in the backward pass.
+    ``cheap``: what norms and the non-linearity give to image tokens is made again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, separate_regions: bool = False) -> None:
@@ -242,10 +213,10 @@ class Block(nn.Module):
         mask: Tensor | None,
         image_ends_here: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run one block.
+        """Run one block; returns the image tokens and the region tokens after it.
 
-        Region tokens go through calls of their own: the rounding of a matrix product depends on how many
-        rows it has, and image tokens must not change by a bit when regions come along.
+        Region tokens go through calls of their own: the rounding of a matrix product depends on how many rows
+        it has, and image tokens must not change by a bit when regions come along.
 
         Args:
             image: Image tokens, [R, D].
@@ -253,9 +224,6 @@ class Block(nn.Module):
             angles: Angles of the image's tokens.
             mask: What each region sees, [B, 1, N, T], 0 or -inf; None without regions.
             image_ends_here: Nobody reads the image tokens after this block: return those that came in.
-
-        Returns:
-            Image tokens and region tokens after the block.
         """
         normed = self.norm1(image)
         with self._renormed(normed, image, self.norm1):
@@ -336,7 +304,7 @@ class VisionTransformer(nn.Module):
         regions_only: bool = False,
         grids: tuple[tuple[int, int], ...] | None = None,
     ) -> Tokens:
-        """Encode images, and regions of them.
+        """Image tokens and region tokens, before the last norm.
 
         Args:
             images: Normalised images, [B, 3, H, W]; H and W are multiples of the patch size.
@@ -345,9 +313,6 @@ class VisionTransformer(nn.Module):
             grids: Rows and columns of each image's patches where images share one sequence of S tokens, each
                 image's class token in front of its patches. Images are then the patches of all, [P, 3, p, p],
                 visible is [N, P], and image tokens come out as [1, S, D].
-
-        Returns:
-            Image tokens and region tokens, before the last norm.
 
         Raises:
             UserError: The patch size does not divide the images.
@@ -439,17 +404,7 @@ class RegionEncoder(nn.Module):
     def forward(
         self, images: Tensor, visible: Tensor, grids: tuple[tuple[int, int], ...] | None = None
     ) -> Tensor:
-        """Embed regions.
-
-        Args:
-            images: Normalised images, [B, 3, H, W].
-            visible: True where a region covers a patch, [B, N, P].
-            grids: Rows and columns of each image's patches where images share one sequence; images are
-                then the S patches of all, [S, 3, p, p], and visible is [N, S].
-
-        Returns:
-            Region embeddings, not normalised, [B, N, E].
-        """
+        """Embed regions, not normalised, [B, N, E]; arguments as of :meth:`VisionTransformer.forward`."""
         tokens = self.vit(images, visible, regions_only=True, grids=grids)
         embeddings: Tensor = self.projection(self.vit.pool(tokens.regions))
         return embeddings

@@ -42,34 +42,19 @@ class CutStream:
 
 
 def gathered_linear(part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """A column-cut linear of all tokens.
+    """A column-cut linear of all tokens: parts [S, I] to this rank's outputs of all rows, [T S, O / T].
 
-    Only the part is kept for the backward pass, which gathers the tokens again beside a product.
-
-    Args:
-        part: This rank's tokens, [S, I].
-        weight: This rank's outputs, [O / T, I].
-        bias: Their biases, [O / T].
-        group: The tensor ranks.
-
-    Returns:
-        This rank's outputs of all tokens and of the rows that pad them, [T S, O / T].
+    ``weight`` [O / T, I] and ``bias`` [O / T] are this rank's. Only the part is kept for the backward pass,
+    which gathers the tokens again beside a product.
     """
     outputs: Tensor = _GatheredLinear.apply(part, weight, bias, group)
     return outputs
 
 
 def scattered_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """A row-cut linear of all tokens, summed over the ranks, of which each gets its part.
+    """A row-cut linear of all tokens [..., I / T], summed over the ranks; each gets its part, [S, O].
 
-    Args:
-        inputs: This rank's inputs of all tokens, [..., I / T].
-        weight: Their columns, [O, I / T].
-        bias: The whole bias, [O]; its gradient is whole too.
-        group: The tensor ranks.
-
-    Returns:
-        This rank's tokens, [S, O].
+    ``weight`` [O, I / T] is this rank's; ``bias`` [O] is whole, and so is its gradient.
     """
     part: Tensor = _ScatteredLinear.apply(inputs.flatten(0, -2), weight, bias, group)
     return part

@@ -53,11 +53,10 @@ class Placement:
     """Where one rank's tensor lies in the full tensor."""
 
     full_shape: tuple[int, ...]
-    """Shape of the full tensor."""
     offset: tuple[int, ...]
-    """Index of the first element of this rank's tensor in the full tensor."""
+    """Index in the full tensor of this rank's first element."""
     shape: tuple[int, ...]
-    """Shape of this rank's tensor."""
+    """Of this rank's tensor."""
 
     def shard(self, full: Tensor) -> Tensor:
         """This rank's part of a full tensor (a view)."""
@@ -69,33 +68,25 @@ class Placement:
 class _Column(ColumnParallelLinear):
     """A column-parallel linear that returns a tensor, as nn.Linear does."""
 
+    tokens_cut = False
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O / T]."""
+        """[..., I] to [..., O / T]; where the tokens are cut, parts [S, I] to all rows [T S, O / T]."""
+        if self.tokens_cut:
+            return gathered_linear(x, self.weight, self.bias, self.tp_group)
         return super().forward(x)[0]
 
 
 class _Row(RowParallelLinear):
-    """A row-parallel linear that returns a tensor, as nn.Linear does."""
+    """A row-parallel linear that returns a tensor, summed over the tensor ranks, as nn.Linear does."""
+
+    tokens_cut = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I / T] to [..., O], summed over the tensor ranks."""
+        """[..., I / T] to [..., O]; where the tokens are cut, each rank gets its part of them, [S, O]."""
+        if self.tokens_cut:
+            return scattered_linear(x, self.weight, self.bias, self.tp_group)
         return super().forward(x)[0]
-
-
-class _GatheringColumn(_Column):
-    """A column-parallel linear that gathers the tokens it multiplies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Parts [S, I] to all rows [T S, O / T]."""
-        return gathered_linear(x, self.weight, self.bias, self.tp_group)
-
-
-class _ScatteringRow(_Row):
-    """A row-parallel linear that leaves each tensor rank its part of the tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All tokens [..., I / T] to parts [S, O], summed over the tensor ranks."""
-        return scattered_linear(x, self.weight, self.bias, self.tp_group)
 
 
 def parallelize(
@@ -105,7 +96,7 @@ def parallelize(
     topology: Topology,
     tokens_cut: bool = False,
 ) -> dict[str, Placement]:
-    """Replace the planned linears in place and describe every parameter's place.
+    """Replace the planned linears in place; return the placement of every parameter, by its name.
 
     Args:
         model: The whole model, with the same values on every rank.
@@ -113,9 +104,6 @@ def parallelize(
         partial: Whole parameters of whose gradient each tensor rank computes only a part.
         topology: This rank's place; with one tensor rank the model stays as it is.
         tokens_cut: Cut the tokens between the linears too, wherever a module of the model has a ``stream``.
-
-    Returns:
-        The placement of every parameter, by its name.
     """
     placements = {name: _whole(p) for name, p in model.named_parameters()}
     if topology.tensor_size == 1:
@@ -173,12 +161,12 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
     with warnings.catch_warnings():
         # slurm/launch.sh sets it; without a GPU it means nothing.
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
-        if split == "column":
-            column = _GatheringColumn if tokens_cut else _Column
-            cut: nn.Module = column(*sizes, gather_output=False, **common)
-        else:
-            row = _ScatteringRow if tokens_cut else _Row
-            cut = row(*sizes, input_is_parallel=True, **common)
+        cut = (
+            _Column(*sizes, gather_output=False, **common)
+            if split == "column"
+            else _Row(*sizes, input_is_parallel=True, **common)
+        )
+    cut.tokens_cut = tokens_cut
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
         for key, parameter in linear.named_parameters():
@@ -198,12 +186,8 @@ def sum_over_ranks(model: nn.Module, names: Sequence[str], group: dist.ProcessGr
     parameter by itself would be hundreds of tiny collectives in every backward pass.
 
     While the model's forward pass runs, its modules find in a parameter's place what one function of all of
-    them returned: the same values. Autograd calls that function's backward once, last.
-
-    Args:
-        model: The model; its parameters stay where they are for all others (optimizer, ZeRO, checkpoints).
-        names: The parameters, by name.
-        group: The ranks.
+    them returned: the same values. Autograd calls that function's backward once, last. The parameters stay
+    where they are for all others (optimizer, ZeRO, checkpoints).
     """
     if not names:
         return

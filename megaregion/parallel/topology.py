@@ -37,17 +37,13 @@ class Topology:
     """This rank's place, and the groups it belongs to."""
 
     rank: int
-    """Rank among all processes."""
     world_size: int
-    """Number of processes."""
     tensor_rank: int
     """Rank among the processes that share one copy of the model."""
     tensor_size: int
     """Processes that share one copy of the model."""
     device: torch.device
-    """Device of this rank's tensors."""
     world_group: Group
-    """All ranks."""
     data_group: Group
     """Ranks that hold the same shard of the model and read different samples."""
     tensor_group: Group
@@ -69,15 +65,11 @@ class Topology:
 def join(tensor: int, timeout_minutes: int = 30) -> Topology:
     """Join the process group that the launcher describes and lay the ranks out.
 
-    The launcher is torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SLURM_PROCID, SLURM_NTASKS,
-    SLURM_LOCALID) or nobody (one process).
-
-    Args:
-        tensor: Ranks that share one copy of the model.
-        timeout_minutes: Time after which a stalled collective raises.
+    The launcher is torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)
+    or nobody (one process). A collective that stalls for ``timeout_minutes`` raises.
 
     Raises:
-        UserError: The number of ranks is not a multiple of tensor.
+        UserError: The number of ranks is not a multiple of ``tensor``.
     """
     rank, world_size, local_rank = launched_as()
     if world_size % tensor:
@@ -97,8 +89,7 @@ def join(tensor: int, timeout_minutes: int = 30) -> Topology:
 def own_store(purpose: str) -> Any:
     """A connection to the launcher's store that only its owner uses, while collectives use another.
 
-    Args:
-        purpose: Keeps its keys apart from everybody else's.
+    ``purpose`` keeps its keys apart from everybody else's.
     """
     rank, world_size, _ = launched_as()
     # The agent of torchrun keeps its store over restarts, and old news with it.
@@ -112,23 +103,13 @@ def host_name() -> str:
 
 
 def host_group(hosts: list[str], topology: Topology) -> Group:
-    """The group of the ranks that share this rank's host; a collective.
-
-    Args:
-        hosts: Every rank's host, in rank order.
-        topology: This rank's place.
-    """
+    """The group of the ranks that share this rank's host, given every rank's in order; a collective."""
     groups = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
     return _own_group(groups, topology.rank, timedelta(minutes=5))
 
 
 def all_gather_strings(text: str, topology: Topology) -> list[str]:
-    """Every rank's text, in rank order, without pickle; a collective.
-
-    Args:
-        text: This rank's text.
-        topology: This rank's place.
-    """
+    """Every rank's text, in rank order, without pickle; a collective."""
     own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(topology.device)
     group, size = topology.world_group, torch.tensor([len(text.encode())], device=topology.device)
     sizes = size.new_empty(topology.world_size)
@@ -152,7 +133,7 @@ def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device, time
     """Make the groups. Every rank makes all of them, in one order, as torch.distributed wants it."""
     tensor_groups = [list(range(first, first + tensor)) for first in range(0, world_size, tensor)]
     data_groups = [list(range(first, world_size, tensor)) for first in range(tensor)]
-    ranks_per_node = _agreed_ranks_per_node(world_size)
+    nodes = node_lists(world_size, tensor, _agreed_ranks_per_node(world_size))
     return Topology(
         rank=rank,
         world_size=world_size,
@@ -162,15 +143,8 @@ def _lay_out(rank: int, world_size: int, tensor: int, device: torch.device, time
         world_group=dist.group.WORLD,
         data_group=_own_group(data_groups, rank, timeout),
         tensor_group=_own_group(tensor_groups, rank, timeout),
-        node_groups=_by_nodes(rank, world_size, tensor, ranks_per_node, timeout),
+        node_groups=nodes and NodeGroups(*(_own_group(groups, rank, timeout) for groups in nodes)),
     )
-
-
-def _by_nodes(
-    rank: int, world_size: int, tensor: int, ranks_per_node: int, timeout: timedelta
-) -> NodeGroups | None:
-    lists = node_lists(world_size, tensor, ranks_per_node)
-    return lists and NodeGroups(_own_group(lists[0], rank, timeout), _own_group(lists[1], rank, timeout))
 
 
 def node_lists(
@@ -178,14 +152,7 @@ def node_lists(
 ) -> tuple[list[list[int]], list[list[int]]] | None:
     """Ranks of all groups inside nodes, and of all between them.
 
-    Args:
-        world_size: Number of ranks; neighbours share a node.
-        tensor: Ranks that share one copy of the model.
-        ranks_per_node: Ranks on each node.
-
-    Returns:
-        The groups, each rank in one of either kind; None unless every one of several nodes holds
-        several whole copies of the model.
+    None unless every one of several nodes holds several whole copies of the model; neighbours share a node.
     """
     nodes, copies = world_size // ranks_per_node, ranks_per_node // tensor
     if ranks_per_node % tensor or world_size % ranks_per_node or nodes < 2 or copies < 2:

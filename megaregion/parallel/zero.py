@@ -15,6 +15,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,12 +44,7 @@ def effective_stage(config: RunConfig, data_ranks: int) -> int:
 
 
 def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
-    """DeepSpeed's settings, derived from ours; nobody writes them by hand.
-
-    Args:
-        config: The run.
-        data_ranks: Copies of the model; micro-batches of one step follow from it.
-    """
+    """DeepSpeed's settings for so many copies of the model, derived from ours; nobody writes them by hand."""
     cut = batching(config, data_ranks)
     bf16 = config.train.bf16
     return {
@@ -114,9 +111,7 @@ class ZeroEngine:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate gradients of a loss that is already divided by the whole global batch.
 
-        Args:
-            loss: The loss of a micro-step.
-            last: Whether it is the step's last: :meth:`norm`, then :meth:`update` or :meth:`drop` follow.
+        After a step's ``last`` micro-step :meth:`norm` follows, then :meth:`update` or :meth:`drop`.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -124,21 +119,13 @@ class ZeroEngine:
             self._engine.step()  # Only counts: there DeepSpeed ends a micro-step.
 
     def norm(self, heads_norm_squared: Tensor) -> Tensor:
-        """Global gradient norm over body and heads, before clipping, 0-d; a collective.
-
-        Args:
-            heads_norm_squared: Squared gradient norm of all heads over all ranks, 0-d.
-        """
+        """Global gradient norm over body and heads (these: squared), before clipping, 0-d; a collective."""
         norm = self._adapter.norm(heads_norm_squared)
         self._norm = torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
         return self._norm
 
     def update(self, lr: float) -> None:
-        """Clip by the last :meth:`norm`, which is finite, and move parameters and moments.
-
-        Args:
-            lr: Learning rate of this step.
-        """
+        """Clip by the last :meth:`norm`, which is finite, and move parameters and moments."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._adapter.before_update(self.clip_coefficient(self._norm))
@@ -173,9 +160,8 @@ class ZeroEngine:
     def load(self, read: Callable[[str, Placement], Tensor], step: int) -> None:
         """Put back what :meth:`tensors` gave, on any stage and any number of ranks; a collective.
 
-        Args:
-            read: Returns the fp32 value of a named tensor at a place.
-            step: Optimizer steps taken so far (AdamW's bias correction).
+        ``read`` returns the fp32 value of a named tensor at a place; ``step`` goes on AdamW's bias
+        correction.
         """
         self._adapter.make_moments(step)
         for name, parameter in self.parameters.items():
@@ -247,7 +233,7 @@ def _start(
             model=model,
             optimizer=optimizer,
             config={**settings, "gradient_clipping": 0.0} if plain else settings,
-            mpu=_ModelParallelUnit(topology),
+            mpu=_model_parallel_unit(topology),
             dist_init_required=False,
         )
     return engine, wrapped
@@ -274,33 +260,18 @@ def _prepare_deepspeed(device: torch.device) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
 
 
-class _ModelParallelUnit:
-    """The interface that DeepSpeed asks for process groups; a missing one only makes the loss wrong."""
+def _model_parallel_unit(place: Topology) -> SimpleNamespace:
+    """The interface that DeepSpeed asks for process groups; a missing answer only makes the loss wrong."""
+    tensor = {"rank": place.tensor_rank, "world_size": place.tensor_size, "group": place.tensor_group}
+    data = {"rank": place.data_rank, "world_size": place.data_size, "group": place.data_group}
+    answers = {
+        **{f"get_model_parallel_{key}": value for key, value in tensor.items()},
+        **{f"get_tensor_model_parallel_{key}": value for key, value in tensor.items()},
+        "get_tensor_model_parallel_src_rank": place.data_rank * place.tensor_size,
+        **{f"get_data_parallel_{key}": value for key, value in data.items()},
+    }
+    return SimpleNamespace(**{name: partial(_itself, answer) for name, answer in answers.items()})
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
 
-    def get_model_parallel_rank(self) -> int:
-        return self._topology.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._topology.tensor_size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._topology.tensor_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return self._topology.data_rank * self._topology.tensor_size
-
-    def get_data_parallel_rank(self) -> int:
-        return self._topology.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._topology.data_size
-
-    def get_data_parallel_group(self) -> Any:
-        return self._topology.data_group
+def _itself(value: Any) -> Any:
+    return value

@@ -27,14 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Stage(ABC):
-    """DeepSpeed's optimizer under one ZeRO stage.
-
-    Args:
-        optimizer: What DeepSpeed made of torch's AdamW.
-        parameters: The body's parameters by name.
-        placements: Place of every parameter in the full model.
-        topology: This rank's place.
-    """
+    """DeepSpeed's optimizer, made of torch's AdamW, under one ZeRO stage."""
 
     def __init__(
         self,

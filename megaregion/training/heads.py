@@ -21,7 +21,7 @@ from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
-from megaregion.heads.collectives import gather_features
+from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.heads.sharded import ClassShardedHead, NonFiniteFeatures
 from megaregion.parallel.topology import NodeGroups, Topology
@@ -101,7 +101,7 @@ class Heads:
         """
         leaf = embeddings.detach().requires_grad_()
         # While the rows travel, the classes are drawn and the centers fetched.
-        rows = gather_features(leaf.flatten(0, 1), self._topology)
+        rows = GatheredFeatures(leaf.flatten(0, 1), self._topology)
         each = self._config.data.regions_per_image
         first = micro_step * cut.micro_batch * self._topology.data_size * each
         marked, draw_rows = labels.arrive(), cut.draw_images * each

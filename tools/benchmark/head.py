@@ -24,7 +24,7 @@ from benchmark.report import Case, Report, cases
 from megaregion.bounds import PositiveShare
 from megaregion.command_line import flag, whole
 from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig
-from megaregion.heads import ClassShardedHead, gather_features
+from megaregion.heads import ClassShardedHead, GatheredFeatures
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.products import product
@@ -230,7 +230,7 @@ def _ours(sizes: HeadSizes, place: Topology) -> Contender:
 
     def forward_backward() -> None:
         features.grad = None
-        rows = gather_features(features, place)
+        rows = GatheredFeatures(features, place)
         loss = head.score(rows, head.draw(labels[:, None], everyone, next(steps)))
         (loss.sum / sizes.rows).backward()
 
