@@ -16,7 +16,7 @@ from torch import nn
 from toy import toy_dataset
 
 from megaregion.errors import UserError
-from megaregion.models.linear import TORCHAO, Linear, use_float8
+from megaregion.models.layers import TORCHAO, Linear, use_float8
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark.measure import alone
 from megaregion.config import HeadConfig, ModelConfig
 from megaregion.models import RegionEncoder, initialise
-from megaregion.models.flops import encoder_flops, head_flops
+from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.parallel import topology
 
 SMALL = {"image_size": 64, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "mlp_width": 192}

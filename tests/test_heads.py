@@ -37,10 +37,10 @@ from megaregion.config import HeadConfig, OptimizerConfig
 from megaregion.errors import UserError
 from megaregion.heads import ClassShardedHead, GatheredFeatures, NonFiniteFeatures, tiles
 from megaregion.heads.centers import given_centers, random_centers
-from megaregion.heads.kernels import choose_kernel
 from megaregion.heads.optimizer import RowAdamW
 from megaregion.heads.sampling import DrawRule, build_targets, class_hashes, draw_key, drawn_classes
 from megaregion.heads.streaming import apply_margin
+from megaregion.heads.tiles import choose_kernel
 
 ALL = {"sample_rate": 1.0}
 
@@ -517,7 +517,7 @@ def test_sampling_that_saves_nothing_warns_once(
 
 
 def test_triton_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megaregion.heads.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("megaregion.heads.tiles.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the triton package"):
         choose_kernel("triton")
 
@@ -538,7 +538,7 @@ def test_triton_kernel_equals_the_torch_one_in_the_interpreter(tmp_path: Path) -
 
 INTERPRETED = """
 import torch
-from megaregion.heads.kernels import exponentiate
+from megaregion.heads.tiles import exponentiate
 from megaregion.heads.triton_kernel import exponentiate_fused
 
 for rows, classes in ((1, 1), (3, 1000), (65, 600), (130, 90)):

@@ -17,7 +17,7 @@ from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
-from megaregion.models.recompute import choose_recompute, kept_bytes
+from megaregion.models.costs import choose_recompute, kept_bytes
 from megaregion.models.rotary import Rotation, rotation, split_and_turn
 from megaregion.models.vit import Attention, Block
 

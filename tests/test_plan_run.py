@@ -15,7 +15,7 @@ from toy import settings_of
 
 from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megaregion.errors import UserError
-from megaregion.models.recompute import run_and_count
+from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero import deepspeed_config
 from megaregion.planning import memory

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megaregion import products
-from megaregion.heads.kernels import Products
-from megaregion.models.linear import Linear
-from megaregion.products import onednn_is_faster, outer_sum, product
+from megaregion import processor
+from megaregion.heads.tiles import Products
+from megaregion.models.layers import Linear
+from megaregion.processor import onednn_is_faster, outer_sum, product
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways run on any processor, whichever is faster there."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(processor, "onednn_is_faster", lambda: request.param)
 
 
 @pytest.mark.usefixtures("either")
@@ -109,7 +109,7 @@ def test_onednn_multiplies_where_mkl_leaves_units_alone(
     told = tmp_path / "cpuinfo"
     if maker is not None:
         told.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: one\n")
-    monkeypatch.setattr(products, "PROCESSOR", told)
+    monkeypatch.setattr(processor, "PROCESSOR", told)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     onednn_is_faster.cache_clear()
     try:

@@ -16,7 +16,7 @@ from megaregion.config import RunConfig, StageConfig
 from megaregion.data.info import DatasetInfo, ShardEntry
 from megaregion.errors import UserError
 from megaregion.settings import sections
-from megaregion.training.resume import FIXED, changes, facts
+from megaregion.training.state import FIXED, changes, facts
 
 SETTINGS = {one.key for section in sections(RunConfig()) for one in section.settings}
 DATASET = DatasetInfo(4, 9, 9, 5, 6, "a", "b", (ShardEntry("one", 2, 9, "c"), ShardEntry("two", 2, 9, "d")))

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from launch import launch
 from torch import Tensor, nn
 
-from megaregion.parallel.sequence import CutStream, gathered_linear, scattered_linear
-from megaregion.parallel.tensor_parallel import sum_over_ranks
+from megaregion.parallel.tensor_parallel import CutStream, gathered_linear, scattered_linear, sum_over_ranks
 
 RANKS, WIDTH, HIDDEN = 3, 8, 12
 TOKENS = {"divided": (2, 6), "one row over": (1, 7), "fewer than ranks": (1, 2)}

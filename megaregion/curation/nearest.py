@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from megaregion.products import product
+from megaregion.processor import product
 
 TILE = {"cpu": (1024, 2048), "cuda": (16_384, 32_768)}
 """Vectors and centers that are scored at once; a processor's scores stay in its cache."""

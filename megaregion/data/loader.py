@@ -39,7 +39,7 @@ from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_
 from megaregion.data.shards import RawSample, ShardedDataset
 from megaregion.data.transforms import Framed, Transform, check_size
 from megaregion.errors import UserError
-from megaregion.heap import keep_freed_memory
+from megaregion.processor import keep_freed_memory
 
 JUDGED_SAMPLES = 1_000
 """The share of bad samples is judged over at least so many, lest one early find stop a run."""

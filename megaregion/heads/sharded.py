@@ -23,11 +23,10 @@ from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.centers import DeadClasses, find_doubles, given_centers, random_centers
 from megaregion.heads.collectives import GatheredFeatures
-from megaregion.heads.kernels import Products, choose_kernel
 from megaregion.heads.optimizer import ClassGradient, RowAdamW
 from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets, send
 from megaregion.heads.streaming import RowSums, StreamSettings, fetch_centers, score_rows
-from megaregion.heads.tiles import Scratch
+from megaregion.heads.tiles import Products, Scratch, choose_kernel
 from megaregion.parallel.topology import Topology
 
 

@@ -29,10 +29,17 @@ from torch import Tensor
 
 from megaregion.config import HeadConfig, LossName, MarginName
 from megaregion.heads.centers import inverse_norms, normalise
-from megaregion.heads.kernels import Kernel, Products
 from megaregion.heads.optimizer import ClassGradient
 from megaregion.heads.sampling import Draw, Targets
-from megaregion.heads.tiles import Scratch, TileBuffer, kind_of_device, own_places, plan_tiles
+from megaregion.heads.tiles import (
+    Kernel,
+    Products,
+    Scratch,
+    TileBuffer,
+    kind_of_device,
+    own_places,
+    plan_tiles,
+)
 
 LOG2E = math.log2(math.e)
 BOUNDED_SCALE = 70.0

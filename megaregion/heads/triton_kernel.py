@@ -1,4 +1,4 @@
-"""The exponentials of a tile in one pass over it, for GPUs; ``kernels.exponentiate`` says what it computes.
+"""The exponentials of a tile in one pass over it, for GPUs; ``tiles.exponentiate`` says what it computes.
 
 A program takes some neighbouring rows and walks over a span of classes; its sums go to a line of their own
 and the lines are added afterwards, so every sum has a fixed order and needs no atomics.
@@ -60,7 +60,7 @@ def _exponentiate_span(  # type: ignore[no-untyped-def]
 def exponentiate_fused(
     products: Tensor, inverse: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As ``kernels.exponentiate``, for contiguous fp32 tiles."""
+    """As ``tiles.exponentiate``, for contiguous fp32 tiles."""
     classes, rows = products.shape
     spans = triton.cdiv(classes, SPAN)
     sum_exp, best = (torch.empty((spans, rows), device=products.device) for _ in range(2))

@@ -28,11 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megaregion.config import Activation, ModelConfig
 from megaregion.errors import UserError
-from megaregion.models.linear import Linear
-from megaregion.models.recompute import Recompute, everywhere, recomputed
+from megaregion.models.costs import CHANNELS, Recompute, everywhere
+from megaregion.models.layers import Linear, recomputed
 from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn, turn
-
-CHANNELS = 3
 
 
 class Stream:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.models.recompute import run_and_count
+from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder, decays, partial_gradients, tensor_parallel_plan
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology

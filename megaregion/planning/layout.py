@@ -16,7 +16,7 @@ from megaregion.config import HeadConfig, ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
-from megaregion.models.recompute import Recompute, recompute_of_run
+from megaregion.models.costs import Recompute, recompute_of_run
 
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""

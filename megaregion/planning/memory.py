@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaregion.models.recompute import RECOMPUTE, Recompute
+from megaregion.models.costs import RECOMPUTE, Recompute
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 
@@ -175,7 +175,7 @@ def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, floa
 def _product_copies(layout: Layout) -> float:
     """Bytes of the widest linear's weight gradient and of what a processor's library copies for it.
 
-    It copies both operands and the result (megaregion/products.py).
+    It copies both operands and the result (megaregion/processor.py).
     """
     model = layout.config.model
     width, wide = model.width, model.mlp_width / layout.tensor

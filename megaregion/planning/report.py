@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megaregion.models.recompute import RECOMPUTE
+from megaregion.models.costs import RECOMPUTE
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaregion.heads.tiles import ELEMENTS
-from megaregion.models.flops import encoder_flops, head_flops
+from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers

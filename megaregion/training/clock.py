@@ -21,9 +21,9 @@ from torch.profiler import record_function
 
 from megaregion.config import RunConfig
 from megaregion.data.batch import Batch
-from megaregion.models.flops import encoder_flops, head_flops
+from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.parallel.topology import Topology
-from megaregion.products import product
+from megaregion.processor import product
 from megaregion.tables import aligned
 from megaregion.training.faults import Faults
 
@@ -231,7 +231,7 @@ class Utilisation:
     """Model FLOPs utilisation: counted operations of the steps against what bare matrix products reach here.
 
     Only what the method needs counts: forward and backward of the encoder and the scores of the heads once
-    each way; what recomputing adds is no work done. See models/flops.py for the count.
+    each way; what recomputing adds is no work done. See models/costs.py for the count.
     """
 
     def __init__(self, config: RunConfig, classes: dict[str, int], topology: Topology) -> None:

@@ -1,23 +1,25 @@
-"""What a run carries from step to step, and how it is saved and found again.
+"""What a run carries from step to step, how it is saved and found again, and what may change in between.
 
 A save never leaves a half-written checkpoint and never ends a run: the next one tries again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megaregion.bounds import shown
 from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import MANIFEST, Piece, step_folder, step_folders, step_of
+from megaregion.checkpoint.format import ENCODER, MANIFEST, Piece, step_folder, step_folders, step_of
+from megaregion.checkpoint.pretrained import FUNCTION
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, copy_again, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
@@ -27,15 +29,30 @@ from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events
+from megaregion.settings import sections
 from megaregion.training.guard import LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
-from megaregion.training.resume import check_fits, facts, told
 
 RESCUE = "rescue"
 """Folder of a checkpoint that found no room among the others."""
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
+
+FIXED = {
+    "model": (*FUNCTION, "region_layers", "region_weights"),
+    "data": ("mean", "std"),
+    "head": ("embedding_dim",),
+}
+"""Settings by section that give the weights their meaning: another value is refused. All others say how the
+run computes, how long and on which images: another value is told and noted (tests list them, so that a new
+setting must be decided)."""
+
+LABELS = ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256")
+"""What the heads learn, of a dataset."""
+
+Change = tuple[Any, Any]
+"""The old value and the new one."""
 
 
 class TrainingState:
@@ -132,24 +149,25 @@ class TrainingState:
             What a run whose last save failed has to tell.
         """
         reasons = [text for text in all_gather_strings(self._saver.reason, self._topology) if text]
-        told = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
-        told += f" ({reasons[0]})" if reasons else ""
+        loss = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
+        loss += f" ({reasons[0]})" if reasons else ""
         for place in self._other_places():
             saver = Saver(self._topology, self._fence, self._events, Retention(last=1))
             if self._start(saver, place) and saver.wait():
                 copy = step_folder(place, self.step)
-                return UserError(f"{told}; a copy is in {copy}: move it there and use --resume auto")
-        return UserError(f"{told}, and no other place took it; make room and resume from the one before")
+                return UserError(f"{loss}; a copy is in {copy}: move it there and use --resume auto")
+        return UserError(f"{loss}, and no other place took it; make room and resume from the one before")
 
     def _start(self, saver: Saver, checkpoints: Path) -> bool:
         saved = saver.prepare(checkpoints, self.step)
         if saved:
-            facts, self._losses = self._facts(), []
+            own = self._pieces()
             if self._config.checkpoint.asynchronous:
-                pieces = self._snapshot.take(self._pieces())
+                pieces = self._snapshot.take(own)
             else:
-                pieces = [replace(piece, tensor=piece.tensor.detach().cpu()) for piece in self._pieces()]
-            saver.start(Save(checkpoints, self.step, pieces, facts))
+                pieces = [dataclasses.replace(one, tensor=one.tensor.detach().cpu()) for one in own]
+            saver.start(Save(checkpoints, self.step, pieces, self._facts()))
+            self._losses = []
         return saved
 
     def _other_places(self) -> list[Path]:
@@ -304,3 +322,98 @@ def _check_writable(folder: Path, topology: Topology) -> None:
             f"checkpoint.local: {folder} cannot be written ({found[0]}); name a folder on every host's own "
             "disk, or leave it empty"
         )
+
+
+def facts(config: RunConfig, position: int, dataset: DatasetInfo, tensor: int, data: int) -> dict[str, Any]:
+    """What a checkpoint at a position of the stream says of its run, in the values that JSON has.
+
+    The image size of the model is the one that the encoder was trained on last.
+    """
+    size = config.stage(max(0, position - 1)).image_size
+    present = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=size))
+    labels = {key: getattr(dataset, key) for key in LABELS}
+    content = {
+        "config": dataclasses.asdict(present),
+        "dataset": {"samples": dataset.samples, "shards": len(dataset.shards), **labels},
+        "ranks": {"tensor": tensor, "data": data},
+    }
+    return dict(json.loads(json.dumps(content)))
+
+
+def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Change]:
+    """What two manifests both name and say differently: settings, ranks, sizes of the dataset; by key."""
+    found = {}
+    old, new = theirs.get("config", {}), ours["config"]
+    for section in sections(RunConfig()):
+        for setting in section.settings:
+            pair = (_value(old, setting.key), _value(new, setting.key))
+            if None not in pair and pair[0] != pair[1]:
+                found[setting.key] = pair
+    for part in ("dataset", "ranks"):
+        for key, value in ours[part].items():
+            before = theirs.get(part, {}).get(key, value)
+            if before != value:
+                found[f"{part}.{key}"] = (before, value)
+    return found
+
+
+def told(changed: Mapping[str, Change]) -> str:
+    """As "train.steps 10 -> 20, optimizer.lr 0.1 -> 0.2"."""
+    return ", ".join(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items())
+
+
+def check_fits(
+    reader: CheckpointReader, ours: Mapping[str, Any], placements: Mapping[str, Placement]
+) -> dict[str, Change]:
+    """Check that a run of which :func:`facts` says ``ours``, with these weights, may go on from there.
+
+    Returns:
+        What has changed, all of it free.
+
+    Raises:
+        UserError: It may not; the text says why.
+    """
+    dataset = reader.manifest.get("dataset")
+    if not dataset:
+        raise UserError(
+            f"{reader.folder} holds an encoder to begin with and no run to go on with; give it as --init "
+            "to a run with another --name"
+        )
+    for key in LABELS:
+        if dataset.get(key) != ours["dataset"][key]:
+            raise UserError(
+                f"data.path {ours['config']['data']['path']} has {key} {ours['dataset'][key]}, but the heads "
+                f"of {reader.folder} were trained with {dataset.get(key)}; use that dataset, or start a new "
+                "run with another --name"
+            )
+    changed = changes(reader.manifest, ours)
+    _refuse_fixed(reader, changed)
+    for name, place in placements.items():
+        known = f"{ENCODER}{name}" in reader.names()
+        full = reader.shape(f"{ENCODER}{name}") if known else None
+        if full != place.full_shape:
+            found = list(full) if full else "no such tensor is"
+            raise UserError(
+                f"{name} has shape {list(place.full_shape)} by the settings and {found} in "
+                f"{reader.folder}; use the model settings of that run (its config.yaml)"
+            )
+    return changed
+
+
+def _refuse_fixed(reader: CheckpointReader, changed: Mapping[str, Change]) -> None:
+    fixed = {f"{section}.{name}" for section, names in FIXED.items() for name in names}
+    refused = {key: pair for key, pair in changed.items() if key in fixed}
+    if refused:
+        # --init takes weights of the same function only.
+        apart = [f"model.{name}" for name in FUNCTION if f"model.{name}" in refused]
+        limit = f", which asks for the same {', '.join(apart)}" if apart else ""
+        raise UserError(
+            f"the weights of {reader.folder} do not go on with {told(refused)}; take the old value, or begin "
+            f"a run with another --name by --init {reader.folder}{limit}"
+        )
+
+
+def _value(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values

@@ -27,10 +27,9 @@ from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, UserError
 from megaregion.heads.sampling import GatheringLabels
-from megaregion.heap import keep_freed_memory
+from megaregion.models.costs import recompute_of_run
 from megaregion.models.initialisation import initialise
-from megaregion.models.linear import use_float8
-from megaregion.models.recompute import recompute_of_run
+from megaregion.models.layers import use_float8
 from megaregion.models.vit import (
     RegionEncoder,
     VisionTransformer,
@@ -41,6 +40,7 @@ from megaregion.models.vit import (
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
+from megaregion.processor import keep_freed_memory
 from megaregion.schemas.run import Events, process_start
 from megaregion.training.clock import Clock, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.goodput import Meter

@@ -27,7 +27,7 @@ from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig
 from megaregion.heads import ClassShardedHead, GatheredFeatures
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
-from megaregion.products import product
+from megaregion.processor import product
 
 GEMM_BLOCK = 16_384
 """Classes of one product when the bare matrix products are timed: enough for their full rate."""

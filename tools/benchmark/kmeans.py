@@ -27,8 +27,7 @@ from megaregion.curation.kmeans import Pass, cluster, find_centers
 from megaregion.curation.nearest import in_order, nearest
 from megaregion.curation.settings import AssignSettings, ClusterSettings
 from megaregion.errors import UserError
-from megaregion.heap import keep_freed_memory
-from megaregion.products import product
+from megaregion.processor import keep_freed_memory, product
 
 Vectors = NDArray[np.float32]
 

@@ -21,15 +21,13 @@ from torch import nn
 
 from benchmark.memory import PeakMemory
 from megaregion.config import RunConfig, config_from_dict
-from megaregion.heap import keep_freed_memory, return_freed_memory
-from megaregion.models.linear import Linear
-from megaregion.models.recompute import run_and_count
+from megaregion.models.layers import Linear, run_and_count
 from megaregion.models.rotary import rotation, split_and_turn
 from megaregion.parallel import topology
 from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.dry_run import state_bytes
 from megaregion.planning.layout import body_parameters
-from megaregion.products import product
+from megaregion.processor import keep_freed_memory, product, return_freed_memory
 
 Clock = Callable[[], float]
 """Seconds from some beginning."""

@@ -23,13 +23,11 @@ from megaregion.checks import check_model
 from megaregion.command_line import whole
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.data.image import Crop, fitting_grid
-from megaregion.heap import keep_freed_memory
 from megaregion.models import VisionTransformer, decays
-from megaregion.models.flops import encoder_flops
+from megaregion.models.costs import Recompute, encoder_flops, everywhere
 from megaregion.models.initialisation import initial_value
-from megaregion.models.recompute import Recompute, everywhere
 from megaregion.models.rotary import packed_rotation
-from megaregion.products import product
+from megaregion.processor import keep_freed_memory, product
 
 GOALS = {"peer": 1.08, "rate": 0.82, "memory": 1 / 0.9, "regions": 1 / 1.06, "packed": 1.25, "padding": 0.97}
 PRODUCT_SIDE = 4096
@@ -176,7 +174,7 @@ def square_product(sizes: StepSizes, device: torch.device, fastest: bool = False
     Args:
         sizes: Their type.
         device: Where it runs.
-        fastest: As linears multiply (products.py), which on some processors is not as torch does.
+        fastest: As linears multiply (processor.py), which on some processors is not as torch does.
     """
     side = product_side(sizes)
     a, b = (torch.randn(side, side, device=device, dtype=sizes.dtype) for _ in range(2))

@@ -21,7 +21,7 @@ from torch import Tensor
 from megaregion.checks import batching
 from megaregion.data.batch import OBJECT, TEXT, Batch
 from megaregion.errors import UserError
-from megaregion.models.recompute import run_and_count
+from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder, decays, partial_gradients, tensor_parallel_plan
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology

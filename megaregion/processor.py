@@ -1,14 +1,19 @@
-"""The matrix products of a linear layer, by whichever library does them fastest on the device.
+"""What a processor needs to be as fast as it can: matrix products by the right library, and kept memory.
 
-On a processor torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others have
+Torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others have
 them it reaches half their rate. oneDNN, which torch brings as well, asks the processor what it can do; torch
 itself calls it for fp32 in compiled code only.
+
+By default glibc gives large blocks that are freed back to the operating system at once, and who needs them
+next gets each page anew, zeroed: activations, gradients and DeepSpeed's flat copies are such blocks, and so
+are the encoded images of a loader's batch. On a GPU torch keeps freed memory by itself.
 
 Shapes: R rows, I input width, O output width.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PROCESSOR = Path("/proc/cpuinfo")
+
+# Parameters of mallopt, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_DEFAULT_MMAP_MAX = 65_536
+_NEVER = 2**31 - 1
 
 
 def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,3 +93,24 @@ def _maker() -> str:
     """The processor's vendor_id, empty where Linux does not tell."""
     lines = PROCESSOR.read_text().splitlines() if PROCESSOR.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step or batch; the process then never shrinks."""
+    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back at once, so that what the process holds is what its tensors have touched."""
+    _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: 1 << 16, _TRIM_THRESHOLD: 1 << 17})
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _set(parameters: dict[int, int]) -> None:
+    library = ctypes.CDLL(None)
+    # Other C libraries have no such switches, and need none.
+    if hasattr(library, "mallopt"):
+        for parameter, value in parameters.items():
+            library.mallopt(parameter, value)

@@ -1,18 +1,20 @@
-"""A linear layer as each kind of device does it fastest, and the blocks' linears in 8-bit floats.
+"""What the blocks are made of: linears as each device does them fastest, or in 8-bit floats, and recomputing.
 
 Shapes: I input width, O output width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaregion.errors import UserError
-from megaregion.products import outer_sum, product
+from megaregion.processor import outer_sum, product
 
 LEAST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with 8-bit matrix units (Ada, then Hopper)."""
@@ -20,6 +22,8 @@ TORCHAO = "torchao==0.18.0"
 """Not in requirements.txt: where it is installed, transformers loads all of it with every import."""
 GRAIN = 16
 """Widths must be multiples of it."""
+
+Result = TypeVar("Result")
 
 
 class Linear(nn.Linear):
@@ -93,3 +97,61 @@ def use_float8(blocks: nn.Module, device: torch.device) -> int:
     settings = Float8LinearConfig(pad_inner_dim=True, emulate=device.type == "cpu")
     convert_to_float8_training(blocks, module_filter_fn=suits, config=settings)
     return count
+
+
+def recomputed(
+    made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[object]:
+    """While it is open, autograd keeps ``source`` in the place of ``made``.
+
+    Args:
+        made: A tensor that operations inside are about to save for the backward pass.
+        source: What it was made from; kept anyway, or smaller.
+        make: Makes it again, to the bit.
+    """
+    # The hooks live as long as the graph: they must not hold what they are to save.
+    place, numbers, kept = made.data_ptr(), made.numel(), source.detach()
+
+    def pack(saved: Tensor) -> Any:
+        if saved.data_ptr() == place and saved.numel() == numbers:
+            return saved.shape
+        for see in _WATCHERS:
+            see(saved)
+        return saved
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return make(kept).view(packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+_WATCHERS: list[Callable[[Tensor], None]] = []
+
+
+def run_and_count(parameters: Iterable[Tensor], forward: Callable[[], Result]) -> tuple[Result, int]:
+    """What a forward pass gives, and the bytes that autograd keeps of it, parameters left out.
+
+    Hooks alone would see nothing inside of :func:`recomputed`.
+    """
+    own, kept = list(parameters), dict[int, torch.UntypedStorage]()
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        # Asked each time: ZeRO 3 gathers a parameter to another place for every use.
+        if all(storage._cdata != parameter.untyped_storage()._cdata for parameter in own):
+            kept[storage._cdata] = storage
+
+    def pack(saved: Tensor) -> Tensor:
+        note(saved)
+        return saved
+
+    _WATCHERS.append(note)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            result = forward()
+    finally:
+        _WATCHERS.remove(note)
+    return result, sum(storage.nbytes() for storage in kept.values())
