@@ -53,6 +53,7 @@ def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_the_report_has_every_number_of_the_labels(curated: Path) -> None:
     done = report(curated, "--truth", str(curated))
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     found = json.loads((curated / "out" / "report.json").read_text())
     summary, clusters, text, truth = (found[name] for name in ("summary", "clusters", "text", "truth"))
     assert clusters["regions"] == summary["counts"]["kept"]

@@ -71,7 +71,7 @@ def cluster_quality(job: Job) -> ClusterQuality:
         distance += float((2 - 2 * cosines.astype(np.float64)).sum())
     total = int(sizes.sum())
     sample = _take_sample(job, total)
-    centers = np.asarray(job.store.load(Piece("cluster", 0), CENTERS, mapped=True))
+    centers = job.store.load(Piece("cluster", 0), CENTERS)
     count = max(1, min(settings.clusters, len(sample.labels) // PER_CENTER))
     ordered = np.sort(sizes)
     return ClusterQuality(
