@@ -60,7 +60,11 @@ def assert_equal(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys == b.keys
-        assert (a.bad_keys, a.bad_reasons, a.empty) == (b.bad_keys, b.bad_reasons, b.empty)
+        assert (a.found.bad_keys, a.found.bad_reasons, a.found.empty) == (
+            b.found.bad_keys,
+            b.found.bad_reasons,
+            b.found.empty,
+        )
         for name in TENSORS:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
@@ -275,7 +279,9 @@ def test_bad_samples_are_replaced_counted_and_named(damaged: Path) -> None:
     batches = take(damaged, positions, max_bad_share=1.0)
     named = dict(
         zip(
-            [k for b in batches for k in b.bad_keys], [r for b in batches for r in b.bad_reasons], strict=True
+            [k for b in batches for k in b.found.bad_keys],
+            [r for b in batches for r in b.found.bad_reasons],
+            strict=True,
         )
     )
     assert set(named) == {"truncated", "text-file", "other-size", "box-outside", "large"}
@@ -284,7 +290,7 @@ def test_bad_samples_are_replaced_counted_and_named(damaged: Path) -> None:
     assert "image has 40 x 48 pixels, its record says 48 x 48" in named["other-size"]
     assert "no region with area inside" in named["box-outside"]
     assert "DecompressionBomb" in named["large"]
-    assert sum(batch.bad for batch in batches) >= 5
+    assert sum(batch.found.bad for batch in batches) >= 5
     assert all(key.startswith("good") for batch in batches for key in batch.keys)
     assert [p for batch in batches for p in batch.positions.tolist()] == list(range(40))
 
@@ -322,8 +328,8 @@ def test_an_image_without_a_region_in_its_crop_is_replaced_but_not_bad(tmp_path:
     folder = write(tmp_path, samples)
     changes = {"crop_scale": (0.3, 0.3), "min_visible": 0.1, "max_bad_share": 0.0}
     batches = take(folder, [range(p, p + 10) for p in range(0, 50, 10)], **changes)
-    assert sum(batch.empty for batch in batches) > 0
-    assert sum(batch.bad for batch in batches) == 0
+    assert sum(batch.found.empty for batch in batches) > 0
+    assert sum(batch.found.bad for batch in batches) == 0
     assert sum(batch.keys.count("full") for batch in batches) > 25
 
 
@@ -331,8 +337,8 @@ def test_regions_outside_their_image_are_dropped_and_counted(tmp_path: Path) -> 
     inside, outside = RegionRecord("object", (-9, 0, 48, 70), 1), RegionRecord("object", (50, 0, 60, 9), 2)
     folder = write(tmp_path, {"x": (jpeg(), SampleRecord(48, 48, (outside, inside, outside)))})
     (batch,) = take(folder, [range(3)])
-    assert batch.dropped_regions == 6
-    assert batch.bad == 0
+    assert batch.found.dropped_regions == 6
+    assert batch.found.bad == 0
     assert batch.labels[..., 0].unique().tolist() == [1]
 
 
@@ -376,9 +382,9 @@ def test_a_shard_that_stays_away_is_skipped_named_and_counted(
     (tmp_path / "shards" / "shard-00002.tar").unlink()
     (batch,) = loader.batches([range(40)])
     loader.close()
-    assert batch.lost >= 10, "all ten samples of the shard, and what may have stood in for them"
-    assert "shard-00002 is skipped after 3 tries" in batch.bad_reasons[0]
-    assert set(batch.bad_reasons[1:]) == {"shard-00002 is skipped, it could not be read"}
+    assert batch.found.lost >= 10, "all ten samples of the shard, and what may have stood in for them"
+    assert "shard-00002 is skipped after 3 tries" in batch.found.bad_reasons[0]
+    assert set(batch.found.bad_reasons[1:]) == {"shard-00002 is skipped, it could not be read"}
     whole = [i for i, key in enumerate(expected.keys) if key in batch.keys and batch.keys[i] == key]
     assert len(whole) == 30
     assert torch.equal(batch.pixels[whole], expected.pixels[whole])

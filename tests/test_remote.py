@@ -147,12 +147,12 @@ def test_a_shard_that_arrives_short_or_changed_is_refused_and_told(folder: Path,
         (copy / name).write_bytes(content[:-512] if name.endswith("0.tar") else b"?" + content[1:])
     data = settings(tmp_path / "cache", read_retries=1)
     (batch,) = loader(f"file://{copy}", data).batches([range(40)])
-    told = "\n".join(batch.bad_reasons)
+    told = "\n".join(batch.found.bad_reasons)
     assert "shard-00000 is skipped after 2 tries" in told
     assert "shard-00000.tar cannot be had: " in told
     assert "bytes arrived" in told
     assert "shard-00001.tar cannot be had: what arrived is another file" in told
-    assert batch.lost >= 10
+    assert batch.found.lost >= 10
     assert not list(tmp_path.glob("cache/*/shard-0000[01].tar"))
 
 

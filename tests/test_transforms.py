@@ -18,7 +18,7 @@ from PIL import Image
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
 from megaregion.curation.picture import read_picture
-from megaregion.data.batch import OBJECT, TEXT, collate, normalise
+from megaregion.data.batch import OBJECT, TEXT, Findings, collate, normalise
 from megaregion.data.image import (
     Crop,
     decode_crop,
@@ -391,7 +391,7 @@ def test_a_batch_moves_as_a_whole_and_normalises_where_it_is() -> None:
     record = objects(64, 64, (0, 0, 40, 40))
     samples = [Transform(DATA, MODEL, 0)(scene(64, 64, (0, 0, 9, 9)), record, p, f"k{p}") for p in (7, 8, 9)]
     usable = [s for s in samples if s is not None]
-    batch = collate(usable, len(usable), DATA.mean, DATA.std)
+    batch = collate(usable, len(usable), DATA, Findings())
     moved = batch.to("meta")
     assert moved.images.device.type == "meta"
     assert {t.device.type for t in (moved.positions, moved.visible, moved.kinds, moved.labels)} == {"meta"}
@@ -402,7 +402,7 @@ def test_a_batch_moves_as_a_whole_and_normalises_where_it_is() -> None:
         torch.int8,
         torch.int64,
     )
-    assert batch.bad == 0
+    assert batch.found.bad == 0
 
 
 def bomb() -> bytes:
@@ -482,7 +482,7 @@ def test_native_samples_of_any_shape_share_one_sequence() -> None:
         box = (0.0, 0.0, width / 2, float(height))
         record = SampleRecord(width, height, (RegionRecord(kind="object", box=box, label=1),))
         samples.append(transform(Image.new("RGB", (width, height), (9, 99, 199)), record, position))
-    batch = collate(samples, len(samples), (0.5,) * 3, (0.5,) * 3)
+    batch = collate(samples, len(samples), transform.data, Findings())
     counts = [rows * columns for rows, columns in batch.grids]
     assert max(counts) <= MODEL.grid**2
     assert batch.images.shape == (sum(counts), 3, 8, 8)

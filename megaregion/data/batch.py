@@ -11,6 +11,7 @@ Shapes: B samples, N regions of each, P patches in row-major order, T label slot
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import weakref
@@ -27,6 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from megaregion.config import DataConfig
+from megaregion.data.image import Crop
+
 OBJECT, TEXT = 0, 1
 """Values of Batch.kinds."""
 
@@ -39,25 +43,59 @@ ALIGNMENT = 64
 GROWTH = 1 << 20
 """Bytes by which a piece grows at least; packed batches differ in length."""
 
+NO_PIXELS: NDArray[np.uint8] = np.empty((0, 0, 3), dtype=np.uint8)
+
 Color = tuple[float, float, float]
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of each tensor of a block, by its name."""
 
 
-@dataclass(frozen=True, eq=False)
-class TransformedSample:
-    """One sample, ready to be stacked."""
+class Sample(NamedTuple):
+    """One sample, first without its pixels and then ready to be stacked."""
 
     key: str
     position: int
-    pixels: NDArray[np.uint8]
-    """RGB, [H, W, 3]."""
+    crop: Crop
+    rows: int
+    """Patches from top to bottom."""
+    columns: int
+    """Patches from left to right."""
+    factors: tuple[float, ...]
+    """Of brightness, contrast and saturation; empty where nothing changes."""
     visible: NDArray[np.bool_]
     """[N, P]."""
     kinds: NDArray[np.int8]
     """[N]."""
     labels: NDArray[np.int64]
     """[N, T], padded with -1."""
-    patch: int = 0
-    """Side of a patch, in pixels, where samples of any size are to share one sequence; 0 to stack them."""
+    pixels: NDArray[np.uint8] = NO_PIXELS
+    """RGB, [H, W, 3]."""
+
+
+@dataclass
+class Findings:
+    """What came to light while the samples of a batch were read."""
+
+    bad_keys: list[str] = field(default_factory=list)
+    """Samples that could not be used and were replaced."""
+    bad_reasons: list[str] = field(default_factory=list)
+    """What was wrong with each of `bad_keys`."""
+    empty: int = 0
+    """Samples replaced because their crop held no region; nothing is wrong with them."""
+    dropped_regions: int = 0
+    """Regions left out because their box has no area inside its image."""
+    lost: int = 0
+    """Samples of `bad_keys` whose shard could not be read."""
+
+    @property
+    def bad(self) -> int:
+        """Number of samples that could not be used and were replaced."""
+        return len(self.bad_keys)
+
+    def add_bad(self, key: str, reason: Exception) -> None:
+        """Note a sample that cannot be used."""
+        self.bad_keys.append(key)
+        self.bad_reasons.append(str(reason))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +124,7 @@ class Batch:
     """Divides R, G, B on the 0..1 scale."""
     grids: tuple[tuple[int, int], ...] | None = None
     """Rows and columns of each image's patches in a packed batch; None where all images have one size."""
-    bad_keys: list[str] = field(default_factory=list)
-    """Samples that could not be used and were replaced."""
-    bad_reasons: list[str] = field(default_factory=list)
-    """What was wrong with each of `bad_keys`."""
-    empty: int = 0
-    """Samples replaced because their crop held no region; nothing is wrong with them."""
-    dropped_regions: int = 0
-    """Regions left out because their box has no area inside its image."""
-    lost: int = 0
-    """Samples of `bad_keys` whose shard could not be read."""
+    found: Findings = field(default_factory=Findings)
     block: Block | None = field(default=None, repr=False)
     """The memory in which all tensors lie, where it is one piece."""
 
@@ -105,11 +134,6 @@ class Batch:
         if self.block is not None:
             sent = {name: value for name, value in sent.items() if name not in TENSORS}
         return _rebuild, (sent,)
-
-    @property
-    def bad(self) -> int:
-        """Number of samples that could not be used and were replaced."""
-        return len(self.bad_keys)
 
     @cached_property
     def images(self) -> Tensor:
@@ -138,9 +162,9 @@ def _rebuild(sent: dict[str, Any]) -> Batch:
 
 
 def collate(
-    samples: Iterable[TransformedSample], count: int, mean: Color, std: Color, pool: Pool | None = None
+    samples: Iterable[Sample], count: int, data: DataConfig, found: Findings, pool: Pool | None = None
 ) -> Batch:
-    """Stack samples of one size, or pack samples of any size into one sequence of patches.
+    """Stack samples of one size, or, in native packing, put the patches of all into one sequence.
 
     Stacked samples are written into the batch one by one as they come, so that their own memory is used
     again for the next and stays in the processor's cache. A worker process takes the batch's memory from
@@ -151,35 +175,34 @@ def collate(
     samples = chain((first,), rest)
     grids, size = None, first.pixels.shape[:2]
     pixels, visible = (count, 3, *size), (count, *first.visible.shape)
-    if first.patch:
+    packed = data.packing == "native"
+    if packed:
         # All are needed to know how long their sequence is.
         samples = list(samples)
-        grids = tuple(_grid(sample) for sample in samples)
-        length = sum(rows * columns for rows, columns in grids)
-        pixels, visible = (length, 3, first.patch, first.patch), (len(first.kinds), length)
-    block = Block.of(
-        {
-            "positions": (torch.int64, (count,)),
-            "pixels": (torch.uint8, pixels),
-            "visible": (torch.bool, visible),
-            "kinds": (torch.int8, (count, len(first.kinds))),
-            "labels": (torch.int64, (count, *first.labels.shape)),
-        },
-        pool,
-    )
+        grids = tuple((sample.rows, sample.columns) for sample in samples)
+        length, side = sum(rows * columns for rows, columns in grids), size[0] // first.rows
+        pixels, visible = (length, 3, side, side), (len(first.kinds), length)
+    layout = {
+        "positions": (torch.int64, (count,)),
+        "pixels": (torch.uint8, pixels),
+        "visible": (torch.bool, visible),
+        "kinds": (torch.int8, (count, len(first.kinds))),
+        "labels": (torch.int64, (count, *first.labels.shape)),
+    }
+    block = Block.of(layout, pool)
     tensors = block.tensors()
-    keys = _write(samples, {name: tensor.numpy() for name, tensor in tensors.items()})
-    return Batch(keys=keys, mean=mean, std=std, grids=grids, block=block, **tensors)
+    keys = _write(samples, {name: tensor.numpy() for name, tensor in tensors.items()}, packed)
+    return Batch(keys=keys, mean=data.mean, std=data.std, grids=grids, found=found, block=block, **tensors)
 
 
-def _write(samples: Iterable[TransformedSample], arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+def _write(samples: Iterable[Sample], arrays: Mapping[str, NDArray[Any]], packed: bool) -> list[str]:
     """Write samples into the batch's memory; returns their keys."""
     keys, start = [], 0
     for row, sample in enumerate(samples):
         keys.append(sample.key)
         arrays["positions"][row] = sample.position
         arrays["kinds"][row], arrays["labels"][row] = sample.kinds, sample.labels
-        if sample.patch:
+        if packed:
             start = _pack(sample, start, arrays["pixels"], arrays["visible"])
         else:
             # OpenCV parts the colours four times as fast as a transposing copy.
@@ -188,21 +211,14 @@ def _write(samples: Iterable[TransformedSample], arrays: Mapping[str, NDArray[An
     return keys
 
 
-def _pack(
-    sample: TransformedSample, start: int, pixels: NDArray[np.uint8], visible: NDArray[np.bool_]
-) -> int:
+def _pack(sample: Sample, start: int, pixels: NDArray[np.uint8], visible: NDArray[np.bool_]) -> int:
     """Write patches from `start` on into pixels [S, 3, p, p] and visible [N, S]; returns their end."""
-    (rows, columns), side = _grid(sample), sample.patch
+    rows, columns, side = sample.rows, sample.columns, pixels.shape[-1]
     place = slice(start, start + rows * columns)
     patches = sample.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     pixels[place] = patches.reshape(rows * columns, 3, side, side)
     visible[:, place] = sample.visible
     return place.stop
-
-
-def _grid(sample: TransformedSample) -> tuple[int, int]:
-    height, width = sample.pixels.shape[:2]
-    return height // sample.patch, width // sample.patch
 
 
 def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:
@@ -217,61 +233,55 @@ def _statistics(mean: Color, std: Color, device: torch.device) -> Tensor:
     return torch.tensor((mean, std), dtype=torch.float32, device=device).view(2, 3, 1, 1) * 255
 
 
-class Slot(NamedTuple):
-    """One tensor's place in a block."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    bytes: slice
-
-
 @dataclass(frozen=True, eq=False)
 class Block:
     """One piece of memory and the tensors that lie in it."""
 
     memory: Tensor
     """uint8 [bytes]."""
-    slots: Mapping[str, Slot]
+    layout: Layout
     lease: Lease | None = None
     """How another process opens the memory, if it is a pool's and this process took it."""
 
     @staticmethod
-    def of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pool: Pool | None = None) -> Block:
-        """Allocate a block with unspecified content for tensors of these types and shapes.
+    def of(layout: Layout, pool: Pool | None = None) -> Block:
+        """Allocate a block with unspecified content.
 
         A worker process takes memory from the pool; while all of it is in use the block gets its own, which
         is copied through the pipe when it is sent.
         """
-        slots, end = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            slots[name] = Slot(dtype, shape, slice(end, end + size))
-            end += -(-size // ALIGNMENT) * ALIGNMENT
+        size = sum(_aligned(math.prod(shape) * dtype.itemsize) for dtype, shape in layout.values())
         worker = get_worker_info()
-        if worker is not None and pool is not None and (taken := pool.take(worker.id, end)) is not None:
+        if worker is not None and pool is not None and (taken := pool.take(worker.id, size)) is not None:
             lease, memory = taken
-            return Block(memory, slots, lease)
-        return Block(torch.empty(end, dtype=torch.uint8), slots)
+            return Block(memory, layout, lease)
+        return Block(torch.empty(size, dtype=torch.uint8), layout)
 
     def __reduce__(self) -> tuple[Callable[..., Block], tuple[Any, ...]]:
         # A tensor would be copied to /dev/shm; where that is full, the queue's thread only complains on
         # stderr, and the reader would wait for ever.
-        return _received, (self.lease or self.memory.numpy(), self.slots)
+        return _received, (self.lease or self.memory.numpy(), self.layout)
 
     def tensors(self) -> dict[str, Any]:
         """The tensors by name, as views of the block."""
-        return {
-            name: self.memory[slot.bytes].view(slot.dtype).view(slot.shape)
-            for name, slot in self.slots.items()
-        }
+        views, start = {}, 0
+        for name, (dtype, shape) in self.layout.items():
+            size = math.prod(shape) * dtype.itemsize
+            views[name] = self.memory[start : start + size].view(dtype).view(shape)
+            start += _aligned(size)
+        return views
 
     def pin_memory(self) -> Block:
         """A copy in page-locked memory, from which a GPU copies on its own."""
-        return Block(self.memory.pin_memory(), self.slots)
+        return Block(self.memory.pin_memory(), self.layout)
 
 
-def _received(memory: Lease | NDArray[np.uint8], slots: Mapping[str, Slot]) -> Block:
-    return Block(memory.open() if isinstance(memory, Lease) else torch.from_numpy(memory), slots)
+def _received(memory: Lease | NDArray[np.uint8], layout: Layout) -> Block:
+    return Block(memory.open() if isinstance(memory, Lease) else torch.from_numpy(memory), layout)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 _NUMBERS = itertools.count()

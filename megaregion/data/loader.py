@@ -21,23 +21,23 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from megaregion.config import DataConfig
-from megaregion.data.batch import Batch, Pool, TransformedSample, collate
+from megaregion.data.batch import Batch, Findings, Pool, Sample, collate
 from megaregion.data.image import Jpeg, open_image, stay_on_one_core
 from megaregion.data.info import DatasetInfo
 from megaregion.data.order import SampleOrder
 from megaregion.data.remote import Prefetcher
 from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_sample
 from megaregion.data.shards import RawSample, ShardedDataset
-from megaregion.data.transforms import Framed, Transform, check_size
+from megaregion.data.transforms import Transform, check_size
 from megaregion.errors import UserError
 from megaregion.processor import keep_freed_memory
 
@@ -54,20 +54,7 @@ RETRY_LOST_AFTER = 600.0
 
 
 class LostShard(OSError):
-    """A shard that cannot be read at the moment; its text is one line."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What ends a run, found in a worker; an exception would arrive wrapped in a traceback."""
-
-    text: str
-    storage: bool = False
-    """Whether the storage failed, which a later start may find mended; else it is a user's mistake."""
-
-    def to_error(self) -> UserError | LostShard:
-        """The exception that tells the run."""
-        return (LostShard if self.storage else UserError)(self.text)
+    """A shard that cannot be read; a later start may find the storage mended. Its text is one line."""
 
 
 class RegionLoader:
@@ -143,7 +130,7 @@ class RegionLoader:
             if pool is not None:
                 pool.close()
 
-    def _next(self, iterator: Iterator[Batch | Failure]) -> Batch | None:
+    def _next(self, iterator: Iterator[Batch | UserError | LostShard]) -> Batch | None:
         try:
             batch = next(iterator, None)
         except (RuntimeError, OSError, EOFError) as error:
@@ -155,24 +142,24 @@ class RegionLoader:
                 f"memory: lower data.workers ({self._config.workers}) or data.prefetch "
                 f"({self._config.prefetch})"
             ) from error
-        if isinstance(batch, Failure):
-            raise batch.to_error()
+        if isinstance(batch, Exception):
+            raise batch
         if batch is not None:
             self._judge(batch)
         return batch
 
     def _judge(self, batch: Batch) -> None:
         self._seen += len(batch.keys)
-        self._bad += batch.bad
+        self._bad += batch.found.bad
         if self._bad > self._config.max_bad_share * max(self._seen, JUDGED_SAMPLES):
             named = "; ".join(
-                f"{key}: {why}" for key, why in zip(batch.bad_keys, batch.bad_reasons, strict=True)
+                f"{key}: {why}"
+                for key, why in zip(batch.found.bad_keys, batch.found.bad_reasons, strict=True)
             )
-            text = (
+            raise (LostShard if batch.found.lost else UserError)(
                 f"{self._bad} of {self._seen} samples of {self._batcher.dataset.folder} could not be used, "
                 f"more than data.max_bad_share {self._config.max_bad_share} allows; the last ones: {named}"
             )
-            raise Failure(text, storage=batch.lost > 0).to_error()
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -216,26 +203,10 @@ def _close(reference: weakref.ref[RegionLoader]) -> None:
         loader.close()
 
 
-@dataclass
-class _Finds:
-    """What came to light while a batch was read; the names are those of Batch."""
-
-    bad_keys: list[str] = field(default_factory=list)
-    bad_reasons: list[str] = field(default_factory=list)
-    empty: int = 0
-    dropped_regions: int = 0
-    lost: int = 0
-
-    def bad(self, key: str, reason: Exception) -> None:
-        self.bad_keys.append(key)
-        self.bad_reasons.append(str(reason))
-
-
-@dataclass(frozen=True, eq=False)
-class _Undecoded:
+class _Undecoded(NamedTuple):
     """A sample whose pixels are still to be decoded."""
 
-    framed: Framed
+    sample: Sample
     image: Image.Image | Jpeg
     size: int
     """Bytes of the encoded image."""
@@ -246,7 +217,7 @@ class _Undecoded:
 
 
 @dataclass(frozen=True, eq=False)
-class Batcher(Dataset[Batch | Failure]):
+class Batcher(Dataset[Batch | UserError | LostShard]):
     """Makes a batch of the samples at some positions, in a worker process.
 
     Records are read for a group of samples before the pictures of the group are decoded: a decoder's tables
@@ -271,45 +242,42 @@ class Batcher(Dataset[Batch | Failure]):
     def _prefetcher(self) -> Prefetcher | None:
         return Prefetcher(self.dataset.mirror, self.order) if self.dataset.mirror is not None else None
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch | Failure:
-        """The batch of some positions, or why the run has to end."""
-        finds, config = _Finds(), self.config
+    def __getitems__(self, positions: Sequence[int]) -> Batch | UserError | LostShard:
+        """The batch of some positions, or why the run has to end: raised here, it would bring a traceback."""
+        found = Findings()
         if self._prefetcher is not None:
             self._prefetcher.reached(positions[0])
         self.dataset.read_ahead([self.order.sample(position) for position in positions])
-        samples = self._samples(positions, finds)
         try:
-            batch = collate(samples, len(positions), config.mean, config.std, self.pool)
+            return collate(self._samples(positions, found), len(positions), self.config, found, self.pool)
         except (UserError, LostShard) as error:
-            return Failure(str(error), storage=isinstance(error, LostShard))
-        return replace(batch, **vars(finds))
+            return error
 
-    def _samples(self, positions: Sequence[int], finds: _Finds) -> Iterator[TransformedSample]:
+    def _samples(self, positions: Sequence[int], found: Findings) -> Iterator[Sample]:
         group: deque[_Undecoded] = deque()
         size = 0
         for position in positions:
-            group.append(found := self._undecoded(position, 0, finds))
-            size += found.size
+            group.append(self._undecoded(position, 0, found))
+            size += group[-1].size
             if size >= GROUP_BYTES:
-                yield from self._decoded(group, finds)
+                yield from self._decoded(group, found)
                 size = 0
-        yield from self._decoded(group, finds)
+        yield from self._decoded(group, found)
 
-    def _decoded(self, group: deque[_Undecoded], finds: _Finds) -> Iterator[TransformedSample]:
+    def _decoded(self, group: deque[_Undecoded], found: Findings) -> Iterator[Sample]:
         """Empty the group, so that no picture is held longer than it is needed."""
         while group:
-            found = group.popleft()
-            framed = found.framed
+            sample, image, _, dropped, tried = group.popleft()
             try:
-                sample = self.transform.decode(found.image, framed)
+                sample = self.transform.decode(image, sample)
             except BadSample as reason:
-                finds.bad(framed.key, reason)
-                group.appendleft(self._undecoded(framed.position, found.tried, finds))
+                found.add_bad(sample.key, reason)
+                group.appendleft(self._undecoded(sample.position, tried, found))
             else:
-                finds.dropped_regions += found.dropped
+                found.dropped_regions += dropped
                 yield sample
 
-    def _undecoded(self, position: int, tried: int, finds: _Finds) -> _Undecoded:
+    def _undecoded(self, position: int, tried: int, found: Findings) -> _Undecoded:
         """The next usable sample for a position, as far as its record and its image's header tell."""
         for attempt in range(tried, MAX_TRIES):
             index = self.order.replacement(position, attempt) if attempt else self.order.sample(position)
@@ -318,8 +286,8 @@ class Batcher(Dataset[Batch | Failure]):
             except LostShard as reason:
                 if not self.skips_lost or attempt == MAX_TRIES - 1:
                     raise
-                finds.lost += 1
-                finds.bad(f"sample {index}", reason)
+                found.lost += 1
+                found.add_bad(f"sample {index}", reason)
                 continue
             try:
                 record, dropped = clip_regions(parse_sample(raw.record))
@@ -327,16 +295,16 @@ class Batcher(Dataset[Batch | Failure]):
                 image = open_image(raw.image)
                 check_size(image, record)
             except BadSample as reason:
-                finds.bad(raw.key, reason)
+                found.add_bad(raw.key, reason)
                 continue
-            framed = self.transform.frame(record, position, raw.key)
-            if framed is not None:
-                return _Undecoded(framed, image, len(raw.image), dropped, attempt + 1)
-            finds.empty += 1
+            sample = self.transform.frame(record, position, raw.key)
+            if sample is not None:
+                return _Undecoded(sample, image, len(raw.image), dropped, attempt + 1)
+            found.empty += 1
         raise UserError(
             f"{self.dataset.folder} gave no usable sample in {MAX_TRIES} tries for position {position}; "
-            f"bad samples: {', '.join(finds.bad_keys[:5]) or 'none'}; without a region in the crop: "
-            f"{finds.empty} (lower data.min_visible or raise data.crop_scale)"
+            f"bad samples: {', '.join(found.bad_keys[:5]) or 'none'}; without a region in the crop: "
+            f"{found.empty} (lower data.min_visible or raise data.crop_scale)"
         )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from megaregion.config import DataConfig, ModelConfig, StageConfig
-from megaregion.data.batch import OBJECT, TEXT, TransformedSample, normalise
+from megaregion.data.batch import OBJECT, TEXT, Sample, normalise
 from megaregion.data.image import Crop, Jpeg, decode_crop, eighths_needed, fitting_grid, random_crop
 from megaregion.data.order import Purpose, SeededRng
 from megaregion.data.sample import RLE, BadSample, Box, RegionRecord, SampleRecord, mask_area, overlap
@@ -34,26 +33,6 @@ TOLERANCE = 1e-9
 """Rounding must not decide whether a patch that is covered by exactly the threshold is visible."""
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-
-
-class Framed(NamedTuple):
-    """A sample without its pixels: the crop and the regions in it."""
-
-    key: str
-    position: int
-    crop: Crop
-    rows: int
-    """Patches from top to bottom."""
-    columns: int
-    """Patches from left to right."""
-    factors: tuple[float, ...]
-    """Of brightness, contrast and saturation; empty where nothing changes."""
-    visible: NDArray[np.bool_]
-    """[N, P]."""
-    kinds: NDArray[np.int8]
-    """[N]."""
-    labels: NDArray[np.int64]
-    """[N, T], padded with -1."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +50,7 @@ class Transform:
 
     def __call__(
         self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
-    ) -> TransformedSample | None:
+    ) -> Sample | None:
         """Transform one sample; the same (seed, position) gives the same bits anywhere.
 
         Returns:
@@ -81,10 +60,10 @@ class Transform:
             BadSample: The image cannot be decoded, or has another size than the record says.
         """
         check_size(image, record)
-        framed = self.frame(record, position, key)
-        return None if framed is None else self.decode(image, framed)
+        sample = self.frame(record, position, key)
+        return None if sample is None else self.decode(image, sample)
 
-    def frame(self, record: SampleRecord, position: int, key: str = "") -> Framed | None:
+    def frame(self, record: SampleRecord, position: int, key: str = "") -> Sample | None:
         """Draw and find all of a sample but its pixels; None if no region is left in the crop."""
         if not record.regions:
             return None
@@ -101,7 +80,7 @@ class Transform:
         places = kept[sample_regions(kept.size, data.regions_per_image, rng)]
         chosen = [record.regions[place] for place in places.tolist()]
         masks = [region.mask for region in chosen]
-        return Framed(
+        return Sample(
             key=key,
             position=position,
             crop=crop,
@@ -113,23 +92,15 @@ class Transform:
             labels=pad_labels(chosen, data.max_text_tokens),
         )
 
-    def decode(self, image: Image.Image | Jpeg, framed: Framed) -> TransformedSample:
-        """Decode the pixels of a sample.
+    def decode(self, image: Image.Image | Jpeg, sample: Sample) -> Sample:
+        """The sample with its pixels.
 
         Raises:
             BadSample: The image cannot be decoded.
         """
         patch = self.model.patch_size
-        pixels = decode_crop(image, framed.crop, framed.columns * patch, framed.rows * patch, shrink=True)
-        return TransformedSample(
-            key=framed.key,
-            position=framed.position,
-            pixels=jitter(pixels, framed.factors),
-            visible=framed.visible,
-            kinds=framed.kinds,
-            labels=framed.labels,
-            patch=patch if self.data.packing == "native" else 0,
-        )
+        pixels = decode_crop(image, sample.crop, sample.columns * patch, sample.rows * patch, shrink=True)
+        return sample._replace(pixels=jitter(pixels, sample.factors))
 
     def draw_crop(self, record: SampleRecord, rng: np.random.Generator, grid: int) -> Crop:
         """Draw the crop of an image and whether it is mirrored, first of all from the sample's generator."""

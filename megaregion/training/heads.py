@@ -216,7 +216,7 @@ class StepSums:
         """Note a micro-step's samples, before they go to the device."""
         self.positions.append(batch.positions)
         self.keys.append(batch.keys)
-        self.bad += batch.bad
+        self.bad += batch.found.bad
 
     def add(self, loss: HeadsLoss) -> None:
         """Add a micro-step's losses."""

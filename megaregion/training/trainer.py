@@ -265,7 +265,7 @@ class Trainer:
     def _next(self, batches: Iterator[Batch], sums: StepSums) -> tuple[Batch, GatheringLabels]:
         """The next micro-batch on the device, and its labels on their way to all data ranks."""
         batch = next(batches)
-        for key, reason in zip(batch.bad_keys, batch.bad_reasons, strict=True):
+        for key, reason in zip(batch.found.bad_keys, batch.found.bad_reasons, strict=True):
             LOG.warning("sample %s was replaced: %s", key, reason)
         sums.see(batch)
         self._utilisation.see(batch)

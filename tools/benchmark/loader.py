@@ -32,7 +32,7 @@ from benchmark.measure import add_clock, describe_host
 from benchmark.report import Case, Report
 from megaregion.command_line import path, whole
 from megaregion.config import DataConfig, ModelConfig
-from megaregion.data.batch import TransformedSample
+from megaregion.data.batch import Sample
 from megaregion.data.image import Crop, decode_crop, open_image, stay_on_one_core
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import Purpose, SampleOrder, seeded_rng
@@ -132,7 +132,7 @@ def _compare_resume(folder: Path, workers: int, batch: int) -> list[Case]:
     (first,) = loader.batches([range(FAR, FAR + batch)])
     seconds = time.perf_counter() - began
     loader.close()
-    replaced = first.bad + first.empty
+    replaced = first.found.bad + first.found.empty
     return [
         Case("first batch at position 10^9, beside the limit", seconds, GOAL_RESUME_SECONDS, 1.0, "s"),
         Case("samples read for it, beside its images", dataset.reads.value, batch + replaced, 1.0, "samples"),
@@ -230,18 +230,18 @@ class _Plain:
     positions: Mapping[str, int]
     transform: Transform
 
-    def __call__(self, sample: dict[str, Any]) -> TransformedSample | None:
+    def __call__(self, sample: dict[str, Any]) -> Sample | None:
         key: str = sample["__key__"]
         image: Image.Image = sample["jpg"]
         record, _ = clip_regions(parse_sample(sample["json"]))
         return self.transform(image, record, self.positions[key], key)
 
 
-def _is_usable(sample: TransformedSample | None) -> bool:
+def _is_usable(sample: Sample | None) -> bool:
     return sample is not None
 
 
-def _stack(samples: Sequence[TransformedSample]) -> dict[str, Tensor]:
+def _stack(samples: Sequence[Sample]) -> dict[str, Tensor]:
     pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
     return {
         "positions": torch.tensor([sample.position for sample in samples]),
