@@ -74,7 +74,7 @@ def test_batches_are_those_of_the_local_folder(folder: Path, tmp_path: Path, kin
     data = settings(tmp_path, workers=workers, cache_bytes=bound)
     near, far = loader(folder, data), loader(urls[kind], data)
     for ours, theirs in zip(far.batches(positions), near.batches(positions), strict=True):
-        assert (ours.keys, ours.bad_reasons) == (theirs.keys, [])
+        assert (ours.keys, ours.found.bad_reasons) == (theirs.keys, [])
         assert torch.equal(ours.pixels, theirs.pixels)
         assert torch.equal(ours.visible, theirs.visible)
     far.close()

@@ -195,8 +195,11 @@ class ShardedDataset:
 
     def _check_unchanged(self, number: int, file: int) -> None:
         """See that a shard is the one that dataset.json named when it was read, perhaps days ago."""
-        if self.mirror is None and os.fstat(file).st_mtime_ns != self._changed[number]:
-            shard = self.info.shards[number]
+        found, shard = os.fstat(file), self.info.shards[number]
+        if self.mirror is None and found.st_mtime_ns != self._changed[number]:
+            if found.st_size < shard.bytes:
+                self.close()
+                raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
             try:
                 self._check_hash(f"{shard.name}.tar", shard.sha256)
             except UserError as error:
