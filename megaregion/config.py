@@ -251,6 +251,9 @@ class TrainConfig:
     into equal parts of at most as many."""
     precision: Precision = "bf16"
     """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
+    grad_precision: Precision = "fp32"
+    """Type in which the body's gradients add up over micro-steps and over the data ranks; bf16 halves their
+    memory and traffic, and rounds every sum."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     activation_gib: Annotated[float, Real(0, 10**6, "GIB")] = 0.0
@@ -260,6 +263,9 @@ class TrainConfig:
     """Multiply in 8-bit floats in the blocks' linears, on GPUs from Ada and Hopper on (bf16, tensor 1)."""
     compile: bool = False
     """Compile each block with torch.compile; a start takes minutes longer, and on a CPU it does not pay."""
+    deterministic: bool = False
+    """Use only kernels whose sums have a fixed order, so that a run on GPUs and its resumes are equal bit for
+    bit, as on processors without it; slower, and no better."""
     log_every: Steps = 1
     """Steps between log lines."""
     slow_factor: SlowFactor = 1.5
@@ -278,6 +284,16 @@ class TrainConfig:
     def value_bytes(self) -> int:
         """Bytes of a parameter or an activation of the body."""
         return 2 if self.bf16 else 4
+
+    @property
+    def sum_precision(self) -> Precision:
+        """Type of the body's summed gradients: in fp32 there is nothing to halve."""
+        return self.grad_precision if self.bf16 else "fp32"
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of an element of the body's summed gradients."""
+        return 2 if self.sum_precision == "bf16" else 4
 
 
 @dataclass(frozen=True)

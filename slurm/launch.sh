@@ -30,8 +30,6 @@ run=$runs/$name
 restarts=${SLURM_RESTART_COUNT:-0} # unset at the first start
 start=$SLURM_JOB_ID.$restarts
 logs=$run/logs/$start
-# Kernels start in the order of their calls, so that tensor-parallel sums run beside products as megatron wants it.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 train=("$python" tools/pretrain.py --config "$config" --output "$runs" --name "$name" "$@")
 
 say() { echo "$(date '+%F %T') $start: $*"; }
@@ -103,6 +101,10 @@ per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
 # Fewer nodes than asked for may be left (--nodes=4-8); the global batch stays, so not every number of them fits.
 nodes=$("${train[@]}" --fit-nodes "$SLURM_JOB_NUM_NODES" --per-node "$per_node") || give_up $? "refused, see above"
 tasks=(--nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node")
+# srun takes no --cpus-per-task from sbatch (since SLURM 22.05): a rank and its loader would share one core. Neighbouring
+# ranks lie on neighbouring cores, as neighbouring GPUs lie on one socket; every rank sees all GPUs and takes its own.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then tasks+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+tasks+=(--cpu-bind=cores --distribution=block:block)
 # One dead rank ends the step: without it the others would wait for its part for ever.
 tasks+=(--kill-on-bad-exit=1 --wait=60 --output="$logs/rank-%t.out")
 # shellcheck disable=SC2206
@@ -112,8 +114,6 @@ meet
 # A checkpoint belongs to the newest start: a rank that SLURM lost sight of must not publish over it.
 export MEGAREGION_FENCE=$start
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-# A collective that fails ends its rank instead of hanging; the requeued start does the rest.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # Only what went wrong; INFO writes pages a rank.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Start-up traffic must not go over interfaces that exist on one node only.

@@ -40,11 +40,17 @@ class Drill:
         self.dataset = toy_dataset(folder / "shards", samples=64)
 
     def submit(
-        self, name: str, *settings: str, nodes: int | str = NODES, per_node: int = 1, **environment: str
+        self,
+        name: str,
+        *settings: str,
+        nodes: int | str = NODES,
+        per_node: int = 1,
+        cpus: int = 1,
+        **environment: str,
     ) -> str:
         """Submit the script that users submit; returns the job's number."""
         return self.cluster.submit(
-            f"--nodes={nodes}", f"--gpus-per-node={per_node}", "--cpus-per-task=1",
+            f"--nodes={nodes}", f"--gpus-per-node={per_node}", f"--cpus-per-task={cpus}",
             f"--output={self.folder}/{name}.log",
             repository() / "slurm" / "pretrain_8gpu.sh",
             *TOY, f"--data.path={self.dataset}", *settings,

@@ -34,7 +34,7 @@ MpiDefault=none
 MailProg=/bin/true
 PlugStackConfig={base}/etc/plugstack.conf
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -67,7 +67,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 
 NODE_CONF = """\
 NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} \
-Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"""
+{cores} ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN"""
 
 
 class PretendCluster:
@@ -75,6 +75,10 @@ class PretendCluster:
 
     controller = "127.0.0.1"
     """Address that the nodes reach the controller at."""
+    nodes = NODES
+    cores = "Sockets=2 CoresPerSocket=32"
+    """Of each node, whatever this machine has."""
+    task_plugin = "task/none"
 
     def __init__(self, base: Path, kill_wait: int = 60) -> None:
         self.base = base
@@ -95,9 +99,9 @@ class PretendCluster:
         self._start_munge()
         self._daemon("slurmctld", "slurmctld", "-D", "-f", self.config)
         self.until(lambda: "UP" in self.command("scontrol", "ping", check=False), 30, "slurmctld")
-        for number in range(1, NODES + 1):
+        for number in range(1, self.nodes + 1):
             self.start_node(f"n{number}")
-        self.until(lambda: self.nodes_in("idle") == NODES, 60, "idle nodes")
+        self.until(lambda: self.nodes_in("idle") == self.nodes, 60, "idle nodes")
 
     def stop(self) -> None:
         """Kill what is left of jobs, then the daemons."""
@@ -233,14 +237,17 @@ class PretendCluster:
             time.sleep(0.2)
 
     def _write_configuration(self) -> None:
-        first = _free_ports(NODES + 1)
+        first = _free_ports(self.nodes + 1)
         host = socket.gethostname().split(".")[0]
         nodes = [
-            NODE_CONF.format(name=f"n{i}", host=host, address=self.address(i), port=first + i)
-            for i in range(1, NODES + 1)
+            NODE_CONF.format(
+                name=f"n{i}", host=host, address=self.address(i), port=first + i, cores=self.cores
+            )
+            for i in range(1, self.nodes + 1)
         ]
         text = SLURM_CONF.format(
             base=self.base, host=host, port=first, controller=self.controller, kill_wait=self._kill_wait,
+            task_plugin=self.task_plugin,
             addresses="\n".join(nodes),
         )  # fmt: skip
         self.config.write_text(text)
@@ -267,6 +274,12 @@ class PretendCluster:
                 [str(part) for part in command],
                 env=self.environment, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
+
+
+class BindingCluster(PretendCluster):
+    """One node of two cores, this machine's first two, to which SLURM binds the tasks."""
+
+    nodes, cores, task_plugin = 1, "Sockets=1 CoresPerSocket=2", "task/affinity"
 
 
 @contextlib.contextmanager

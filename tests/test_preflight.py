@@ -23,6 +23,7 @@ from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, j
 WHOLE = Findings(
     rank=0, host="n0", versions={"torch": "2.13.0"}, device="H200, 140 GiB", matrix=0.010, exact=True,
     inside=300.0, across=40.0, clock=1000.0, dataset="f" * 64, free=10**12,
+    cores=(0, 1, 2, 3), host_cores=8,
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ FREE = {
     "parallel": ("tensor", "sequence", "zero_stage"),
     "train": (
         "steps", "global_batch", "micro_batch", "precision", "recompute", "activation_gib", "fp8", "compile",
-        "log_every", "slow_factor", "watchdog_seconds",
+        "grad_precision", "deterministic", "log_every", "slow_factor", "watchdog_seconds",
     ),
     "checkpoint": ("every", "asynchronous", "local", "keep_last", "keep_every", "keep_best"),
     "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks"),

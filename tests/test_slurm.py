@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 from drill import STEPS, Drill, assert_same
 from launch import repository
+from pretend_cluster import BindingCluster, pretend_cluster
 
 RANKS = 4
 """Enough here, where two cores run them; `make drills` plays its faults on eight."""
@@ -56,6 +58,26 @@ def test_a_mistake_fails_the_job_at_once_and_is_not_requeued(
     assert drill.finish("mistake", job, 60) == "FAILED"
     assert drill.cluster.job(job)["ExitCode"] == "2:0"
     assert message in (drill.folder / "mistake.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def binding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+    with pretend_cluster(BindingCluster) as cluster:
+        yield Drill(cluster, tmp_path_factory.mktemp("binding"))
+
+
+@pytest.mark.parametrize(("ranks", "cores_a_rank"), [(1, 2), (2, 1)])
+def test_srun_gives_every_rank_the_cores_that_the_job_asked_for(
+    binding: Drill, ranks: int, cores_a_rank: int
+) -> None:
+    name = f"bound{ranks}"
+    job = binding.submit(
+        name, "--head.draw_images=6", "--stop-at=1", nodes=1, per_node=ranks, cpus=cores_a_rank
+    )
+    assert binding.finish(name, job) == "COMPLETED", binding.log(name)
+    text = next((binding.folder / name / "logs").glob("*/rank-0.out")).read_text()
+    host = next(line.split() for line in text.splitlines() if line.startswith("n1 "))
+    assert (host[1], host[5]) == (str(ranks), str(cores_a_rank)), text
 
 
 def test_jobs_of_one_host_and_starts_of_one_job_have_ports_of_their_own() -> None:

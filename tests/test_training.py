@@ -187,6 +187,15 @@ BF16 = {
     "bf16-zero3-tp2": {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__tensor": 2},
 }
 
+SUMMED = {
+    f"summed-{kind}-zero{stage}": {
+        "parallel__zero_stage": stage, "train__precision": "bf16", "train__grad_precision": kind,
+        "train__steps": 1, "train__micro_batch": 1, "optimizer__clip_norm": 0.0,
+    }
+    for stage in (1, 2, 3)
+    for kind in ("fp32", "bf16")
+}  # fmt: skip
+
 NATIVE_STAGES = {
     "data__packing": "native",
     "data__crop_ratio": (0.3, 3.0),
@@ -212,7 +221,7 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
     data, runs = Path(dataset), Path(output)
     for name, changes in {**TOPOLOGIES, **VARIANTS}.items():
         train(toy_config(data, runs, name, **FULL, **changes))
-    for name, changes in {**SAMPLED, **BF16}.items():
+    for name, changes in {**SAMPLED, **BF16, **SUMMED}.items():
         train(toy_config(data, runs, name, **changes))
     for name, (first, then) in CONTINUED.items():
         train(toy_config(data, runs, f"{name}-whole", **TWO_OF_FOUR, **first))
@@ -262,6 +271,22 @@ def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, f
 def test_bf16_stays_close_to_fp32(name: str, dataset: Path, four_ranks: Path) -> None:
     exact = losses(toy_config(dataset, four_ranks, "sampled-tp1"))
     assert losses(toy_config(dataset, four_ranks, name)) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_bf16_add_up_in_fp32_unless_told_otherwise(
+    stage: int, dataset: Path, four_ranks: Path
+) -> None:
+    def fits_bf16(kind: str) -> float:
+        """Share of a step's gradients that bf16 can hold."""
+        name = f"summed-{kind}-zero{stage}"
+        config = toy_config(dataset, four_ranks, name, **SUMMED[name])
+        moment = checkpoint(config, 1).read("body.exp_avg.vit.blocks.0.mlp.fc1.weight")
+        gradient = moment[moment != 0] / (1 - config.optimizer.beta1)
+        return float(((gradient.bfloat16() - gradient).abs() < 1e-5 * gradient.abs()).double().mean())
+
+    assert fits_bf16("fp32") < 0.1
+    assert fits_bf16("bf16") > 0.95
 
 
 @pytest.mark.parametrize("name", [n for n in CONTINUED if n.startswith("same")])

@@ -48,7 +48,7 @@ def pretrain(flags: argparse.Namespace) -> int:
     evaluation = BackgroundEvaluation(config)
     # A collective must not give up before the watchdog has named who is missing from it.
     patience = 30 + int(config.train.watchdog_seconds / 15)
-    place = topology.join(config.parallel.tensor, timeout_minutes=patience)
+    place = topology.join(config.parallel.tensor, patience, config.train.deterministic)
     if flags.preflight:
         code = check_machines(config, place)
         if code or flags.preflight == "only":

@@ -168,7 +168,7 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
     }
     sizes = (linear.in_features, linear.out_features)
     with warnings.catch_warnings():
-        # slurm/launch.sh sets it; without a GPU it means nothing.
+        # topology.join sets it; without a GPU it means nothing.
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
         cut = (
             _Column(*sizes, gather_output=False, **common)

@@ -62,11 +62,12 @@ class Topology:
         return self.world_size // self.tensor_size
 
 
-def join(tensor: int, timeout_minutes: int = 30) -> Topology:
+def join(tensor: int, timeout_minutes: int = 30, deterministic: bool = False) -> Topology:
     """Join the process group that the launcher describes and lay the ranks out.
 
     The launcher is torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)
     or nobody (one process). A collective that stalls for ``timeout_minutes`` raises.
+    ``deterministic`` lets this process use only kernels whose sums have a fixed order.
 
     Raises:
         UserError: The number of ranks is not a multiple of ``tensor``.
@@ -74,6 +75,15 @@ def join(tensor: int, timeout_minutes: int = 30) -> Topology:
     rank, world_size, local_rank = launched_as()
     if world_size % tensor:
         raise UserError(f"parallel.tensor must divide the number of ranks {world_size}, got {tensor}")
+    if deterministic:
+        # cuBLAS reads it with its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # What is new is written before it is read: filling it would only cost passes over memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if tensor > 1:
+        # Kernels start in the order of their calls, so that the tensor ranks' sums run beside products.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _own_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,8 @@ def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": cut.micro_batch,
         "gradient_accumulation_steps": cut.micro_steps,
         "gradient_clipping": config.optimizer.clip_norm,
+        "data_types": {"grad_accum_dtype": config.train.sum_precision},
+        "communication_data_type": config.train.sum_precision,
         "bf16": {"enabled": bf16, "check_grad_overflow": bf16} if bf16 else {"enabled": False},
         "zero_optimization": {
             "stage": effective_stage(config, data_ranks),
@@ -228,7 +230,7 @@ def _start(
         fused=True,
     )
     plain = effective_stage(config, topology.data_size) == 0
-    with uncompiled():
+    with uncompiled(), _one_optimizer_of_stages():
         engine, wrapped, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -237,6 +239,21 @@ def _start(
             dist_init_required=False,
         )
     return engine, wrapped
+
+
+@contextmanager
+def _one_optimizer_of_stages() -> Iterator[None]:
+    """Let stage 1 sum bf16's gradients in fp32 in the optimizer that it shares with stage 2.
+
+    DeepSpeed would take another, which knows less of what stages.py needs.
+    """
+    from deepspeed.runtime import engine
+
+    usual, engine.BFLOAT16 = engine.BFLOAT16, engine.ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        engine.BFLOAT16 = usual
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

@@ -163,8 +163,10 @@ class _Partitioned(Stage):
         return safe_get_full_optimizer_state(parameter, key)
 
     def gradients(self) -> list[Tensor]:
-        """Those of parameters, and what is reduced already."""
+        """Those of parameters, their sums in another type, and what is reduced already."""
         found = super().gradients()
+        sums = (getattr(parameter, "grad_accum", None) for parameter in self._parameters.values())
+        found += [gradient for gradient in sums if gradient is not None]
         for parts in ("all_grad_tensors", "averaged_gradients"):
             for group in getattr(self._optimizer, parts, {}).values():
                 found += group or []

@@ -162,6 +162,11 @@ class Layout:
         return self.config.train.value_bytes
 
     @property
+    def sum_itemsize(self) -> int:
+        """Bytes of an element of a body parameter's summed gradient."""
+        return self.config.train.sum_bytes
+
+    @property
     def recompute(self) -> tuple[Recompute, ...]:
         """What each block recomputes."""
         return recompute_of_run(self.config, self.micro_batch, self.config.model.image_size)

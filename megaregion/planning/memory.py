@@ -63,7 +63,7 @@ def rank_memory(layout: Layout, hardware: Hardware) -> Memory:
     kept = activation_bytes(layout, hardware) * layout.micro_batch
     owned = layout.parameters / layout.data if layout.zero_stage else 0.0
     # Before the update this rank's gradients are laid out flat, in fp32, beside themselves.
-    updating = owned * layout.itemsize if layout.zero_stage else growing
+    updating = owned * layout.sum_itemsize if layout.zero_stage else growing
     centers = 0.0 if hardware.device == "processor" else _head_scratch(layout)
     moments = {
         "heads": {"activations": kept, "gradients": stored, "rows and scores": centers + _head_work(layout)},
@@ -101,9 +101,9 @@ def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
     if layout.zero_stage == 3:
         # Gathered for their next use in the step, and the buffer that stage 3 never gives back.
         kinds["weights"] += layout.itemsize * min(layout.parameters, LIVE_PARAMETERS)
-        kinds["buffers"] = float(layout.itemsize * layout.bucket)
+        kinds["buffers"] = float(layout.sum_itemsize * layout.bucket)
         if hardware.device == "processor":
-            kinds["buffers"] = float(layout.itemsize * min(layout.bucket, layout.parameters))
+            kinds["buffers"] = float(layout.sum_itemsize * min(layout.bucket, layout.parameters))
     if hardware.device == "processor":
         # What the heads work in stays from step to step (heads/scratch.py).
         kinds["head"] += _head_scratch(layout)
@@ -112,14 +112,21 @@ def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
 
 def gradients_of_one_pass(layout: Layout) -> float:
     """Bytes of gradients that the first of several micro-steps leaves to the next, or to the update."""
-    whole = float(layout.parameters * layout.itemsize)
+    whole = float(layout.parameters * layout.sum_itemsize)
     if layout.zero_stage <= 1:
         return whole
     owned = whole / layout.data
+    if _sums_apart(layout):
+        return owned
     # Stage 2 keeps whole tensors of which a part is this rank's: in the mean about one more than its part.
     model = layout.config.model
-    largest = model.width * max(3 * model.width, model.mlp_width) / layout.tensor * layout.itemsize
+    largest = model.width * max(3 * model.width, model.mlp_width) / layout.tensor * layout.sum_itemsize
     return owned if layout.zero_stage == 3 or layout.data == 1 else min(whole, owned + largest)
+
+
+def _sums_apart(layout: Layout) -> bool:
+    """Whether gradients add up in another type than they are made in, in one flat piece of a rank's own."""
+    return layout.sum_itemsize != layout.itemsize
 
 
 def _gradients(layout: Layout) -> tuple[float, float]:
@@ -128,7 +135,7 @@ def _gradients(layout: Layout) -> tuple[float, float]:
     if layout.zero_stage <= 1:
         return (once if again else 0.0), once
     if layout.zero_stage == 2:
-        return (once if again else 0.0), once * (2 if again else 1)
+        return (once if again else 0.0), once * (2 if again and not _sums_apart(layout) else 1)
     return once, once
 
 
@@ -167,7 +174,7 @@ def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, floa
     travelling = {
         "activations": kept * (1 - full / layout.parameters),
         "gradients": stored,
-        "buffers": layout.itemsize * full * copies,
+        "buffers": layout.sum_itemsize * full * copies,
     }
     return _greater(begins, travelling)
 
@@ -191,7 +198,7 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """
     if layout.zero_stage not in (1, 2):
         return 0.0, 0.0
-    size = layout.itemsize
+    size = layout.sum_itemsize
     filled = float(min(layout.bucket, layout.parameters) * size)
     flattened = filled if layout.data > 1 else 0.0
     if hardware.device == "gpu":

@@ -183,7 +183,7 @@ def _optimizer(layout: Layout, hardware: Hardware) -> float:
         moved = owned * (12 + 4 + 8 + 28 + 4 + size)
         # Gradients go to a bucket, are averaged, laid out for the reduction and brought back.
         times = layout.micro_steps if stage >= 2 else 1
-        moved += times * parameters * 8 * size
+        moved += times * parameters * 8 * layout.sum_itemsize
     touched = sum(head.touched for head in layout.heads.values())
     # Correction and norm of the gradients, then weight and two moments read, moved and written back.
     moved += touched * dim * 4 * (6 + 14)

@@ -67,7 +67,7 @@ def list_transfers(layout: Layout, hardware: Hardware) -> list[Transfer]:
 
 def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
     stage, micro_steps, data = layout.zero_stage, layout.micro_steps, layout.data
-    size = layout.parameters * layout.itemsize
+    size, summed = layout.parameters * layout.itemsize, layout.parameters * layout.sum_itemsize
     ring = (data - 1) / data
     buckets = max(1, -(-layout.parameters // layout.bucket))
     overlaps = hardware.device == "gpu" and stage > 0
@@ -77,7 +77,7 @@ def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
         "gradients",
         "data",
         data,
-        sent=times * (1 if stage == 3 else 2) * ring * size,
+        sent=times * (1 if stage == 3 else 2) * ring * summed,
         calls=times * buckets,
         beside="backward" if overlaps else "none",
         tail=1 / buckets,

@@ -61,6 +61,9 @@ class Findings:
     """Hash of dataset.json and every shard's size, empty if the dataset cannot be read."""
     free: int
     """Bytes free where checkpoints are written."""
+    cores: tuple[int, ...]
+    """Cores that this rank and its loader may run on."""
+    host_cores: int
     complaint: str = ""
     """Why the dataset cannot be read."""
     refusal: str = ""
@@ -84,7 +87,7 @@ def check_machines(config: RunConfig, topology: Topology) -> int:
     verdict = judge(findings, config.machines, checkpoint_bytes(config))
     if topology.rank == 0:
         print(f"{table(findings)}; looked at in {time.perf_counter() - began:.1f} s")
-        for problem in verdict.mistakes + verdict.machines:
+        for problem in verdict.mistakes + verdict.machines + _crowded(findings, config.data.workers):
             print(f"megaregion: preflight: {problem}", file=sys.stderr)
     if verdict.mistakes:
         return USER_ERROR_EXIT
@@ -107,6 +110,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         across=_bus_bandwidth(topology.world_group, floats, topology.device),
         dataset=dataset, complaint=complaint, free=shutil.disk_usage(folder).free,
         refusal=try_to_save(folder, checkpoint_bytes(config) // topology.world_size),
+        cores=_own_cores(), host_cores=os.cpu_count() or 1,
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     return [Findings(**json.loads(text)) for text in texts]
@@ -149,17 +153,18 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def table(findings: Sequence[Findings]) -> str:
-    """Hosts below each other: device, speed of the slowest rank, bandwidth inside, free disk."""
+    """Hosts below each other: slowest rank, bandwidth inside, free disk, fewest cores, device."""
     hosts: dict[str, list[Findings]] = defaultdict(list)
     for one in findings:
         hosts[one.host].append(one)
-    rows = [("host", "ranks", "product ms", "inside GB/s", "free GB", "device")]
+    rows = [("host", "ranks", "product ms", "inside GB/s", "free GB", "cores a rank", "device")]
     for host, ranks in hosts.items():
         slowest, narrowest = max(one.matrix for one in ranks), min(one.inside for one in ranks)
         inside, free = f"{narrowest:.2f}" if narrowest else "-", f"{ranks[0].free / 1e9:,.0f}"
-        rows.append((host, str(len(ranks)), f"{slowest * 1e3:.2f}", inside, free, ranks[0].device))
+        cores = str(min(len(one.cores) for one in ranks))
+        rows.append((host, str(len(ranks)), f"{slowest * 1e3:.2f}", inside, free, cores, ranks[0].device))
     across = min(one.across for one in findings)
-    return f"{aligned(rows, left=(0, 5))}\nall-reduce over all {len(findings)} ranks: {across:.2f} GB/s"
+    return f"{aligned(rows, left=(0, 6))}\nall-reduce over all {len(findings)} ranks: {across:.2f} GB/s"
 
 
 def _versions() -> dict[str, str]:
@@ -234,6 +239,12 @@ def _read_dataset(data: DataConfig, topology: Topology) -> tuple[str, str]:
     return hashlib.sha256(content).hexdigest(), ""
 
 
+def _own_cores() -> tuple[int, ...]:
+    if sys.platform == "linux":
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
 def _existing(folder: Path) -> Path:
     """A folder, or the nearest one above it that exists."""
     while not folder.exists():
@@ -305,6 +316,21 @@ def _skewed(findings: Sequence[Findings], wanted: MachinesConfig) -> list[str]:
         f"{host}'s clock is {skew:+.1f} s off the others' (machines.clock_skew {wanted.clock_skew:g} s)"
         for host, skew in hosts.items()
         if abs(skew) > wanted.clock_skew
+    ]
+
+
+def _crowded(findings: Sequence[Findings], workers: int) -> list[str]:
+    """Hosts whose ranks share a few of many cores: worth a line, not an end."""
+    ranks = Counter(one.host for one in findings)
+    crowded = {
+        one.host: (len(one.cores), one.host_cores)
+        for one in findings
+        if len(one.cores) < workers and 2 * len(one.cores) * ranks[one.host] <= one.host_cores
+    }
+    return [
+        f"{host} gives a rank {cores} of its {all_cores} cores for {workers} loader workers; "
+        "raise --cpus-per-task"
+        for host, (cores, all_cores) in crowded.items()
     ]
 
 
