@@ -312,6 +312,15 @@ def test_features_that_are_not_finite_name_their_sample_and_move_no_center(
     launch(_poisoned, 1, str(dataset), str(tmp_path))
 
 
+def test_kernels_of_a_fixed_order_train_as_any(dataset: Path, tmp_path: Path) -> None:
+    for name, flags in {"any": [], "fixed": ["--train.deterministic=true"]}.items():
+        done = pretrain(dataset, tmp_path / name, "--train.steps=2", *flags)
+        assert done.returncode == 0, done.stderr
+    assert [record["loss"] for record in metrics(tmp_path / "fixed")] == [
+        record["loss"] for record in metrics(tmp_path / "any")
+    ]
+
+
 def test_a_stop_request_before_the_first_step_ends_the_start(dataset: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(dataset, tmp_path, "--train.steps=100000"),

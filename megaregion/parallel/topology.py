@@ -80,7 +80,7 @@ def join(tensor: int, timeout_minutes: int = 30, deterministic: bool = False) ->
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # What is new is written before it is read: filling it would only cost passes over memory.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if tensor > 1:
         # Kernels start in the order of their calls, so that the tensor ranks' sums run beside products.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
