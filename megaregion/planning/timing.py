@@ -19,8 +19,8 @@ from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers
 
 KERNELS = {"forward": 14, "backward": 55, "head": 50, "draw": 60, "tile": 33, "block of centers": 34}
-"""Kernels of one block's forward and backward pass (with ZeRO's sums in fp32), of a head in a micro-step, of a draw, of a tile, and of
-updating some centers. Drawing is the host's, beside the encoder's pass."""
+"""Kernels of one block's forward pass and its backward pass with ZeRO's sums in fp32, of a head in a
+micro-step, of a draw, of a tile, and of updating some centers. Drawing is the host's, beside the encoder."""
 CHEAP_SHARE = 0.03
 """What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
