@@ -136,17 +136,20 @@ def read_info(folder: Path) -> DatasetInfo:
 def _check_types(info: DatasetInfo) -> None:
     """See that numbers are whole and names are names of files beside dataset.json; raises TypeError."""
     parts: list[DatasetInfo | ShardEntry] = [info, *info.shards]
+    kinds = {
+        kind: [(field.name, str(field.type)) for field in fields(kind)] for kind in (DatasetInfo, ShardEntry)
+    }
     for part in parts:
-        for field in fields(part):
-            value, wanted = getattr(part, field.name), str(field.type)
+        for name, wanted in kinds[type(part)]:
+            value = getattr(part, name)
             if wanted == "int" and (type(value) is not int or not -1 <= value < 2**63):
-                raise TypeError(f"{field.name} must be a whole number, got {shown(value)}")
+                raise TypeError(f"{name} must be a whole number, got {shown(value)}")
             if wanted in ("str", "str | None") and not isinstance(
                 value, str if wanted == "str" else str | None
             ):
-                raise TypeError(f"{field.name} must be text, got {shown(value)}")
-            if field.name == "name" and (not value.isprintable() or "/" in value):
-                raise TypeError(f"{field.name} must be the name of a shard, got {shown(value)}")
+                raise TypeError(f"{name} must be text, got {shown(value)}")
+            if name == "name" and (not value.isprintable() or "/" in value):
+                raise TypeError(f"{name} must be the name of a shard, got {shown(value)}")
     if max(info.object_classes, info.text_classes) >= 2**31:
         raise TypeError("more classes than a label can name")
 
