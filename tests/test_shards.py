@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,14 @@ def test_counts_and_label_spaces_stand_in_dataset_json(folder: Path) -> None:
     assert (content["object_classes"], content["text_classes"]) == (8, 6)
     assert content["centers_sha256"] is None
     assert ShardedDataset(folder).info.to_dict() == content
+
+
+def test_one_object_class_is_warned_of(folder: Path) -> None:
+    info = ShardedDataset(folder).info
+    assert info.notices() == []
+    [notice] = replace(info, object_classes=1).notices()
+    assert "its loss is 0" in notice
+    assert replace(info, object_classes=1, objects=0).notices() == [], "text alone is no mistake"
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:

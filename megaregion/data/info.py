@@ -75,6 +75,15 @@ class DatasetInfo:
         files = {CENTERS_NAME: self.centers_sha256, TOKENIZER_NAME: self.tokenizer_sha256}
         return {name: sha256 for name, sha256 in files.items() if sha256 is not None}
 
+    def notices(self) -> list[str]:
+        """What a user who trains on it should know, a line each."""
+        if self.object_classes != 1 or not self.objects:
+            return []
+        return [
+            "the dataset has one object class, from which nothing can be told apart: its loss is 0 "
+            "from the first step; curate with more --clusters"
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The content of dataset.json."""
         return {

@@ -149,6 +149,8 @@ class Trainer:
                 place.world_size, place.tensor_size, place.data_size, self.engine.stage,
                 self.config.train.precision, info.samples, info.object_classes, info.text_classes,
             )  # fmt: skip
+            for notice in info.notices():
+                LOG.warning("%s", notice)
         with self.clock.span("load"):
             if resume and not self.state.resume() and place.rank == 0:
                 LOG.info("no checkpoint in %s yet: starting", self.state.checkpoints)
