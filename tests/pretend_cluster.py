@@ -336,7 +336,8 @@ def _read(path: str) -> bytes:
 
 def _free_ports(count: int) -> int:
     """First of some neighbouring ports that nobody listens on."""
-    for first in range(26817, 60000, count):
+    # Each process looks in a place of its own: what one has found, another may take before it is used.
+    for first in range(10000 + os.getpid() % 900 * 10, 32000, count):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):

@@ -1,7 +1,8 @@
 """Several pytests share one suite: each takes the next test file that no other has taken.
 
-`make test` starts two, for much of the suite waits for processes that it has started. Tests of one pretend
-cluster stay together: to start it takes longer than most files.
+`make test` starts two, for much of the suite waits for processes that it has started. Files that need a
+pretend cluster stay together: to start it takes longer than most files. A file is never split, for pytest
+would keep its module open for a test that another process has taken.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ LONGEST = (
     "test_benchmark", "test_start", "test_watchdog", "test_export", "test_curation", "test_fuzz",
 )  # fmt: skip
 """Files that are taken first, so that no pytest is left alone with one of them at the end."""
+CLUSTERS = {"drill", "binding"}
+"""Fixtures that start a pretend cluster."""
 MINE: set[str] = set()
 """What this process has taken."""
+ON_CLUSTERS: set[str] = set()
+"""Files that need a pretend cluster."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ON_CLUSTERS.update(
+        item.path.stem for item in items if not CLUSTERS.isdisjoint(getattr(item, "fixturenames", ()))
+    )
     if config.getoption("share"):
         items.sort(key=_turn)
 
@@ -45,7 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 
 def _group(item: pytest.Item) -> str:
-    return "cluster" if "drill" in getattr(item, "fixturenames", ()) else item.path.stem
+    return "cluster" if item.path.stem in ON_CLUSTERS else item.path.stem
 
 
 def _turn(item: pytest.Item) -> int:

@@ -17,6 +17,11 @@ def test_two_pytests_that_share_a_folder_run_every_test_once(tmp_path: Path) -> 
     (tmp_path / "taken").mkdir()
     for number in range(8):
         (tmp_path / f"test_{number}.py").write_text(TESTS)
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n@pytest.fixture(scope='session')\ndef drill(): pass\n"
+    )
+    for number in (2, 6):
+        (tmp_path / f"test_{number}.py").write_text(TESTS.replace("test_b()", "test_b(drill)"))
     command = [
         sys.executable, "-m", "pytest", "-v", "-p", "sharing", "-p", "no:cacheprovider", "--rootdir=.",
         "--share=taken", ".",
@@ -30,3 +35,5 @@ def test_two_pytests_that_share_a_folder_run_every_test_once(tmp_path: Path) -> 
     assert [one.returncode for one in both] == [0, 0]
     assert len(ran[0] + ran[1]) == len({*ran[0], *ran[1]}) == 24
     assert all(len(one) % 3 == 0 for one in ran), "the tests of a file stay together"
+    on_cluster = [sum(name.startswith(("test_2", "test_6")) for name in one) for one in ran]
+    assert sorted(on_cluster) == [0, 6], "the files of a pretend cluster stay together"
