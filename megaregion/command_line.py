@@ -264,6 +264,8 @@ def _of_the_machine(error: Exception) -> int:
         line, code = f"not enough memory ({told[:200] or 'of the host'}); take less at once", 1
     elif _NO_FILES in told or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
         line, code = f"{_NO_FILES}; raise the limit on them (ulimit -n) or take fewer workers", 1
+    elif _NO_THREADS in told:
+        line, code = f"{_NO_THREADS}; raise the limits (ulimit -u, ulimit -v) or take fewer workers", 1
     elif isinstance(error, OverflowError):
         line, code = f"a number is too large for the machine ({told}); give a smaller one", USER_ERROR_EXIT
     elif isinstance(error, OSError):
@@ -278,6 +280,7 @@ def _of_the_machine(error: Exception) -> int:
 
 
 _NO_FILES = "Too many open files"
+_NO_THREADS = "can't start new thread"
 _NO_MEMORY = r"(out of|not enough|allocate) memory|failed to map segment"
 """As libraries say it, the loader of shared ones included."""
 _MENDABLE = (

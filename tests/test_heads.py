@@ -519,7 +519,12 @@ def test_sampling_that_saves_nothing_warns_once(
 def test_triton_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megaregion.heads.tiles.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the triton package"):
-        choose_kernel("triton")
+        choose_kernel("triton", torch.device("cuda"))
+
+
+def test_triton_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"head\.backend triton needs a GPU, and this rank computes on a cpu"):
+        choose_kernel("triton", torch.device("cpu"))
 
 
 @pytest.mark.skipif(

@@ -346,6 +346,7 @@ def test_a_wrong_flag_of_any_tool_is_a_line_before_anything_is_read(
         (IsADirectoryError(errno.EISDIR, "Is a directory", "m"), "m: Is a directory", 2),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n", 1),
         (MemoryError(), "not enough memory", 1),
+        (RuntimeError("can't start new thread"), "ulimit -u", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory", 1),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory", 1),
         (RuntimeError("gloo/transport/tcp/socket.cc:24 socket: Too many open files"), "ulimit -n", 1),

@@ -75,7 +75,7 @@ class ClassShardedHead:
             raise UserError(f"head {kind} needs at least 1 class, got {classes}")
         self.config, self.classes, self.name = config.head.by_kind[kind], classes, kind
         self.dim, self.chunk_bytes = config.head.embedding_dim, config.head.chunk_bytes
-        self.kernel = choose_kernel(config.head.backend)
+        self.kernel = choose_kernel(config.head.backend, topology.device)
         self.topology, self.world_group = topology, topology.world_group
         ranks, rank = self.world_group.size(), self.world_group.rank()
         share = -(-classes // ranks)

@@ -209,14 +209,18 @@ def exponentiate(products: Tensor, inverse: Tensor | None, shift: Tensor | None)
     return sum_exp, best
 
 
-def choose_kernel(backend: HeadBackend) -> Kernel:
+def choose_kernel(backend: HeadBackend, device: torch.device) -> Kernel:
     """The kernel of a backend; auto is torch, since the Triton one has not been timed on a GPU yet.
 
     Raises:
-        UserError: Triton was asked for and is not installed.
+        UserError: Triton was asked for and is not installed, or the device is no GPU.
     """
     if backend != "triton":
         return exponentiate
+    if device.type != "cuda":
+        raise UserError(
+            f"head.backend triton needs a GPU, and this rank computes on a {device.type}; use torch"
+        )
     if find_spec("triton") is None:
         raise UserError("head.backend triton needs the triton package, which is not installed; use torch")
     from megaregion.heads.triton_kernel import exponentiate_fused
