@@ -18,12 +18,12 @@ from toy import toy_dataset
 
 from megaregion.config import MachinesConfig, RunConfig
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT
-from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, judge, try_to_save
+from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, crowded, judge, try_to_save
 
 WHOLE = Findings(
     rank=0, host="n0", versions={"torch": "2.13.0"}, device="H200, 140 GiB", matrix=0.010, exact=True,
     inside=300.0, across=40.0, clock=1000.0, dataset="f" * 64, free=10**12,
-    cores=(0, 1, 2, 3), host_cores=8,
+    cores=4, host_cores=8,
 )  # fmt: skip
 
 
@@ -88,6 +88,13 @@ def test_a_disk_that_takes_no_checkpoint_is_found_before_the_first_save(tmp_path
         signal.signal(signal.SIGXFSZ, handler)
     assert f"{tmp_path} takes no checkpoint (File too large); make it writable" in told or "give back" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_share_a_few_of_many_cores_are_told() -> None:
+    assert not crowded(findings(), workers=10), "all cores of the host are given"
+    [line] = crowded(findings(cores=1, host_cores=64), workers=10)
+    assert line == "n1 gives a rank 1 of its 64 cores for 10 loader workers; raise --cpus-per-task"
+    assert not crowded(findings(cores=1, host_cores=64), workers=1), "the loader has what it asked for"
 
 
 def test_a_checkpoint_is_weighed_before_it_is_written(tmp_path: Path) -> None:

@@ -143,6 +143,22 @@ def spoilt_steps(faults: Faults, steps: tuple[int, ...]) -> list[tuple[int, int]
     return found
 
 
+def test_a_save_is_slow_once_and_a_clock_jumps_in_its_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAREGION_FAULT", "slow-save:step=5:seconds=0.3,clock-jump:step=5:seconds=-90")
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    faults = Faults.of_rank(0)
+    for step in (4, 5, 6):
+        faults.strike("forward", step)
+        faults.strike("save", step)
+    assert slept == [0.3]
+    assert time.time() == 910.0
+    late = Faults.of_rank(0)
+    late.strike("forward", 6)
+    assert time.time() == 910.0, "a start behind the step has no jump"
+
+
 def test_a_fault_is_silent_when_unset_and_acts_on_its_own_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGAREGION_FAULT", raising=False)
     assert spoilt_steps(Faults.of_rank(0), (4, 5)) == []

@@ -245,7 +245,7 @@ def _start(
 def _one_optimizer_of_stages() -> Iterator[None]:
     """Let stage 1 sum bf16's gradients in fp32 in the optimizer that it shares with stage 2.
 
-    DeepSpeed would take another, which knows less of what stages.py needs.
+    DeepSpeed would take another, which lacks parts that zero_stages.py uses.
     """
     from deepspeed.runtime import engine
 

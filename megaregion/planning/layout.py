@@ -167,6 +167,11 @@ class Layout:
         return self.config.train.sum_bytes
 
     @property
+    def sums_apart(self) -> bool:
+        """Whether gradients add up in another type than they are made in, in memory of their own."""
+        return self.sum_itemsize != self.itemsize
+
+    @property
     def recompute(self) -> tuple[Recompute, ...]:
         """What each block recomputes."""
         return recompute_of_run(self.config, self.micro_batch, self.config.model.image_size)

@@ -105,7 +105,7 @@ def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
         if hardware.device == "processor":
             kinds["buffers"] = float(layout.sum_itemsize * min(layout.bucket, layout.parameters))
     if hardware.device == "processor":
-        # What the heads work in stays from step to step (heads/scratch.py).
+        # What the heads work in stays from step to step (Scratch in heads/tiles.py).
         kinds["head"] += _head_scratch(layout)
     return kinds
 
@@ -116,17 +116,12 @@ def gradients_of_one_pass(layout: Layout) -> float:
     if layout.zero_stage <= 1:
         return whole
     owned = whole / layout.data
-    if _sums_apart(layout):
-        return owned
+    if layout.sums_apart:
+        return owned  # In one flat piece.
     # Stage 2 keeps whole tensors of which a part is this rank's: in the mean about one more than its part.
     model = layout.config.model
     largest = model.width * max(3 * model.width, model.mlp_width) / layout.tensor * layout.sum_itemsize
     return owned if layout.zero_stage == 3 or layout.data == 1 else min(whole, owned + largest)
-
-
-def _sums_apart(layout: Layout) -> bool:
-    """Whether gradients add up in another type than they are made in, in one flat piece of a rank's own."""
-    return layout.sum_itemsize != layout.itemsize
 
 
 def _gradients(layout: Layout) -> tuple[float, float]:
@@ -135,7 +130,7 @@ def _gradients(layout: Layout) -> tuple[float, float]:
     if layout.zero_stage <= 1:
         return (once if again else 0.0), once
     if layout.zero_stage == 2:
-        return (once if again else 0.0), once * (2 if again and not _sums_apart(layout) else 1)
+        return (once if again else 0.0), once * (2 if again and not layout.sums_apart else 1)
     return once, once
 
 

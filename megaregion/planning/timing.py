@@ -18,9 +18,12 @@ from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers
 
-KERNELS = {"forward": 14, "backward": 55, "head": 50, "draw": 60, "tile": 33, "block of centers": 34}
-"""Kernels of one block's forward pass and its backward pass with ZeRO's sums in fp32, of a head in a
-micro-step, of a draw, of a tile, and of updating some centers. Drawing is the host's, beside the encoder."""
+KERNELS = {
+    "forward": 14, "backward": 44, "sums": 11, "head": 50, "draw": 60, "tile": 33, "block of centers": 34,
+}  # fmt: skip
+"""Kernels of one block's forward and backward pass and of adding up its gradients in another type, of a head
+in a micro-step, of a draw, of a tile, and of updating some centers. Drawing is the host's, beside the
+encoder's pass."""
 CHEAP_SHARE = 0.03
 """What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
@@ -117,11 +120,8 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     kernels = (
         layout.micro_steps * hardware.launch_us * 1e-6 * (config.model.depth + config.model.region_layers)
     )
-    twice = KERNELS["forward"] * full
-    return (
-        max(forward, kernels * KERNELS["forward"]),
-        max(backward, kernels * (KERNELS["backward"] + twice)),
-    )
+    behind = KERNELS["backward"] + KERNELS["forward"] * full + (KERNELS["sums"] if layout.sums_apart else 0)
+    return max(forward, kernels * KERNELS["forward"]), max(backward, kernels * behind)
 
 
 def _moved(layout: Layout) -> tuple[float, float]:

@@ -61,9 +61,10 @@ class Findings:
     """Hash of dataset.json and every shard's size, empty if the dataset cannot be read."""
     free: int
     """Bytes free where checkpoints are written."""
-    cores: tuple[int, ...]
+    cores: int
     """Cores that this rank and its loader may run on."""
     host_cores: int
+    """Cores of the whole host."""
     complaint: str = ""
     """Why the dataset cannot be read."""
     refusal: str = ""
@@ -87,7 +88,7 @@ def check_machines(config: RunConfig, topology: Topology) -> int:
     verdict = judge(findings, config.machines, checkpoint_bytes(config))
     if topology.rank == 0:
         print(f"{table(findings)}; looked at in {time.perf_counter() - began:.1f} s")
-        for problem in verdict.mistakes + verdict.machines + _crowded(findings, config.data.workers):
+        for problem in verdict.mistakes + verdict.machines + crowded(findings, config.data.workers):
             print(f"megaregion: preflight: {problem}", file=sys.stderr)
     if verdict.mistakes:
         return USER_ERROR_EXIT
@@ -161,7 +162,7 @@ def table(findings: Sequence[Findings]) -> str:
     for host, ranks in hosts.items():
         slowest, narrowest = max(one.matrix for one in ranks), min(one.inside for one in ranks)
         inside, free = f"{narrowest:.2f}" if narrowest else "-", f"{ranks[0].free / 1e9:,.0f}"
-        cores = str(min(len(one.cores) for one in ranks))
+        cores = str(min(one.cores for one in ranks))
         rows.append((host, str(len(ranks)), f"{slowest * 1e3:.2f}", inside, free, cores, ranks[0].device))
     across = min(one.across for one in findings)
     return f"{aligned(rows, left=(0, 6))}\nall-reduce over all {len(findings)} ranks: {across:.2f} GB/s"
@@ -239,10 +240,8 @@ def _read_dataset(data: DataConfig, topology: Topology) -> tuple[str, str]:
     return hashlib.sha256(content).hexdigest(), ""
 
 
-def _own_cores() -> tuple[int, ...]:
-    if sys.platform == "linux":
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+def _own_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _existing(folder: Path) -> Path:
@@ -319,18 +318,18 @@ def _skewed(findings: Sequence[Findings], wanted: MachinesConfig) -> list[str]:
     ]
 
 
-def _crowded(findings: Sequence[Findings], workers: int) -> list[str]:
+def crowded(findings: Sequence[Findings], workers: int) -> list[str]:
     """Hosts whose ranks share a few of many cores: worth a line, not an end."""
     ranks = Counter(one.host for one in findings)
-    crowded = {
-        one.host: (len(one.cores), one.host_cores)
+    few = {
+        one.host: (one.cores, one.host_cores)
         for one in findings
-        if len(one.cores) < workers and 2 * len(one.cores) * ranks[one.host] <= one.host_cores
+        if one.cores < workers and 2 * one.cores * ranks[one.host] <= one.host_cores
     }
     return [
         f"{host} gives a rank {cores} of its {all_cores} cores for {workers} loader workers; "
         "raise --cpus-per-task"
-        for host, (cores, all_cores) in crowded.items()
+        for host, (cores, all_cores) in few.items()
     ]
 
 

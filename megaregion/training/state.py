@@ -149,14 +149,14 @@ class TrainingState:
             What a run whose last save failed has to tell.
         """
         reasons = [text for text in all_gather_strings(self._saver.reason, self._topology) if text]
-        loss = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
-        loss += f" ({reasons[0]})" if reasons else ""
+        line = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
+        line += f" ({reasons[0]})" if reasons else ""
         for place in self._other_places():
             saver = Saver(self._topology, self._fence, self._events, Retention(last=1))
             if self._start(saver, place) and saver.wait():
                 copy = step_folder(place, self.step)
-                return UserError(f"{loss}; a copy is in {copy}: move it there and use --resume auto")
-        return UserError(f"{loss}, and no other place took it; make room and resume from the one before")
+                return UserError(f"{line}; a copy is in {copy}: move it there and use --resume auto")
+        return UserError(f"{line}, and no other place took it; make room and resume from the one before")
 
     def _start(self, saver: Saver, checkpoints: Path) -> bool:
         saved = saver.prepare(checkpoints, self.step)
