@@ -134,7 +134,8 @@ class Balance(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         sizes = cluster_sizes(self.job)
-        starts = np.cumsum([0, *(len(labels) for labels in read_labels(self.job))], dtype=np.int64)
+        labelled = (self.job.store.load(piece, LABELS, mapped=True) for piece in self.needs(number))
+        starts = np.cumsum([0, *map(len, labelled)], dtype=np.int64)
         output.save(STARTS, starts)
         caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
         seen = np.zeros_like(sizes)
