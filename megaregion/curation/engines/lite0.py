@@ -97,7 +97,7 @@ def embed_squares(
     width: int,
     network: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    """Unit vectors, [n, width], of crops squeezed to squares of a side, B of them at once."""
+    """Unit vectors, [n, width], of crops squeezed to squares of a side, BATCH of them at once."""
     vectors = [np.zeros((0, width), dtype=np.float32)]
     for start in range(0, len(crops), BATCH):
         batch = [resize(crop, side, side) for crop in crops[start : start + BATCH]]
