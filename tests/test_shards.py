@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_dataset
 
+from megaregion.data import shards
 from megaregion.data.info import ShardEntry
 from megaregion.data.sample import (
     RLE,
@@ -223,14 +224,37 @@ def test_a_shard_that_is_packed_anew_under_an_open_dataset_is_refused(tmp_path: 
         path.unlink()
         path.write_bytes(content.replace(b'"label": 1', b'"label": 2').replace(b'"label":1', b'"label":2'))
     assert dataset.read(0) == first, "what is open stays"
-    with pytest.raises(UserError, match=r"shard-00001\.tar is not the file .* it was packed anew while"):
-        dataset.read(last)
-    # The same bytes with another time, as a copy has them, are no other shard.
-    folder = toy_dataset(tmp_path / "copied", shards=2)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"shard-00001\.tar is not the file .* it was packed anew while"):
+            dataset.read(last)
+
+
+def test_a_copy_of_the_same_bytes_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = toy_dataset(tmp_path, shards=2)
     dataset = ShardedDataset(folder)
-    for path in folder.glob("shard-*.tar"):
-        os.utime(path, ns=(0, 0))
-    assert dataset.read(last)
+    hashed: list[str] = []
+    sha256 = shards.file_sha256
+    monkeypatch.setattr(shards, "file_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    os.utime(folder / "shard-00001.tar", ns=(0, 0))
+    for _ in range(3):
+        assert dataset.read(len(dataset) - 1)
+        dataset.close()
+    assert hashed == ["shard-00001.tar"]
+
+
+def test_a_shard_that_cannot_be_checked_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError("the storage failed")
+
+    folder = toy_dataset(tmp_path, shards=2)
+    dataset = ShardedDataset(folder)
+    os.utime(folder / "shard-00001.tar", ns=(0, 0))
+    monkeypatch.setattr(shards, "file_sha256", fail)
+    last = len(dataset) - 1
+    dataset.read_ahead([last])
+    for _ in range(2):
+        with pytest.raises(OSError, match="the storage failed"):
+            dataset.read(last)
 
 
 def test_an_index_that_is_a_pickle_is_not_opened(folder: Path) -> None:

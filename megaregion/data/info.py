@@ -157,8 +157,10 @@ def _check_types(info: DatasetInfo) -> None:
                 value, str if wanted == "str" else str | None
             ):
                 raise TypeError(f"{name} must be text, got {shown(value)}")
-            if name == "name" and (not value.isprintable() or "/" in value):
-                raise TypeError(f"{name} must be the name of a shard, got {shown(value)}")
+            if name == "name" and (not value.isprintable() or "/" in value or value[:1] in ("", ".")):
+                raise TypeError(f"{name} must be the name of a file, got {shown(value)}")
+    if info.shards and min(info.shard_sizes) < 1:
+        raise TypeError("samples must be 1 or more in every shard")
     if max(info.object_classes, info.text_classes) >= 2**31:
         raise TypeError("more classes than a label can name")
 

@@ -118,11 +118,6 @@ class Mirror:
                 raise UserError(f"{error}; copy it to {self.remote.url}") from None
 
     def _check(self, window: int) -> None:
-        for shard in self.info.shards:
-            if not shard.name or "/" in shard.name or shard.name.startswith("."):
-                raise UserError(
-                    f"{self.remote.name(INFO_NAME)} has a shard {shard.name!r}, which is no file name"
-                )
         largest = sorted(self.info.shards, key=lambda shard: shard.bytes, reverse=True)[:window]
         if not self.fits(largest):
             need = sum(map(_bytes, largest))

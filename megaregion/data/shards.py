@@ -189,22 +189,26 @@ class ShardedDataset:
             os.close(self._open.popitem(last=False)[1].file)
         # As a plain array over the same memory: each look at a memmap makes another memmap.
         opened = _OpenShard(os.open(self._path(number, ".tar"), os.O_RDONLY), np.asarray(index))
+        try:
+            self._check_unchanged(number, opened.file)
+        except BaseException:
+            os.close(opened.file)
+            raise
         self._open[number] = opened
-        self._check_unchanged(number, opened.file)
         return opened
 
     def _check_unchanged(self, number: int, file: int) -> None:
         """See that a shard is the one that dataset.json named when it was read, perhaps days ago."""
         found, shard = os.fstat(file), self.info.shards[number]
-        if self.mirror is None and found.st_mtime_ns != self._changed[number]:
-            if found.st_size < shard.bytes:
-                self.close()
-                raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
-            try:
-                self._check_hash(f"{shard.name}.tar", shard.sha256)
-            except UserError as error:
-                self.close()
-                raise UserError(f"{error}; it was packed anew while this process was reading it") from None
+        if self.mirror is not None or found.st_mtime_ns == self._changed[number]:
+            return
+        if found.st_size < shard.bytes:
+            raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
+        try:
+            self._check_hash(f"{shard.name}.tar", shard.sha256)
+        except UserError as error:
+            raise UserError(f"{error}; it was packed anew while this process was reading it") from None
+        self._changed[number] = found.st_mtime_ns  # A copy of the same bytes is hashed once.
 
     def _let_go(self) -> None:
         """Close shards that made room in the cache, for an open file keeps its bytes on the disk."""

@@ -115,7 +115,7 @@ def find_doubles(
     """Look for centers of a cosine above ``threshold``; a collective.
 
     All pairs of a million centers are too many: a random sample of ``probes``, another one in each step,
-    meets all centers.
+    reaches other centers each time.
 
     Returns:
         Number of probed centers, and the doubles as in :class:`DeadClasses`.
