@@ -329,7 +329,9 @@ def test_members_behind_the_end_mark_and_compressed_tars_are_named(tmp_path: Pat
     }  # fmt: skip
 
 
-def test_links_to_folders_and_to_nothing_are_named(tmp_path: Path) -> None:
+def test_links_to_folders_and_to_nothing_are_named_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "in"
     (folder / "real").mkdir(parents=True)
     (folder / "real" / "a.jpg").write_bytes(b"a")
@@ -342,6 +344,10 @@ def test_links_to_folders_and_to_nothing_are_named(tmp_path: Path) -> None:
     assert found.bad == {
         "linked": "a link to a folder, which is not followed", "lost.jpg": "a link to nothing",
     }  # fmt: skip
+    assert found.damaged == 2
+    monkeypatch.setattr("megaregion.curation.inputs.find.NAMED", 1)
+    found = listed(folder, tmp_path / "other")
+    assert (list(found.bad), found.damaged) == (["linked"], 2), "those beyond the named ones count too"
 
 
 def test_keys_never_collide_across_tars_and_folders(tmp_path: Path) -> None:

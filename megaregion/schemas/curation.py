@@ -53,6 +53,8 @@ class Summary:
     """Work of each stage that is done, summed over its pieces."""
     formats: dict[str, int] = field(default_factory=dict)
     """Images in formats that are not read, by ending."""
+    damaged: int = 0
+    """Damaged tars and links that are not followed, all of them."""
     outputs: int = 0
     """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
 
@@ -63,6 +65,7 @@ class Summary:
         sometimes = [
             ("  with annotations", count["images with annotations"], "kept, nothing proposed"),
             ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
+            ("  damaged tars and links", self.damaged, "what could be read of a tar counts above"),
             ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
         ]
         rows = [

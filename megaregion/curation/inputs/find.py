@@ -46,7 +46,7 @@ TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 SCAN = 2
 """Raised when the same tar would be found to hold something else: old lists of tars are not believed then."""
 NAMED = 1000
-"""Damaged tars and lost links that are named; more are counted."""
+"""Damaged tars and links that are named; more are counted alone."""
 WRITTEN = ({"atlas.json", "sheets/"}, {"config.yaml", "metrics.jsonl"})
 """Names by which a folder is known for an atlas or a training run: its pictures are no input."""
 
@@ -122,7 +122,7 @@ class _Search:
     def __init__(self, folder: Path, out: Path) -> None:
         self._folder, self._out = folder, out.resolve()
         self._tars: list[Found] = []
-        self._parquets = self._others = self._duplicates = self._outputs = 0
+        self._parquets = self._others = self._duplicates = self._outputs = self._damaged = 0
         self._formats = Counter[str]()
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
@@ -201,7 +201,7 @@ class _Search:
         return {
             "version": VERSION, "scan": SCAN, "folder": str(self._folder.resolve()),
             "duplicates": self._duplicates, "others": self._others, "outputs": self._outputs,
-            "formats": dict(sorted(self._formats.items())), "bad": self._bad,
+            "formats": dict(sorted(self._formats.items())), "damaged": self._damaged, "bad": self._bad,
         }  # fmt: skip
 
     def no_image(self) -> UserError:
@@ -262,6 +262,7 @@ class _Search:
         ]
 
     def _name(self, path: str, why: str) -> None:
+        self._damaged += 1
         if len(self._bad) < NAMED:
             self._bad[path] = why
 

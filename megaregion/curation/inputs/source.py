@@ -33,7 +33,7 @@ VERSION = 2
 """Version of these files' layout."""
 _FACTS = {
     "version": int, "folder": str, "digest": str, "duplicates": int, "others": int, "outputs": int,
-    "formats": dict, "bad": dict,
+    "formats": dict, "damaged": int, "bad": dict,
 }  # fmt: skip
 """What inputs.json holds."""
 
@@ -69,6 +69,7 @@ class Source:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
             found: dict[str, Any] = {"outputs": 0, "formats": {}, **read_json(place / INPUTS)}
+            found.setdefault("damaged", len(found.get("bad", {})))
         except (OSError, ValueError, TypeError):
             found = {}
         whole = all(type(found.get(key)) is kind for key, kind in _FACTS.items())
@@ -88,7 +89,9 @@ class Source:
         self.formats: dict[str, int] = found["formats"]
         """Images in formats that are not read, by ending."""
         self.bad: dict[str, str] = found["bad"]
-        """Damaged tars and lost links by path, and why."""
+        """Damaged tars and links that are not followed, by path, and why; the first of them."""
+        self.damaged: int = found["damaged"]
+        """How many there are."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
 
     def __reduce__(self) -> tuple[Any, ...]:

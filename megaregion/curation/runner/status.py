@@ -142,6 +142,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
         seconds={name: round(total, 1) for name, total in seconds.items()},
         formats=job.source.formats,
         outputs=job.source.outputs,
+        damaged=job.source.damaged,
     )
     write_bytes(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     return summary
