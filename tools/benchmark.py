@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         command = commands.add_parser(name, help=told.partition("\n")[0].rstrip("."), description=told)
         # Only the part that is asked for is imported: they bring torch, Faiss and OpenCV with them.
-        if name in sys.argv:
+        if sys.argv[1:2] == [name]:
             importlib.import_module(f"benchmark.{name}").add_arguments(command)
         command.add_argument(
             "--threads", type=whole(1, 1024), help="threads of the processor; all when not given"

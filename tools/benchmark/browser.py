@@ -114,8 +114,8 @@ def browser(width: int = 1280, height: int = 860) -> Iterator[Browser]:
             raise UserError(
                 f"chromedriver does not start chromium; do their versions fit? ({error.msg})"
             ) from None
-        window.resize(width, height)
         try:
+            window.resize(width, height)
             yield window
         finally:
             window.quit()
