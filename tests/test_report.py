@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,9 @@ from toy_scenes import write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation import page as charts
 from megaregion.evaluation.encoders import CropEncoder, centred_pixels, raw_pixels
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.page import Line, line_chart, smoothed
+from megaregion.evaluation.page import HEIGHT, WIDTH, Line, line_chart, nice_ticks, smoothed
 from megaregion.evaluation.pictures import Visuals, visualise
 from megaregion.evaluation.report import curation_card, write_report
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
@@ -54,6 +54,12 @@ def visuals(study: Study) -> Visuals:
 def report(folder: Path, study: Study, visuals: Visuals) -> Path:
     write_report(study, visuals, folder / "run" / "metrics.jsonl", folder / "report.html")
     return folder / "report.html"
+
+
+def test_measures_that_the_scenes_do_not_allow_are_named(study: Study) -> None:
+    assert not study.missing
+    fewer = replace(study, tables=tuple(table for table in study.tables if table.key != "ocr"))
+    assert fewer.missing == ["ocr"]
 
 
 # ---- the page --------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def test_a_chart_keeps_every_point_inside_its_frame(values: tuple[float, ...]) -
     curve = Curve(tuple(range(1, len(values) + 1)), values)
     places = _places(line_chart([Line(smoothed(curve), "text", raw=curve)], "any"))
     assert places
-    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in places)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
 
 
 def test_lines_of_runs_of_unequal_length_stay_inside_one_frame() -> None:
@@ -196,7 +202,7 @@ def test_lines_of_runs_of_unequal_length_stay_inside_one_frame() -> None:
     curves["c"] = Curve((7,), (2.0,))
     places = _places(line_chart([Line(curve, "run0", name) for name, curve in curves.items()], "any"))
     assert len(places) == 6
-    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in places)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
 
 
 def test_a_chart_of_one_line_tells_its_values_and_a_chart_of_many_their_names() -> None:
@@ -216,7 +222,7 @@ def _places(svg: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.38), (-5, 12), (3, 3), (1e-6, 2e-3), (0, 12345)])
 def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
-    ticks = charts.nice_ticks(low, high)
+    ticks = nice_ticks(low, high)
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
     assert 2 <= len(ticks) <= 8

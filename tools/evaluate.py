@@ -85,6 +85,8 @@ def main() -> None:
     save_pictures(visuals, opened.folder / f"pictures{suffix}")
     write_report(study, visuals, opened.folder / "metrics.jsonl", page)
     print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
+    if study.missing:
+        print(f"\nnot measured, for the scenes lack masks or words: {', '.join(study.missing)}")
     if study.tables:
         print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")
     print(f"\n{numbers}\n{tables}\n{page}")

@@ -309,6 +309,6 @@ def _is_whole(folder: Path, whole: set[Path]) -> bool:
 def _loss(folder: Path) -> float | None:
     try:
         loss = read_json(folder / MANIFEST).get("loss")
-    except (OSError, ValueError, AttributeError):
+        return float(loss) if isinstance(loss, int | float) else None
+    except (OSError, ValueError, AttributeError, OverflowError):
         return None
-    return float(loss) if isinstance(loss, int | float) else None

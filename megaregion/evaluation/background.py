@@ -20,7 +20,7 @@ from megaregion.checkpoint.format import MANIFEST, step_folder
 from megaregion.errors import USER_ERROR_EXIT, UserError
 from megaregion.schemas.run import EVALUATIONS
 
-MEASURES = ("region", "retrieval", "ocr")
+WATCHED = ("region", "retrieval", "ocr")
 """What is measured: what needs one pass over the scenes and no maps."""
 WAIT_SECONDS = 1800.0
 """Time that the checkpoint is given to become whole."""
@@ -50,7 +50,7 @@ def evaluate_step(folder: Path, step: int) -> None:
             dataset=Path(run.config.data.path),
             split=settings.split,
             limit=settings.limit,
-            measures=MEASURES,
+            measures=WATCHED,
             baselines=False,
         ),
     )

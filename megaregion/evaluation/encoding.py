@@ -146,7 +146,7 @@ def encode_scenes(
 
 
 def map_scenes(scenes: Sequence[Scene], encoders: Sequence[Encoder], batches: Batches) -> MappedScenes:
-    """Feature maps by every encoder that has them, of the first scenes whose objects all have masks.
+    """Feature maps by every encoder that has them, of those of the first scenes whose objects all have masks.
 
     Raises:
         UserError: A feature is not finite.

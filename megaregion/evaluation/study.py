@@ -56,7 +56,7 @@ from megaregion.evaluation.scenes import (
     pick_scenes,
     read_scenes,
 )
-from megaregion.schemas.evaluation import SUMMARY, Estimate, Evaluation, Table, summary_columns
+from megaregion.schemas.evaluation import MEASURES, SUMMARY, Estimate, Evaluation, Table, summary_columns
 
 GALLERY_SPLIT = "train"
 
@@ -100,7 +100,7 @@ def _correspondence(own: Evidence) -> Table | None:
     return correspondence_table(own.asked.by_scene(asked.scenes), asked, own.config.seeds)
 
 
-MEASURES: Mapping[str, Callable[[Evidence], Table | None]] = {
+TABLES: Mapping[str, Callable[[Evidence], Table | None]] = {
     "region": lambda own: recognition_table(own.known, own.asked, own.config.seeds),
     "retrieval": _retrieval,
     "ocr": lambda own: reading_table(own.known, own.asked, own.prior, own.config.seeds),
@@ -108,7 +108,7 @@ MEASURES: Mapping[str, Callable[[Evidence], Table | None]] = {
     "segmentation": lambda own: own.maps and segmentation_table(*own.maps, own.config.seeds),
     "separation": lambda own: own.maps and separation_table(*own.maps),
 }
-"""All measures, in the order in which they are shown; a table is None where the scenes do not allow it."""
+"""The table of each measure; None where the scenes do not allow it."""
 
 
 # ---- the study -------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ class StudyConfig:
     """Compare regions by the heads' embeddings instead of the exported features."""
     seed: int = 0
     """Draws the gallery and the pictures."""
-    measures: tuple[str, ...] = tuple(MEASURES)
-    """Measures wanted beside the summary, by their names in MEASURES."""
+    measures: tuple[str, ...] = MEASURES
+    """Measures wanted beside the summary, by name."""
     seeds: int = 5
     """Galleries, splits or pairs drawn behind every mean."""
     images: Path | None = None
@@ -181,6 +181,12 @@ class Study:
     tables: tuple[Table, ...]
     """The measures that were asked for."""
 
+    @property
+    def missing(self) -> list[str]:
+        """Measures that were asked for and that the scenes do not allow: they lack masks or words."""
+        made = {table.key for table in self.tables}
+        return [name for name in self.config.measures if name not in made]
+
     def evaluation(self) -> Evaluation:
         """All numbers, as evaluation.json holds them."""
         return Evaluation(
@@ -218,7 +224,7 @@ def evaluate(
         UserError: Scenes, dataset or checkpoint cannot be used; the text says which and why.
     """
     shards = ShardedDataset(config.dataset)
-    vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset") or {})
+    vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset", {}))
     drawn = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
     gallery, queries = (
         Truth(scenes, tuple(vocabulary.tokens(w.text) if vocabulary else () for s in scenes for w in s.words))
@@ -247,7 +253,7 @@ def evaluate(
         "curation": "pretrained; it made the object labels",
     }
     evidence = Evidence(known, asked, encoders, prior, config, batches)
-    measured = [make(evidence) for name, make in MEASURES.items() if name in config.measures]
+    measured = [make(evidence) for name, make in TABLES.items() if name in config.measures]
     if folder is not None:
         seen = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
         measured.append(image_table(folder, seen, config.seeds, batches))

@@ -88,8 +88,6 @@ def read_metrics(path: Path) -> Metrics:
         try:
             line = parse_json(text)
             step = int(line["step"])
-            if not isinstance(line, dict):
-                raise TypeError
         except (ValueError, KeyError, TypeError, OverflowError):
             # A run that is writing, or was killed while it wrote, leaves half a last line.
             if number == len(texts):
