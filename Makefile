@@ -29,7 +29,7 @@ demo: .venv/ready
 
 # Two pytests share the suite (tests/sharing.py); each prints when it ends.
 test: lint types layers
-	@taken=$$(mktemp -d); \
+	@taken=$$(mktemp -d) || exit 1; \
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync TAKEN="$$taken" test-one test-other; \
 	code=$$?; rm -rf "$$taken"; exit $$code
 

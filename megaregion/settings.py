@@ -23,7 +23,7 @@ from megaregion.errors import UserError
 
 YAML_BYTES = 100_000
 """Largest YAML file; all settings of a run are 4 kB."""
-YAML_BRACKETS = 1000
+YAML_BRACKETS = 300
 """Most brackets that a YAML file opens; the time that they take grows with their square."""
 YAML_VALUES = 10_000
 """Most values of a YAML file, those counted that its aliases repeat."""

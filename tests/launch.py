@@ -55,6 +55,7 @@ def tool(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     timeout: float = 900,
+    warns: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What `python -W ignore tools/NAME.py ...` says and how it ends.
 
@@ -63,13 +64,14 @@ def tool(
         cwd: Where it runs, if not in the repository.
         environment: Its environment, if not this process's.
         timeout: Seconds after which it is killed, and the test fails.
+        warns: Whether it shows Python's warnings, as `python` alone would.
     """
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as place:
         streams = [Path(place) / name for name in ("stdout", "stderr")]
         process = FORKS.Process(
             target=_run_tool,
-            args=(words, str(cwd or repository()), dict(environment or os.environ), streams),
+            args=(words, str(cwd or repository()), dict(environment or os.environ), streams, warns),
             daemon=False,
         )
         process.start()
@@ -112,7 +114,9 @@ def _start(
     end_process(0)  # As tools/pretrain.py ends.
 
 
-def _run_tool(words: list[str], cwd: str, environment: dict[str, str], streams: list[Path]) -> None:
+def _run_tool(
+    words: list[str], cwd: str, environment: dict[str, str], streams: list[Path], warns: bool
+) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -120,7 +124,7 @@ def _run_tool(words: list[str], cwd: str, environment: dict[str, str], streams: 
     os.chdir(cwd)
     import torch
 
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("default" if warns else "ignore")
     torch.set_num_threads(1)
     script = Path(cwd) / words[0]
     sys.argv, sys.path[0] = words, str(script.parent)
@@ -129,6 +133,9 @@ def _run_tool(words: list[str], cwd: str, environment: dict[str, str], streams: 
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ended:
         code = ended.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -7,6 +7,7 @@ would keep its module open for a test that another process has taken.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ ON_CLUSTERS: set[str] = set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--share", type=Path, metavar="FOLDER", help="leave files to other pytests that name the same folder"
+        "--share",
+        type=_folder,
+        metavar="FOLDER",
+        help="leave files to other pytests that name the same folder",
     )
 
 
@@ -50,6 +54,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         return True
     MINE.add(_group(item))
     return None
+
+
+def _folder(text: str) -> Path:
+    # An empty name would be this folder, in which what is taken stays taken: the next suite would be empty.
+    if not Path(text).is_dir() or not text:
+        raise argparse.ArgumentTypeError(f"must be a folder that is there, got {text!r}")
+    return Path(text)
 
 
 def _group(item: pytest.Item) -> str:

@@ -47,7 +47,7 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return tool("tools/curate.py", "report", "--out", folder / "out", *flags)
+    return tool("tools/curate.py", "report", "--out", folder / "out", *flags, warns=True)
 
 
 def test_the_report_has_every_number_of_the_labels(curated: Path) -> None:

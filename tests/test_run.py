@@ -157,9 +157,10 @@ def test_an_interruption_while_modules_are_imported_is_one_line() -> None:
 HEAVY = ("torch", "scipy", "transformers", "deepspeed", "faiss")
 IMPORTS = """
 import runpy, sys
+heavy = sys.argv[1].split(",")
 class Watch:
     def find_spec(self, name, path, target=None):
-        if name in sys.argv[1].split(","):
+        if name in heavy:
             print("heavy", "command line first" if "megaregion.command_line" in sys.modules else "too early")
 sys.meta_path.insert(0, Watch())
 sys.argv, sys.path[0] = sys.argv[2:], "tools"

@@ -302,7 +302,7 @@ def test_verify_finds_a_flipped_bit_and_a_repeated_key(folder: Path) -> None:
         (b'{"width": 4.0, "height": 4, "regions": []}', "4.0 where a whole number"),
         (
             b'{"width": 4, "height": 4, "regions": [{"kind": "face", "box": [0, 0, 1, 1]}]}',
-            "unknown kind 'face'",
+            "unknown kind face",
         ),
         (b'{"width": 4, "height": 4, "regions": [{"kind": "object", "box": [0, 0, 1]}]}', "cannot be read"),
         (

@@ -229,7 +229,7 @@ def test_what_cannot_be_converted_is_one_clear_line(
     empty.mkdir()
     assert "empty is no HuggingFace folder (no config.json)" in complaint(empty)
     assert "nowhere is no HuggingFace folder" in complaint(tmp_path / "nowhere")
-    assert "model_type 'siglip_vision_model', which is another architecture" in complaint(
+    assert "model_type siglip_vision_model, which is another architecture" in complaint(
         spoilt("siglip", {"model_type": "siglip_vision_model"})
     )
     assert "layout llava-onevision-1.5" in complaint(spoilt("llava", {"model_type": "rice_vit"}))
@@ -242,7 +242,7 @@ def test_what_cannot_be_converted_is_one_clear_line(
     assert "image_size must be one whole number, got [32, 64]" in complaint(
         spoilt("list", {"image_size": [32, 64]})
     )
-    assert "hidden_act 'silu' is not supported" in complaint(spoilt("act", {"hidden_act": "silu"}))
+    assert "hidden_act silu is not supported" in complaint(spoilt("act", {"hidden_act": "silu"}))
     assert "num_key_value_groups 2 is not supported" in complaint(spoilt("gqa", {"num_key_value_groups": 2}))
     assert "holds no tensor encoder.layers.0.self_attn.q_proj.weight" in complaint(
         spoilt("hole", **{first: None})

@@ -260,7 +260,7 @@ def _architecture(folder: Path, settings: dict[str, Any]) -> str:
         )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(
-            f"{folder}/config.json says model_type {kind!r}, which is another architecture; this reads "
+            f"{folder}/config.json says model_type {shown(kind)}, which is another architecture; this reads "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[kind]
@@ -278,19 +278,19 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
     fixed = {"num_channels": 3, "num_key_value_groups": 1, "attention_dropout": 0}
     for key, value in fixed.items():
         if settings.get(key, value) != value:
-            raise UserError(f"{where}: {key} {settings[key]!r} is not supported, only {value}")
+            raise UserError(f"{where}: {key} {shown(settings[key])} is not supported, only {value}")
     rotary = settings.get("rope_parameters") or {}
     if not isinstance(rotary, dict):
         raise UserError(f"{where}: rope_parameters must be an object, got {shown(rotary)}")
     if rotary.get("rope_type", "axial") != "axial":
-        raise UserError(f"{where}: rope_type {rotary['rope_type']!r} is not supported, only axial")
+        raise UserError(f"{where}: rope_type {shown(rotary['rope_type'])} is not supported, only axial")
     activation = settings.get("hidden_act", "gelu")
     if activation not in ("gelu", "quick_gelu"):
-        raise UserError(f"{where}: hidden_act {activation!r} is not supported, only gelu and quick_gelu")
+        raise UserError(f"{where}: hidden_act {shown(activation)} is not supported, only gelu and quick_gelu")
     for key in _SIZES:
         size = settings.get(key)
         if isinstance(size, bool) or not isinstance(size, int):
-            raise UserError(f"{where}: {key} must be one whole number, got {size!r}")
+            raise UserError(f"{where}: {key} must be one whole number, got {shown(size)}")
     values = {
         **{ours: settings[theirs] for theirs, ours in _SIZES.items()},
         "activation": activation,
@@ -317,7 +317,7 @@ def _normalisation(folder: Path) -> DataConfig:
     settings, usual = _json(file), DataConfig()
     parts = [settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)]
     if not all(isinstance(part, (list, tuple)) and len(part) == 3 for part in parts):
-        raise UserError(f"{file}: image_mean and image_std must be three numbers each, got {parts}")
+        raise UserError(f"{file}: image_mean and image_std must be three numbers each, got {shown(parts)}")
     try:
         data = read_settings(usual, {"mean": parts[0], "std": parts[1]}, "data")
         check(data, "data")
@@ -349,9 +349,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         listed = _json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise UserError(f"{index} has no weight_map; copy it again")
-        files = [folder / Path(name).name for name in sorted(set(listed.values()))]
+        names = listed.values() if isinstance(listed, dict) else [None]
+        if not all(isinstance(name, str) and 0 < len(name.encode(errors="replace")) < 256 for name in names):
+            raise UserError(f"{index} has no weight_map of file names; copy it again")
+        files = [folder / Path(name).name for name in sorted(set(names))]
     else:
         files = [folder / "model.safetensors"]
     for file in files:

@@ -94,7 +94,7 @@ def parse_sample(content: bytes) -> SampleRecord:
         raise BadSample(f"record lacks {missing}") from None
     # RecursionError: deeply nested brackets exhaust the JSON parser's stack.
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise BadSample(f"record cannot be read: {error}") from None
+        raise BadSample(f"record cannot be read: {shown(error)}") from None
     return SampleRecord(width, height, regions)
 
 
@@ -143,9 +143,9 @@ def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionReco
     if kind == "text":
         tokens = tuple(map(_count, region["tokens"]))
         if not tokens:
-            raise BadSample(f"record has a text region without tokens: {region.get('text', '')!r}")
+            raise BadSample(f"record has a text region without tokens: {shown(region.get('text', ''))}")
         return RegionRecord("text", (x0, y0, x1, y1), None, tokens, score, str(region.get("text", "")), mask)
-    raise BadSample(f"record has a region of unknown kind {kind!r}")
+    raise BadSample(f"record has a region of unknown kind {shown(kind)}")
 
 
 def _region_to_dict(region: RegionRecord) -> dict[str, Any]:
