@@ -31,10 +31,10 @@ def train(config: RunConfig) -> None:
     """One run in this process group, in which object class 31 starts with the center of class 4."""
     import torch
 
+    from megaregion.errors import StopRequest
     from megaregion.heads.centers import random_centers
     from megaregion.parallel import topology
     from megaregion.training.metrics import open_log
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     place = topology.join(config.parallel.tensor)

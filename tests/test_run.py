@@ -284,10 +284,9 @@ def _poisoned(dataset: str, output: str) -> None:
     import torch
 
     from megaregion.checks import batching
-    from megaregion.errors import UserError
+    from megaregion.errors import StopRequest, UserError
     from megaregion.parallel import topology
     from megaregion.training.metrics import open_log
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     config = toy_config(Path(dataset), Path(output), "poisoned", train__micro_batch=16, head__draw_images=0)

@@ -272,10 +272,9 @@ def _last_save_fails(dataset: str, output: str) -> None:
     from test_training import train
 
     from megaregion.checkpoint import saver as saving
-    from megaregion.errors import UserError
+    from megaregion.errors import StopRequest, UserError
     from megaregion.parallel import topology
     from megaregion.training import state
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     write, runs = saving.write_pieces, Path(output)

@@ -99,8 +99,8 @@ def test_transformers_own_folder_comes_back_with_the_same_values(
 
 def begin_and_save(folder: str, dataset: str, output: str) -> None:
     """On every rank: begin with a folder under many topologies, and save at once."""
+    from megaregion.errors import StopRequest
     from megaregion.parallel import topology
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     for tensor, stage in TOPOLOGIES:

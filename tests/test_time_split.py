@@ -13,8 +13,7 @@ from launch import tool
 from toy import toy_dataset
 
 from megaregion.errors import UserError
-from megaregion.training.clock import PHASES, Clock, RankTimes, Times
-from megaregion.training.profiling import parse_window
+from megaregion.training.clock import PHASES, Clock, RankTimes, Times, parse_window
 
 CPU = torch.device("cpu")
 TOY = [

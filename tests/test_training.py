@@ -37,8 +37,8 @@ TOPOLOGIES = {
 
 def train(config: RunConfig, resume_from: Path | None = None) -> None:
     """One run in this process group, on the path of tools/pretrain.py."""
+    from megaregion.errors import StopRequest
     from megaregion.parallel import topology
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     place = topology.join(config.parallel.tensor)

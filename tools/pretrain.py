@@ -17,9 +17,8 @@ from megaregion.bounds import Steps, Whole
 from megaregion.checks import fitting_nodes
 from megaregion.command_line import Parser, add_settings, add_settings_files, flag, path, run, run_settings
 from megaregion.config import RunConfig
-from megaregion.errors import UserError
+from megaregion.errors import StopRequest, UserError
 from megaregion.settings import to_yaml
-from megaregion.training.signals import StopRequest
 
 # Before torch is imported: a signal that comes during the slow imports must not kill the rank.
 STOP = StopRequest().install()
@@ -40,9 +39,9 @@ def pretrain(flags: argparse.Namespace) -> int:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
     from megaregion.parallel import topology
+    from megaregion.training.clock import parse_window
     from megaregion.training.evaluation import BackgroundEvaluation
     from megaregion.training.preflight import check_machines
-    from megaregion.training.profiling import parse_window
 
     window = parse_window(flags.profile) if flags.profile else None
     evaluation = BackgroundEvaluation(config)
@@ -120,7 +119,7 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
 def report(flags: argparse.Namespace) -> int:
     import json
 
-    from megaregion.training.goodput import measure
+    from megaregion.training.metrics import measure
 
     goodput = measure(flags.run)
     print(json.dumps(vars(goodput)) if flags.json else goodput.table())

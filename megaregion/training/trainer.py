@@ -25,7 +25,7 @@ from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
-from megaregion.errors import REQUEUE_EXIT, UserError
+from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.models.costs import recompute_of_run
 from megaregion.models.initialisation import initialise
@@ -42,13 +42,10 @@ from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.processor import keep_freed_memory
 from megaregion.schemas.run import Events, process_start
-from megaregion.training.clock import Clock, StepTimes, Times, Utilisation, gather_times
-from megaregion.training.goodput import Meter
+from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
-from megaregion.training.metrics import LOG, Metrics
-from megaregion.training.profiling import StepProfiler
-from megaregion.training.signals import StopRequest
+from megaregion.training.metrics import LOG, Meter, Metrics
 from megaregion.training.state import TrainingState
 
 Values = dict[str, float | int | None]

@@ -58,8 +58,8 @@ def train(config: RunConfig, place: Any, clock: Clock) -> dict[str, Any]:
         rates (see MachineProbe), seconds (median of a step), peak bytes beyond what the process had, and
         bytes of tensors by kind.
     """
+    from megaregion.errors import StopRequest
     from megaregion.training.metrics import open_log
-    from megaregion.training.signals import StopRequest
     from megaregion.training.trainer import Trainer
 
     # From the first tensor on: what has been freed amid what is kept would count as memory in use.
