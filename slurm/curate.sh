@@ -13,11 +13,8 @@
 set -euo pipefail
 
 cd "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
-if [[ -f slurm/site.env ]]; then
-  # shellcheck source=slurm/site.env.example
-  source slurm/site.env
-fi
-python=${MEGAREGION_PYTHON:-.venv/bin/python}
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
 shares=${MEGAREGION_SHARES:-64}
 
 # The job itself: --job STAGE SHARES, then the settings.
@@ -25,10 +22,7 @@ if [[ ${1:-} == --job ]]; then
   stage=$2
   of=$3
   shift 3
-  if [[ -n ${MEGAREGION_MODULES:-} ]]; then
-    # shellcheck disable=SC2086
-    module load $MEGAREGION_MODULES
-  fi
+  load_modules
   share=()
   if [[ $stage != list ]]; then share=(--piece "${SLURM_ARRAY_TASK_ID:-0}" --of "$of"); fi
   # K-means is one job of as many ranks as it gets tasks.
@@ -37,20 +31,17 @@ if [[ ${1:-} == --job ]]; then
     source slurm/rendezvous.sh
     meet
     export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-    # shellcheck disable=SC2206
-    step=(srun --kill-on-bad-exit=1 ${MEGAREGION_SRUN:-})
-    exec "${step[@]}" "$python" tools/curate.py "$@" --stage cluster
+    exec srun --kill-on-bad-exit=1 "${srun_options[@]}" "${python[@]}" tools/curate.py "$@" --stage cluster
   fi
   # A task is one process tree on one node; srun is needed only for what it alone can do, such as containers.
   step=()
-  # shellcheck disable=SC2206
-  if [[ -n ${MEGAREGION_SRUN:-} ]]; then step=(srun --ntasks=1 --kill-on-bad-exit=1 $MEGAREGION_SRUN); fi
-  exec "${step[@]}" "$python" tools/curate.py --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" \
+  if ((${#srun_options[@]})); then step=(srun --ntasks=1 --kill-on-bad-exit=1 "${srun_options[@]}"); fi
+  exec "${step[@]}" "${python[@]}" tools/curate.py --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" \
     --stage "$stage" "${share[@]}"
 fi
 
 # A mistake in the settings ends here, before anything is submitted.
-jobs=$("$python" tools/curate.py "$@" --jobs)
+jobs=$(run_python tools/curate.py "$@" --jobs)
 
 declare -A ids=()
 undo() {

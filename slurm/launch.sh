@@ -14,23 +14,20 @@
 set -euo pipefail
 
 cd "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
-if [[ -f slurm/site.env ]]; then
-  # shellcheck source=slurm/site.env.example
-  source slurm/site.env
-fi
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
 # shellcheck source=slurm/rendezvous.sh
 source slurm/rendezvous.sh
 
 config=$1
 shift
-python=${MEGAREGION_PYTHON:-.venv/bin/python}
 runs=${MEGAREGION_RUNS:-runs}
 name=${MEGAREGION_NAME:-$(basename "$config" .yaml)}
 run=$runs/$name
 restarts=${SLURM_RESTART_COUNT:-0} # unset at the first start
 start=$SLURM_JOB_ID.$restarts
 logs=$run/logs/$start
-train=("$python" tools/pretrain.py --config "$config" --output "$runs" --name "$name" "$@")
+train=(tools/pretrain.py --config "$config" --output "$runs" --name "$name" "$@")
 
 say() { echo "$(date '+%F %T') $start: $*"; }
 
@@ -90,16 +87,13 @@ if [[ -f $run/DONE ]]; then
   say "$run is trained to the end already; remove $run/DONE to go on with more train.steps"
   exit 0
 fi
-if [[ -n ${MEGAREGION_MODULES:-} ]]; then
-  # shellcheck disable=SC2086
-  module load $MEGAREGION_MODULES
-fi
+load_modules
 
 gpus=${SLURM_GPUS_PER_NODE:-} # 8, or h100:8
 per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
 [[ -n $per_node ]] || give_up 2 "set --gpus-per-node (or --ntasks-per-node): one task a GPU"
 # Fewer nodes than asked for may be left (--nodes=4-8); the global batch stays, so not every number of them fits.
-nodes=$("${train[@]}" --fit-nodes "$SLURM_JOB_NUM_NODES" --per-node "$per_node") || give_up $? "refused, see above"
+nodes=$(run_python "${train[@]}" --fit-nodes "$SLURM_JOB_NUM_NODES" --per-node "$per_node") || give_up $? "refused, see above"
 tasks=(--nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node")
 # srun takes no --cpus-per-task from sbatch (since SLURM 22.05): a rank and its loader would share one core. Neighbouring
 # ranks lie on neighbouring cores, as neighbouring GPUs lie on one socket; every rank sees all GPUs and takes its own.
@@ -107,8 +101,7 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then tasks+=(--cpus-per-task="$SLURM_CPUS_
 tasks+=(--cpu-bind=cores --distribution=block:block)
 # One dead rank ends the step: without it the others would wait for its part for ever.
 tasks+=(--kill-on-bad-exit=1 --wait=60 --output="$logs/rank-%t.out")
-# shellcheck disable=SC2206
-tasks+=(${MEGAREGION_SRUN:-})
+tasks+=("${srun_options[@]}")
 
 meet
 # A checkpoint belongs to the newest start: a rank that SLURM lost sight of must not publish over it.
@@ -129,7 +122,7 @@ if [[ -n $stopping ]]; then requeue "asked to stop before training began"; fi
 look=(--preflight first)
 if [[ ${MEGAREGION_PREFLIGHT:-yes} == no ]]; then look=(); fi
 code=0
-run_step "${train[@]}" --resume auto "${look[@]}" || code=$?
+run_step "${python[@]}" "${train[@]}" --resume auto "${look[@]}" || code=$?
 say "srun ended with $code"
 case $code in
   0)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from drill import STEPS, Drill, assert_same
@@ -95,10 +96,34 @@ def test_jobs_of_one_host_and_starts_of_one_job_have_ports_of_their_own() -> Non
         assert port_of(7, 0) != ports[0]
 
 
+@pytest.mark.parametrize(
+    ("python", "srun", "started"),
+    [
+        ("/usr/bin/env", "", "FOO=1"),
+        ("env FOO=2 env", "", "FOO=2"),
+        ("env FOO=3 env", "--container-image=/images/a.sqsh --mpi=none",
+         "srun --nodes=1 --ntasks=1 --container-image=/images/a.sqsh --mpi=none env FOO=3 env"),
+    ],
+)  # fmt: skip
+def test_a_short_command_runs_with_the_ranks_python(
+    tmp_path: Path, python: str, srun: str, started: str
+) -> None:
+    pretended = tmp_path / "srun"
+    pretended.write_text('#!/bin/sh\necho srun "$@"\n')
+    pretended.chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FOO": "1", "MEGAREGION_PYTHON": python}
+    done = subprocess.run(
+        ["bash", "-euc", "source slurm/site.sh; run_python"], cwd=repository(),
+        env={**settings, "MEGAREGION_SRUN": srun}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert started in done.stdout.splitlines()
+
+
 def test_every_script_is_clean() -> None:
-    for script in sorted((repository() / "slurm").glob("*.sh")):
+    scripts = sorted((repository() / "slurm").rglob("*.sh"))
+    for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
-    command = ["shellcheck", "-x", *map(str, (repository() / "slurm").glob("*.sh"))]
+    command = ["shellcheck", "-x", *map(str, scripts)]
     try:
         done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, check=False)
     except FileNotFoundError:
