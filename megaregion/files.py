@@ -75,18 +75,21 @@ def write_text(path: Path, text: str, shared: bool = False, once: bool = False) 
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, shared: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, shared: bool = False, once: bool = False) -> Iterator[Path]:
     """Fill a folder beside its place; it takes its place, and an older one's, if the block ends well.
 
     If the block raises, the old folder stays and no part of the new one is left; ``shared`` is that of
-    :func:`partial_name`.
+    :func:`partial_name`; ``once`` replaces no folder that holds anything, also one that appears meanwhile.
     """
     partial = partial_name(path, shared)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        replace_folder(partial, path)
+        if once:
+            partial.rename(path)
+        else:
+            replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -73,6 +73,19 @@ def test_a_new_folder_replaces_the_old_one_only_if_it_was_filled(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_new_folder_for_once_leaves_what_somebody_put_there_meanwhile(tmp_path):
+    def fill():
+        with new_folder(tmp_path / "site", shared=True, once=True) as partial:
+            (partial / "page").write_text("ours")
+            (tmp_path / "site").mkdir(exist_ok=True)
+            (tmp_path / "site" / "page").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        fill()
+    assert (tmp_path / "site" / "page").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
 def test_a_lock_is_held_by_one_alone_or_by_many_who_share_it(tmp_path):
     file = tmp_path / ".lock"
     with locked(file) as held:

@@ -48,9 +48,9 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         evaluation=arguments.evaluation,
     )
     exported = export_checkpoint(arguments.checkpoint, arguments.out, options)
-    _print_exported(exported, arguments.dtype)
+    _print_exported(exported, arguments.dtype, arguments.out)
     if arguments.check:
-        _compare(exported.checkpoint, exported.folder, TOLERANCE, None, options.dtype)
+        _compare(exported.checkpoint, arguments.out, TOLERANCE, None, options.dtype)
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
@@ -164,7 +164,7 @@ def _license(text: str) -> str:
 _OURS = "a run's folder, its checkpoints folder or one step-... folder"
 
 
-def _print_exported(exported: Exported, dtype: str) -> None:
+def _print_exported(exported: Exported, dtype: str, out: Path) -> None:
     model = exported.model
     _print_rows(
         {
@@ -174,7 +174,7 @@ def _print_exported(exported: Exported, dtype: str) -> None:
             "parameters": f"{exported.parameters:,}",
             "image": f"{model.image_size} px, patch {model.patch_size} px",
             "weights": f"{exported.size / 2**20:.1f} MiB, {dtype}",
-            "written to": exported.folder,
+            "written to": out,
         }
     )
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,10 +21,9 @@ from torch import Tensor
 from megaregion.checkpoint.format import CHUNK, tensor_header
 from megaregion.checkpoint.pretrained import INDEX
 from megaregion.errors import UserError
-from megaregion.files import partial_name
+from megaregion.files import new_folder
 
-Planned = Sequence[tuple[str, torch.Size]]
-"""Key and shape of every tensor that will be written, in this order."""
+Item = TypeVar("Item")
 
 
 def refuse_taken(out: Path) -> None:
@@ -40,23 +39,17 @@ def refuse_taken(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside its destination, renamed into place if all went well, deleted if not.
+def filled(out: Path) -> Iterator[Path]:
+    """Fill a new folder that replaces nothing: what somebody has put there meanwhile stays.
 
     Raises:
         UserError: It cannot be written.
     """
-    refuse_taken(out)
-    partial = partial_name(out, shared=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        # A rename and no replacement: what somebody has put there meanwhile stays.
-        partial.rename(out)
+        with new_folder(out, shared=True, once=True) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -64,8 +57,25 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def grouped(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Consecutive items in lists of at most this size; a larger item has a list of its own."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    yield group
+
+
 def write_weights(
-    folder: Path, planned: Planned, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int
+    folder: Path,
+    planned: Sequence[tuple[str, torch.Size]],
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    limit: int,
 ) -> int:
     """Write safetensors files tensor by tensor, so that no more than one need be in memory.
 
@@ -83,15 +93,14 @@ def write_weights(
         ValueError: The tensors are not those that were planned.
         OSError: The disk is full or gone.
     """
-    groups = _group(planned, limit // dtype.itemsize)
-    rest, places = iter(tensors), {}
-    for number, group in enumerate(groups, start=1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+    files = list(grouped(planned, lambda item: item[1].numel() * dtype.itemsize, limit))
+    places = {}
+    for number, group in enumerate(files, start=1):
+        part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         name = f"model{part}.safetensors"
         with (folder / name).open("wb") as stream:
             stream.write(tensor_header([(key, dtype, shape) for key, shape in group], {"format": "pt"}))
-            for key, shape in group:
-                given, tensor = next(rest, ("nothing", torch.empty(0)))
+            for (key, shape), (given, tensor) in zip(group, islice(tensors, len(group)), strict=True):
                 if (given, tensor.shape) != (key, shape):
                     raise ValueError(
                         f"{key} {list(shape)} was planned, but {given} {list(tensor.shape)} came"
@@ -100,10 +109,8 @@ def write_weights(
                 places[key] = name
             stream.flush()
             os.fsync(stream.fileno())
-    if next(rest, None) is not None:
-        raise ValueError("more tensors came than were planned")
     size = sum(shape.numel() for _, shape in planned) * dtype.itemsize
-    if len(groups) > 1:
+    if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     return size
 
@@ -115,16 +122,3 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     for begin in range(0, len(rows), step):
         part: Any = rows[begin : begin + step].to(dtype).contiguous().reshape(-1).view(torch.uint8)
         yield memoryview(part.numpy())
-
-
-def _group(planned: Planned, limit: int) -> list[list[tuple[str, torch.Size]]]:
-    """Cut into files of at most so many values."""
-    groups: list[list[tuple[str, torch.Size]]] = [[]]
-    size = 0
-    for key, shape in planned:
-        if groups[-1] and size + shape.numel() > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append((key, shape))
-        size += shape.numel()
-    return groups

@@ -1,22 +1,32 @@
-"""A checkpoint of any topology as a folder that ``AutoModel`` and ``AutoImageProcessor`` load.
+"""Folders that ``AutoModel`` and ``AutoImageProcessor`` load: a checkpoint becomes one, or begins with one.
 
-    OUT/model.safetensors  config.json  preprocessor_config.json  README.md
-
-Needs neither the ranks that wrote the checkpoint nor their libraries: torch and safetensors suffice. One
+Needs neither the ranks that wrote a checkpoint nor their libraries: torch and safetensors suffice. One
 parameter is in memory at a time. layouts.py says how the formats differ.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from megaregion.checkpoint.format import ENCODER
+from megaregion.checkpoint.format import (
+    BODY,
+    ENCODER,
+    Piece,
+    publish,
+    step_folder,
+    unfinished_folder,
+    write_pieces,
+)
+from megaregion.checkpoint.pretrained import FUNCTION, PROJECTION, EncoderFolder, Pretrained
 from megaregion.checkpoint.reader import (
     CheckpointReader,
     DamagedCheckpoint,
@@ -26,10 +36,13 @@ from megaregion.checkpoint.reader import (
 )
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
-from megaregion.export.card import CardFacts, evaluation_section, model_card
-from megaregion.export.folder import new_folder, refuse_taken, write_json, write_weights
-from megaregion.export.layouts import LAYOUTS, Layout
+from megaregion.export.card import evaluation_section, model_card
+from megaregion.export.folder import filled, grouped, refuse_taken, write_json, write_weights
+from megaregion.export.layouts import LAYOUTS, REGION_CODE, region_config
 from megaregion.models import RegionEncoder
+
+GROUP = 256 * 2**20
+"""Bytes of weights that one file of a starting checkpoint holds, and that lie in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,6 @@ class Exported:
 
     checkpoint: Path
     """The step folder that was read."""
-    folder: Path
-    """The folder that was written."""
     step: int
     """Optimizer steps taken."""
     model: ModelConfig
@@ -69,7 +80,9 @@ class Exported:
 
 
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None = None) -> Exported:
-    """Write the encoder of a checkpoint in other people's format.
+    """Write the encoder of a checkpoint of any topology in other people's format.
+
+        OUT/model.safetensors  config.json  preprocessor_config.json  README.md
 
     The heads stay behind, and so do the projection and region tokens' own weights unless ``regions`` asks
     for them.
@@ -92,31 +105,33 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     config = run_config(reader)
     names = _names(reader, config, options.regions)
 
-    def shapes(name: str) -> Tensor:
-        return torch.empty(reader.shape(ENCODER + name), device="meta")
+    def tensors(names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield from layout.tensors(name, read(ENCODER + name), config.model)
 
-    def values(name: str) -> Tensor:
-        return reader.read(ENCODER + name)
-
-    planned = [(key, tensor.shape) for key, tensor in _tensors(layout, names, shapes, config.model)]
+    shapes = tensors(names, lambda name: torch.empty(reader.shape(name), device="meta"))
+    planned = [(key, tensor.shape) for key, tensor in shapes]
     parameters = sum(shape.numel() for _, shape in planned)
-    projected = "projection.weight" in names
-    settings = layout.config(config, options.dtype, options.regions, projected)
-    facts = CardFacts(config, reader.manifest, parameters, options.license, out.name, options.regions)
-    card = model_card(facts, layout, evaluation_section(reader.folder, options.evaluation))
+    settings = layout.settings(config.model, options.dtype)
+    if options.regions:
+        settings |= region_config(config, projected=PROJECTION in names)
+    card = model_card(
+        name=out.name, config=config, manifest=reader.manifest, step=reader.step, parameters=parameters,
+        layout=options.layout, regions=options.regions, license=options.license,
+        evaluation=evaluation_section(reader.folder, options.evaluation),
+    )  # fmt: skip
     try:
-        with new_folder(out) as partial:
-            write_json(partial / "config.json", settings)
-            write_json(partial / "preprocessor_config.json", layout.processor(config.model, config.data))
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            for name, content in layout.code(options.regions).items():
-                (partial / name).write_text(content, encoding="utf-8")
-            shown = tqdm(names, desc="write", unit="tensor", disable=None)
-            tensors = _tensors(layout, shown, values, config.model)
-            size = write_weights(partial, planned, tensors, options.dtype, options.shard_bytes)
+        with filled(out) as folder:
+            write_json(folder / "config.json", settings)
+            write_json(folder / "preprocessor_config.json", layout.processor(config.model, config.data))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            if options.regions:
+                shutil.copyfile(REGION_CODE, folder / REGION_CODE.name)
+            given = tensors(tqdm(names, desc="write", unit="tensor", disable=None), reader.read)
+            size = write_weights(folder, planned, given, options.dtype, options.shard_bytes)
     except DamagedCheckpoint as error:
         raise copy_again(error) from error
-    return Exported(reader.folder, out, reader.step, config.model, parameters, size)
+    return Exported(reader.folder, reader.step, config.model, parameters, size)
 
 
 def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[str]:
@@ -125,7 +140,7 @@ def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[s
         model = RegionEncoder(config.model, config.head.embedding_dim)
     names = []
     for name, parameter in model.named_parameters():
-        of_regions = ".region." in name or name.startswith("projection.")
+        of_regions = ".region." in name or name == PROJECTION
         # A starting checkpoint has no projection of its own; its regions are given without.
         if (of_regions and not regions) or (of_regions and ENCODER + name not in reader.names()):
             continue
@@ -142,12 +157,60 @@ def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[s
     return names
 
 
-def _tensors(
-    layout: Layout, names: Iterable[str], read: Callable[[str], Tensor], config: ModelConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Keys and tensors of the format, for the names of RegionEncoder that a checkpoint is read by."""
-    for name in names:
-        if name.startswith("projection."):
-            yield name, read(name)
-        else:
-            yield from layout.tensors(name.removeprefix("vit."), read(name), config)
+def write_start(source: Path, out: Path, image_size: int | None = None) -> tuple[Pretrained, int]:
+    """Turn a HuggingFace folder into a starting checkpoint, which any topology reads.
+
+        OUT/checkpoints/step-00000000/...   weights of the transformer, nothing else
+        OUT/model.yaml                      settings that a run on these weights needs
+
+    Args:
+        source: The folder.
+        out: Folder to write, absent or empty; it appears complete or not at all.
+        image_size: Side of the images to train on; the folder's own if None.
+
+    Returns:
+        What was read, with that image size, and the number of parameters.
+
+    Raises:
+        UserError: The folder cannot be read, the patch does not divide the size, or out cannot be written.
+    """
+    refuse_taken(out)
+    theirs = EncoderFolder(source)
+    model = dataclasses.replace(theirs.model, image_size=image_size or theirs.model.image_size)
+    if model.image_size % model.patch_size or model.image_size < 1:
+        near = max(1, round(model.image_size / model.patch_size)) * model.patch_size
+        raise UserError(
+            f"--image-size must be a multiple of the patch of {model.patch_size} px, got {model.image_size}; "
+            f"use {near}"
+        )
+    run = RunConfig(name=out.name, model=model, data=theirs.data)
+    if theirs.embedding_dim is not None:
+        run = dataclasses.replace(run, head=dataclasses.replace(run.head, embedding_dim=theirs.embedding_dim))
+    with filled(out) as folder:
+        checkpoints = folder / "checkpoints"
+        unfinished = unfinished_folder(checkpoints, 0, 0)
+        unfinished.mkdir(parents=True)
+        count = 0
+        for number, group in enumerate(grouped(_pieces(theirs), lambda piece: piece.tensor.nbytes, GROUP)):
+            count += sum(piece.tensor.numel() for piece in group)
+            write_pieces(unfinished, number, group)
+        facts = {"step": 0, "position": 0, "config": dataclasses.asdict(run), "dataset": {}}
+        publish(unfinished, step_folder(checkpoints, 0), facts)
+        needed = {
+            "model": {key: getattr(model, key) for key in ("image_size", *FUNCTION)},
+            "data": {"mean": list(run.data.mean), "std": list(run.data.std)},
+        }
+        (folder / "model.yaml").write_text(
+            "# Give it as a last --config to tools/pretrain.py, with --init and this folder.\n"
+            + yaml.safe_dump(needed, sort_keys=False)
+        )
+    return Pretrained(theirs, model, theirs.data, tuple(theirs.notices)), count
+
+
+def _pieces(source: EncoderFolder) -> Iterator[Piece]:
+    named = [(f"{BODY}{name}", name) for name in source.names()]
+    if source.embedding_dim is not None:
+        named.append((f"{ENCODER}{PROJECTION}", PROJECTION))
+    for key, name in named:
+        tensor = source.read(name)
+        yield Piece(key, tuple(tensor.shape), (0,) * tensor.dim(), tensor)

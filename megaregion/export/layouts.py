@@ -21,8 +21,7 @@ Shapes: D width, H heads, d head width.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaregion.checkpoint.pretrained import PREFIX, REGION, mlcd_tensors
+from megaregion.checkpoint.pretrained import PREFIX, PROJECTION, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 
@@ -40,24 +39,11 @@ REGION_CODE = Path(__file__).with_name("modeling_megaregion.py")
 MERGED_SIDE = 2
 """Patches along one side of the square that the merger joins into one token."""
 
-_LLAVA_KEYS = {
-    "class_pos_emb": "class_pos_emb",
-    "class_embedding": "class_embedding",
-    "patch_embedding.weight": "patch_embed.proj.weight",
-    "pre_norm.weight": "pre_layernorm.weight",
-    "pre_norm.bias": "pre_layernorm.bias",
-}
-
-_LLAVA_BLOCK_KEYS = {
-    "norm1": "norm1",
-    "norm2": "norm2",
+_LLAVA_NAMES = {
+    "patch_embedding": "patch_embed.proj", "pre_norm": "pre_layernorm", "attention.out": "attn.proj",
     "attention.qkv": "attn.qkv",
-    "attention.out": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+}  # fmt: skip
+"""Parts of our names that are others there."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +51,13 @@ class Layout:
     """One format."""
 
     tensors: Callable[[str, Tensor, ModelConfig], Iterator[tuple[str, Tensor]]]
-    """Key and value in the format of one parameter of VisionTransformer."""
+    """Key and value in the format of one parameter of RegionEncoder."""
     settings: Callable[[ModelConfig, torch.dtype], dict[str, Any]]
     """Content of config.json, without regions."""
     processor: Callable[[ModelConfig, DataConfig], dict[str, Any]]
     """Content of preprocessor_config.json."""
     regions: bool
     """Whether it has a place for the region part."""
-    usage: str
-    """Which section of the card says how to load it."""
-
-    def config(self, run: RunConfig, dtype: torch.dtype, regions: bool, projected: bool) -> dict[str, Any]:
-        """Content of config.json, with the region part and its projection where they come along.
-
-        Raises:
-            UserError: The format cannot hold the model.
-        """
-        content = self.settings(run.model, dtype)
-        if regions:
-            content["auto_map"] = {"AutoModel": f"{REGION_CODE.stem}.RegionVisionModel"}
-            content["region_layers"] = run.model.region_layers
-            content["region_weights"] = run.model.region_weights
-            content["patch_coverage"] = run.data.patch_coverage
-            content["projection_dim"] = run.head.embedding_dim if projected else None
-        return content
-
-    def code(self, regions: bool) -> Mapping[str, str]:
-        """Python files that stand beside the weights, by name."""
-        return {REGION_CODE.name: REGION_CODE.read_text(encoding="utf-8")} if regions else {}
 
 
 def mlcd_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -128,27 +93,36 @@ def mlcd_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _prefixed_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    for key, value in mlcd_tensors(name, tensor, config):
+def region_config(run: RunConfig, projected: bool) -> dict[str, Any]:
+    """What config.json holds besides where the region part comes along, with a projection or without."""
+    return {
+        "auto_map": {"AutoModel": f"{REGION_CODE.stem}.RegionVisionModel"},
+        "region_layers": run.model.region_layers,
+        "region_weights": run.model.region_weights,
+        "patch_coverage": run.data.patch_coverage,
+        "projection_dim": run.head.embedding_dim if projected else None,
+    }
+
+
+def _mlcd_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    if name == PROJECTION:
+        yield name, tensor
+        return
+    for key, value in mlcd_tensors(name.removeprefix("vit."), tensor, config):
         yield (key if key.startswith(REGION) else PREFIX + key), value
 
 
-def llava_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor in that project of one parameter of VisionTransformer.
-
-    The rows of a fused projection are reordered. Nothing comes for the last norm, which it does not have.
-    """
-    if name.startswith("post_norm."):
+def _llava_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Rename, and reorder the rows of a fused projection; the tower has no last norm."""
+    key = name.removeprefix("vit.")
+    if key.startswith("post_norm."):
         return
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        yield f"visual.{_LLAVA_KEYS[name]}", tensor
-        return
-    block, part, end = match.groups()
-    if part == "attention.qkv":
+    if ".attention.qkv." in key:
         heads = tensor.view(config.heads, 3, config.head_dim, *tensor.shape[1:])
         tensor = heads.transpose(0, 1).flatten(0, 2)
-    yield f"visual.blocks.{block}.{_LLAVA_BLOCK_KEYS[part]}.{end}", tensor
+    for ours, theirs in _LLAVA_NAMES.items():
+        key = key.replace(ours, theirs)
+    yield f"visual.{key}", tensor
 
 
 def llava_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -206,7 +180,7 @@ def _pixels(data: DataConfig) -> dict[str, Any]:
 
 
 LAYOUTS = {
-    "mlcd": Layout(_prefixed_tensors, mlcd_config, mlcd_processor, True, "transformers"),
-    "llava-onevision-1.5": Layout(llava_tensors, llava_config, llava_processor, False, "llava"),
+    "mlcd": Layout(_mlcd_tensors, mlcd_config, mlcd_processor, regions=True),
+    "llava-onevision-1.5": Layout(_llava_tensors, llava_config, llava_processor, regions=False),
 }
 """Formats by the name that the command line knows."""

@@ -69,36 +69,32 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
     Raises:
         UserError: It is neither, or another architecture.
     """
-    if is_encoder_folder(path):
-        folder = EncoderFolder(path)
-        if folder.architecture != "MLCD":
-            raise UserError(
-                f"{path} is a {folder.architecture} tower, whose features are not those of its weights here; "
-                "convert it with from-hf and check what was written"
-            )
-        return Encoder(_theirs(path), folder.model, folder.data)
-    pretrained = open_pretrained(path)
-    vit = load_transformer(pretrained, dtype)
+    if not is_encoder_folder(path):
+        pretrained = open_pretrained(path)
+        vit = load_transformer(pretrained, dtype)
 
-    def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = vit(images).image
-        return tokens, vit.pool(tokens[:, 0])
+        def ours(images: Tensor) -> tuple[Tensor, Tensor]:
+            tokens = vit(images).image
+            return tokens, vit.pool(tokens[:, 0])
 
-    return Encoder(features, pretrained.model, pretrained.data)
-
-
-def _theirs(path: Path) -> Features:
+        return Encoder(ours, pretrained.model, pretrained.data)
+    folder = EncoderFolder(path)
+    if folder.architecture != "MLCD":
+        raise UserError(
+            f"{path} is a {folder.architecture} tower, whose features are not those of its weights here; "
+            "convert it with from-hf and check what was written"
+        )
     from transformers import AutoModel
     from transformers import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
 
-    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+    def theirs(images: Tensor) -> tuple[Tensor, Tensor]:
         output = model(pixel_values=images)
         return output.last_hidden_state, output.pooler_output
 
-    return features
+    return Encoder(theirs, folder.model, folder.data)
 
 
 @torch.no_grad()
@@ -143,9 +139,8 @@ def picture_files(folder: Path, count: int = 8) -> list[Path]:
 
 def _pixels(pictures: Sequence[Path], transform: EvalTransform) -> Tensor:
     if not pictures:
-        return torch.randn(
-            1, 3, transform.height, transform.width, generator=torch.Generator().manual_seed(0)
-        )
+        noise = torch.Generator().manual_seed(0)
+        return torch.randn(1, 3, transform.height, transform.width, generator=noise)
     images = []
     for picture in pictures:
         try:
