@@ -31,7 +31,9 @@ demo: .venv/ready
 test: lint types layers
 	@taken=$$(mktemp -d) || exit 1; \
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync TAKEN="$$taken" test-one test-other; \
-	code=$$?; rm -rf "$$taken"; exit $$code
+	code=$$?; \
+	[ $$(find "$$taken" -name '.whole-*' | wc -l) = 2 ] || { echo "a pytest ended before its last test"; code=1; }; \
+	rm -rf "$$taken"; exit $$code
 
 test-one test-other:
 	$(BIN)/python -m pytest --share="$(TAKEN)"

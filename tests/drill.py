@@ -65,7 +65,9 @@ class Drill:
             cwd=self.folder,
         )  # fmt: skip
 
-    def torchrun(self, name: str, ranks: int, *settings: str, **environment: str) -> None:
+    def torchrun(
+        self, name: str, ranks: int, *settings: str, seconds: float = 600, **environment: str
+    ) -> None:
         """The same training without SLURM, undisturbed to its end."""
         flags = [*TOY, f"--data.path={self.dataset}", f"--output={self.folder}", f"--name={name}", *settings]
         done = subprocess.run(
@@ -74,7 +76,7 @@ class Drill:
                 f"--master-port={free_port()}", "tools/pretrain.py", "--config", "configs/vit_b16_8gpu.yaml",
                 *flags,
             ],
-            cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
+            cwd=repository(), capture_output=True, text=True, timeout=seconds, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

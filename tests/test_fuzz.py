@@ -12,8 +12,11 @@ import io
 import json
 import math
 import os
+import signal
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +383,32 @@ TARGETS = (
 )  # fmt: skip
 
 
+class HangError(BaseException):
+    """No reader may take it for a damaged file, nor hypothesis look for a smaller input."""
+
+
+@contextmanager
+def ended_when_it_hangs(content: bytes) -> Iterator[None]:
+    """The deadline judges what has returned; what does not return is interrupted here."""
+
+    def interrupt(*_: object) -> None:
+        raise HangError(f"{3 * SECONDS} s on {len(content)} bytes: {content[:2000]!r}")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 3 * SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_input_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SECONDS", 0.1)
+    with pytest.raises(HangError, match=r"0\.3.* s on 4 bytes: b'name'"), ended_when_it_hangs(b"name"):
+        time.sleep(60)
+
+
 @pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.drill)])
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.__name__.removesuffix("_target"))
 def test_a_hostile_file_is_read_or_refused_in_a_line(
@@ -399,7 +428,8 @@ def test_a_hostile_file_is_read_or_refused_in_a_line(
     def one(content: bytes) -> None:
         said = ""
         try:
-            of.parse(content)
+            with ended_when_it_hangs(content):
+                of.parse(content)
         except REFUSALS as error:
             said = str(error)
         assert "\n" not in said

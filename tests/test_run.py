@@ -188,6 +188,9 @@ def test_a_tool_imports_nothing_heavy_before_it_can_tell_a_mistake_or_its_help(t
         (["--parallel.tensor=2"], "parallel.tensor must divide the number of ranks 1, got 2"),
         (["--resume=yes"], "--resume must be auto or none, got yes"),
         (["--train.global_batch=5", "--head.draw_images=2"], "head.draw_images must divide the 1 images"),
+        (["--head.backend=triton"], "head.backend triton needs a GPU"),
+        (["--init=missing"], "missing"),
+        (["--checkpoint.local=/proc/x"], "checkpoint.local: /proc/x/run cannot be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run_behind(
@@ -198,7 +201,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run_behind(
     lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
     assert len(lines) == 1, done.stderr
     assert message in lines[0]
-    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert not list(tmp_path.iterdir())
 
 
 # --- inside one process of one rank ------------------------------------------------------------------------

@@ -142,8 +142,18 @@ def _rank_that_never_comes(output: str) -> None:
     assert not saver.wait()
     assert saved_steps(folder) == []
 
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
 
-def test_a_rank_that_never_writes_makes_the_save_fail_in_time(tmp_path: Path) -> None:
+    threading.Thread.start = refuse  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        saver.start(Save(folder, 4, [], {}))
+    saver.settle(seconds=1)
+
+
+def test_a_save_without_the_other_ranks_files_fails_in_time_and_one_without_a_thread_at_once(
+    tmp_path: Path,
+) -> None:
     launch(_rank_that_never_comes, 1, str(tmp_path))
 
 
@@ -354,12 +364,3 @@ def test_a_signalled_run_that_could_not_save_does_not_end_as_one_that_did(unsave
     events = (unsaved / "signalled" / "events.jsonl").read_text()
     assert '"event": "stop"' not in events
     assert saved_steps(unsaved / "signalled" / "checkpoints") == []
-
-
-def test_a_local_folder_that_takes_no_files_is_refused_at_the_start(dataset: Path, tmp_path: Path) -> None:
-    from test_run import pretrain
-
-    done = pretrain(dataset, tmp_path, "--checkpoint.local=/proc/x")
-    assert done.returncode == 2
-    assert "checkpoint.local: /proc/x/run cannot be written" in done.stderr
-    assert done.stderr.count("\n") == 1

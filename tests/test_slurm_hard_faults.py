@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from drill import STEPS, Drill, assert_same
 from islands import IslandCluster
-from pretend_cluster import pretend_cluster
+from pretend_cluster import CGROUPS, CgroupCluster, pretend_cluster
 
 from megaregion.checkpoint.format import UNFINISHED
 from megaregion.checkpoint.reader import find_checkpoint
@@ -270,3 +270,28 @@ def _flip(file: Path) -> None:
 def _assert_close(ours: dict[int, float], theirs: dict[int, float]) -> None:
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 1e-4
+
+
+def test_control_groups_confine_ranks_to_their_cores_and_end_all_that_a_killed_start_leaves(
+    tmp_path: Path,
+) -> None:
+    with pretend_cluster(CgroupCluster) as cluster:
+        drill = Drill(cluster, tmp_path)
+        flags = ["--head.draw_images=6", "--data.workers=1"]
+        job = drill.submit(
+            "confined", *flags, nodes=1, per_node=2, MEGAREGION_SETTLE="0",
+            MEGAREGION_FAULT="slow:rank=0:step=1:seconds=0.3,die:rank=1:step=20:start=0",
+        )  # fmt: skip
+        drill.wait_for_step("confined", job, 2)
+        ranks = cluster.ranks(job)
+        assert [sorted(os.sched_getaffinity(ranks[rank])) for rank in (0, 1)] == [[0], [1]]
+        [group] = (CGROUPS / "freezer" / "slurm_n1" / "uid_0" / f"job_{job}").glob("step_0")
+        held = [int(process) for process in (group / "cgroup.procs").read_text().split()]
+        assert {*ranks.values()} < {*held}, "the loaders' processes are in the group too"
+        cores = (CGROUPS / "cpuset" / group.relative_to(CGROUPS / "freezer") / "cpuset.cpus").read_text()
+        assert cores.strip() == "0-1"
+        assert drill.finish("confined", job) == "COMPLETED", drill.log("confined")
+        assert _restarts(drill, job) == 1
+        assert not [process for process in held if Path(f"/proc/{process}").exists()]
+        drill.torchrun("free", 2, *flags)
+        assert_same(drill.state("confined"), drill.state("free"))

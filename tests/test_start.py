@@ -248,6 +248,15 @@ def test_what_cannot_be_converted_is_one_clear_line(
         spoilt("hole", **{first: None})
     )
     assert "belong to different models" in complaint(spoilt("shape", {"intermediate_size": 128}))
+    assert "holds encoder.layers.2.layer_norm1.bias, but config.json names 2 layers" in complaint(
+        spoilt("fewer", {"num_hidden_layers": 2})
+    )
+    assert "holds no tensor encoder.layers.3." in complaint(spoilt("more", {"num_hidden_layers": 4}))
+    for value in (float("nan"), float("inf")):
+        bad = tensors[first].clone()
+        bad[0, 0] = value
+        assert f"{first} holds values that are not finite" in complaint(spoilt(f"is-{value}", **{first: bad}))
+    assert "model.norm_eps must lie in" in complaint(spoilt("eps", {"layer_norm_eps": -1}))
     assert "does not fit config.json" in complaint(spoilt("rows", **{first: tensors[first][:-1]}))
     assert "--image-size must be a multiple of the patch of 8 px, got 50; use 48" in complaint(
         good, "--image-size", "50"

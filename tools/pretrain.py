@@ -74,16 +74,20 @@ def train(
     checkpoints = folder / "checkpoints"
     if not resume and any(checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints} holds checkpoints; use --resume auto, or another --name")
-    open_log(folder / "logs", place.rank)
+    log = open_log(folder / "logs", place.rank)
     clock = Clock.of_run(config, place)
     watchdog = Watchdog(clock, place, folder / "logs", config.train.watchdog_seconds).start()
     after_save = evaluation.after_save if place.rank == 0 else lambda step: None
-    begin = first_weights(config, checkpoints, resume, place.rank == 0)
-    trainer = Trainer(config, place, STOP, clock, window, after_save, begin)
-    if place.rank == 0:
-        write_run_files(folder, config, trainer.engine.settings)
+    try:
+        begin = first_weights(config, checkpoints, resume, place.rank == 0)
+        trainer = Trainer(config, place, STOP, clock, window, after_save, begin)
+    except UserError:
+        log.forget()
+        raise
     trainer.start(resume)
     if place.rank == 0:
+        # A start that is refused must not change what the run says of itself.
+        write_run_files(folder, config, trainer.engine.settings)
         evaluation.begin(trainer.state.step)
     try:
         code = trainer.run(stop_at)

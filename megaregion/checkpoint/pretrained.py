@@ -53,7 +53,7 @@ class Pretrained:
         if isinstance(self.source, EncoderFolder):
             return self.source.read(name)
         try:
-            return self.source.read(f"{BODY}{name}").float()
+            return finite(self.source.read(f"{BODY}{name}").float(), f"{self.source.folder}: {name}")
         except DamagedCheckpoint as error:
             raise UserError(f"{error}; copy the checkpoint again") from error
 
@@ -201,9 +201,10 @@ class EncoderFolder:
             raise UserError(f"{self.folder} holds no tensor {key}; the folder is not complete, copy it again")
         try:
             with safe_open(place.file, framework="pt") as file:
-                return file.get_tensor(place.key).to(torch.float32, copy=True)
+                tensor = file.get_tensor(place.key).to(torch.float32, copy=True)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{place.file} cannot be read: {error}; copy it again") from error
+        return finite(tensor, f"{place.file}: {place.key}")
 
     def _notices(self) -> list[str]:
         """What a user should know of what was left or made."""
@@ -214,12 +215,25 @@ class EncoderFolder:
                 "rotary positions its features are others until it has trained"
             )
         known = {"embeddings.position_embedding.weight", "embeddings.position_ids", PROJECTION}
-        own = [key for key in self._places if not key.startswith(_OTHER_PARTS)]
-        left = [key for key in own if key not in known and not key.startswith(_ENCODER)]
+        known.update(key for name in self._shapes for key in mlcd_keys(name, self.model))
+        left = [key for key in self._places if key not in known and not key.startswith(_OTHER_PARTS)]
+        deeper = [key for key in left if key.startswith(f"encoder.layers.{self.model.depth}.")]
+        if deeper:
+            raise UserError(
+                f"{self.folder} holds {deeper[0]}, but config.json names {self.model.depth} layers; weights "
+                "and config.json belong to different models"
+            )
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             found.append(f"left out, for the encoder has no such parameters: {', '.join(left[:3])}{more}")
         return found
+
+
+def finite(tensor: Tensor, where: str) -> Tensor:
+    """The same tensor; raises UserError if a value is NaN or infinite: all training on it would be lost."""
+    if not tensor.isfinite().all():
+        raise UserError(f"{where} holds values that are not finite; take other weights, or copy them again")
+    return tensor
 
 
 _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")

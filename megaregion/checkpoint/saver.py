@@ -159,8 +159,10 @@ class Saver:
     def start(self, save: Save) -> None:
         """Begin to write; every rank calls it after :meth:`prepare`, and :meth:`wait` before the next one."""
         self._step = save.step
-        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
+        # It fails where memory or threads are used up; nothing must wait for it then.
+        thread.start()
+        self._thread = thread
 
     def wait(self) -> bool:
         """Wait for the save under way, if there is one; a collective, in the main thread.

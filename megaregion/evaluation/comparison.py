@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
@@ -17,6 +16,7 @@ from megaregion.evaluation.report import WHILE_TRAINING, dotted, metrics_or_none
 from megaregion.evaluation.scenes import read_image
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
 from megaregion.schemas.run import EVALUATIONS, METRICS, Metrics
+from megaregion.settings import read_yaml
 
 TRAINED = "trained"
 """The encoder whose rows are compared."""
@@ -81,21 +81,19 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     config, evaluation = folder / "config.yaml", folder / EVALUATION
     if not config.is_file():
         raise UserError(f"{folder} is no run: it holds no config.yaml; name a folder of tools/pretrain.py")
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{config} cannot be read ({reason}); copy it from the run's last start") from None
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{config} holds no settings; name a folder of tools/pretrain.py")
     return RunRecord(
         name,
         folder,
-        {key: str(value) for key, value in dotted(settings).items()},
+        {key: _shown(value) for key, value in dotted(read_yaml(config)).items()},
         metrics_or_none(folder / METRICS),
         read_evaluation(evaluation) if evaluation.is_file() else None,
         metrics_or_none(folder / EVALUATIONS),
     )
+
+
+def _shown(value: object) -> str:
+    """A setting's value, a list as on a command line."""
+    return " ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def joined_tables(runs: Sequence[RunRecord]) -> list[Table]:

@@ -26,6 +26,11 @@ LEAST_SPREAD = 0.02
 """Least deviation assumed, as a share of the median: a plateau has next to none of its own."""
 COUNTS = ("consecutive", "skipped", "rollbacks")
 """What the guard counts, as a checkpoint keeps it."""
+WAY_OUT = (
+    "different samples point at the settings: lower optimizer.lr, and look at data.std, model.norm_eps and "
+    "guard.spike; guard.jsonl in the run's folder has the samples"
+)
+"""What a run that refuses step after step should look at."""
 MAD_TO_DEVIATION = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 
@@ -112,8 +117,7 @@ class LossGuard:
         if self.rollbacks >= self._config.max_rollbacks:
             raise UserError(
                 f"the loss guard went back {self.rollbacks} times (guard.max_rollbacks) and refused "
-                f"{self.consecutive} steps in a row again; see guard.jsonl in the run's folder for their "
-                "samples; lower optimizer.lr, mend the data, or raise guard.spike"
+                f"{self.consecutive} steps in a row again; {WAY_OUT}"
             )
 
     def went_back(self, skipped: int, rollbacks: int) -> None:

@@ -6,11 +6,13 @@ again; TensorBoard, which keeps nothing, misses those steps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -28,20 +30,46 @@ KEPT_RECORDS = 100_000
 """Records that wait for room on the disk; beyond them the oldest are lost."""
 
 
-def open_log(folder: Path, rank: int) -> None:
-    """Send this rank's log to logs/rank-NN.log, and rank 0's to the terminal as well."""
+class RankLog(logging.FileHandler):
+    """The file of one rank's log."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._begun = path, not path.exists()
+        super().__init__(path)
+
+    def forget(self) -> None:
+        """Remove it if this start has begun it, and its run's folder if nothing else is there."""
+        with contextlib.suppress(OSError):
+            if self._begun:
+                self._path.unlink()
+                self._path.parent.rmdir()
+                self._path.parents[1].rmdir()
+
+
+def open_log(folder: Path, rank: int) -> RankLog:
+    """Send this rank's log to logs/rank-NN.log, which is returned, and rank 0's to the terminal as well."""
     folder.mkdir(parents=True, exist_ok=True)
     LOG.handlers.clear()
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    logging.raiseExceptions = False  # A line that a full disk refuses is lost, without a traceback for each.
-    file = logging.FileHandler(folder / f"rank-{rank:02d}.log")
+    # What a full disk refuses is lost, without a traceback for each line and each writer of TensorBoard.
+    logging.raiseExceptions = False
+    threading.excepthook = _tell_of_thread
+    file = RankLog(folder / f"rank-{rank:02d}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(file)
     if rank == 0:
         screen = logging.StreamHandler(sys.stdout)
         screen.setFormatter(logging.Formatter("%(message)s"))
         LOG.addHandler(screen)
+    return file
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A traceback, but not of TensorBoard's thread, whose error the next step meets."""
+    boards = (failed.thread.__class__.__module__ or "").startswith("tensorboard")
+    if not (boards and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
 
 
 class Metrics:
@@ -53,7 +81,9 @@ class Metrics:
         self._waiting: deque[str] = deque(maxlen=KEPT_RECORDS)
         self._file: int | None = None
         self._board: Any = None
-        self._torn = self._refused = False
+        self._torn = False
+        self._missing: set[str] = set()
+        """What cannot be written now, and was said to be."""
         if writes:
             self._file = os.open(run / METRICS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
@@ -95,12 +125,12 @@ class Metrics:
         try:
             written = os.write(self._file, content)
         except OSError as error:
-            self._refuse(error)
+            self._refuse(METRICS, error)
             return
         self._torn = written < len(content)
         if not self._torn:
             self._waiting.clear()
-            self._refused = False
+            self._missing.discard(METRICS)
 
     def _show(self, values: dict[str, float], step: int) -> None:
         try:
@@ -113,12 +143,12 @@ class Metrics:
         except OSError as error:
             # Its writing thread has ended; the next step opens another.
             self._board = None
-            self._refuse(error)
+            self._refuse("tensorboard", error)
 
-    def _refuse(self, error: OSError) -> None:
-        if not self._refused:
-            LOG.error("metrics of %s cannot be written (%s); training goes on", self._run, error.strerror)
-        self._refused = True
+    def _refuse(self, what: str, error: OSError) -> None:
+        if what not in self._missing:
+            LOG.error("%s cannot be written (%s); training goes on", self._run / what, error.strerror)
+        self._missing.add(what)
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
         def number(key: str, form: str, missing: str = "-") -> str:

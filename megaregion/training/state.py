@@ -30,7 +30,7 @@ from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events
 from megaregion.settings import sections
-from megaregion.training.guard import LossGuard
+from megaregion.training.guard import WAY_OUT, LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
 
@@ -83,8 +83,6 @@ class TrainingState:
         self._losses: list[float] = []
         settings = config.checkpoint
         local = Path(settings.local) / config.name if settings.local else None
-        if local is not None:
-            _check_writable(local, topology)
         retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         self._saver = Saver(topology, fence, events, retention, local)
         self._snapshot = Snapshot(topology.device)
@@ -240,7 +238,7 @@ class TrainingState:
         if not self.resume():
             raise UserError(
                 f"the loss guard refused {refused} steps in a row after step {step} and there is no "
-                f"checkpoint to go back to; see {self.checkpoints.parent}/guard.jsonl for their samples"
+                f"checkpoint to go back to; {WAY_OUT}"
             )
         self.position = position
         guard.went_back(skipped, rollbacks)
@@ -308,8 +306,11 @@ class TrainingState:
         return facts(self._config, position, self._dataset, place.tensor_size, place.data_size)
 
 
-def _check_writable(folder: Path, topology: Topology) -> None:
+def check_local(config: RunConfig, topology: Topology) -> None:
     """Refuse a folder of the hosts' own disks that takes no files, before a save needs it; a collective."""
+    if not config.checkpoint.local:
+        return
+    folder = Path(config.checkpoint.local) / config.name
     reason, probe = "", folder / f".probe-{topology.rank:05d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

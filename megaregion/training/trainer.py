@@ -46,7 +46,7 @@ from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Uti
 from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
 from megaregion.training.metrics import LOG, Meter, Metrics
-from megaregion.training.state import TrainingState
+from megaregion.training.state import TrainingState, check_local
 
 Values = dict[str, float | int | None]
 """Numbers of a log line by name; None where a step has no such value."""
@@ -125,6 +125,7 @@ class Trainer:
 
     def _own_state(self) -> TrainingState:
         """Claim the run; last, so that a start that fails over a mistake takes no run away from its owner."""
+        check_local(self.config, self.topology)
         fence = claim_together(self.run_folder / "checkpoints", self.topology)
         self.events.write(
             "start", at=process_start(), incarnation=fence.number, token=fence.token,
@@ -291,11 +292,16 @@ class Trainer:
             "keys": [key for keys in sums.keys for key in keys],
             "not_finite": self.heads.spoilt(sums.keys),
         }
-        told = all_gather_strings(json.dumps(own), self.topology)
+        texts = all_gather_strings(json.dumps(own), self.topology)
         # Ranks that share a model read the same samples.
-        parts = [json.loads(text) for text in told[:: self.topology.tensor_size]]
+        parts = [json.loads(text) for text in texts[:: self.topology.tensor_size]]
         joined = {name: [item for part in parts for item in part[name]] for name in own}
-        names = joined["not_finite"] or joined["keys"]
+        names = list(dict.fromkeys(joined["not_finite"])) or joined["keys"]
+        told = f"samples {', '.join(names[:8])}" + f" and {len(names) - 8} more" * (len(names) > 8)
+        if joined["not_finite"] and len(names) == len(joined["keys"]):
+            told = (
+                "all samples alike, so weights or settings (data.std, model.norm_eps) are to blame, not they"
+            )
         refusal = {
             "step": self.state.step + 1, "reason": self._refusal, "loss": str(sums.loss().item()),
             "grad_norm": str(norm.item()), "time": time.time(), **joined,
@@ -303,9 +309,9 @@ class Trainer:
         if self.topology.rank == 0:
             write_refusal(self.run_folder / "guard.jsonl", refusal)
         LOG.warning(
-            "step %d was skipped (%d in a row): %s; positions %d to %d, samples %s%s",
+            "step %d was skipped (%d in a row): %s; positions %d to %d, %s",
             self.state.step + 1, self.state.guard.consecutive, self._refusal, min(joined["positions"]),
-            max(joined["positions"]), ", ".join(names[:8]), f" and {len(names) - 8} more" * (len(names) > 8),
+            max(joined["positions"]), told,
         )  # fmt: skip
         self.engine.drop()
         self.heads.skip()
