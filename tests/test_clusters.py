@@ -22,11 +22,11 @@ import benchmark.kmeans
 from benchmark.kmeans import gaussian_features
 from benchmark.scenes import scene_features
 from megaregion.command_line import Parser, add_settings
-from megaregion.curation.embeddings import to_unit
+from megaregion.curation.embeddings import unit
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.runner.pipeline import Pipeline, record_run, recorded_run
 from megaregion.curation.settings import CurationSettings, settings_from
-from megaregion.curation.stages.embed import FEATURES, Embed
+from megaregion.curation.stages.regions import FEATURES, Embed
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Output, Store
 from megaregion.errors import UserError
@@ -150,7 +150,7 @@ def test_any_number_of_workers_and_any_kill_give_the_same_bytes(
 @pytest.mark.usefixtures("embedded")
 def test_every_region_with_an_embedding_gets_the_nearest_of_all_centers(tmp_path: Path) -> None:
     pipeline = run(tmp_path / "a")
-    vectors = to_unit(made_features())
+    vectors = unit(made_features())
     usable = vectors.any(axis=1)
     assert (~usable).sum() == 3
     labels = labels_of(tmp_path / "a")
@@ -168,10 +168,10 @@ def test_no_more_rows_than_the_memory_setting_allows_are_worked_on_at_once(
 
     def watched(rows: Any) -> Any:
         seen.append(len(rows))
-        return to_unit(rows)
+        return unit(rows)
 
-    for module in ("embeddings", "kmeans", "stages.cluster"):
-        monkeypatch.setattr(f"megaregion.curation.{module}.to_unit", watched)
+    for module in ("embeddings", "kmeans"):
+        monkeypatch.setattr(f"megaregion.curation.{module}.unit", watched)
     for module in ("embeddings", "stages.cluster"):
         monkeypatch.setattr(f"megaregion.curation.{module}.rows_in", lambda memory, channels: 50 * memory)
     # The sample of the first level is bounded by the number of cells.

@@ -174,7 +174,7 @@ def test_masks_that_came_with_images_are_kept_without_proposing(
     # SA-1B's own tars name members with ./ and need not put an image beside its masks.
     files = sorted(loose.iterdir(), key=lambda path: (path.suffix, path.name))
     write_tar(packed / "sa_000000.tar", [(f"./{path.name}", path.read_bytes()) for path in files])
-    monkeypatch.setattr("megaregion.curation.stages.propose.load_proposer", None)
+    monkeypatch.setattr("megaregion.curation.stages.regions.load_proposer", None)
     found = {}
     for folder in (loose, packed):
         out = tmp_path / f"out-{folder.name}"

@@ -44,8 +44,8 @@ def at_once(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def share(images: Path, out: Path, stage: str, number: int, of: int, **changes: object) -> tuple[int, int]:
     settings = settings_from({**FEW, **changes})
-    done = curate_share(images, out, settings, silent, stage, Share(number, of), workers=0)
-    return len(done.pieces), done.done
+    pieces, done = curate_share(images, out, settings, silent, stage, Share(number, of), workers=0)
+    return len(pieces), done
 
 
 def test_shares_in_any_order_give_the_dataset_of_one_run(images: Path, at_once: Path, tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_the_status_tells_done_running_failed_and_what_is_left(
     dead.wait()
     with held(folder, 3, lambda: None) as tick:
         tick()
-        while not (folder / ".running" / "00003").exists():
+        while not (folder / ".notes" / "00003").exists():
             time.sleep(0.01)
-        mine = (folder / ".running" / "00003").read_text()
-        (folder / ".running" / "00001").write_text(
+        mine = (folder / ".notes" / "00003").read_text()
+        (folder / ".notes" / "00001").write_text(
             mine.replace(f'"process": {_process(mine)}', f'"process": {dead.pid}')
         )
         [propose] = [p for p in read_progress(open_job(*_of(out)), time.time()) if p.stage == "propose"]

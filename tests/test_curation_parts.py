@@ -23,9 +23,8 @@ from megaregion.curation.kmeans import find_centers
 from megaregion.curation.nearest import nearest
 from megaregion.curation.picture import Proposal, crop, iou
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
-from megaregion.curation.stages.embed import choose
-from megaregion.curation.stages.propose import nms, rank
-from megaregion.curation.stages.text import DistinctTexts, default_corpus, train_tokenizer
+from megaregion.curation.stages.regions import choose, nms, rank
+from megaregion.curation.stages.text import default_corpus, distinct_texts, train_tokenizer
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import decode_mask
 from megaregion.errors import UserError
@@ -256,16 +255,14 @@ def test_the_tokenizer_is_exact_in_size_and_a_function_of_its_text(tmp_path: Pat
 
 def test_distinct_texts_beyond_the_limit_are_an_even_sample_in_any_order() -> None:
     texts = [f"word {number}" for number in range(5000)]
-    few, forward, backward = DistinctTexts(10_000), DistinctTexts(500), DistinctTexts(500)
-    few.add(texts * 2)
-    forward.add(texts)
-    backward.add(reversed(texts * 3))
-    assert few.texts() == sorted(texts)
-    assert few.count() == 5000
-    assert len(forward.texts()) == 500
-    assert forward.texts() == backward.texts()
-    assert 4300 < forward.count() < 5700
-    assert sum(int(text.split()[1]) < 2500 for text in forward.texts()) == pytest.approx(250, abs=45)
+    few, count = distinct_texts(texts * 2, 10_000)
+    assert few == sorted(texts)
+    assert count == 5000
+    forward, count = distinct_texts(texts, 500)
+    assert len(forward) == 500
+    assert forward == distinct_texts(reversed(texts * 3), 500)[0]
+    assert 4300 < count < 5700
+    assert sum(int(text.split()[1]) < 2500 for text in forward) == pytest.approx(250, abs=45)
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused() -> None:

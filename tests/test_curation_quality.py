@@ -11,8 +11,8 @@ import pytest
 from curation_scenes import WORDS, run, scene
 from launch import tool
 
-from megaregion.curation.quality import nmi
-from megaregion.curation.stages.cluster import keep_evenly
+from megaregion.curation.report import nmi
+from megaregion.curation.stages.pack import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 

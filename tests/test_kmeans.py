@@ -13,10 +13,10 @@ from launch import launch
 from benchmark.kmeans import gaussian_features
 from megaregion.curation import kmeans
 from megaregion.curation import nearest as tiles
-from megaregion.curation.embeddings import Share, evenly, rows_in, unit
+from megaregion.curation.embeddings import Embeddings, evenly, rows_in, unit
 from megaregion.curation.kmeans import (
     Pass,
-    Progress,
+    SavedPass,
     add_up,
     assign,
     cluster,
@@ -141,16 +141,16 @@ def test_sums_of_segments_are_those_of_the_rows_and_do_not_overflow_16_bits() ->
     # 80,000 rows along one axis: 16-bit numbers end at 65,504.
     rows = np.zeros((80_010, 4), dtype=np.float16)
     rows[:80_000, 0] = rows[80_000:, 1] = 1
-    centers = cluster(Share([rows], 512), ClusterSettings(2, 4, 0))
+    centers = cluster(Embeddings([rows], 512), ClusterSettings(2, 4, 0))
     assert sorted(centers.round().tolist()) == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def test_each_pass_is_nearer_and_ends_below_flat_k_means_with_faiss() -> None:
     vectors = gaussian_features(4000, 64, 400, 1.0)
-    share, told = Share([vectors], 512), list[Pass]()
+    embeddings, told = Embeddings([vectors], 512), list[Pass]()
     plan = ClusterSettings(400, 20, 0, first_level=20)
-    guess = first_guess(share, plan)
-    centers = cluster(share, plan, on_pass=told.append)
+    guess = first_guess(embeddings, plan)
+    centers = cluster(embeddings, plan, on_pass=told.append)
     flat = inertia(tensor(vectors), tensor(find_centers(vectors, 400, 25, 0)[0]))
     assert inertia(tensor(vectors), centers) < 0.97 * flat
     assert inertia(tensor(vectors), guess) > 1.1 * flat
@@ -165,13 +165,13 @@ def test_an_empty_center_takes_half_of_the_cluster_that_gains_most() -> None:
     rng = np.random.default_rng(0)
     means = np.eye(4, 8, dtype=np.float32)
     rows = unit(np.repeat(means, 30, axis=0) + 0.05 * rng.standard_normal((120, 8), dtype=np.float32))
-    share = Share([rows], 512)
+    embeddings = Embeddings([rows], 512)
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 30)
     sums = torch.zeros(4, 8)
     add_up(sums, tensor(rows), labels)
     centers = torch.nn.functional.normalize(sums)
     centers[3, 7] = 1
-    taken = kmeans.exchange(share, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
+    taken = kmeans.exchange(embeddings, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
     assert taken == 1
     assert sorted((centers @ tensor(means).T).argmax(1).tolist()) == [0, 1, 2, 3]
 
@@ -180,26 +180,26 @@ def test_an_empty_center_takes_half_of_the_cluster_that_gains_most() -> None:
 
 
 def test_threads_change_no_bit_and_the_seed_does() -> None:
-    share = Share([features()], 512)
-    one = cluster(share, PLAN)
+    embeddings = Embeddings([features()], 512)
+    one = cluster(embeddings, PLAN)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        three = cluster(Share([features()], 512), PLAN)
+        three = cluster(Embeddings([features()], 512), PLAN)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, three)
-    assert not torch.equal(one, cluster(share, ClusterSettings(40, 16, 4, 5)))
+    assert not torch.equal(one, cluster(embeddings, ClusterSettings(40, 16, 4, 5)))
 
 
 def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
-    share, told = Share([features()], 512), list[Pass]()
-    whole = cluster(share, PLAN, on_pass=told.append)
+    embeddings, told = Embeddings([features()], 512), list[Pass]()
+    whole = cluster(embeddings, PLAN, on_pass=told.append)
     assert len(told) > 4
-    saved = Progress(tmp_path / "progress.npz", "key")
+    saved = SavedPass(tmp_path / "progress.npz", "key")
     for kill in (1, 3, len(told)):
 
         def die(done: Pass, kill: int = kill) -> None:
@@ -207,11 +207,11 @@ def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> Non
                 raise Killed
 
         with pytest.raises(Killed):
-            cluster(share, PLAN, saved, die)
+            cluster(embeddings, PLAN, saved, die)
     rest: list[Pass] = []
-    assert torch.equal(cluster(share, PLAN, saved, rest.append), whole)
+    assert torch.equal(cluster(embeddings, PLAN, saved, rest.append), whole)
     assert not rest, "the last pass that was done had settled"
-    cluster(share, PLAN, Progress(tmp_path / "progress.npz", "another"), rest.append)
+    cluster(embeddings, PLAN, SavedPass(tmp_path / "progress.npz", "another"), rest.append)
     assert len(rest) == len(told), "what another key left is not believed"
     (tmp_path / "progress.npz").write_bytes(b"half")
     assert saved.load() is None
@@ -220,10 +220,10 @@ def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> Non
 def _cluster_on_ranks(out: str) -> None:
     place = topology.join(1)
     for name, rows in (("plain", features()), ("odd", odd_rows())):
-        share = Share([rows[:500], rows[500:]], 512)
-        centers = cluster(share, PLAN)
+        embeddings = Embeddings([rows[:500], rows[500:]], 512)
+        centers = cluster(embeddings, PLAN)
         np.save(f"{out}/{name}-{place.world_size}-{place.rank}.npy", centers.numpy())
-        guess = first_guess(share, PLAN)
+        guess = first_guess(embeddings, PLAN)
         np.save(f"{out}/{name}-guess-{place.world_size}-{place.rank}.npy", guess.numpy())
     topology.leave()
 
@@ -250,11 +250,11 @@ def odd_rows() -> np.ndarray:
 
 def test_rows_that_are_zero_or_not_finite_are_left_out_and_counted() -> None:
     rows = odd_rows()
-    share = Share([rows[:3], rows[3:3], rows[3:]], 512)
-    assert (share.total, share.usable, share.broken) == (1200, 1196, 2)
+    embeddings = Embeddings([rows[:3], rows[3:3], rows[3:]], 512)
+    assert (embeddings.total, embeddings.usable, embeddings.broken) == (1200, 1196, 2)
     clean = np.delete(rows, [5, 7, 600, 611], axis=0)
-    assert torch.equal(torch.cat(list(share)), torch.cat(list(Share([clean], 512))))
-    centers = cluster(share, PLAN)
+    assert torch.equal(torch.cat(list(embeddings)), torch.cat(list(Embeddings([clean], 512))))
+    centers = cluster(embeddings, PLAN)
     assert torch.isfinite(centers).all()
     assert torch.allclose(centers.norm(dim=1), torch.ones(40), atol=1e-5)
 
@@ -262,7 +262,7 @@ def test_rows_that_are_zero_or_not_finite_are_left_out_and_counted() -> None:
 @pytest.mark.parametrize("kinds", [1, 3, 39])
 def test_fewer_different_rows_than_centers_give_unit_centers_and_every_row_its_own(kinds: int) -> None:
     rows = np.repeat(features(kinds), 50, axis=0)
-    centers = cluster(Share([rows], 512), ClusterSettings(kinds + 1, 6, 0, 2))
+    centers = cluster(Embeddings([rows], 512), ClusterSettings(kinds + 1, 6, 0, 2))
     assert torch.allclose(centers.norm(dim=1), torch.ones(kinds + 1), atol=1e-5)
     found = nearest(tensor(unit(rows.astype(np.float32))), centers)
     assert found.best.min() > 1 - 1e-5
@@ -272,11 +272,11 @@ def test_fewer_different_rows_than_centers_give_unit_centers_and_every_row_its_o
 def test_more_centers_than_embeddings_are_refused() -> None:
     rows = features(50)
     rows[:20] = 0
-    assert len(cluster(Share([rows], 512), ClusterSettings(30, 2, 0, 4))) == 30
+    assert len(cluster(Embeddings([rows], 512), ClusterSettings(30, 2, 0, 4))) == 30
     with pytest.raises(UserError, match="--clusters must be at most the 30 regions"):
-        cluster(Share([rows], 512), ClusterSettings(31, 2, 0, 4))
+        cluster(Embeddings([rows], 512), ClusterSettings(31, 2, 0, 4))
     with pytest.raises(UserError, match="no image has a region that can be embedded"):
-        cluster(Share([rows[:20]], 512), ClusterSettings(1, 2, 0))
+        cluster(Embeddings([rows[:20]], 512), ClusterSettings(1, 2, 0))
 
 
 def test_where_most_of_a_sample_has_no_embedding_all_rows_are_looked_at(
@@ -285,7 +285,7 @@ def test_where_most_of_a_sample_has_no_embedding_all_rows_are_looked_at(
     monkeypatch.setattr("megaregion.curation.kmeans.CENTER_SAMPLE", 1)
     rows = features()
     rows[::2] = 0
-    assert len(first_guess(Share([rows], 512), PLAN).unique(dim=0)) == 40
+    assert len(first_guess(Embeddings([rows], 512), PLAN).unique(dim=0)) == 40
 
 
 def test_centers_do_not_depend_on_what_stays_in_memory(
@@ -298,7 +298,7 @@ def test_centers_do_not_depend_on_what_stays_in_memory(
         np.save(tmp_path / f"{number}.npy", part)
         files.append(tmp_path / f"{number}.npy")
     monkeypatch.setattr("megaregion.curation.embeddings.rows_in", lambda memory, channels: 170)
-    kept, read = Share(files, 512), Share(files, 0)
+    kept, read = Embeddings(files, 512), Embeddings(files, 0)
     assert [len(chunk) for chunk in kept] == [len(chunk) for chunk in read] == [170] * 7 + [10]
     assert torch.equal(cluster(kept, PLAN), cluster(read, PLAN))
 

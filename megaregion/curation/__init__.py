@@ -3,8 +3,7 @@
     picture.py an image, regions and words in it            settings.py   every setting, by stage
     inputs/    find the images and read them                engines/      proposers, embedders, OCR
     kmeans.py  centers of embeddings.py by nearest.py       stages/       the steps, cut into pieces
-    runner/    who does the pieces, how far a run is        quality.py    whether clusters make good classes
-    report.py  whether all labels are any good
+    runner/    who does the pieces, how far a run is        report.py     whether the labels are any good
 
 A room imports from the rooms above it only. A run first lists its images. Then comes a row of stages: propose
 and ocr read the images, embed keeps the regions worth learning from, cluster finds the centers, assign

@@ -19,17 +19,13 @@ WORKING = 3
 """Float32 copies of a chunk that are alive at once while it is worked on."""
 
 
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale each row to length 1, [n, C]; a row of zeros stays zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
-
-
-def to_unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Rows as unit vectors; half precision had bent their length. A row that is not finite becomes zero."""
+def unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rows scaled to length 1, [n, C]; a row of zeros stays so, and one that is not finite becomes zero."""
     vectors = np.asarray(rows, dtype=np.float32)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
-    return unit(vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0)))
+    vectors = vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def evenly(total: int, wanted: int) -> NDArray[np.int64]:
@@ -43,10 +39,10 @@ def rows_in(memory: int, channels: int) -> int:
     return max(1, memory * 2**20 // (4 * channels * WORKING))
 
 
-class Share:
-    """This rank's part of all embeddings, and its way to the other ranks; one rank has all.
+class Embeddings:
+    """All embeddings, of which this rank works on a part; all ranks must make one together.
 
-    Rows of zeros or that are not finite have no embedding and are left out. All ranks must make one together.
+    Rows of zeros or that are not finite have no embedding and are left out.
 
     Args:
         parts: Files or arrays of rows, float16 [r, C], which follow one another.
@@ -64,6 +60,7 @@ class Share:
         self.channels = int(shapes[0][1])
         self._ends = np.cumsum([rows for rows, _ in shapes])
         self.total = int(self._ends[-1])
+        """Rows of all ranks."""
         own = self.own(self.total)
         self.chunk = rows_in(memory, self.channels)
         self._spans = [np.arange(row, min(row + self.chunk, own.stop)) for row in own[:: self.chunk]]
@@ -71,19 +68,19 @@ class Share:
         room = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else memory * 2**20
         size = len(own) * self.channels * (2 if on_gpu else 4)
         self._held: list[Tensor] | None = [] if size <= room else None
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        usable = broken = 0
         for rows in self._spans:
             raw = self.read(rows)
             vectors = self._usable(raw)
-            broken = len(raw) - int(np.isfinite(raw).all(axis=1).sum())
-            counts += torch.tensor([len(vectors), broken], device=self.device)
+            usable += len(vectors)
+            broken += len(raw) - int(np.isfinite(raw).all(axis=1).sum())
             if self._held is not None:
                 self._held.append(vectors.half() if on_gpu else vectors)
-        self.usable, self.broken = self.add(counts).tolist()
+        self.usable, self.broken = self.add(torch.tensor([usable, broken], device=self.device)).tolist()
         """Rows of all ranks with an embedding, and rows that are not finite."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Unit vectors of this rank, float32 [n, C], always in the same chunks."""
+        """Unit vectors of this rank's part, float32 [n, C], always in the same chunks."""
         if self._held is None:
             yield from (self._usable(self.read(rows)) for rows in self._spans)
         else:
@@ -113,7 +110,7 @@ class Share:
         return values
 
     def _usable(self, raw: NDArray[np.floating]) -> Tensor:
-        vectors = to_unit(raw)
+        vectors = unit(raw)
         usable = vectors.any(axis=1)
         return torch.from_numpy(vectors if usable.all() else vectors[usable]).to(self.device)
 

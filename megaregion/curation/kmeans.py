@@ -1,6 +1,4 @@
-"""Exact spherical k-means over ranks: passes that assign every embedding to the nearest of all centers.
-
-The first guess is the paper's hierarchical split: Faiss finds cells, then centers inside each cell.
+"""Exact spherical k-means over ranks: every pass assigns each embedding to the nearest of all centers.
 
 What bounds prove unchanged is not scored again: each embedding keeps a bound on its cosine with all centers
 but its own, which rises by no more than these move. The few that move far are scored against all embeddings,
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megaregion.curation.embeddings import Share, evenly, to_unit
-from megaregion.curation.nearest import ROUNDING, in_order, nearest, scan
+from megaregion.curation.embeddings import Embeddings, evenly, unit
+from megaregion.curation.nearest import ROUNDING, Nearest, dot, in_order, nearest, scan
 from megaregion.curation.settings import ClusterSettings
 from megaregion.errors import UserError
 from megaregion.files import new_file
@@ -46,30 +45,18 @@ WORTH = 1e-3
 """Share of the centers below which exchanges end."""
 
 
-# The first guess
-
-
 def find_centers(
     vectors: NDArray[np.float32], clusters: int, iterations: int, seed: int, threads: int = 1
 ) -> tuple[NDArray[np.float32], list[float]]:
-    """Cluster unit vectors by cosine with Faiss.
+    """Cluster unit vectors, float32 [n, C], by cosine with Faiss; n is at least K.
 
-    Args:
-        vectors: Unit vectors, float32 [n, C].
-        clusters: Number of centers, K.
-        iterations: Passes over the vectors.
-        seed: Seed of the first centers.
-        threads: Faiss's own; another number adds up in another order and may change the centers' last bits.
+    Another number of threads adds up in another order and may change the centers' last bits.
 
     Returns:
         Unit vectors, float32 [K, C], and after each pass the sum of the cosines to the nearest center.
-
-    Raises:
-        UserError: There are fewer vectors than centers.
     """
     import faiss
 
-    check_enough(len(vectors), clusters)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
@@ -82,7 +69,10 @@ def find_centers(
     return np.asarray(means.centroids, dtype=np.float32), np.asarray(means.obj).tolist()
 
 
-def first_guess(share: Share, settings: ClusterSettings) -> Tensor:
+# The first guess: the paper's hierarchical split. Faiss finds cells, then centers inside each cell.
+
+
+def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     """Centers found inside cells, each with as many as its size asks for: [K, C], the same on all ranks.
 
     Sample, cells and seeds do not depend on the ranks; each rank splits cells of its own, on torch's threads.
@@ -90,54 +80,50 @@ def first_guess(share: Share, settings: ClusterSettings) -> Tensor:
     Raises:
         UserError: There are fewer embeddings than centers.
     """
-    clusters, seed = settings.clusters, settings.cluster_seed
-    check_enough(share.usable, clusters)
-    count = settings.first_level or (1 if clusters <= FLAT else round(clusters**0.5))
-    cells = _find_cells(share, count, seed)
-    rows = evenly(share.total, CENTER_SAMPLE * clusters)
-    cell_of = _route(share, rows, cells)
-    if (cell_of >= 0).sum() < clusters:
-        # So many rows have no embedding that the sample has too few.
-        rows = np.arange(share.total)
-        cell_of = _route(share, rows, cells)
+    clusters, seed, total = settings.clusters, settings.cluster_seed, embeddings.total
+    cells = _find_cells(embeddings, settings)
+    for rows in (evenly(total, CENTER_SAMPLE * clusters), np.arange(total)):
+        cell_of = _route(embeddings, rows, cells)
+        if (cell_of >= 0).sum() >= clusters:
+            break
+        # So many rows have no embedding that the sample has too few: all are looked at.
     counts = share_out(np.bincount(cell_of[cell_of >= 0], minlength=len(cells)), clusters)
-    centers = torch.zeros(clusters, share.channels)
+    centers = torch.zeros(clusters, embeddings.channels)
     first = np.cumsum(counts) - counts
 
     def split(cell: int) -> None:
         if count := int(counts[cell]):
             own = rows[cell_of == cell]
-            vectors = to_unit(share.read(own[evenly(len(own), max(share.chunk, count))]))
+            vectors = unit(embeddings.read(own[evenly(len(own), max(embeddings.chunk, count))]))
             found, _ = find_centers(vectors, count, GUESS_PASSES, seed + 1 + cell)
             centers[first[cell] : first[cell] + count] = torch.from_numpy(found)
 
-    in_order(split, range(share.rank, len(cells), share.ranks))
-    return share.add(centers.to(share.device))
+    in_order(split, embeddings.own(len(cells)))
+    return embeddings.add(centers.to(embeddings.device))
 
 
-def _find_cells(share: Share, count: int, seed: int) -> Tensor:
+def _find_cells(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     """Centers of the cells, [G, C]; zeros where there is one, or too few embeddings in the sample."""
-    cells = torch.zeros(count, share.channels)
-    if share.rank == 0 and count > 1:
-        # Room for rows without embedding, which are of no use here.
-        sample = to_unit(share.read(evenly(share.total, 2 * CELL_SAMPLE * count)))
+    clusters = settings.clusters
+    count = settings.first_level or (1 if clusters <= FLAT else round(clusters**0.5))
+    cells = torch.zeros(count, embeddings.channels)
+    if embeddings.rank == 0 and count > 1:
+        sample = unit(embeddings.read(evenly(embeddings.total, CELL_SAMPLE * count)))
         sample = sample[sample.any(axis=1)]
-        sample = sample[evenly(len(sample), CELL_SAMPLE * count)]
         if len(sample) >= count:
-            cells = torch.from_numpy(find_centers(sample, count, GUESS_PASSES, seed)[0])
-    return share.agree(cells.to(share.device))
+            cells = torch.from_numpy(find_centers(sample, count, GUESS_PASSES, settings.cluster_seed)[0])
+    return embeddings.agree(cells.to(embeddings.device))
 
 
-def _route(share: Share, rows: NDArray[np.int64], cells: Tensor) -> NDArray[np.int64]:
+def _route(embeddings: Embeddings, rows: NDArray[np.int64], cells: Tensor) -> NDArray[np.int64]:
     """The nearest cell of each row, [len(rows)]; -1 without embedding."""
-    found = torch.zeros(len(rows), dtype=torch.int64, device=share.device)
-    own = share.own(len(rows))
-    for start in own[:: share.chunk]:
-        part = slice(start, min(start + share.chunk, own.stop))
-        vectors = torch.from_numpy(to_unit(share.read(rows[part]))).to(share.device)
+    found = torch.zeros(len(rows), dtype=torch.int64, device=embeddings.device)
+    own = embeddings.own(len(rows))
+    for start in own[:: embeddings.chunk]:
+        part = slice(start, min(start + embeddings.chunk, own.stop))
         # Numbers from 1, so that the sum over ranks tells a row without embedding from cell 0.
-        found[part] = torch.where(vectors.any(1), 1 + nearest(vectors, cells).labels, 0)
-    return share.add(found).cpu().numpy() - 1
+        found[part] = 1 + label_rows(embeddings.read(rows[part]), cells).labels
+    return embeddings.add(found).cpu().numpy() - 1
 
 
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
@@ -146,37 +132,30 @@ def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     Raises:
         UserError: There are fewer vectors than centers.
     """
-    check_enough(int(sizes.sum()), clusters)
-    exact = sizes * (clusters / sizes.sum())
-    shares = np.minimum(np.floor(exact).astype(np.int64), sizes)
-    while (lacking := clusters - int(shares.sum())) > 0:
-        # A stable order, so that every rank comes to the same.
-        order = np.argsort(-(exact - shares), kind="stable")
-        shares[order[shares[order] < sizes[order]][:lacking]] += 1
-    return shares
-
-
-def check_enough(vectors: int, clusters: int) -> None:
-    """Raise UserError where there are fewer vectors than centers."""
-    if not vectors:
+    total = int(sizes.sum())
+    if not total:
         raise UserError(
             "no image has a region that can be embedded; loosen --min-edge, --max-area or --min-objectness"
         )
-    if vectors < clusters:
+    if total < clusters:
         raise UserError(
-            f"--clusters must be at most the {vectors} regions that were embedded, got {clusters}; "
+            f"--clusters must be at most the {total} regions that were embedded, got {clusters}; "
             "use fewer clusters or more images"
         )
+    shares, remainders = np.divmod(sizes * clusters, total)
+    # A stable order, so that every rank comes to the same.
+    shares[np.argsort(-remainders, kind="stable")[: clusters - shares.sum()]] += 1
+    return shares
 
 
 # The passes
 
 
-class Known(NamedTuple):
-    """Of each embedding of a chunk the nearest center, int64 [n], and what no other's cosine exceeds, [n]."""
-
-    labels: Tensor
-    other: Tensor
+def label_rows(rows: NDArray[np.floating], centers: Tensor) -> Nearest:
+    """What is nearest to each row, [n, C]; the label of one without embedding is -1, its cosine 0."""
+    vectors = torch.from_numpy(unit(rows)).to(centers.device)
+    found = nearest(vectors, centers)
+    return found._replace(labels=torch.where(vectors.any(1), found.labels, -1))
 
 
 class Pass(NamedTuple):
@@ -193,7 +172,7 @@ class Pass(NamedTuple):
     """Share of all scores, embeddings times centers, that had to be looked at."""
 
 
-class Progress(NamedTuple):
+class SavedPass(NamedTuple):
     """The file that keeps the centers after each pass, so that a kill costs one."""
 
     path: Path
@@ -215,68 +194,63 @@ class Progress(NamedTuple):
 
 
 def cluster(
-    share: Share,
+    embeddings: Embeddings,
     settings: ClusterSettings,
-    progress: Progress | None = None,
+    saved: SavedPass | None = None,
     on_pass: Callable[[Pass], None] | None = None,
 ) -> Tensor:
-    """Find centers; all ranks call it together, each with its share.
+    """Find centers, unit vectors, float32 [K, C], the same on every rank; all ranks call it together.
 
     The outcome is a function of the embeddings, the settings, the ranks and the chunks: threads and kills
     change no bit of it.
-
-    Returns:
-        Unit vectors, float32 [K, C], the same on every rank.
 
     Raises:
         UserError: There are fewer embeddings than centers.
     """
     clusters, most, seed = settings.clusters, settings.cluster_iterations, settings.cluster_seed
-    done, mending, centers = _begin(share, settings, progress)
-    known: list[Known] = []
-    moved = torch.zeros(clusters, device=share.device)
+    done, mending, centers = _begin(embeddings, settings, saved)
+    known: list[Nearest] = []
+    moved = torch.zeros(clusters, device=embeddings.device)
     for number in range(done + 1, most + 1):
         sums, before, known = torch.zeros_like(centers), known, []
-        counts = torch.zeros(clusters, dtype=torch.int64, device=share.device)
-        told = torch.zeros(2, dtype=torch.float64, device=share.device)
-        for place, vectors in enumerate(share):
-            found, scored = assign(vectors, centers, before[place] if before else None, moved)
+        counts = torch.zeros(clusters, dtype=torch.int64, device=embeddings.device)
+        told = torch.zeros(2, dtype=torch.float64, device=embeddings.device)
+        for vectors, past in zip_longest(embeddings, before):
+            found, scores = assign(vectors, centers, past, moved)
             add_up(sums, vectors, found.labels)
             counts += torch.bincount(found.labels, minlength=clusters)
-            told += torch.stack([dot(vectors, centers[found.labels]).double().sum(), told.new_tensor(scored)])
+            told += torch.stack([found.best.double().sum(), told.new_tensor(scores)])
             known.append(found)
         for values in (sums, counts, told):
-            share.add(values)
+            embeddings.add(values)
         # Embeddings that cancel out leave no direction; the center stays where it was.
         new, exchanged = torch.where(sums.any(1, keepdim=True), normalize(sums), centers), 0
         if (mending and number <= most // 2) or not bool(counts.all()):
-            exchanged = exchange(share, new, sums, counts, [each.labels for each in known], seed + number)
+            labels = [each.labels for each in known]
+            exchanged = exchange(embeddings, new, sums, counts, labels, seed + number)
             mending = exchanged > WORTH * clusters
-        share.agree(new)
+        embeddings.agree(new)
         moved, centers = (new - centers).norm(dim=1), new
         settled = not bool(moved.any())
-        if progress and share.rank == 0:
-            progress.save(most if settled else number, mending, centers)
+        if saved and embeddings.rank == 0:
+            saved.save(most if settled else number, mending, centers)
         if on_pass:
-            cosine, scored = (told / share.usable).tolist()
+            cosine, scored = (told / embeddings.usable).tolist()
             on_pass(Pass(number, centers, cosine, exchanged, scored / clusters))
         if settled:
             break
     return centers
 
 
-def _begin(share: Share, settings: ClusterSettings, progress: Progress | None) -> tuple[int, bool, Tensor]:
+def _begin(
+    embeddings: Embeddings, settings: ClusterSettings, saved: SavedPass | None
+) -> tuple[int, bool, Tensor]:
     """What the first rank finds saved, else a first guess."""
-    saved = progress.load() if progress and share.rank == 0 else None
-    done, mending, centers = saved or (0, True, torch.zeros(settings.clusters, share.channels))
-    done, mending = share.agree(torch.tensor([done, mending], device=share.device)).tolist()
-    centers = centers.to(share.device) if done else first_guess(share, settings)
-    return done, bool(mending), share.agree(centers)
-
-
-def dot(some: Tensor, others: Tensor) -> Tensor:
-    """Row by row, [n]: the same bits whatever the rows beside."""
-    return (some * others).sum(1)
+    found = saved.load() if saved and embeddings.rank == 0 else None
+    done, mending, centers = found or (0, True, torch.zeros(settings.clusters, embeddings.channels))
+    done, mending = embeddings.agree(torch.tensor([done, mending], device=embeddings.device)).tolist()
+    centers = centers.to(embeddings.device) if done else first_guess(embeddings, settings)
+    return done, bool(mending), embeddings.agree(centers)
 
 
 def add_up(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:
@@ -294,40 +268,32 @@ def _add_segments(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:
     sums[present] += torch.segment_reduce(vectors[order], "sum", lengths=lengths, axis=0)
 
 
-def assign(vectors: Tensor, centers: Tensor, known: Known | None, moved: Tensor) -> tuple[Known, int]:
-    """The nearest of all centers, from what was known before they moved.
-
-    Args:
-        vectors: Unit vectors, float32 [n, C].
-        centers: Where the centers are now, [K, C].
-        known: Of the pass before; None if nothing is.
-        moved: How far each center has moved since, [K].
+def assign(vectors: Tensor, centers: Tensor, known: Nearest | None, moved: Tensor) -> tuple[Nearest, int]:
+    """The nearest of all centers, from what was known before each of them moved, [K]; None if nothing is.
 
     Returns:
         What is known now, and how many scores were looked at.
     """
     if known is None:
-        found = nearest(vectors, centers)
-        return Known(found.labels, found.other), len(vectors) * len(centers)
-    labels, other = known.labels.clone(), known.other
-    own = dot(vectors, centers[labels])
-    jumpers, rise, scores = _jumpers(own - other, moved)
-    other = other + rise
-    again = own - other <= SLACK
+        return nearest(vectors, centers), len(vectors) * len(centers)
+    labels, best = known.labels.clone(), dot(vectors, centers[known.labels])
+    jumpers, rise, scores = _jumpers(best - known.other, moved)
+    other = known.other + rise
+    again = best - other <= SLACK
     rest = (~again).nonzero()[:, 0]
     if len(jumpers) and len(rest):
-        found, mine, before = scan(vectors[rest], centers[jumpers]), own[rest], labels[rest]
+        found, mine, before = scan(vectors[rest], centers[jumpers]), best[rest], labels[rest]
         place = jumpers[found.labels]
         rival = torch.where(place == before, found.other, found.best)
         takes = rival > mine
-        labels[rest] = torch.where(takes, place, before)
+        labels[rest], best[rest] = torch.where(takes, place, before), torch.maximum(mine, rival)
         beaten = torch.where(takes, torch.maximum(mine, found.other), rival) + SLACK
         other[rest] = torch.maximum(other[rest], beaten)
-        again[rest] = torch.maximum(mine, rival) - other[rest] <= SLACK
+        again[rest] = best[rest] - other[rest] <= SLACK
     rows = again.nonzero()[:, 0]
     if len(rows):
-        labels[rows], _, other[rows] = nearest(vectors[rows], centers)
-    return Known(labels, other), scores
+        labels[rows], best[rows], other[rows] = nearest(vectors[rows], centers)
+    return Nearest(labels, best, other), scores
 
 
 def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -349,28 +315,21 @@ def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def exchange(
-    share: Share, centers: Tensor, sums: Tensor, counts: Tensor, labels: Sequence[Tensor], seed: int
+    embeddings: Embeddings, centers: Tensor, sums: Tensor, counts: Tensor, labels: Sequence[Tensor], seed: int
 ) -> int:
     """Merge pairs of clusters and halve others, in place, where the sum of cosines rises by it.
 
     What a pair loses and what halves gain are exact for the members as they are, and no cluster takes part
     twice. An empty center is free at once. Where all members of a cluster are the same, nothing is gained.
-
-    Args:
-        share: This rank's embeddings.
-        centers: Means of the pass, unit vectors [K, C].
-        sums: Sum of each cluster, [K, C].
-        counts: Embeddings of each, [K].
-        labels: Of each chunk of the share.
-        seed: Seed of the direction in which clusters are cut first.
+    The seed chooses the direction in which clusters are cut first.
 
     Returns:
         Centers that took half of a cluster.
     """
     lengths, filled = sums.norm(dim=1), counts > 0
-    halves = _halve(share, sums / counts.clamp(min=1)[:, None], labels, seed)
+    halves = _halve(embeddings, sums / counts.clamp(min=1)[:, None], labels, seed)
     gains = (halves.norm(dim=2).sum(1) - lengths * (1 + SLACK)) * (1 - WORTH) * filled
-    first, second = _pairs(share, centers, filled)
+    first, second = _pairs(embeddings, centers, filled)
     losses = lengths[first] + lengths[second] - (sums[first] + sums[second]).norm(dim=1)
     order = losses.argsort(stable=True)
     first, second = first[order], second[order]
@@ -392,19 +351,19 @@ def exchange(
     return taken
 
 
-def _pairs(share: Share, centers: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(embeddings: Embeddings, centers: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters that are each other's nearest, each pair once; every rank looks for some of them."""
     numbers = torch.arange(len(centers), device=centers.device)
-    span = share.own(len(centers))
+    span = embeddings.own(len(centers))
     own = numbers[span.start : span.stop]
     partner = torch.zeros_like(numbers)
     partner[own] = nearest(centers[own], centers, but=own).labels
-    share.add(partner)
+    embeddings.add(partner)
     first = ((partner[partner] == numbers) & (numbers < partner) & filled & filled[partner]).nonzero()[:, 0]
     return first, partner[first]
 
 
-def _halve(share: Share, means: Tensor, labels: Sequence[Tensor], seed: int) -> Tensor:
+def _halve(embeddings: Embeddings, means: Tensor, labels: Sequence[Tensor], seed: int) -> Tensor:
     """Sums of two halves of every cluster, [K, 2, C]: two-means in each, begun along a random direction."""
     k, channels = means.shape
     random = np.random.Generator(np.random.Philox(key=seed)).standard_normal((1, channels), dtype=np.float32)
@@ -412,9 +371,9 @@ def _halve(share: Share, means: Tensor, labels: Sequence[Tensor], seed: int) -> 
     middle = dot(means, toward)
     for _ in range(HALVINGS):
         sums = means.new_zeros(2 * k, channels)
-        for vectors, own in zip(share, labels, strict=True):
+        for vectors, own in zip(embeddings, labels, strict=True):
             add_up(sums, vectors, 2 * own + (dot(vectors, toward[own]) > middle[own]))
-        halves = share.add(sums).view(k, 2, channels)
+        halves = embeddings.add(sums).view(k, 2, channels)
         low, high = normalize(halves, dim=2).unbind(1)
         toward, middle = high - low, torch.zeros_like(middle)
     return halves

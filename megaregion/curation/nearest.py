@@ -50,16 +50,21 @@ def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Near
     """
     n, device = len(vectors), vectors.device
     labels = torch.zeros(n, dtype=torch.int64, device=device)
-    best, other = (torch.full((n,), -torch.inf, device=device) for _ in range(2))
+    other = torch.full((n,), -torch.inf, device=device)
     rows = torch.arange(n, device=device)
     for precision in LADDER[device.type]:
         if len(rows):
             part = vectors if len(rows) == n else vectors[rows]
             found = scan(part.to(precision), centers.to(precision), None if but is None else but[rows])
-            labels[rows], best[rows] = found.labels, found.best.float()
+            labels[rows] = found.labels
             other[rows] = found.other.float() + max(ROUNDING[precision], ROUNDING[torch.float32])
             rows = rows[(found.best - found.other) < ROUNDING[precision]]
-    return Nearest(labels, best, other)
+    return Nearest(labels, dot(vectors, centers[labels]), other)
+
+
+def dot(some: Tensor, others: Tensor) -> Tensor:
+    """Row by row, [n]: the same bits whatever the rows beside."""
+    return (some * others).sum(1)
 
 
 def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:

@@ -1,9 +1,11 @@
 """The quality report of a run: a table to read, and report.json to compare with.
 
-:mod:`megaregion.curation.quality` measures the clusters; here are the text and, where it is known, the truth:
-are the objects among the regions, are clusters classes, are words read? No stage ever sees the truth.
+Do the clusters make good classes: how large, tight and sure are they? How good is the text? Where the truth
+is known: are objects among the regions, are clusters classes, are words read? No stage ever sees the truth.
+All is read from the stages' files, piece by piece, or from a sample of fixed size, so that a report of a
+billion regions fits the memory of one of a thousand.
 
-Shapes: R regions and S true boxes of an image.
+Shapes: m regions of a sample, K clusters, C channels; R regions and S true boxes of an image.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from megaregion.curation.picture import Boxes, as_array, iou
-from megaregion.curation.quality import NEAR, ClusterQuality, cluster_quality, nmi
+from megaregion.curation.embeddings import evenly, unit
+from megaregion.curation.kmeans import find_centers, label_rows
+from megaregion.curation.picture import Word, as_array, iou
 from megaregion.curation.runner.pipeline import Pipeline
 from megaregion.curation.runner.status import summarise
-from megaregion.curation.stages.cluster import read_labels
-from megaregion.curation.stages.embed import REGIONS
-from megaregion.curation.stages.propose import CANDIDATES
+from megaregion.curation.stages.cluster import CENTERS, COSINES, cluster_sizes, read_labels
+from megaregion.curation.stages.pack import read_images
+from megaregion.curation.stages.regions import CANDIDATES, FEATURES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
@@ -36,14 +40,22 @@ from megaregion.tables import aligned
 
 REPORT = "report.json"
 
+NEAR = 0.97
+"""Cosine from which two regions count as near-duplicates."""
+SAMPLE = 20_000
+"""Regions that are compared exactly."""
+PROBED, MEMBERS = 200, 1000
+"""Regions whose neighbours are looked for, and regions of each one's cluster that are looked at."""
+PER_CENTER = 8
+"""Least regions a center in the two clusterings that are compared; fewer would measure chance."""
+QUANTILES = (0, 1, 10, 25, 50, 75, 90, 99, 100)
+"""Percentiles of the sizes that are reported."""
 KNOWN_TEXTS = 200_000
 """Distinct texts that are counted at once; beyond twice as many, the rarest are forgotten."""
 SHOWN = 20
 """Most frequent texts and tokens that are reported."""
 BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Borders of the confidences that are counted together."""
-
-Rows = list[tuple[str, str]]
 
 MATCH = 0.5
 """IoU from which a region shows an object."""
@@ -53,6 +65,35 @@ WORD_MATCH = 0.3
 """IoU from which a word that was read is the one that is written there: engines frame it more widely."""
 READABLE = 16.0
 """Height of a word, in pixels, from which it has to be read."""
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ClusterQuality:
+    """How good the object labels are."""
+
+    clusters: int
+    regions: int
+    empty: int
+    sizes: dict[str, float]
+    """Regions of a cluster, by percentile of the clusters."""
+    gini: float
+    """Imbalance: 0 if all clusters are equal, towards 1 if one holds everything."""
+    effective: float
+    """Clusters that would be as hard to guess from if all were equal: the exponential of the entropy."""
+    largest_percent: float
+    """Share of the regions that lies in the largest percent of the clusters."""
+    distance: float
+    """Mean squared distance of a region to its center, on the unit sphere: 2 - 2 cosine."""
+    near_duplicates: float
+    """Share of the regions with another one of the same cluster at a cosine of NEAR or more."""
+    exact: float
+    """Share of a sample whose label is the center that an exact search finds."""
+    stability: float
+    """NMI of two k-means over a sample that differ in the seed alone."""
+    stability_clusters: int
+    """Centers of these two."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +193,95 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None =
     return found
 
 
+def cluster_quality(job: Job) -> ClusterQuality:
+    """Measure the labels of a run whose stage assign is done."""
+    settings = job.settings.cluster
+    sizes, distance = cluster_sizes(job), 0.0
+    for number, labels in enumerate(read_labels(job)):
+        cosines = job.store.load(Piece("assign", number), COSINES)[labels >= 0]
+        distance += float((2 - 2 * cosines.astype(np.float64)).sum())
+    total = int(sizes.sum())
+    sample = _take_sample(job, total)
+    centers = job.store.load(Piece("cluster", 0), CENTERS)
+    count = max(1, min(settings.clusters, len(sample.labels) // PER_CENTER))
+    one, other = (
+        _nearest(sample.vectors, find_centers(sample.vectors, count, settings.cluster_iterations, seed)[0])
+        for seed in (settings.cluster_seed, settings.cluster_seed + 1)
+    )
+    ordered = np.sort(sizes)
+    return ClusterQuality(
+        clusters=len(sizes),
+        regions=total,
+        empty=int((sizes == 0).sum()),
+        sizes={f"p{q}": float(np.percentile(sizes, q)) for q in QUANTILES},
+        gini=_gini(ordered),
+        effective=float(np.exp(_entropy(sizes[sizes > 0] / max(1, total)))),
+        largest_percent=float(ordered[-max(1, round(len(sizes) / 100)) :].sum() / max(1, total)),
+        distance=distance / max(1, total),
+        near_duplicates=_near_duplicates(job, sample),
+        exact=float((_nearest(sample.vectors, centers) == sample.labels).mean()),
+        stability=nmi(one, other),
+        stability_clusters=count,
+    )
+
+
+class _Sample(NamedTuple):
+    """Some regions: their unit vectors, [m, C], and their labels, [m]."""
+
+    vectors: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def _vectors(job: Job, number: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    stored = job.store.load(Piece("embed", number), FEATURES, mapped=True)
+    return unit(np.asarray(stored[rows]))
+
+
+def _take_sample(job: Job, total: int) -> _Sample:
+    """At most SAMPLE of so many labelled regions, evenly over the run."""
+    wanted = evenly(total, SAMPLE)
+    vectors, kept, start = [], [], 0
+    for number, labels in enumerate(read_labels(job)):
+        rows = np.flatnonzero(labels >= 0)
+        mine = rows[wanted[(wanted >= start) & (wanted < start + len(rows))] - start]
+        start += len(rows)
+        if len(mine):
+            vectors.append(_vectors(job, number, mine))
+            kept.append(labels[mine])
+    return _Sample(np.concatenate(vectors), np.concatenate(kept))
+
+
+def _near_duplicates(job: Job, sample: _Sample) -> float:
+    """Looked for among the regions of the same cluster: two that are nearly equal have one center."""
+    rows = evenly(len(sample.labels), PROBED)
+    members = _members(job, np.unique(sample.labels[rows]))
+    near = 0
+    for row in rows:
+        cosines = members[int(sample.labels[row])] @ sample.vectors[row]
+        # One of them is the region itself, unless it came too late to be among the members.
+        itself = bool((cosines > 1 - 1e-4).any())
+        near += int((cosines >= NEAR).sum() > itself)
+    return near / len(rows)
+
+
+def _members(job: Job, clusters: NDArray[np.int64]) -> dict[int, NDArray[np.float32]]:
+    """Unit vectors of the first MEMBERS regions of each of some clusters."""
+    found: dict[int, list[NDArray[np.float32]]] = {int(cluster): [] for cluster in clusters}
+    room = dict.fromkeys(found, MEMBERS)
+    for number, labels in enumerate(read_labels(job)):
+        rows = np.flatnonzero(np.isin(labels, [cluster for cluster in found if room[cluster]]))
+        if len(rows):
+            vectors = _vectors(job, number, rows)
+            for cluster in np.unique(labels[rows]).tolist():
+                found[cluster].append(vectors[labels[rows] == cluster][: room[cluster]])
+                room[cluster] -= len(found[cluster][-1])
+    return {cluster: np.concatenate(parts) for cluster, parts in found.items()}
+
+
+def _nearest(vectors: NDArray[np.float32], centers: NDArray[np.float32]) -> NDArray[np.int64]:
+    return label_rows(vectors, torch.from_numpy(centers)).labels.numpy()
+
+
 def text_quality(job: Job) -> TextQuality:
     """Measure the text of a run whose stages ocr and tokenizer are done."""
     tokenizer = load_tokenizer(job.store.folder(Piece("tokenizer", 0)) / MODEL)
@@ -185,60 +315,60 @@ def text_quality(job: Job) -> TextQuality:
     )
 
 
-@dataclass
-class _Tally:
-    counts: Counter[str] = field(default_factory=Counter)
-    kept: list[int] = field(default_factory=list)
-    """Kept regions of each image."""
-    matched: list[tuple[int, str, float]] = field(default_factory=list)
-    """Cluster, class and IoU of each kept region that shows an object."""
-
-
 def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
-    """Compare a run whose stage assign is done with the truth of its images.
-
-    Args:
-        job: The run.
-        truth: What is in each image, by sample key; other images are left out.
+    """Compare a run whose stage assign is done with the truth of its images, by sample key; skip others.
 
     Raises:
         UserError: None of the run's images is among them.
     """
-    tally = _Tally()
-    for number, labels in enumerate(read_labels(job)):
-        parts = (("embed", REGIONS), ("propose", CANDIDATES))
-        kept, candidates = (
-            read_regions([job.store.folder(Piece(stage, number)) / name]) for stage, name in parts
-        )
-        read = read_words([job.store.folder(Piece("ocr", number)) / WORDS])
-        start = 0
-        for regions, proposed, words in zip(kept, candidates, read, strict=True):
-            own = labels[start : start + len(regions.regions)]
-            start += len(regions.regions)
-            true = truth.get(regions.key)
-            if true is None:
-                continue
-            boxes = as_array([region.box for region in regions.regions])
-            _count_objects(tally, true, boxes, own, as_array([region.box for region in proposed.regions]))
-            above = words.above(job.settings.tokenizer.min_confidence)
-            _count_words(tally, true, [word.text for word in above], as_array([w.box for w in above]))
-    if not tally.kept:
+    counts: Counter[str] = Counter()
+    most, matched = 0, list[tuple[int, str, float]]()
+    slices = range(job.source.slices)
+    labels = (label for each in read_labels(job) for label in each.tolist())
+    candidates = read_regions(job.store.folder(Piece("propose", number)) / CANDIDATES for number in slices)
+    for (found, own, read), proposed in zip(read_images(job, slices, labels), candidates, strict=True):
+        true = truth.get(found.key)
+        if true is None:
+            continue
+        boxes, proposals = (as_array([region.box for region in each.regions]) for each in (found, proposed))
+        counts.update(images=1, kept=len(boxes), objects=len(true.boxes))
+        most = max(most, len(boxes))
+        overlaps = iou(as_array(true.boxes), boxes)
+        for name, shown, least in (
+            ("found", overlaps, MATCH), ("tight", overlaps, TIGHT),
+            ("proposed", iou(as_array(true.boxes), proposals), MATCH),
+        ):  # fmt: skip
+            counts[name] += int((shown.max(axis=1, initial=0) >= least).sum())
+        for region in np.flatnonzero((overlaps.max(axis=0, initial=0) >= MATCH) & (np.array(own) >= 0)):
+            best = int(overlaps[:, region].argmax())
+            matched.append((own[region], true.classes[best], float(overlaps[best, region])))
+        _count_words(counts, true, read.above(job.settings.tokenizer.min_confidence))
+    if not counts["images"]:
         raise UserError("--truth holds none of the run's images; give the split that was curated")
-    counts = tally.counts
     return TruthQuality(
-        images=len(tally.kept),
+        images=counts["images"],
         objects=counts["objects"],
         recall=counts["found"] / max(1, counts["objects"]),
         tight_recall=counts["tight"] / max(1, counts["objects"]),
         proposed_recall=counts["proposed"] / max(1, counts["objects"]),
-        regions_per_image=float(np.mean(tally.kept)),
-        most_regions=max(tally.kept),
-        matched_nmi=_nmi(tally.matched),
-        matched=len(tally.matched),
-        tight_nmi=_nmi([match for match in tally.matched if match[2] >= TIGHT]),
+        regions_per_image=counts["kept"] / counts["images"],
+        most_regions=most,
+        matched_nmi=_nmi(matched),
+        matched=len(matched),
+        tight_nmi=_nmi([match for match in matched if match[2] >= TIGHT]),
         words=counts["words"],
         exact_words=counts["exact"] / max(1, counts["words"]),
     )
+
+
+def _count_words(counts: Counter[str], true: TrueImage, words: Sequence[Word]) -> None:
+    overlaps = iou(as_array(true.text_boxes), as_array([word.box for word in words]))
+    for text, box, near in zip(true.texts, true.text_boxes, overlaps >= WORD_MATCH, strict=True):
+        if box[3] - box[1] >= READABLE:
+            counts["words"] += 1
+            counts["exact"] += any(
+                word.text == text for word, is_near in zip(words, near, strict=True) if is_near
+            )
 
 
 def _nmi(matched: list[tuple[int, str, float]]) -> float:
@@ -246,36 +376,33 @@ def _nmi(matched: list[tuple[int, str, float]]) -> float:
     return nmi(np.array([label for label, _, _ in matched], dtype=np.int64), classes.astype(np.int64))
 
 
-def _count_objects(
-    tally: _Tally, true: TrueImage, boxes: Boxes, labels: NDArray[np.int64], candidates: Boxes
-) -> None:
-    tally.kept.append(len(boxes))
-    tally.counts["objects"] += len(true.boxes)
-    if not len(true.boxes):
-        return
-    wanted = as_array(true.boxes)
-    if len(candidates):
-        tally.counts["proposed"] += int((iou(wanted, candidates).max(axis=1) >= MATCH).sum())
-    if not len(boxes):
-        return
-    overlaps = iou(wanted, boxes)
-    tally.counts["found"] += int((overlaps.max(axis=1) >= MATCH).sum())
-    tally.counts["tight"] += int((overlaps.max(axis=1) >= TIGHT).sum())
-    best = overlaps.argmax(axis=0).tolist()
-    for region in np.flatnonzero((overlaps.max(axis=0) >= MATCH) & (labels >= 0)).tolist():
-        overlap = float(overlaps[best[region], region])
-        tally.matched.append((int(labels[region]), true.classes[best[region]], overlap))
+def nmi(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
+    """Normalised mutual information of two labellings [n], with the mean of both entropies below.
+
+    Returns:
+        0 for independent labellings, 1 for equal ones whatever the names; 1 if neither tells anything apart.
+    """
+    if not len(some):
+        return 1.0
+    _, rows = np.unique(some, return_inverse=True)
+    _, columns = np.unique(others, return_inverse=True)
+    pairs, counts = np.unique(rows * (columns.max() + 1) + columns, return_counts=True)
+    joint = counts / len(some)
+    first, second = np.bincount(rows) / len(some), np.bincount(columns) / len(some)
+    cells = first[pairs // len(second)] * second[pairs % len(second)]
+    shared = float((joint * np.log(joint / cells)).sum())
+    mean = (_entropy(first) + _entropy(second)) / 2
+    return shared / mean if mean > 0 else 1.0
 
 
-def _count_words(tally: _Tally, true: TrueImage, texts: Sequence[str], boxes: Boxes) -> None:
-    for text, box in zip(true.texts, true.text_boxes, strict=True):
-        if box[3] - box[1] < READABLE:
-            continue
-        tally.counts["words"] += 1
-        if texts:
-            overlaps = iou(as_array([box]), boxes)[0]
-            near = np.flatnonzero(overlaps >= WORD_MATCH).tolist()
-            tally.counts["exact"] += any(texts[place] == text for place in near)
+def _entropy(shares: NDArray[np.float64]) -> float:
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _gini(ordered: NDArray[np.int64]) -> float:
+    count, total = len(ordered), float(ordered.sum())
+    ranks = 2.0 * np.arange(1, count + 1) - count - 1
+    return float(ranks @ ordered / (count * total)) if total else 0.0
 
 
 def _cluster_rows(found: ClusterQuality) -> Rows:

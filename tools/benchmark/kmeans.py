@@ -22,7 +22,7 @@ from benchmark.report import Case, Report
 from benchmark.scenes import scene_features
 from megaregion.bounds import Positive
 from megaregion.command_line import flag, path, whole
-from megaregion.curation.embeddings import Share, unit
+from megaregion.curation.embeddings import Embeddings, unit
 from megaregion.curation.kmeans import Pass, cluster, find_centers
 from megaregion.curation.nearest import in_order, nearest
 from megaregion.curation.settings import AssignSettings, ClusterSettings
@@ -127,8 +127,8 @@ def run_ours(
             told.append((time.perf_counter() - began, done))
             bar.update()
 
-        share = Share([vectors], AssignSettings().chunk_memory, device)
-        centers = cluster(share, settings, on_pass=tell)
+        embeddings = Embeddings([vectors], AssignSettings().chunk_memory, device)
+        centers = cluster(embeddings, settings, on_pass=tell)
     return centers, told
 
 

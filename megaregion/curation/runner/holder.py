@@ -1,11 +1,8 @@
 """Who works on what right now: locks that end with their process, and a sign of life for others.
 
-A run holds its folder alone, shares of a run hold it together; each holds the pieces that it works on:
-
-    OUT/.lock                          locked while a run or a share works in the folder; names it
-    OUT/stages/STAGE/.locks            byte i is locked while piece i is worked on
-    OUT/stages/STAGE/.running/00003    who works on it, and how far; rewritten every few seconds
-    OUT/stages/STAGE/.failed/00003     why the last try ended, until the next one
+    OUT/.lock                        held by a run alone, or by shares of one together; names it
+    OUT/stages/STAGE/.locks          byte i is locked while piece i is worked on
+    OUT/stages/STAGE/.notes/00003    who works on it and how far, rewritten every few seconds; why it failed
 
 None of them is part of the outcome.
 """
@@ -30,8 +27,6 @@ from megaregion.files import locked, new_file, read_json
 
 LOG = logging.getLogger("megaregion.curation")
 
-RUNNING, FAILED = ".running", ".failed"
-
 BEAT = 5.0
 """Seconds between signs of life."""
 PATIENCE = 120.0
@@ -41,8 +36,8 @@ SILENCE = 60.0
 
 
 @dataclass
-class Holder:
-    """A process's word that it works on a piece."""
+class Note:
+    """What a process says of a piece: that it works on it, or how its last try ended without an outcome."""
 
     host: str
     process: int
@@ -50,6 +45,7 @@ class Holder:
     """Seconds since 1970."""
     images: int = 0
     """Images that are done."""
+    failure: str = ""
 
     @property
     def name(self) -> str:
@@ -92,50 +88,43 @@ def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callab
     Raises:
         UserError: Another process works on it.
     """
-    holder = _this_process()
-    for name in (RUNNING, FAILED):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    running, failed = (folder / name / f"{number:05d}" for name in (RUNNING, FAILED))
+    note, path = _this_process(), _path(folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (folder / ".locks").open("ab") as locks:
         _lock(locks, folder, number)
-        failed.unlink(missing_ok=True)
 
         def count() -> None:
-            holder.images += 1
+            note.images += 1
             tick()
 
-        with _beating(running, holder):
+        with _beating(path, note):
             try:
                 yield count
             except BaseException as error:
-                _note(failed, f"{error.__class__.__name__}: {error} ({holder.name})")
+                note.failure = f"{error.__class__.__name__}: {error} ({note.name})"
                 raise
 
 
-def read_holder(folder: Path, number: int) -> Holder | str | None:
-    """Who works on a piece of a stage; a text if its worker is dead, and None if there never was one."""
-    path = folder / RUNNING / f"{number:05d}"
+def read_note(folder: Path, number: int) -> Note | None:
+    """What is said of a piece of a stage, None if nothing; that its worker was killed is a failure."""
+    path = _path(folder, number)
     try:
-        holder = Holder(**read_json(path))
+        note = Note(**read_json(path))
         silence = time.time() - path.stat().st_mtime
     except (OSError, ValueError, TypeError):
         return None
-    here = holder.host == socket.gethostname()
-    if silence > SILENCE or (here and not Path(f"/proc/{holder.process}").exists()):
-        return f"{holder.name} was killed after {holder.images} images"
-    return holder
+    here = note.host == socket.gethostname()
+    if not note.failure and (silence > SILENCE or (here and not Path(f"/proc/{note.process}").exists())):
+        note.failure = f"{note.name} was killed after {note.images} images"
+    return note
 
 
-def last_failure(folder: Path, number: int) -> str:
-    """Why the last try at a piece ended; empty if it did not fail."""
-    try:
-        return (folder / FAILED / f"{number:05d}").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _path(folder: Path, number: int) -> Path:
+    return folder / ".notes" / f"{number:05d}"
 
 
-def _this_process() -> Holder:
-    return Holder(socket.gethostname(), os.getpid(), time.time())
+def _this_process() -> Note:
+    return Note(socket.gethostname(), os.getpid(), time.time())
 
 
 def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
@@ -147,8 +136,8 @@ def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
             return fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
             waited = time.monotonic() - began
-        holder = read_holder(folder, number)
-        name = holder.name if isinstance(holder, Holder) else "another process"
+        note = read_note(folder, number)
+        name = note.name if note and not note.failure else "another process"
         state = f"piece {number} of stage {folder.name} is in use by {name}"
         if waited > PATIENCE:
             raise UserError(f"{state}; wait until it has ended")
@@ -159,15 +148,20 @@ def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
 
 
 @contextmanager
-def _beating(path: Path, holder: Holder) -> Iterator[None]:
+def _beating(path: Path, note: Note) -> Iterator[None]:
+    """Write the note every few seconds, and at the end where there is a failure to tell."""
     ended = threading.Event()
 
-    def beat() -> None:
-        while True:
-            _note(path, json.dumps(asdict(holder)))
-            if ended.wait(BEAT):
-                return
+    def write() -> None:
+        # A full disk must not end the work for a note.
+        with suppress(OSError), new_file(path, shared=True, durable=False) as file:
+            file.write(json.dumps(asdict(note)).encode())
 
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            write()
+
+    write()
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
@@ -175,10 +169,7 @@ def _beating(path: Path, holder: Holder) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
-
-
-def _note(path: Path, text: str) -> None:
-    """Write a small file whole; a full disk must not end the work for it."""
-    with suppress(OSError), new_file(path, shared=True, durable=False) as file:
-        file.write(text.encode(errors="replace"))
+        if note.failure:
+            write()
+        else:
+            path.unlink(missing_ok=True)

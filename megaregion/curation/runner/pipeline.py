@@ -1,4 +1,4 @@
-"""Runs stages: finds out which pieces are missing or stale, has them done, and says what there is.
+"""Runs stages: finds out which pieces are missing or stale, and has them done.
 
 A run does everything in one call; a share does its part of one stage's pieces beside other processes, on this
 or other machines, and looks at no more than it needs for that.
@@ -50,25 +50,12 @@ class Share(NamedTuple):
         return range(count * self.number // self.of, count * (self.number + 1) // self.of)
 
 
-class Outcome(NamedTuple):
-    """The pieces of a share, and how many of them were done now; the others had been done before."""
-
-    pieces: range
-    done: int
-
-
 def curate(
     images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str = "all", workers: int = 2
 ) -> Summary:
     """Turn a folder of images into a dataset, or do one stage of it; what is done already stays.
 
-    Args:
-        images: Folder of images or WebDataset tars, searched recursively.
-        out: Folder of the run; the dataset will be OUT/shards.
-        settings: Settings of all stages.
-        bar: Shows progress.
-        stage: One stage, or all; list only finds the images.
-        workers: Processes; the outcome does not depend on their number.
+    The stage list only finds the images; the outcome does not depend on the number of worker processes.
 
     Raises:
         UserError: Something that the user can mend; what is done stays done.
@@ -84,8 +71,11 @@ def curate(
 
 def curate_share(
     images: Path, out: Path, settings: CurationSettings, bar: Bar, stage: str, share: Share, workers: int = 2
-) -> Outcome:
+) -> tuple[range, int]:
     """Do a share of one stage, of images that are listed; other shares may run at the same time, anywhere.
+
+    Returns:
+        The pieces of the share, and how many of them were done now; the others had been done before.
 
     Raises:
         UserError: The images are not listed, an earlier stage is not done, a run holds the folder, or
@@ -95,11 +85,11 @@ def curate_share(
         raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
     with folder_held(out, shared=True), writable(out):
         with closing(Pipeline(open_job(images, out, settings), bar, workers, share)) as pipeline:
-            outcome = pipeline.run(stage)
-        if stage == NAMES[-1] and outcome.pieces:
+            pieces, done = pipeline.run(stage)
+        if stage == NAMES[-1] and pieces:
             # The last share of all leaves the summary that a run in one call leaves.
             summarise(pipeline.job, pipeline.finished())
-        return outcome
+        return pieces, done
 
 
 def open_job(images: Path, out: Path, settings: CurationSettings) -> Job:
@@ -118,8 +108,8 @@ class Pipeline:
         # Digests only: a manifest is a kilobyte, and there may be a hundred thousand of them.
         self._done: dict[Piece, str] = {}
 
-    def run(self, name: str) -> Outcome:
-        """Do the pieces of a stage that are missing or stale.
+    def run(self, name: str) -> tuple[range, int]:
+        """Do the pieces of a stage that are missing or stale; gives the share's pieces, and how many it did.
 
         Raises:
             UserError: An earlier stage is not done, or a piece failed.
@@ -142,7 +132,7 @@ class Pipeline:
             images = sum(stage.count(task.piece.number) for task in tasks)
             with self._bar(name, images) as tick:
                 self._workers.run(tasks, tick)
-        return Outcome(pieces, len(tasks))
+        return pieces, len(tasks)
 
     def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
         """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""

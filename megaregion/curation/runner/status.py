@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from megaregion.curation.runner.holder import Holder, last_failure, read_holder
+from megaregion.curation.runner.holder import read_note
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.cluster import cluster_sizes
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
@@ -83,20 +83,17 @@ def _progress(job: Job, stage: Stage, recipes: dict[str, str], now: float) -> Pr
         piece, size = Piece(stage.name, number), stage.count(number)
         progress.images += size
         manifest = job.store.read(piece, thorough=False)
-        holder = read_holder(job.store.folder(piece).parent, number)
+        note = read_note(job.store.folder(piece).parent, number)
         if manifest is not None and manifest.recipes == recipes:
             progress.done += 1
             progress.images_done += size
             progress.seconds += manifest.seconds
-        elif isinstance(holder, Holder):
+        elif note is not None and note.failure:
+            progress.failed[number] = note.failure
+        elif note is not None:
             progress.running += 1
-            progress.images_done += min(holder.images, size)
-            progress.seconds += max(0.0, now - holder.began)
-        elif holder is not None:
-            progress.failed[number] = holder
-        else:
-            reason = last_failure(job.store.folder(piece).parent, number)
-            progress.failed.update({number: reason} if reason else {})
+            progress.images_done += min(note.images, size)
+            progress.seconds += max(0.0, now - note.began)
     return progress
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class Workers:
 
     def __init__(self, job: Job, count: int) -> None:
         self._job, self._count = job, count
-        self._workers: list[_Worker] = []
+        self._processes: dict[Connection, BaseProcess] = {}
 
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
         """Do tasks, in any order; ``tick`` is called in this process for every image that is done.
@@ -68,28 +69,27 @@ class Workers:
                     _do(task, self._job, stages, tick)
             return
         waiting, deaths = list(reversed(tasks)), Counter[Piece]()
-        busy: dict[Connection, tuple[_Worker, Task]] = {}
-
-        def hand_out(worker: _Worker) -> None:
-            if waiting:
-                busy[worker.pipe] = worker, waiting.pop()
-                worker.begin(busy[worker.pipe][1])
-
-        while len(self._workers) < min(self._count, len(tasks)):
-            self._workers.append(_Worker(self._job))
-        for worker in self._workers:
-            hand_out(worker)
-        while busy:
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
-                worker, task = busy[pipe]
+        busy: dict[Connection, Task] = {}
+        while len(self._processes) < min(self._count, len(tasks)):
+            self._start()
+        idle = list(self._processes)
+        while waiting or busy:
+            while waiting and idle:
+                pipe = idle.pop()
+                busy[pipe] = waiting.pop()
+                # A worker that is dead already will be seen to be when it is listened to.
+                with suppress(OSError):
+                    pipe.send(busy[pipe])
+            ready = wait(list(busy))
+            for pipe in [each for each in busy if each in ready]:
                 try:
                     message = pipe.recv()
                 except (EOFError, OSError):
-                    del busy[pipe]
+                    task = busy.pop(pipe)
                     deaths[task.piece] += 1
+                    self._bury(pipe, task.piece, deaths[task.piece])
                     waiting.append(task)
-                    hand_out(self._replace(worker, task.piece, deaths[task.piece]))
+                    idle.append(self._start())
                     continue
                 if isinstance(message, Exception):
                     raise message
@@ -97,49 +97,40 @@ class Workers:
                     tick()
                 else:
                     del busy[pipe]
-                    hand_out(worker)
+                    idle.append(pipe)
 
     def close(self) -> None:
         """End the processes, also in the middle of a piece: it counts as not done."""
-        for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
-            worker.pipe.close()
-        self._workers.clear()
+        for process in self._processes.values():
+            process.terminate()
+        for pipe, process in self._processes.items():
+            process.join()
+            pipe.close()
+        self._processes.clear()
 
-    def _replace(self, worker: _Worker, piece: Piece, deaths: int) -> _Worker:
-        """Start a worker in a dead one's place, unless its piece has killed too many."""
-        worker.process.join()
-        worker.pipe.close()
-        self._workers.remove(worker)
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
+        with _environment(ONE_THREAD):
+            process.start()
+        # Only the worker may hold its end, or its death would not be seen here.
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+    def _bury(self, pipe: Connection, piece: Piece, deaths: int) -> None:
+        """Raises UserError where the dead worker's piece has killed too many."""
+        process = self._processes.pop(pipe)
+        process.join()
+        pipe.close()
         died = (
             f"the worker for piece {piece.number} of stage {piece.stage} died (exit code "
-            f"{worker.process.exitcode}; -9 is often lack of memory)"
+            f"{process.exitcode}; -9 is often lack of memory)"
         )
         if deaths >= MAX_DEATHS:
             raise UserError(f"{died} {deaths} times; run again to continue, perhaps with fewer --workers")
         LOG.warning("%s; the piece is done again", died)
-        self._workers.append(_Worker(self._job))
-        return self._workers[-1]
-
-
-class _Worker:
-    """A process, and the pipe to it."""
-
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=True)
-        with _environment(ONE_THREAD):
-            self.process.start()
-        # Only the worker may hold its end, or its death would not be seen here.
-        theirs.close()
-
-    def begin(self, task: Task) -> None:
-        # A worker that is dead already will be seen to be when it is listened to.
-        with suppress(OSError):
-            self.pipe.send(task)
 
 
 @contextmanager

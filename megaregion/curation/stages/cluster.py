@@ -1,9 +1,6 @@
-"""Stages cluster, assign and balance: centers, the nearest of each region, what is packed of large clusters.
+"""Stages cluster and assign: centers, and the nearest of each region.
 
-Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
-Labels are read piece by piece; memory grows with the number of clusters only.
-
-Shapes: n regions of the whole run, r of a piece, K clusters or centers, C channels.
+Shapes: r regions of a piece, K clusters or centers, C channels.
 """
 
 from __future__ import annotations
@@ -17,16 +14,14 @@ import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.embeddings import Share, rows_in, to_unit
-from megaregion.curation.kmeans import Pass, Progress, cluster
-from megaregion.curation.nearest import nearest
-from megaregion.curation.stages.embed import FEATURES
+from megaregion.curation.embeddings import Embeddings, rows_in
+from megaregion.curation.kmeans import Pass, SavedPass, cluster, label_rows
+from megaregion.curation.stages.regions import FEATURES
 from megaregion.curation.stages.stage import Job, Stage, plain
 from megaregion.curation.stages.store import Output, Piece
 
 CENTERS = "centers.npy"
 LABELS, COSINES = "labels.npy", "cosines.npy"
-KEPT, STARTS = "kept.npy", "starts.npy"
 LOG = logging.getLogger("megaregion.curation")
 
 
@@ -47,11 +42,11 @@ class Cluster(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         files = [self.path(piece, FEATURES) for piece in self.needs(number)]
-        share = Share(files, self.job.settings.assign.chunk_memory, _device())
-        progress = Progress(output.kept("passes.npz"), output.key)
-        centers = cluster(share, self.job.settings.cluster, progress, _tell)
-        if share.rank == 0:
-            output.counts["embeddings not finite"] += share.broken
+        embeddings = Embeddings(files, self.job.settings.assign.chunk_memory, _device())
+        saved = SavedPass(output.kept("passes.npz"), output.key)
+        centers = cluster(embeddings, self.job.settings.cluster, saved, _tell)
+        if embeddings.rank == 0:
+            output.counts["embeddings not finite"] += embeddings.broken
             output.save(CENTERS, centers.cpu().numpy())
             output.tick()
 
@@ -84,17 +79,12 @@ class Assign(Stage):
     def work(self, number: int, output: Output) -> None:
         features, clustered = self.needs(number)
         rows = self.job.store.load(features, FEATURES, mapped=True)
-        labels = np.full(len(rows), -1, dtype=np.int64)
-        cosines = np.zeros(len(rows), dtype=np.float32)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
         centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(_device())
-        for start in range(0, len(rows), size):
-            vectors = to_unit(rows[start : start + size])
-            usable = np.flatnonzero(vectors.any(axis=1))
-            found = nearest(torch.from_numpy(vectors[usable]).to(centers.device), centers)
-            labels[start + usable], cosines[start + usable] = found.labels.cpu(), found.best.cpu()
-        output.save(LABELS, labels)
-        output.save(COSINES, cosines)
+        starts = range(0, max(1, len(rows)), size)
+        found = [label_rows(rows[start : start + size], centers) for start in starts]
+        output.save(LABELS, torch.cat([each.labels for each in found]).cpu().numpy())
+        output.save(COSINES, torch.cat([each.best for each in found]).cpu().numpy())
         for _ in range(self.count(number)):
             output.tick()
 
@@ -111,66 +101,3 @@ def cluster_sizes(job: Job) -> NDArray[np.int64]:
     for labels in read_labels(job):
         sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
     return sizes
-
-
-class Balance(Stage):
-    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
-
-    Without a cap there is nothing to do.
-    """
-
-    name = "balance"
-    reads = ("assign",)
-    whole = True
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"cluster_cap": self.job.settings.pack.cluster_cap}
-
-    @override
-    def pieces(self) -> int:
-        return int(self.job.settings.pack.cluster_cap > 0)
-
-    @override
-    def work(self, number: int, output: Output) -> None:
-        sizes = cluster_sizes(self.job)
-        labelled = (self.job.store.load(piece, LABELS, mapped=True) for piece in self.needs(number))
-        starts = np.cumsum([0, *map(len, labelled)], dtype=np.int64)
-        output.save(STARTS, starts)
-        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
-        seen = np.zeros_like(sizes)
-        with output.file(KEPT) as file:
-            header = {"descr": "|b1", "fortran_order": False, "shape": (int(starts[-1]),)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for labels in read_labels(self.job):
-                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
-        output.counts["clusters capped"] = int((sizes > caps).sum())
-        output.counts["regions over the cap"] = int((sizes - caps).sum())
-        output.tick()
-
-
-def keep_evenly(
-    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
-
-    Args:
-        labels: Clusters, -1 for none, int64 [r].
-        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
-        sizes: Regions of each cluster in the whole run, int64 [K].
-        caps: How many of them stay, int64 [K].
-
-    Returns:
-        bool [r]; over all pieces exactly caps[k] of cluster k are True.
-    """
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    clusters = labels[order]
-    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
-    lengths = np.diff(firsts, append=len(clusters))
-    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
-    kept = np.zeros(len(labels), dtype=bool)
-    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
-    kept[order] = (place + 1) * share // whole > place * share // whole
-    seen[clusters[firsts]] += lengths
-    return kept

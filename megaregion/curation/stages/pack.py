@@ -1,4 +1,10 @@
-"""Stage pack: one shard of the dataset from each slice of the images."""
+"""Stages balance, pack and publish: what is packed of large clusters, a shard from each slice, the dataset.
+
+Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
+Labels are read piece by piece; memory grows with the number of clusters only.
+
+Shapes: n regions of the whole run, r of a piece, K clusters.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +20,8 @@ from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import Picture, Proposal, Word
-from megaregion.curation.stages.cluster import CENTERS, KEPT, LABELS, STARTS
-from megaregion.curation.stages.embed import REGIONS
+from megaregion.curation.stages.cluster import CENTERS, LABELS, cluster_sizes, read_labels
+from megaregion.curation.stages.regions import REGIONS
 from megaregion.curation.stages.stage import Job, Stage, plain
 from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
@@ -33,9 +39,73 @@ from megaregion.errors import UserError
 from megaregion.schemas.curation import DROPPED
 
 ENTRY = "entry.json"
+KEPT, STARTS = "kept.npy", "starts.npy"
 
 CAPPED = -2
 """In place of a label: the region's cluster is full."""
+
+
+class Balance(Stage):
+    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
+
+    Without a cap there is nothing to do.
+    """
+
+    name = "balance"
+    reads = ("assign",)
+    whole = True
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"cluster_cap": self.job.settings.pack.cluster_cap}
+
+    @override
+    def pieces(self) -> int:
+        return int(self.job.settings.pack.cluster_cap > 0)
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        sizes = cluster_sizes(self.job)
+        labelled = (self.job.store.load(piece, LABELS, mapped=True) for piece in self.needs(number))
+        starts = np.cumsum([0, *map(len, labelled)], dtype=np.int64)
+        output.save(STARTS, starts)
+        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
+        seen = np.zeros_like(sizes)
+        with output.file(KEPT) as file:
+            header = {"descr": "|b1", "fortran_order": False, "shape": (int(starts[-1]),)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for labels in read_labels(self.job):
+                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
+        output.counts["clusters capped"] = int((sizes > caps).sum())
+        output.counts["regions over the cap"] = int((sizes - caps).sum())
+        output.tick()
+
+
+def keep_evenly(
+    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
+
+    Args:
+        labels: Clusters, -1 for none, int64 [r].
+        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
+        sizes: Regions of each cluster in the whole run, int64 [K].
+        caps: How many of them stay, int64 [K].
+
+    Returns:
+        bool [r]; over all pieces exactly caps[k] of cluster k are True.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    clusters = labels[order]
+    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
+    lengths = np.diff(firsts, append=len(clusters))
+    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
+    kept = np.zeros(len(labels), dtype=bool)
+    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
+    kept[order] = (place + 1) * share // whole > place * share // whole
+    seen[clusters[firsts]] += lengths
+    return kept
 
 
 class Pack(Stage):
@@ -127,16 +197,12 @@ class Pack(Stage):
     def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[int], ImageWords]]:
         """Each image of the piece with what earlier stages say of it."""
         pieces = self.slices(number)
-        regions = read_regions(self.path(Piece("embed", piece), REGIONS) for piece in pieces)
-        words = read_words(self.path(Piece("ocr", piece), WORDS) for piece in pieces)
         labels = (label for piece in pieces for label in self._labels(piece).tolist())
         start, (first, last) = int(self.job.source.starts[pieces.start]), self.span(number)
-        images = self.job.source.between(first, last)
-        for position, (found, read) in enumerate(zip(regions, words, strict=True), start):
-            own = list(islice(labels, len(found.regions)))
-            # The first piece begins before this slice of images, the last one ends after it.
-            if first <= position < last:
-                yield next(images), found, own, read
+        # The first slice of images begins before this piece, the last one ends after it.
+        rows = islice(read_images(self.job, pieces, labels), first - start, last - start)
+        for image, row in zip(self.job.source.between(first, last), rows, strict=True):
+            yield image, *row
 
     def _labels(self, piece: int) -> NDArray[np.int64]:
         """Labels of a slice's regions; those over the cap have none."""
@@ -147,6 +213,16 @@ class Pack(Stage):
             kept = self.job.store.load(balance, KEPT, mapped=True)[first:last]
             labels[~kept & (labels >= 0)] = CAPPED
         return labels
+
+
+def read_images(
+    job: Job, slices: range, labels: Iterator[int]
+) -> Iterator[tuple[ImageRegions, list[int], ImageWords]]:
+    """Each image of some slices, with those of its regions' labels that are its own, and its words."""
+    regions = read_regions(job.store.folder(Piece("embed", number)) / REGIONS for number in slices)
+    words = read_words(job.store.folder(Piece("ocr", number)) / WORDS for number in slices)
+    for found, read in zip(regions, words, strict=True):
+        yield found, list(islice(labels, len(found.regions))), read
 
 
 def _object(region: Proposal, label: int) -> RegionRecord:

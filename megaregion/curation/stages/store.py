@@ -66,7 +66,7 @@ class Manifest:
 
 
 class Output:
-    """Collects what one piece leaves behind in its folder; ``key`` says what the piece is made from."""
+    """Collects what one piece, made from what ``key`` says, leaves behind in its folder."""
 
     def __init__(self, folder: Path, tick: Callable[[], None], key: str = "") -> None:
         self.folder, self.tick, self.key = folder, tick, key
@@ -229,7 +229,7 @@ def write_words(file: BinaryIO, image: ImageWords) -> None:
 def read_words(paths: Iterable[Path]) -> Iterator[ImageWords]:
     """Read the images of several pieces, one after the other."""
     for line in _lines(paths):
-        yield ImageWords(line["key"], [Word(w["text"], _box(w["box"]), w["score"]) for w in line["words"]])
+        yield ImageWords(line["key"], [Word(w["text"], tuple(w["box"]), w["score"]) for w in line["words"]])
 
 
 def _write(file: BinaryIO, line: dict[str, Any]) -> None:
@@ -253,13 +253,8 @@ def _from_region(region: Proposal) -> dict[str, Any]:
 
 def _to_region(line: dict[str, Any]) -> Proposal:
     mask = line.get("mask")
-    rle = None if mask is None else RLE((mask["size"][0], mask["size"][1]), tuple(mask["counts"]))
-    return Proposal(_box(line["box"]), line["score"], rle)
-
-
-def _box(values: Sequence[float]) -> Box:
-    x0, y0, x1, y1 = values
-    return x0, y0, x1, y1
+    rle = None if mask is None else RLE(tuple(mask["size"]), tuple(mask["counts"]))
+    return Proposal(tuple(line["box"]), line["score"], rle)
 
 
 def _rounded(box: Box) -> list[float]:

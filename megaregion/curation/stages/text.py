@@ -80,12 +80,10 @@ class Tokenizer(Stage):
     def work(self, number: int, output: Output) -> None:
         settings = self.job.settings.tokenizer
         images = read_words([self.path(piece, WORDS) for piece in self.needs(number)])
-        texts = DistinctTexts(settings.tokenizer_texts)
-        for image in images:
-            texts.add(word.text for word in image.above(settings.min_confidence))
+        words = (word.text for image in images for word in image.above(settings.min_confidence))
+        texts, output.counts["different words"] = distinct_texts(words, settings.tokenizer_texts)
         with output.file(MODEL) as file:
-            file.write(train_tokenizer(texts.texts(), read_corpus(settings.corpus), settings.vocab))
-        output.counts["different words"] = texts.count()
+            file.write(train_tokenizer(texts, read_corpus(settings.corpus), settings.vocab))
         output.tick()
 
 
@@ -144,9 +142,7 @@ def train_tokenizer(texts: Iterable[str], corpus: Iterable[str], vocabulary: int
     """
     from sentencepiece import SentencePieceTrainer
 
-    words = {word[:MAX_WORD] for text in texts for word in text.split()} | {
-        word[:MAX_WORD] for word in corpus
-    }
+    words = {word[:MAX_WORD] for text in (*texts, *corpus) for word in text.split()}
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -189,43 +185,28 @@ def _spelled(words: set[str], vocabulary: int) -> list[str]:
     return [word for word in (word.translate(table) for word in clean) if word]
 
 
-class DistinctTexts:
-    """Remembers the texts with the smallest hashes: which ones depends neither on order nor on repeats.
+def distinct_texts(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
+    """Texts with the smallest hashes, which neither order nor repeats change; memory holds twice the limit.
 
-    At most ``limit`` of them stay in the end; memory holds up to twice as many.
+    Returns:
+        At most so many distinct texts, sorted, and how many there were, beyond the limit an estimate within a
+        few thousandths.
     """
+    hashes: dict[str, int] = {}
+    bound = HASHES
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._hashes: dict[str, int] = {}
-        self._bound = HASHES
+    def prune(most: int) -> None:
+        nonlocal hashes, bound
+        if len(hashes) > most:
+            hashes = dict(sorted(hashes.items(), key=lambda item: (item[1], item[0]))[:limit])
+            bound = max(hashes.values()) + 1
 
-    def add(self, texts: Iterable[str]) -> None:
-        """Take texts into account."""
-        for text in texts:
-            if text in self._hashes:
-                continue
-            number = _hash(text)
-            if number < self._bound:
-                self._hashes[text] = number
-                if len(self._hashes) > 2 * self._limit:
-                    self._prune()
-
-    def texts(self) -> list[str]:
-        """The texts, sorted, at most the limit."""
-        self._prune()
-        return sorted(self._hashes)
-
-    def count(self) -> int:
-        """How many distinct texts there were; beyond the limit an estimate within a few thousandths."""
-        self._prune()
-        return len(self._hashes) if self._bound == HASHES else round(self._limit * HASHES / self._bound)
-
-    def _prune(self) -> None:
-        if len(self._hashes) > self._limit:
-            kept = sorted(self._hashes.items(), key=lambda item: (item[1], item[0]))[: self._limit]
-            self._hashes = dict(kept)
-            self._bound = kept[-1][1] + 1
+    for text in texts:
+        if text not in hashes and (number := _hash(text)) < bound:
+            hashes[text] = number
+            prune(2 * limit)
+    prune(limit)
+    return sorted(hashes), len(hashes) if bound == HASHES else round(limit * HASHES / bound)
 
 
 def _hash(text: str) -> int:

@@ -1,8 +1,8 @@
-"""Stage propose: candidates for object regions in every image, the most object-like first.
+"""Stages propose and embed: candidates for object regions, the most object-like first; those worth a label.
 
 Every proposal that goes is counted under its reason.
 
-Shapes: R proposals of one image.
+Shapes: R proposals of one image; r kept regions of a piece, in the order of the images and of their regions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.engines import Proposer, lite0, load_proposer
+from megaregion.curation.engines import Embedder, Proposer, lite0, load_embedder, load_proposer
 from megaregion.curation.engines.boxes import Objectness
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.source import ImageFile
@@ -30,20 +30,26 @@ from megaregion.curation.picture import (
     Proposal,
     area,
     as_array,
+    crop,
     intersection,
+    iou,
 )
-from megaregion.curation.settings import ProposeSettings
+from megaregion.curation.settings import EmbedSettings, ProposeSettings
 from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import ImageRegions, Output, write_regions
+from megaregion.curation.stages.store import ImageRegions, Output, read_regions, read_words, write_regions
+from megaregion.curation.stages.text import WORDS
+from megaregion.data.sample import Box
 from megaregion.schemas.curation import DROPPED
 
-CANDIDATES = "candidates.jsonl"
+CANDIDATES, REGIONS, FEATURES = "candidates.jsonl", "regions.jsonl", "features.npy"
 
 MAX_CANDIDATES = 500
 """Best proposals that are compared with each other; the cost grows with their square."""
 CROWDING = 1.0
 """Penalty, in log-odds, of a proposal that lies inside a better one: raises the recall of 12 boxes by two
 points. More of it trades boxes that fit for boxes elsewhere."""
+INSIDE_WORD = 0.7
+"""A proposal with at least this share of its area inside a word is a piece of text."""
 
 
 class Propose(Stage):
@@ -94,8 +100,7 @@ class Propose(Stage):
         counts["images used"] += 1
         counts["proposed"] += len(found) + dropped.total()
         ranked, misfits = rank(found, picture.pixels, objectness, self.job.settings.propose)
-        for why, number in (dropped + misfits).items():
-            counts[DROPPED + why] += number
+        counts.update({DROPPED + why: number for why, number in (dropped + misfits).items()})
         return ranked
 
     @cached_property
@@ -125,8 +130,8 @@ def rank(
         scores = objectness.score(pixels, as_array([proposal.box for proposal in kept]))
         kept = [replace(proposal, score=float(score)) for proposal, score in zip(kept, scores, strict=True)]
     best = sorted(kept, key=lambda proposal: -proposal.score)[:MAX_CANDIDATES]
-    odds = np.array([_odds(proposal.score) for proposal in best])
-    order = nms(as_array([proposal.box for proposal in best]), odds, settings.nms_iou, CROWDING)
+    sure = np.clip([proposal.score for proposal in best], 1e-6, 1 - 1e-6)
+    order = nms(as_array([p.box for p in best]), np.log(sure / (1 - sure)), settings.nms_iou, CROWDING)
     dropped["duplicate"] += len(best) - len(order)
     dropped["beyond the limit"] += len(kept) - len(best)
     return [best[row] for row in order], +dropped
@@ -176,6 +181,82 @@ def nms(boxes: Boxes, scores: NDArray[np.float64], limit: float, crowding: float
     return np.array(taken, dtype=np.int64)
 
 
-def _odds(probability: float) -> float:
-    bounded = min(max(probability, 1e-6), 1 - 1e-6)
-    return float(np.log(bounded / (1 - bounded)))
+class Embed(Stage):
+    """Writes regions.jsonl and features.npy, float16 [r, C]; a row of zeros is a region without label."""
+
+    name = "embed"
+    reads = ("propose", "ocr")
+    version = 2
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = self.job.settings.embed
+        values = plain(settings, self.job.settings.image)
+        values["min_confidence"] = self.job.settings.tokenizer.min_confidence
+        if settings.embedder == "clip":
+            values["clip"] = describe(Path(settings.clip))
+        else:
+            values["lite0"] = lite0.fingerprint()
+        return values
+
+    @override
+    def prepare(self) -> None:
+        if self.job.settings.embed.embedder == "lite0":
+            lite0.convert()
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        candidates, words = self.needs(number)
+        images = read_regions([self.path(candidates, CANDIDATES)])
+        texts = read_words([self.path(words, WORDS)])
+        confidence = self.job.settings.tokenizer.min_confidence
+        features = [np.zeros((0, self._embedder.dim), dtype=np.float16)]
+        with output.file(REGIONS) as file:
+            for _, picture in self.pictures(number, output):
+                found, read = next(images), next(texts)
+                boxes = [word.box for word in read.above(confidence)]
+                chosen, dropped = choose(found.regions, boxes, self.job.settings.embed)
+                write_regions(file, replace(found, regions=chosen))
+                output.counts["kept"] += len(chosen)
+                output.counts.update({DROPPED + why: n for why, n in dropped.items()})
+                if picture is None or not chosen:
+                    continue
+                vectors = self._embedder.embed([crop(picture.pixels, region.box) for region in chosen])
+                lost = ~np.isfinite(vectors).all(axis=1)
+                vectors[lost] = 0
+                output.counts[DROPPED + "not embedded"] += int(lost.sum())
+                output.counts["kept"] -= int(lost.sum())
+                features.append(vectors.astype(np.float16))
+        output.save(FEATURES, np.concatenate(features))
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        settings = self.job.settings.embed
+        return load_embedder(settings.embedder, settings.clip or None, settings.crop_side)
+
+
+def choose(
+    candidates: Sequence[Proposal], words: Sequence[Box], settings: EmbedSettings
+) -> tuple[list[Proposal], Counter[str]]:
+    """Keep the regions of one image, the most object-like first, that are worth a label; count the others."""
+    texts = _text(as_array([c.box for c in candidates]), as_array(words), settings.text_overlap)
+    kept: list[Proposal] = []
+    dropped: Counter[str] = Counter()
+    for candidate, text in zip(candidates, texts, strict=True):
+        if text:
+            dropped["text"] += 1
+        elif candidate.score < settings.min_objectness:
+            dropped["background"] += 1
+        elif len(kept) >= settings.max_regions:
+            dropped["beyond the limit"] += 1
+        else:
+            kept.append(candidate)
+    return kept, dropped
+
+
+def _text(boxes: Boxes, words: Boxes, limit: float) -> list[bool]:
+    if not len(words):
+        return [False] * len(boxes)
+    same = iou(boxes, words).max(axis=1) > limit
+    inside = intersection(boxes, words).max(axis=1) >= INSIDE_WORD * area(boxes)
+    return list(same | inside)
