@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.curation.runner.pipeline import curate
+from megaregion.curation.pipeline import curate
 from megaregion.curation.settings import settings_from
 from megaregion.schemas.curation import Summary
 

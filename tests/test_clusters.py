@@ -24,7 +24,7 @@ from benchmark.scenes import scene_features
 from megaregion.command_line import Parser, add_settings
 from megaregion.curation.embeddings import unit
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.runner.pipeline import Pipeline, record_run, recorded_run
+from megaregion.curation.pipeline import Pipeline, record_run, recorded_run
 from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages.regions import FEATURES, Embed
 from megaregion.curation.stages.stage import Job

@@ -393,7 +393,7 @@ def test_single_stages_in_order_give_the_same_dataset(
 
 
 def test_two_runs_in_one_folder_are_refused(images: Path, tmp_path: Path) -> None:
-    from megaregion.curation.runner.holder import folder_held
+    from megaregion.curation.workers import folder_held
 
     with folder_held(tmp_path), pytest.raises(UserError, match=r"in use by process .* choose another folder"):
         run(images, tmp_path)

@@ -23,7 +23,7 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import Scan, scan_tar
 from megaregion.curation.picture import BadImage, Picture, read_picture
-from megaregion.curation.runner.pipeline import curate
+from megaregion.curation.pipeline import curate
 from megaregion.curation.settings import settings_from
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset

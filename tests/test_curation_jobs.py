@@ -15,11 +15,11 @@ from curation_scenes import contents, run, scene, silent
 from drill import Drill
 from launch import repository
 
-from megaregion.curation.runner.holder import folder_held, held
-from megaregion.curation.runner.pipeline import Share, curate_share, job_lines, open_job, recorded_run
-from megaregion.curation.runner.status import read_progress, table
+from megaregion.curation.pipeline import Share, curate_share, job_lines, open_job, recorded_run
 from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages import NAMES
+from megaregion.curation.status import read_progress, table
+from megaregion.curation.workers import folder_held, held
 from megaregion.errors import UserError
 
 FEW = {"clusters": 4, "vocab": 384, "piece_images": 2, "samples_per_shard": 3, "crop_side": 96}
@@ -79,10 +79,10 @@ def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
             run(images, at_once, **FEW)
     with folder_held(at_once), pytest.raises(UserError, match="in use by process"):
         share(images, at_once, "ocr", 0, 2)
-    monkeypatch.setattr("megaregion.curation.runner.holder.PATIENCE", 0.3)
+    monkeypatch.setattr("megaregion.curation.workers.PATIENCE", 0.3)
     stage = tmp_path / "stages" / "ocr"
     holder = (
-        "import sys, time; from pathlib import Path; from megaregion.curation.runner.holder import held\n"
+        "import sys, time; from pathlib import Path; from megaregion.curation.workers import held\n"
         f"with held(Path({str(stage)!r}), 3, lambda: None): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=repository())

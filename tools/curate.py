@@ -19,8 +19,8 @@ from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
+    from megaregion.curation.pipeline import Share
     from megaregion.curation.report import TrueImage
-    from megaregion.curation.runner.pipeline import Share
     from megaregion.evaluation.scenes import Scene
     from megaregion.parallel.topology import Topology
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _curate(arguments: argparse.Namespace) -> None:
-    from megaregion.curation.runner.pipeline import Share, curate, curate_share, job_lines
+    from megaregion.curation.pipeline import Share, curate, curate_share, job_lines
     from megaregion.parallel.topology import leave
 
     settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
@@ -64,7 +64,7 @@ def _join() -> Topology | None:
 
 
 def _share(piece: int | None, of: int | None) -> Share | None:
-    from megaregion.curation.runner.pipeline import Share
+    from megaregion.curation.pipeline import Share
 
     if piece is None and of is None:
         return None
@@ -76,16 +76,16 @@ def _share(piece: int | None, of: int | None) -> Share | None:
 def _status(arguments: argparse.Namespace) -> None:
     import time
 
-    from megaregion.curation.runner.pipeline import open_job, recorded_run
-    from megaregion.curation.runner.status import read_progress, table
+    from megaregion.curation.pipeline import open_job, recorded_run
+    from megaregion.curation.status import read_progress, table
 
     images, settings = recorded_run(arguments.out)
     print(table(read_progress(open_job(images, arguments.out, settings), time.time())))
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from megaregion.curation.pipeline import Pipeline, open_job, recorded_run
     from megaregion.curation.report import report
-    from megaregion.curation.runner.pipeline import Pipeline, open_job, recorded_run
     from megaregion.evaluation.scenes import read_scenes
 
     images, settings = recorded_run(arguments.out)
@@ -121,7 +121,7 @@ def _progress(stage: str, images: int) -> Iterator[Callable[[], None]]:
 
 
 def _parser() -> Parser:
-    from megaregion.curation.runner.pipeline import LIST
+    from megaregion.curation.pipeline import LIST
     from megaregion.curation.stages import NAMES
 
     parser = Parser(

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from megaregion.curation.embeddings import evenly, unit
 from megaregion.curation.kmeans import find_centers, label_rows
 from megaregion.curation.picture import Word, as_array, iou
-from megaregion.curation.runner.pipeline import Pipeline
-from megaregion.curation.runner.status import summarise
+from megaregion.curation.pipeline import Pipeline
 from megaregion.curation.stages.cluster import CENTERS, COSINES, cluster_sizes, read_labels
 from megaregion.curation.stages.pack import read_images
 from megaregion.curation.stages.regions import CANDIDATES, FEATURES
 from megaregion.curation.stages.stage import Job
 from megaregion.curation.stages.store import Piece, read_regions, read_words
 from megaregion.curation.stages.text import MODEL, WORDS
+from megaregion.curation.status import summarise
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import Box
 from megaregion.errors import UserError

@@ -22,7 +22,7 @@ from benchmark.memory import PeakMemory
 from benchmark.report import Case, Report
 from benchmark.scenes import scene_folder
 from megaregion.command_line import whole
-from megaregion.curation.runner.pipeline import LIST, Share, curate, curate_share
+from megaregion.curation.pipeline import LIST, Share, curate, curate_share
 from megaregion.curation.settings import settings_from
 from megaregion.curation.stages import NAMES
 from megaregion.errors import UserError

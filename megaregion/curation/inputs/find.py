@@ -16,7 +16,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,10 @@ NAMED = 1000
 """Damaged tars and links that are named; more are counted alone."""
 WRITTEN = ({"atlas.json", "sheets/"}, {"config.yaml", "metrics.jsonl"})
 """Names by which a folder is known for an atlas or a training run: its pictures are no input."""
+DOWNLOAD = (
+    "download them first: img2dataset --url_list {} --input_format parquet --url_col URL "
+    "--output_format webdataset --output_folder TARS, then give --images TARS"
+)
 
 
 class Found(NamedTuple):
@@ -78,8 +83,12 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
     Raises:
         UserError: There is no such folder, no image in it, or a file that may not be read.
     """
+    if folder.suffix.lower() == ".parquet" and not folder.is_dir():
+        raise UserError(f"--images {folder} is a Parquet file of URLs; {DOWNLOAD.format(folder)}")
     if not folder.is_dir():
-        raise _no_folder(folder)
+        raise UserError(
+            f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files or of WebDataset tars"
+        )
     search = _Search(folder, out)
     with _scratch(place / ".new") as new:
         candidates = new / "candidates.jsonl"
@@ -88,7 +97,12 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
         write_listing(new / TARS, search.look_into_tars(_Known(place / TARS, _scanned_alike(place)), workers))
         if not search.found:
             raise search.no_image()
-        _accept(new, place, search.summary() | {"digest": _digest(new)})
+        digest = hashlib.sha256((file_sha256(new / FILES) + file_sha256(new / TARS)).encode()).hexdigest()
+        # A list without its summary counts as none, so a kill in between does no harm.
+        (place / INPUTS).unlink(missing_ok=True)
+        for name in (FILES, TARS):
+            move_listing(new / name, place / name)
+        write_bytes(place / INPUTS, json.dumps(search.summary() | {"digest": digest}, indent=1).encode())
     return Source(folder, place, slice_size)
 
 
@@ -101,19 +115,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _accept(new: Path, place: Path, summary: dict[str, Any]) -> None:
-    """Put a complete list in the place of the one before it."""
-    # A list without its summary counts as none, so a kill in between does no harm.
-    (place / INPUTS).unlink(missing_ok=True)
-    for name in (FILES, TARS):
-        move_listing(new / name, place / name)
-    write_bytes(place / INPUTS, json.dumps(summary, indent=1).encode())
-
-
-def _digest(place: Path) -> str:
-    return hashlib.sha256((file_sha256(place / FILES) + file_sha256(place / TARS)).encode()).hexdigest()
 
 
 class _Search:
@@ -216,7 +217,7 @@ class _Search:
                 "give the folder of the original images"
             )
         if self._parquets:
-            return UserError(f"{holds} Parquet files of URLs; {_DOWNLOAD.format(self._folder)}")
+            return UserError(f"{holds} Parquet files of URLs; {DOWNLOAD.format(self._folder)}")
         if self._formats:
             return UserError(
                 f"{holds} images of {', '.join(self._formats)} only; convert them to JPEG or PNG"
@@ -285,14 +286,11 @@ class _Known:
 
 def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of an earlier listing, as far as it can be read; what is lost is looked at anew."""
-    try:
+    with suppress(OSError, ValueError):
         listing = Listing(path)
-        for row in listing.rows(0, len(listing)):
-            if not {"path", "size", "changed"} <= row.keys():
-                return
-            yield row
-    except (OSError, ValueError):
-        return
+        yield from takewhile(
+            lambda row: {"path", "size", "changed"} <= row.keys(), listing.rows(0, len(listing))
+        )
 
 
 def _scanned_alike(place: Path) -> bool:
@@ -347,17 +345,3 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} vanished while the images were listed; run again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend or remove it") from None
-
-
-def _no_folder(folder: Path) -> UserError:
-    if folder.suffix.lower() == ".parquet":
-        return UserError(f"--images {folder} is a Parquet file of URLs; {_DOWNLOAD.format(folder)}")
-    return UserError(
-        f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files or of WebDataset tars"
-    )
-
-
-_DOWNLOAD = (
-    "download them first: img2dataset --url_list {} --input_format parquet --url_col URL "
-    "--output_format webdataset --output_folder TARS, then give --images TARS"
-)

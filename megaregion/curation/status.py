@@ -13,11 +13,11 @@ from itertools import islice
 
 import numpy as np
 
-from megaregion.curation.runner.holder import read_note
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.cluster import cluster_sizes
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece
+from megaregion.curation.workers import read_note
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import SUMMARY, ClusterSizes, Summary
 from megaregion.tables import aligned

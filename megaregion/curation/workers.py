@@ -1,32 +1,44 @@
-"""The processes that do the pieces: started once for a run, each on one CPU core.
+"""The processes that do the pieces, started once for a run, each on one CPU core, and what they hold.
 
 concurrent.futures would not do: there a process that dies takes the pool with it, and nobody knows which
-piece it was at. Here it is replaced, and its piece done again.
+piece it was at. Here it is replaced, and its piece done again. Locks end with their process:
+
+    OUT/.lock                        held by a run alone, or by shares of one together; names it
+    OUT/stages/STAGE/.locks          byte i is locked while piece i is worked on
+    OUT/stages/STAGE/.notes/00003    who works on it and how far, rewritten every few seconds; why it failed
+
+None of these files is part of the outcome.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megaregion.curation.runner.holder import held
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.stage import Job, Stage
 from megaregion.curation.stages.store import Output, Piece, writable
 from megaregion.errors import UserError
+from megaregion.files import locked, new_file, read_json
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Read by the numeric libraries when they are loaded."""
@@ -34,6 +46,12 @@ LOG = logging.getLogger("megaregion.curation")
 
 MAX_DEATHS = 3
 """Workers that one piece may cost before the run ends."""
+BEAT = 5.0
+"""Seconds between signs of life."""
+PATIENCE = 120.0
+"""Seconds that a piece in use is waited for: a network file system holds a dead node's locks for a while."""
+SILENCE = 60.0
+"""Seconds without one after which a piece's worker counts as dead."""
 IMAGE, DONE = "image", "done"
 """What a worker says after an image and after a piece; after a failure it sends the exception."""
 
@@ -196,3 +214,146 @@ def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]
         output = job.store.begin(piece, count, task.key)
         stages[piece.stage].work(piece.number, output)
         job.store.finish(piece, output, began, task.recipes)
+
+
+# What they hold
+
+
+@dataclass
+class Note:
+    """What a process says of a piece: that it works on it, or how its last try ended without an outcome."""
+
+    host: str
+    process: int
+    began: float
+    """Seconds since 1970."""
+    images: int = 0
+    """Images that are done."""
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        """The process, for messages."""
+        return f"process {self.process} on {self.host}"
+
+
+@contextmanager
+def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a run's folder, made if missing, for this process; shares of a run may hold it together.
+
+    Raises:
+        UserError: Another run holds it, or it cannot be written.
+    """
+    path = out / ".lock"
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(locked(path, wait=False, shared=shared))
+        except OSError as error:
+            raise UserError(
+                f"--out {out} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        if not free:
+            holder = path.read_text(errors="replace").strip() or "another process"
+            raise UserError(
+                f"--out {out} is in use by {holder}; wait until it has ended or choose another folder"
+            )
+        path.write_text("a share of a run, " * shared + _this_process().name)
+        yield
+
+
+@contextmanager
+def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Hold a piece of a stage's folder for this process, and leave a note if its work fails.
+
+    Yields:
+        What must be called for every image; it calls ``tick``.
+
+    Raises:
+        UserError: Another process works on it.
+    """
+    note, path = _this_process(), _path(folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (folder / ".locks").open("ab") as locks:
+        _lock(locks, folder, number)
+
+        def count() -> None:
+            note.images += 1
+            tick()
+
+        with _beating(path, note):
+            try:
+                yield count
+            except BaseException as error:
+                note.failure = f"{error.__class__.__name__}: {error} ({note.name})"
+                raise
+
+
+def read_note(folder: Path, number: int) -> Note | None:
+    """What is said of a piece of a stage, None if nothing; that its worker was killed is a failure."""
+    path = _path(folder, number)
+    try:
+        note = Note(**read_json(path))
+        silence = time.time() - path.stat().st_mtime
+    except (OSError, ValueError, TypeError):
+        return None
+    here = note.host == socket.gethostname()
+    if not note.failure and (silence > SILENCE or (here and not Path(f"/proc/{note.process}").exists())):
+        note.failure = f"{note.name} was killed after {note.images} images"
+    return note
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / ".notes" / f"{number:05d}"
+
+
+def _this_process() -> Note:
+    return Note(socket.gethostname(), os.getpid(), time.time())
+
+
+def _lock(locks: BinaryIO, folder: Path, number: int) -> None:
+    """Lock a piece; the worker of a run that was killed lets go of it within an image."""
+    began = time.monotonic()
+    told = False
+    while True:
+        try:
+            return fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):
+            waited = time.monotonic() - began
+        note = read_note(folder, number)
+        name = note.name if note and not note.failure else "another process"
+        state = f"piece {number} of stage {folder.name} is in use by {name}"
+        if waited > PATIENCE:
+            raise UserError(f"{state}; wait until it has ended")
+        if waited > 2 and not told:
+            LOG.warning("%s; waiting for it", state)
+            told = True
+        time.sleep(0.1)
+
+
+@contextmanager
+def _beating(path: Path, note: Note) -> Iterator[None]:
+    """Write the note every few seconds, and at the end where there is a failure to tell."""
+    ended = threading.Event()
+
+    def write() -> None:
+        # A full disk must not end the work for a note.
+        with suppress(OSError), new_file(path, shared=True, durable=False) as file:
+            file.write(json.dumps(asdict(note)).encode())
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            write()
+
+    write()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if note.failure:
+            write()
+        else:
+            path.unlink(missing_ok=True)

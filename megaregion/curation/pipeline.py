@@ -16,13 +16,12 @@ from typing import NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
-from megaregion.curation.runner.holder import folder_held
-from megaregion.curation.runner.status import summarise
-from megaregion.curation.runner.workers import Task, Workers
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
 from megaregion.curation.stages.stage import Job, Stage, recipes_of
 from megaregion.curation.stages.store import Manifest, Piece, Store, writable
+from megaregion.curation.status import summarise
+from megaregion.curation.workers import Task, Workers, folder_held
 from megaregion.errors import UserError
 from megaregion.files import read_json, write_bytes
 from megaregion.schemas.curation import Summary

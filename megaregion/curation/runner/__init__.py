@@ -1,1 +1,0 @@
-"""Runs the stages: which pieces are to do, who does them, how far a run is and what it found."""
