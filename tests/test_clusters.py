@@ -27,8 +27,7 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.pipeline import Pipeline, record_run, recorded_run
 from megaregion.curation.settings import CurationSettings, settings_from
 from megaregion.curation.stages.regions import FEATURES, Embed
-from megaregion.curation.stages.stage import Job
-from megaregion.curation.stages.store import Output, Store
+from megaregion.curation.stages.stage import Job, Output, Store
 from megaregion.errors import UserError
 from megaregion.settings import read_file
 

@@ -25,7 +25,7 @@ from PIL import Image
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.picture import BadImage, iou, read_picture
 from megaregion.curation.settings import settings_from
-from megaregion.curation.stages.store import Output, Store
+from megaregion.curation.stages.stage import Output, Store
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
@@ -540,7 +540,7 @@ def test_without_any_text_the_dataset_has_no_text_classes(images: Path, tmp_path
 
 
 def test_a_manifest_of_another_layout_counts_as_missing(copy: Path) -> None:
-    from megaregion.curation.stages.store import Piece
+    from megaregion.curation.stages.stage import Piece
 
     path = copy / "stages" / "ocr" / "00000" / "manifest.json"
     content = json.loads(path.read_text())

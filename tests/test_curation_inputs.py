@@ -340,14 +340,15 @@ def test_links_to_folders_and_to_nothing_are_named_and_counted(
     (folder / "good.jpg").symlink_to(folder / "real" / "a.jpg")
     os.mkfifo(folder / "pipe.jpg")
     found = listed(folder, tmp_path / "out")
-    assert (len(found), found.duplicates, found.others) == (1, 1, 1)
-    assert found.bad == {
+    assert (len(found), found.left_out["duplicates"], found.left_out["others"]) == (1, 1, 1)
+    assert found.left_out["bad"] == {
         "linked": "a link to a folder, which is not followed", "lost.jpg": "a link to nothing",
     }  # fmt: skip
-    assert found.damaged == 2
+    assert found.left_out["damaged"] == 2
     monkeypatch.setattr("megaregion.curation.inputs.find.NAMED", 1)
     found = listed(folder, tmp_path / "other")
-    assert (list(found.bad), found.damaged) == (["linked"], 2), "those beyond the named ones count too"
+    assert list(found.left_out["bad"]) == ["linked"]
+    assert found.left_out["damaged"] == 2, "those beyond the named ones count too"
 
 
 def test_keys_never_collide_across_tars_and_folders(tmp_path: Path) -> None:
@@ -429,7 +430,7 @@ def test_what_megaregion_wrote_is_never_input(tmp_path: Path) -> None:
         (folder / "run" / name).write_text("")
     (folder / "run" / "pictures" / "a.map.jpg").write_bytes(jpeg(6))
     elsewhere = listed(folder, tmp_path / "other")
-    assert (len(elsewhere), elsewhere.outputs) == (4, again.outputs + 2)
+    assert (len(elsewhere), elsewhere.left_out["outputs"]) == (4, again.outputs + 2)
     for own in ("shards", "atlas", "run"):
         with pytest.raises(UserError, match=r"nothing but what megaregion wrote .* the original images"):
             run(folder / own, folder, **FEW)

@@ -40,7 +40,7 @@ from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import BadImage, Picture
 from megaregion.curation.pipeline import recorded_run
-from megaregion.curation.stages.store import Piece, Store
+from megaregion.curation.stages.stage import Piece, Store
 from megaregion.data.sample import BadSample, clip_regions, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError

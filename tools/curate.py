@@ -20,8 +20,6 @@ from megaregion.errors import UserError
 
 if TYPE_CHECKING:
     from megaregion.curation.pipeline import Share
-    from megaregion.curation.report import TrueImage
-    from megaregion.evaluation.scenes import Scene
     from megaregion.parallel.topology import Topology
 
 
@@ -90,19 +88,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
     images, settings = recorded_run(arguments.out)
     job = open_job(images, arguments.out, settings)
-    scenes = read_scenes(arguments.truth) if arguments.truth else None
-    truth = None if scenes is None else {scene.key: _truth(scene) for scene in scenes}
+    truth = {scene.key: scene for scene in read_scenes(arguments.truth)} if arguments.truth else None
     print(report(job, Pipeline(job, _progress, 0), truth).table())
-
-
-def _truth(scene: Scene) -> TrueImage:
-    from megaregion.curation.report import TrueImage
-
-    objects, words = scene.objects, scene.words
-    return TrueImage(
-        [item.name for item in objects], [item.box for item in objects],
-        [item.text for item in words], [item.box for item in words],
-    )  # fmt: skip
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megaregion.atlas.source import Batch, Floats, Sample, make_rows
+from megaregion.curation.picture import ImageRegions, read_regions
 from megaregion.curation.stages.cluster import COSINES
 from megaregion.curation.stages.regions import REGIONS
-from megaregion.curation.stages.store import ImageRegions, read_regions
 from megaregion.data.image import decode_image
 from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, load_tokenizer
 from megaregion.data.sample import BadSample, Box, RegionRecord, parse_sample

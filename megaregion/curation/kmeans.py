@@ -1,5 +1,7 @@
 """Exact spherical k-means over ranks: every pass assigns each embedding to the nearest of all centers.
 
+The first guess is the paper's hierarchical split: Faiss finds cells, then centers inside each cell.
+
 What bounds prove unchanged is not scored again: each embedding keeps a bound on its cosine with all centers
 but its own, which rises by no more than these move. The few that move far are scored against all embeddings,
 so that the bound rises by the movement of the others alone.
@@ -50,10 +52,8 @@ def find_centers(
 ) -> tuple[NDArray[np.float32], list[float]]:
     """Cluster unit vectors, float32 [n, C], by cosine with Faiss; n is at least K.
 
+    Gives unit vectors, float32 [K, C], and after each pass the sum of the cosines to the nearest center.
     Another number of threads adds up in another order and may change the centers' last bits.
-
-    Returns:
-        Unit vectors, float32 [K, C], and after each pass the sum of the cosines to the nearest center.
     """
     import faiss
 
@@ -69,16 +69,11 @@ def find_centers(
     return np.asarray(means.centroids, dtype=np.float32), np.asarray(means.obj).tolist()
 
 
-# The first guess: the paper's hierarchical split. Faiss finds cells, then centers inside each cell.
-
-
 def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     """Centers found inside cells, each with as many as its size asks for: [K, C], the same on all ranks.
 
     Sample, cells and seeds do not depend on the ranks; each rank splits cells of its own, on torch's threads.
-
-    Raises:
-        UserError: There are fewer embeddings than centers.
+    Raises UserError where there are fewer embeddings than centers.
     """
     clusters, seed, total = settings.clusters, settings.cluster_seed, embeddings.total
     cells = _find_cells(embeddings, settings)
@@ -129,8 +124,7 @@ def _route(embeddings: Embeddings, rows: NDArray[np.int64], cells: Tensor) -> ND
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     """Centers of each cell, int64 [G], by its number of vectors: largest remainders, at most one a vector.
 
-    Raises:
-        UserError: There are fewer vectors than centers.
+    Raises UserError where there are fewer vectors than centers.
     """
     total = int(sizes.sum())
     if not total:
@@ -146,9 +140,6 @@ def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     # A stable order, so that every rank comes to the same.
     shares[np.argsort(-remainders, kind="stable")[: clusters - shares.sum()]] += 1
     return shares
-
-
-# The passes
 
 
 def label_rows(rows: NDArray[np.floating], centers: Tensor) -> Nearest:
@@ -202,10 +193,7 @@ def cluster(
     """Find centers, unit vectors, float32 [K, C], the same on every rank; all ranks call it together.
 
     The outcome is a function of the embeddings, the settings, the ranks and the chunks: threads and kills
-    change no bit of it.
-
-    Raises:
-        UserError: There are fewer embeddings than centers.
+    change no bit of it. Raises UserError where there are fewer embeddings than centers.
     """
     clusters, most, seed = settings.clusters, settings.cluster_iterations, settings.cluster_seed
     done, mending, centers = _begin(embeddings, settings, saved)
@@ -269,10 +257,9 @@ def _add_segments(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:
 
 
 def assign(vectors: Tensor, centers: Tensor, known: Nearest | None, moved: Tensor) -> tuple[Nearest, int]:
-    """The nearest of all centers, from what was known before each of them moved, [K]; None if nothing is.
+    """The nearest of all centers, and how many scores were looked at.
 
-    Returns:
-        What is known now, and how many scores were looked at.
+    Given what was known before each of the centers moved, [K]; None where nothing was.
     """
     if known is None:
         return nearest(vectors, centers), len(vectors) * len(centers)
@@ -311,9 +298,6 @@ def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
     return far[: sizes[best]], rises[best], costs[best]
 
 
-# Exchanges
-
-
 def exchange(
     embeddings: Embeddings, centers: Tensor, sums: Tensor, counts: Tensor, labels: Sequence[Tensor], seed: int
 ) -> int:
@@ -321,10 +305,7 @@ def exchange(
 
     What a pair loses and what halves gain are exact for the members as they are, and no cluster takes part
     twice. An empty center is free at once. Where all members of a cluster are the same, nothing is gained.
-    The seed chooses the direction in which clusters are cut first.
-
-    Returns:
-        Centers that took half of a cluster.
+    The seed chooses the direction in which clusters are cut first. Gives the centers that took a half.
     """
     lengths, filled = sums.norm(dim=1), counts > 0
     halves = _halve(embeddings, sums / counts.clamp(min=1)[:, None], labels, seed)

@@ -1,10 +1,8 @@
 """The nearest of all centers, exactly, without ever writing all scores.
 
-Tiles of scores are matrix products with a running best and second best. Where the two are closer than the
-rounding of the product, the vector is scored again in the next precision, up to float64: so labels do not
-depend on precision, blocks, threads, device or library, and of equally near centers the first is taken.
-
-Shapes: n vectors and K centers of C channels.
+Tiles of scores are products with a running best and second best. Where the two are closer than the product's
+rounding, the vector is scored again in the next precision, up to float64: so labels do not depend on
+precision, blocks, threads, device or library. Shapes: n vectors and K centers of C channels.
 """
 
 from __future__ import annotations
@@ -30,23 +28,18 @@ Outcome = TypeVar("Outcome")
 
 
 class Nearest(NamedTuple):
-    """What is nearest to each vector."""
+    """Of each vector the nearest center, int64 [n], the cosine to it, and what no other's exceeds, [n]."""
 
     labels: Tensor
-    """Number of the nearest center, int64 [n]."""
     best: Tensor
-    """Cosine to it, float32 [n]."""
     other: Tensor
-    """No other center has a greater cosine than this, float32 [n]; -inf where there is no other."""
+    """-inf where there is no other center."""
 
 
 def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
-    """The nearest center of each vector; of equally near ones the first.
+    """The nearest center of each vector, both unit vectors; of equally near ones the first.
 
-    Args:
-        vectors: Unit vectors, float32 [n, C].
-        centers: Unit vectors, float32 [K, C].
-        but: A center that each vector may not choose, int64 [n].
+    With ``but``, int64 [n], a center that each vector may not choose.
     """
     n, device = len(vectors), vectors.device
     labels = torch.zeros(n, dtype=torch.int64, device=device)

@@ -1,15 +1,19 @@
 """One image of the input: read once, upright, in RGB, or refused with the reason; regions and words in it.
 
+What stages hand on about each image is one JSON object a line, in the order of the images.
+
 Shapes: h x w pixels; R and S boxes, [R, 4], as x0, y0, x1, y1 in pixels.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -182,3 +186,83 @@ def iou(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     shared = intersection(boxes, others)
     union = area(boxes)[:, None] + area(others)[None] - shared
     return shared / np.maximum(union, 1e-9)
+
+
+# What stages hand on
+
+
+@dataclass(frozen=True)
+class ImageRegions:
+    """An image and the regions found in it, candidates or chosen ones."""
+
+    key: str
+    width: int = 0
+    """0 if the image could not be used."""
+    height: int = 0
+    regions: Sequence[Proposal] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class ImageWords:
+    """An image and the words read in it."""
+
+    key: str
+    words: Sequence[Word] = field(default_factory=tuple)
+
+    def above(self, confidence: float) -> list[Word]:
+        """Words that were recognised with more than this confidence."""
+        return [word for word in self.words if word.score > confidence]
+
+
+def write_regions(file: BinaryIO, image: ImageRegions) -> None:
+    """Append one image."""
+    regions = [_from_region(region) for region in image.regions]
+    _write(file, {"key": image.key, "width": image.width, "height": image.height, "regions": regions})
+
+
+def read_regions(paths: Iterable[Path]) -> Iterator[ImageRegions]:
+    """Read the images of several pieces, one after the other."""
+    for line in _lines(paths):
+        yield ImageRegions(line["key"], line["width"], line["height"], [*map(_to_region, line["regions"])])
+
+
+def write_words(file: BinaryIO, image: ImageWords) -> None:
+    """Append one image."""
+    words = [{"text": w.text, "box": _rounded(w.box), "score": round(w.score, 4)} for w in image.words]
+    _write(file, {"key": image.key, "words": words})
+
+
+def read_words(paths: Iterable[Path]) -> Iterator[ImageWords]:
+    """Read the images of several pieces, one after the other."""
+    for line in _lines(paths):
+        yield ImageWords(line["key"], [Word(w["text"], tuple(w["box"]), w["score"]) for w in line["words"]])
+
+
+def _write(file: BinaryIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def _lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        # Bytes, not text lines: a word may hold one of Unicode's other line ends.
+        with path.open("rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+
+def _from_region(region: Proposal) -> dict[str, Any]:
+    line: dict[str, Any] = {"box": _rounded(region.box), "score": round(region.score, 4)}
+    if region.mask is not None:
+        line["mask"] = {"size": region.mask.size, "counts": region.mask.counts}
+    return line
+
+
+def _to_region(line: dict[str, Any]) -> Proposal:
+    mask = line.get("mask")
+    rle = None if mask is None else RLE(tuple(mask["size"]), tuple(mask["counts"]))
+    return Proposal(tuple(line["box"]), line["score"], rle)
+
+
+def _rounded(box: Box) -> list[float]:
+    """Hundredths of a pixel are enough, and keep the files small."""
+    return [round(value, 2) for value in box]

@@ -18,8 +18,7 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
-from megaregion.curation.stages.stage import Job, Stage, recipes_of
-from megaregion.curation.stages.store import Manifest, Piece, Store, writable
+from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, Store, recipes_of, writable
 from megaregion.curation.status import summarise
 from megaregion.curation.workers import Task, Workers, folder_held
 from megaregion.errors import UserError

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +22,15 @@ from numpy.typing import NDArray
 
 from megaregion.curation.embeddings import evenly, unit
 from megaregion.curation.kmeans import find_centers, label_rows
-from megaregion.curation.picture import Word, as_array, iou
+from megaregion.curation.picture import Word, as_array, iou, read_regions, read_words
 from megaregion.curation.pipeline import Pipeline
 from megaregion.curation.stages.cluster import CENTERS, COSINES, cluster_sizes, read_labels
 from megaregion.curation.stages.pack import read_images
 from megaregion.curation.stages.regions import CANDIDATES, FEATURES
-from megaregion.curation.stages.stage import Job
-from megaregion.curation.stages.store import Piece, read_regions, read_words
+from megaregion.curation.stages.stage import Job, Piece
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.curation.status import summarise
 from megaregion.data.info import load_tokenizer, token_set
-from megaregion.data.sample import Box
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import Summary
@@ -119,17 +117,6 @@ class TextQuality:
     """The most frequent tokens."""
 
 
-class TrueImage(NamedTuple):
-    """What is in one image."""
-
-    classes: Sequence[str]
-    """Of each object, S of them."""
-    boxes: Sequence[Box]
-    texts: Sequence[str]
-    """The words that are written, and their boxes."""
-    text_boxes: Sequence[Box]
-
-
 @dataclass(frozen=True)
 class TruthQuality:
     """How a run compares with the truth."""
@@ -175,8 +162,10 @@ class QualityReport:
         return "\n\n".join(blocks)
 
 
-def report(job: Job, pipeline: Pipeline, truth: Mapping[str, TrueImage] | None = None) -> QualityReport:
+def report(job: Job, pipeline: Pipeline, truth: Mapping[str, Any] | None = None) -> QualityReport:
     """Measure a run, and leave the numbers as report.json in its folder.
+
+    The truth, by sample key, is what megaregion.evaluation.scenes reads: objects and words with boxes.
 
     Raises:
         UserError: Stages assign and tokenizer are not done.
@@ -315,8 +304,8 @@ def text_quality(job: Job) -> TextQuality:
     )
 
 
-def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
-    """Compare a run whose stage assign is done with the truth of its images, by sample key; skip others.
+def truth_quality(job: Job, truth: Mapping[str, Any]) -> TruthQuality:
+    """Compare a run whose stage assign is done with the truth of its images; others are left out.
 
     Raises:
         UserError: None of the run's images is among them.
@@ -330,19 +319,22 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
         true = truth.get(found.key)
         if true is None:
             continue
-        boxes, proposals = (as_array([region.box for region in each.regions]) for each in (found, proposed))
-        counts.update(images=1, kept=len(boxes), objects=len(true.boxes))
+        boxes, proposals, objects = (
+            as_array([region.box for region in each])
+            for each in (found.regions, proposed.regions, true.objects)
+        )
+        counts.update(images=1, kept=len(boxes), objects=len(objects))
         most = max(most, len(boxes))
-        overlaps = iou(as_array(true.boxes), boxes)
+        overlaps = iou(objects, boxes)
         for name, shown, least in (
             ("found", overlaps, MATCH), ("tight", overlaps, TIGHT),
-            ("proposed", iou(as_array(true.boxes), proposals), MATCH),
+            ("proposed", iou(objects, proposals), MATCH),
         ):  # fmt: skip
             counts[name] += int((shown.max(axis=1, initial=0) >= least).sum())
         for region in np.flatnonzero((overlaps.max(axis=0, initial=0) >= MATCH) & (np.array(own) >= 0)):
             best = int(overlaps[:, region].argmax())
-            matched.append((own[region], true.classes[best], float(overlaps[best, region])))
-        _count_words(counts, true, read.above(job.settings.tokenizer.min_confidence))
+            matched.append((own[region], true.objects[best].name, float(overlaps[best, region])))
+        _count_words(counts, true.words, read.above(job.settings.tokenizer.min_confidence))
     if not counts["images"]:
         raise UserError("--truth holds none of the run's images; give the split that was curated")
     return TruthQuality(
@@ -361,14 +353,12 @@ def truth_quality(job: Job, truth: Mapping[str, TrueImage]) -> TruthQuality:
     )
 
 
-def _count_words(counts: Counter[str], true: TrueImage, words: Sequence[Word]) -> None:
-    overlaps = iou(as_array(true.text_boxes), as_array([word.box for word in words]))
-    for text, box, near in zip(true.texts, true.text_boxes, overlaps >= WORD_MATCH, strict=True):
-        if box[3] - box[1] >= READABLE:
+def _count_words(counts: Counter[str], true: Sequence[Any], read: Sequence[Word]) -> None:
+    overlaps = iou(as_array([word.box for word in true]), as_array([word.box for word in read]))
+    for word, near in zip(true, overlaps >= WORD_MATCH, strict=True):
+        if word.box[3] - word.box[1] >= READABLE:
             counts["words"] += 1
-            counts["exact"] += any(
-                word.text == text for word, is_near in zip(words, near, strict=True) if is_near
-            )
+            counts["exact"] += word.text in [read[place].text for place in np.flatnonzero(near).tolist()]
 
 
 def _nmi(matched: list[tuple[int, str, float]]) -> float:

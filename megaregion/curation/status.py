@@ -15,8 +15,7 @@ import numpy as np
 
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.cluster import cluster_sizes
-from megaregion.curation.stages.stage import Job, Stage, recipes_of
-from megaregion.curation.stages.store import Manifest, Piece
+from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, recipes_of
 from megaregion.curation.workers import read_note
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import SUMMARY, ClusterSizes, Summary
@@ -117,7 +116,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
     """Add up what the finished stages counted, and leave it as summary.json in the run's folder."""
     counts: Counter[str] = Counter()
     unusable: Counter[str] = Counter()
-    bad, seconds = dict(job.source.bad), {}
+    bad, seconds = dict(job.source.left_out["bad"]), {}
     for name, manifests in finished:
         seconds[name] = 0.0
         # Stages that look at images say the same of each; the first one that is done is believed.
@@ -130,16 +129,11 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
                 bad.update(islice(manifest.bad.items(), max(0, WRITTEN - len(bad))))
     summary = Summary(
         files=job.source.files,
-        duplicates=job.source.duplicates,
-        others=job.source.others,
-        bad=dict(sorted(bad.items())),
         unusable=dict(sorted(unusable.items())),
         counts=dict(sorted(counts.items())),
         clusters=_cluster_sizes(job) if "assign" in seconds else None,
         seconds={name: round(total, 1) for name, total in seconds.items()},
-        formats=job.source.formats,
-        outputs=job.source.outputs,
-        damaged=job.source.damaged,
+        **{**job.source.left_out, "bad": dict(sorted(bad.items()))},
     )
     write_bytes(job.store.root / SUMMARY, json.dumps(asdict(summary), indent=1).encode())
     return summary

@@ -35,8 +35,7 @@ import torch
 import torch.distributed as dist
 
 from megaregion.curation.stages import make_stages
-from megaregion.curation.stages.stage import Job, Stage
-from megaregion.curation.stages.store import Output, Piece, writable
+from megaregion.curation.stages.stage import Job, Output, Piece, Stage, writable
 from megaregion.errors import UserError
 from megaregion.files import locked, new_file, read_json
 

@@ -87,7 +87,8 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
         raise UserError(f"--images {folder} is a Parquet file of URLs; {DOWNLOAD.format(folder)}")
     if not folder.is_dir():
         raise UserError(
-            f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files or of WebDataset tars"
+            f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files "
+            "or of WebDataset tars"
         )
     search = _Search(folder, out)
     with _scratch(place / ".new") as new:
@@ -166,7 +167,7 @@ class _Search:
         values, counts = np.unique(keys[first], return_counts=True)
         shared = np.isin(keys, values[counts > 1])
         tars = {plain_key(_stem(tar)) for tar in self._tars}
-        for number, row in enumerate(candidates.rows(0, len(candidates))):
+        for number, row in enumerate(candidates.rows()):
             if first[number]:
                 name = row["path"]
                 key = plain_key(name.rsplit(".", 1)[0])

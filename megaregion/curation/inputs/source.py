@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,10 +32,10 @@ FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 """Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
 VERSION = 2
 """Version of these files' layout."""
-_FACTS = {
-    "version": int, "folder": str, "digest": str, "duplicates": int, "others": int, "outputs": int,
-    "formats": dict, "damaged": int, "bad": dict,
+_LEFT_OUT = {
+    "duplicates": int, "others": int, "outputs": int, "formats": dict, "damaged": int, "bad": dict
 }  # fmt: skip
+_FACTS = {"version": int, "folder": str, "digest": str, **_LEFT_OUT}
 """What inputs.json holds."""
 
 
@@ -80,18 +81,8 @@ class Source:
             )
         self.digest = f"{found['digest']}-{slice_size}"
         """Hash of all that slices depend on."""
-        self.duplicates: int = found["duplicates"]
-        """Images left out: the same content as another file's, or the same name in a tar."""
-        self.others: int = found["others"]
-        """Files that are no images by their ending, and members of tars that belong to no image."""
-        self.outputs: int = found["outputs"]
-        """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
-        self.formats: dict[str, int] = found["formats"]
-        """Images in formats that are not read, by ending."""
-        self.bad: dict[str, str] = found["bad"]
-        """Damaged tars and links that are not followed, by path, and why; the first of them."""
-        self.damaged: int = found["damaged"]
-        """How many there are."""
+        self.left_out: dict[str, Any] = {name: found[name] for name in _LEFT_OUT}
+        """What is no image of the run, by the names that it has in a run's summary."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,7 +94,7 @@ class Source:
     @property
     def files(self) -> int:
         """Images that were found, duplicates included."""
-        return len(self) + self.duplicates
+        return len(self) + int(self.left_out["duplicates"])
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -193,8 +184,7 @@ class Source:
     @cached_property
     def _firsts(self) -> NDArray[np.int64]:
         """Position of the first loose image, of the first of each tar, and their number, [tars + 2]."""
-        rows = self._tars.rows(0, len(self._tars))
-        tars = np.fromiter((row["images"] for row in rows), dtype=np.int64, count=len(self._tars))
+        tars = np.fromiter((row["images"] for row in self._tars.rows()), dtype=np.int64)
         return np.cumsum(np.concatenate([[0, len(self._files)], tars]))
 
     def _place_of(self, number: int) -> tuple[int | None, int]:
@@ -275,8 +265,8 @@ class Listing:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Lines start to stop - 1, in order."""
+    def rows(self, start: int = 0, stop: int = sys.maxsize) -> Iterator[dict[str, Any]]:
+        """Lines start to stop - 1, in order; all if nothing is said."""
         stop = min(stop, len(self))
         if start >= stop:
             return

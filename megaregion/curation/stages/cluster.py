@@ -17,8 +17,7 @@ from typing_extensions import override
 from megaregion.curation.embeddings import Embeddings, rows_in
 from megaregion.curation.kmeans import Pass, SavedPass, cluster, label_rows
 from megaregion.curation.stages.regions import FEATURES
-from megaregion.curation.stages.stage import Job, Stage, plain
-from megaregion.curation.stages.store import Output, Piece
+from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 
 CENTERS = "centers.npy"
 LABELS, COSINES = "labels.npy", "cosines.npy"

@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
-from megaregion.curation.picture import Picture, Proposal, Word
+from megaregion.curation.picture import (
+    ImageRegions,
+    ImageWords,
+    Picture,
+    Proposal,
+    Word,
+    read_regions,
+    read_words,
+)
 from megaregion.curation.stages.cluster import CENTERS, LABELS, cluster_sizes, read_labels
 from megaregion.curation.stages.regions import REGIONS
-from megaregion.curation.stages.stage import Job, Stage, plain
-from megaregion.curation.stages.store import ImageRegions, ImageWords, Output, Piece, read_regions, read_words
+from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.data.info import (
     CENTERS_NAME,

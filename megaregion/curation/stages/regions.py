@@ -25,6 +25,7 @@ from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import (
     BadImage,
     Boxes,
+    ImageRegions,
     Picture,
     Pixels,
     Proposal,
@@ -33,10 +34,12 @@ from megaregion.curation.picture import (
     crop,
     intersection,
     iou,
+    read_regions,
+    read_words,
+    write_regions,
 )
 from megaregion.curation.settings import EmbedSettings, ProposeSettings
-from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import ImageRegions, Output, read_regions, read_words, write_regions
+from megaregion.curation.stages.stage import Output, Stage, describe, plain
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
 from megaregion.schemas.curation import DROPPED

@@ -21,8 +21,8 @@ from typing import Any
 from typing_extensions import override
 
 from megaregion.curation.engines import Reader, load_reader
-from megaregion.curation.stages.stage import Stage, describe, plain
-from megaregion.curation.stages.store import ImageWords, Output, read_words, write_words
+from megaregion.curation.picture import ImageWords, read_words, write_words
+from megaregion.curation.stages.stage import Output, Stage, describe, plain
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
 from megaregion.files import file_sha256
