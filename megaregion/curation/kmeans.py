@@ -170,14 +170,14 @@ class SavedPass(NamedTuple):
     key: str
     """What the centers are made from; what another key left is of no use."""
 
-    def load(self) -> tuple[int, bool, Tensor] | None:
+    def load(self) -> tuple[int, int, Tensor] | None:
         """Passes that are done, whether exchanges go on, and centers; None if there is nothing of use."""
         with suppress(OSError, ValueError, KeyError, EOFError), np.load(self.path, allow_pickle=False) as old:
             if str(old["key"]) == self.key:
-                return int(old["done"]), bool(old["mending"]), torch.from_numpy(old["centers"])
+                return int(old["done"]), int(old["mending"]), torch.from_numpy(old["centers"])
         return None
 
-    def save(self, done: int, mending: bool, centers: Tensor) -> None:
+    def save(self, done: int, mending: int, centers: Tensor) -> None:
         """Keep the centers after a pass."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(self.path) as file:
@@ -196,7 +196,11 @@ def cluster(
     change no bit of it. Raises UserError where there are fewer embeddings than centers.
     """
     clusters, most, seed = settings.clusters, settings.cluster_iterations, settings.cluster_seed
-    done, mending, centers = _begin(embeddings, settings, saved)
+    found = saved.load() if saved and embeddings.rank == 0 else None
+    done, mending, centers = found or (0, 1, torch.zeros(clusters, embeddings.channels))
+    done, mending = map(int, embeddings.agree(torch.tensor([done, mending], device=embeddings.device)))
+    centers = centers.to(embeddings.device) if done else first_guess(embeddings, settings)
+    embeddings.agree(centers)
     known: list[Nearest] = []
     moved = torch.zeros(clusters, device=embeddings.device)
     for number in range(done + 1, most + 1):
@@ -204,11 +208,11 @@ def cluster(
         counts = torch.zeros(clusters, dtype=torch.int64, device=embeddings.device)
         told = torch.zeros(2, dtype=torch.float64, device=embeddings.device)
         for vectors, past in zip_longest(embeddings, before):
-            found, scores = assign(vectors, centers, past, moved)
-            add_up(sums, vectors, found.labels)
-            counts += torch.bincount(found.labels, minlength=clusters)
-            told += torch.stack([found.best.double().sum(), told.new_tensor(scores)])
-            known.append(found)
+            now, scores = assign(vectors, centers, past, moved)
+            add_up(sums, vectors, now.labels)
+            counts += torch.bincount(now.labels, minlength=clusters)
+            told += torch.stack([now.best.double().sum(), told.new_tensor(scores)])
+            known.append(now)
         for values in (sums, counts, told):
             embeddings.add(values)
         # Embeddings that cancel out leave no direction; the center stays where it was.
@@ -228,17 +232,6 @@ def cluster(
         if settled:
             break
     return centers
-
-
-def _begin(
-    embeddings: Embeddings, settings: ClusterSettings, saved: SavedPass | None
-) -> tuple[int, bool, Tensor]:
-    """What the first rank finds saved, else a first guess."""
-    found = saved.load() if saved and embeddings.rank == 0 else None
-    done, mending, centers = found or (0, True, torch.zeros(settings.clusters, embeddings.channels))
-    done, mending = embeddings.agree(torch.tensor([done, mending], device=embeddings.device)).tolist()
-    centers = centers.to(embeddings.device) if done else first_guess(embeddings, settings)
-    return done, bool(mending), embeddings.agree(centers)
 
 
 def add_up(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:

@@ -23,7 +23,6 @@ LADDER = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.f
 ROUNDING = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """How far two scores of unit vectors may be off from each other: closer ones are scored again, or equal."""
 
-Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
@@ -62,33 +61,29 @@ def dot(some: Tensor, others: Tensor) -> Tensor:
 
 def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
     """What :func:`nearest` finds with the scores of one precision, that of vectors and centers."""
-    height = TILE[vectors.device.type][0]
+    height, width = TILE[vectors.device.type]
+    tie = ROUNDING[torch.float64] if vectors.dtype == torch.float64 else 0.0
 
     def block(start: int) -> Nearest:
-        rows = slice(start, start + height)
-        return _scan_block(vectors[rows], centers, None if but is None else but[rows])
+        rows = vectors[start : start + height]
+        best = rows.new_full((len(rows),), -torch.inf)
+        second, labels = best.clone(), torch.zeros_like(best, dtype=torch.int64)
+        for first in range(0, len(centers), width):
+            scores = product(rows, centers[first : first + width])
+            if but is not None:
+                place = but[start : start + height] - first
+                here = ((place >= 0) & (place < scores.shape[1])).nonzero()[:, 0]
+                scores[here, place[here]] = -torch.inf
+            place = _first(scores >= scores.amax(1, keepdim=True) - tie) if tie else _first(scores)
+            value = scores.gather(1, place[:, None])[:, 0]
+            scores.scatter_(1, place[:, None], -torch.inf)
+            second = torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value))
+            labels = torch.where(value > best + tie, place + first, labels)
+            best = torch.maximum(best, value)
+        return Nearest(labels, best, second)
 
     found = in_order(block, range(0, len(vectors), height))
     return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-
-def _scan_block(vectors: Tensor, centers: Tensor, but: Tensor | None) -> Nearest:
-    width = TILE[vectors.device.type][1]
-    best = vectors.new_full((len(vectors),), -torch.inf)
-    second, labels = best.clone(), torch.zeros_like(best, dtype=torch.int64)
-    tie = ROUNDING[torch.float64] if vectors.dtype == torch.float64 else 0.0
-    for first in range(0, len(centers), width):
-        scores = product(vectors, centers[first : first + width])
-        if but is not None:
-            here = ((but >= first) & (but < first + width)).nonzero()[:, 0]
-            scores[here, but[here] - first] = -torch.inf
-        place = _first(scores >= scores.amax(1, keepdim=True) - tie) if tie else _first(scores)
-        value = scores.gather(1, place[:, None])[:, 0]
-        scores.scatter_(1, place[:, None], -torch.inf)
-        second = torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value))
-        labels = torch.where(value > best + tie, place + first, labels)
-        best = torch.maximum(best, value)
-    return Nearest(labels, best, second)
 
 
 def _first(scores: Tensor) -> Tensor:
@@ -98,7 +93,7 @@ def _first(scores: Tensor) -> Tensor:
     return scores.to(torch.uint8).argmax(1) if scores.dtype == torch.bool else scores.argmax(1)
 
 
-def in_order(work: Callable[[Item], Outcome], items: Sequence[Item]) -> list[Outcome]:
+def in_order(work: Callable[[int], Outcome], items: Sequence[int]) -> list[Outcome]:
     """Work on items, each on one of torch's threads; the outcomes keep the items' order."""
     threads = torch.get_num_threads()
     if threads == 1 or len(items) < 2:

@@ -73,11 +73,7 @@ def load_reader(settings: OcrSettings) -> Reader:
 
 
 def load_proposer(settings: ProposeSettings) -> Proposer:
-    """The proposer that the settings name.
-
-    Raises:
-        UserError: SAM's weights cannot be loaded.
-    """
+    """The proposer that the settings name. Raises UserError: SAM's weights cannot be loaded."""
     if settings.proposer == "sam":
         from megaregion.curation.engines.pretrained import SamProposer
 

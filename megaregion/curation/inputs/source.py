@@ -145,11 +145,7 @@ class Source:
             yield from self.images(number)[max(first - start, 0) : last - start]
 
     def read(self, image: ImageFile) -> bytes:
-        """The content of an image.
-
-        Raises:
-            UserError: It is gone or not what it was when it was listed.
-        """
+        """The content of an image. Raises UserError: it is gone or not what it was when it was listed."""
         if image.member is not None:
             return self._part(image, image.member.image)
         return self._content(self.folder / image.path, image.sha256)
