@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.pipeline import curate
-from megaregion.curation.settings import settings_from
+from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.schemas.curation import Summary
+from megaregion.settings import read_settings, sections, unknown
 
 WORDS = ("EXIT", "Hotel", "SALE", "Books")
 
@@ -40,6 +41,23 @@ def scene(number: int, side: int = 192) -> Image.Image:
     if number % 2 == 0:
         draw.text((20, 14), WORDS[number // 2 % 4], font=ImageFont.load_default(30), fill=(255, 255, 255))
     return image
+
+
+def settings_from(values: Mapping[str, Any]) -> CurationSettings:
+    """Settings from values by the last part of their names; what is absent keeps its default.
+
+    Raises:
+        UserError: A name that no setting has, or a value that is out of bounds or contradicts another.
+    """
+    section_of = {one.name: part.key for part in sections(CurationSettings()) for one in part.settings}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in section_of:
+            raise unknown(name, section_of)
+        nested.setdefault(section_of[name], {})[name] = value
+    settings = read_settings(CurationSettings(), nested)
+    check_settings(settings)
+    return settings
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from curation_scenes import settings_from
 from launch import free_port
 
 import benchmark.assign
@@ -25,7 +26,7 @@ from megaregion.command_line import Parser, add_settings
 from megaregion.curation.embeddings import unit
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.pipeline import Pipeline, record_run, recorded_run
-from megaregion.curation.settings import CurationSettings, settings_from
+from megaregion.curation.settings import CurationSettings
 from megaregion.curation.stages.regions import FEATURES, Embed
 from megaregion.curation.stages.stage import Job, Output, Store
 from megaregion.errors import UserError

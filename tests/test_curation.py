@@ -19,12 +19,11 @@ from typing import Any
 import curation_scenes
 import numpy as np
 import pytest
-from curation_scenes import contents, save_tiny_clip, save_tiny_sam, scene, workers_of
+from curation_scenes import contents, save_tiny_clip, save_tiny_sam, scene, settings_from, workers_of
 from PIL import Image
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.picture import BadImage, iou, read_picture
-from megaregion.curation.settings import settings_from
 from megaregion.curation.stages.stage import Output, Store
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample

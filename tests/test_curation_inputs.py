@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from curation_scenes import contents, run, scene, silent
+from curation_scenes import contents, run, scene, settings_from, silent
 from PIL import Image
 
 from megaregion.curation.inputs.annotations import read_annotations
@@ -24,7 +24,6 @@ from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import Scan, scan_tar
 from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.curation.pipeline import curate
-from megaregion.curation.settings import settings_from
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from curation_scenes import contents, run, scene, silent
+from curation_scenes import contents, run, scene, settings_from, silent
 from drill import Drill
 from launch import repository
 
 from megaregion.curation.pipeline import Share, curate_share, job_lines, open_job, recorded_run
-from megaregion.curation.settings import CurationSettings, settings_from
+from megaregion.curation.settings import CurationSettings
 from megaregion.curation.stages import NAMES
 from megaregion.curation.status import read_progress, table
 from megaregion.curation.workers import folder_held, held

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from megaregion.bounds import Count, Pixels, PositiveInt, Real, Seed, Share, Text, Whole
 from megaregion.errors import UserError
-from megaregion.settings import check, flag_name, read_settings, sections, unknown
+from megaregion.settings import check, flag_name
 
 MIN_VOCABULARY = 384
 """Fewest text classes: 256 are single bytes, and digits, punctuation and letters need room too."""
@@ -145,23 +144,6 @@ class CurationSettings:
     reader: OcrSettings = field(default_factory=OcrSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     pack: PackSettings = field(default_factory=PackSettings)
-
-
-def settings_from(values: Mapping[str, Any]) -> CurationSettings:
-    """Settings from values by the last part of their names; what is absent keeps its default.
-
-    Raises:
-        UserError: A name that no setting has, or a value that is out of bounds or contradicts another.
-    """
-    section_of = {one.name: part.key for part in sections(CurationSettings()) for one in part.settings}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if name not in section_of:
-            raise unknown(name, section_of)
-        nested.setdefault(section_of[name], {})[name] = value
-    settings = read_settings(CurationSettings(), nested)
-    check_settings(settings)
-    return settings
 
 
 def check_settings(settings: CurationSettings) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,13 @@ from benchmark.report import Case, Report
 from benchmark.scenes import scene_folder
 from megaregion.command_line import whole
 from megaregion.curation.pipeline import LIST, Share, curate, curate_share
-from megaregion.curation.settings import settings_from
+from megaregion.curation.settings import (
+    ClusterSettings,
+    CurationSettings,
+    ImageSettings,
+    PackSettings,
+    TokenizerSettings,
+)
 from megaregion.curation.stages import NAMES
 from megaregion.errors import UserError
 
@@ -66,12 +71,17 @@ def _copy(images: Path, target: Path, count: int) -> Path:
 
 def _peaks(images: Path, clusters: int) -> dict[str, int]:
     """Peak resident memory of each stage, in bytes, by name."""
-    values = {"clusters": clusters, "vocab": 384, "piece_images": 8, "samples_per_shard": 32}
+    settings = CurationSettings(
+        image=ImageSettings(piece_images=8),
+        cluster=ClusterSettings(clusters),
+        tokenizer=TokenizerSettings(vocab=384),
+        pack=PackSettings(samples_per_shard=32),
+    )
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for stage in (LIST, *NAMES):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(theirs, images, values, stage))
+        process = context.Process(target=_run, args=(theirs, images, settings, stage))
         process.start()
         theirs.close()
         try:
@@ -85,9 +95,9 @@ def _peaks(images: Path, clusters: int) -> dict[str, int]:
     return peaks
 
 
-def _run(pipe: Connection, images: Path, values: dict[str, Any], stage: str) -> None:
+def _run(pipe: Connection, images: Path, settings: CurationSettings, stage: str) -> None:
     """One stage, as a job of a cluster does it; sends the peak, or what went wrong."""
-    settings, out = settings_from(values), images.with_name(f"{images.name}-curated")
+    out = images.with_name(f"{images.name}-curated")
     try:
         if stage == LIST:
             curate(images, out, settings, _silent, stage, workers=0)
