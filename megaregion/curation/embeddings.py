@@ -1,7 +1,4 @@
-"""Embeddings as k-means reads them: float16 rows on disk, unit vectors in chunks that fit in memory.
-
-Shapes: r rows of a file, n vectors of a chunk, C channels.
-"""
+"""Embeddings as k-means reads them: 16-bit rows on disk, unit vectors [n, C] in chunks that fit in memory."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
 """Exact spherical k-means over ranks: every pass assigns each embedding to the nearest of all centers.
 
-The first guess is the paper's hierarchical split: Faiss finds cells, then centers inside each cell.
-
 What bounds prove unchanged is not scored again: each embedding keeps a bound on its cosine with all centers
 but its own, which rises by no more than these move. The few that move far are scored against all embeddings,
-so that the bound rises by the movement of the others alone.
-
-No pass would mend a guess that has two centers where one cluster is, and one where there are two. So pairs
-of centers are merged, and what that frees, like an empty center, takes half of the cluster that gains most.
+so that the bound rises by the movement of the others alone. No pass would mend a guess that has two centers
+where one cluster is, and one where there are two. So pairs of centers are merged, and what that frees, like
+an empty center, takes half of the cluster that gains most.
 
 Shapes: n embeddings of a chunk, G cells, K centers, C channels.
 """
@@ -34,10 +31,8 @@ from megaregion.files import new_file
 
 FLAT = 512
 """Most centers that are guessed at in one cell."""
-CELL_SAMPLE, CENTER_SAMPLE = 256, 32
-"""Embeddings that the guess sees for each of its cells, and for each center of a cell."""
-GUESS_PASSES = 10
-"""Passes of Faiss: a guess need not have settled."""
+CELL_SAMPLE, CENTER_SAMPLE, GUESS_PASSES = 256, 32, 10
+"""Embeddings that the guess sees for each cell, and for each center of a cell; passes: it need not settle."""
 SLACK = ROUNDING[torch.float32]
 JUMPERS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Sixty-fourths of the centers that may be scored against all embeddings because they moved furthest."""
@@ -70,7 +65,7 @@ def find_centers(
 
 
 def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
-    """Centers found inside cells, each with as many as its size asks for: [K, C], the same on all ranks.
+    """The paper's hierarchical split: centers inside cells, each with as many as its size asks for, [K, C].
 
     Sample, cells and seeds do not depend on the ranks; each rank splits cells of its own, on torch's threads.
     Raises UserError where there are fewer embeddings than centers.
@@ -122,10 +117,7 @@ def _route(embeddings: Embeddings, rows: NDArray[np.int64], cells: Tensor) -> ND
 
 
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
-    """Centers of each cell, int64 [G], by its number of vectors: largest remainders, at most one a vector.
-
-    Raises UserError where there are fewer vectors than centers.
-    """
+    """Centers of each cell, int64 [G], by its number of vectors: largest remainders, at most one a vector."""
     total = int(sizes.sum())
     if not total:
         raise UserError(

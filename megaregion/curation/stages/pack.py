@@ -91,16 +91,10 @@ class Balance(Stage):
 def keep_evenly(
     labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Choose the regions of a piece that stay: every size/cap-th of each cluster.
+    """Choose those regions of a piece, given by their clusters or -1, that stay: every size/cap-th of a cluster.
 
-    Args:
-        labels: Clusters, -1 for none, int64 [r].
-        seen: Regions of each cluster in the pieces before; counted on here, int64 [K].
-        sizes: Regions of each cluster in the whole run, int64 [K].
-        caps: How many of them stay, int64 [K].
-
-    Returns:
-        bool [r]; over all pieces exactly caps[k] of cluster k are True.
+    Given of each cluster the regions in the pieces before, counted on here, those in the whole run, and how
+    many of them stay. Over all pieces exactly caps[k] of cluster k are True.
     """
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
