@@ -91,7 +91,7 @@ class Balance(Stage):
 def keep_evenly(
     labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Choose those regions of a piece, given by their clusters or -1, that stay: every size/cap-th of a cluster.
+    """Choose the regions of a piece that stay, by cluster, -1 for none: every size/cap-th of each cluster.
 
     Given of each cluster the regions in the pieces before, counted on here, those in the whole run, and how
     many of them stay. Over all pieces exactly caps[k] of cluster k are True.
