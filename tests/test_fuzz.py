@@ -318,7 +318,7 @@ def inputs_target(folder: Path) -> Target:
         "version": 2, "folder": str(folder.resolve()), "digest": "d", "duplicates": 0, "others": 0,
         "outputs": 0, "formats": {".heic": 2}, "bad": {"x.tar": "damaged"},
     }  # fmt: skip
-    return file_target(folder / "inputs.json", json_like(content), lambda: Source(folder, folder, 5).outputs)
+    return file_target(folder / "inputs.json", json_like(content), lambda: Source(folder, folder, 5).left_out)
 
 
 def run_target(folder: Path) -> Target:
