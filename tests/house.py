@@ -28,6 +28,7 @@ GOALS = {
 CEILINGS = {
     **GOALS,
     "lines of Python": 33_900,
+    "files that tools/pretrain.py reaches": 61,
 }
 """The most that each may be today, where a goal is still missed: lower it when the house has shrunk."""
 

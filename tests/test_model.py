@@ -18,6 +18,7 @@ from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.costs import choose_recompute, kept_bytes
+from megaregion.models.layers import run_and_count
 from megaregion.models.rotary import Rotation, rotation, split_and_turn
 from megaregion.models.vit import Attention, Block
 
@@ -251,6 +252,32 @@ def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConf
     for _, same_loss, same_grads in others:
         assert torch.equal(loss, same_loss)
         assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+
+
+def test_a_compiled_block_is_one_graph_that_gives_the_same_and_keeps_no_more() -> None:
+    model = encoder(replace(SMALL, depth=2, region_layers=1))
+    images, visible, kept = noise(2, 3, 64, 64), some_patches(2, 5, 16), {}
+
+    def run() -> tuple[Tensor, dict[str, Tensor], int]:
+        model.zero_grad()
+        embeddings, size = run_and_count(model.parameters(), lambda: model(images, visible))
+        embeddings.square().sum().backward()
+        return embeddings, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, size
+
+    for level in ("keep", "cheap", "full"):
+        blocks = model.vit.blocks
+        model.vit.recompute = (level,) * 2
+        expected, grads, eager = run()
+        for block in blocks:
+            # The partitioner of inductor, without its code for a device; fullgraph refuses to cut a block.
+            block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+        found, same, kept[level] = run()
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(same, grads)
+        assert kept[level] <= eager
+    assert kept["full"] < kept["cheap"] < kept["keep"]
 
 
 @pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])

@@ -5,13 +5,15 @@ Shapes: I input width, O output width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megaregion.errors import UserError
 from megaregion.processor import outer_sum, product
@@ -109,6 +111,8 @@ def recomputed(
         source: What it was made from; kept anyway, or smaller.
         make: Makes it again, to the bit.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()  # Hooks would cut the graph: a compiled block goes by ``only_products_kept``.
     # The hooks live as long as the graph: they must not hold what they are to save.
     place, numbers, kept = made.data_ptr(), made.numel(), source.detach()
 
@@ -126,6 +130,30 @@ def recomputed(
             return make(kept).view(packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let torch.compile fuse what stands between the products of each block, in place."""
+    # Warns that in-place operations are not allowed in a part that is made again; there are none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    for block in blocks:
+        block.compile()
+
+
+def only_products_kept(run: Callable[..., Result], *inputs: Any) -> Result:
+    """Run a part of a compiled block; its backward pass makes all again but products and attention."""
+    result: Result = checkpoint(run, *inputs, use_reentrant=False, context_fn=_keep_products)
+    return result
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_choose)
+
+
+def _choose(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    name = operation.name()
+    costly = any(part in name for part in ("mm", "scaled_dot_product", "split_and_turn", "linear"))
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _WATCHERS: list[Callable[[Tensor], None]] = []

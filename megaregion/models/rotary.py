@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ class Packing(NamedTuple):
     """Tokens of each image."""
     boundaries: Tensor
     """Where each image starts and the last one ends, int32 [images + 1], on the device."""
+    slots: Tensor
+    """Number of the image whose class token a token is, int32 [S], -1 for patches; on the device."""
 
     @property
     def starts(self) -> Tensor:
@@ -59,7 +62,9 @@ def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta
     lengths = tuple(1 + rows * columns for rows, columns in grids)
     # Once a pass, and without waiting for a GPU: a list of indices in each block would wait for it each time.
     boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(cos.device, non_blocking=True)
-    return Rotation(class_angle.float(), cos, sin, 1, Packing(lengths, boundaries))
+    numbers = torch.arange(len(lengths), dtype=torch.int32, device=cos.device)
+    slots = cos.new_full((len(cos),), -1, dtype=torch.int32).index_copy(0, boundaries[:-1].long(), numbers)
+    return Rotation(class_angle.float(), cos, sin, 1, Packing(lengths, boundaries, slots))
 
 
 def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
@@ -100,49 +105,109 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection [B, T, H, 3, d] into q, k, v, [B, H, T, d] each, the first two turned."""
-    starts = None if angles.packing is None else angles.packing.starts
-    query, key, value = _SplitAndTurn.apply(qkv, angles.class_angle, angles.cos, angles.sin, starts)
+    packing = angles.packing
+    starts, slots = (None, None) if packing is None else (packing.starts, packing.slots)
+    query, key, value = _split(qkv, angles.class_angle, angles.cos, angles.sin, starts, slots)
     return query, key, value
 
 
-class _SplitAndTurn(torch.autograd.Function):
-    """One pass from the fused layout to the attention's, and one pass back.
+# One pass from the fused layout to the attention's, and one pass back. Autograd's own way keeps the unturned
+# copies, pads each slice's gradient to the full projection and adds them up, and sums a gradient over the
+# whole batch for angles that never learn. As operators of their own they stay whole in a compiled block.
 
-    Autograd's own way keeps the unturned copies, pads each slice's gradient to the full projection and
-    adds them up, and sums a gradient over the whole batch for angles that never learn.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        images, tokens, heads, _, width = qkv.shape
-        if qkv.is_cuda:
-            # A GPU's attention lays out what it gives like its queries: by tokens, as the next linear wants.
-            split = qkv.new_empty(3, images, tokens, heads, width).transpose(2, 3)
-        else:
-            split = qkv.new_empty(3, images, heads, tokens, width)
-        fused = qkv.permute(3, 0, 2, 1, 4)
-        _turn_into(split[:2], fused[:2], cos, sin)
-        split[2].copy_(fused[2])
-        ctx.save_for_backward(_class_tokens(split[:2], starts), cos, sin, starts)
-        return split.unbind(0)
+@torch.library.custom_op("megaregion::split_and_turn", mutates_args=())
+def _split(
+    qkv: Tensor, class_angle: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, slots: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    split, fused = _empty_split(qkv), qkv.permute(3, 0, 2, 1, 4)
+    for part in (0, 1):
+        _turn_into(split[part], fused[part], cos, sin)
+    split[2].copy_(fused[2])
+    return split
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        class_token, cos, sin, starts = ctx.saved_tensors
-        images, heads, tokens, width = grads[0].shape
-        grad = grads[0].new_empty(images, tokens, heads, 3, width)
-        split = grad.permute(3, 0, 2, 1, 4)
-        for part in (0, 1):
-            _turn_into(split[part], grads[part], cos, sin, back=True)
-        split[2].copy_(grads[2])
-        # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
-        first, second = class_token.to(cos.dtype).chunk(2, dim=-1)
-        grad_class = torch.stack([_class_tokens(own, starts) for own in grads[:2]])
-        grad_first, grad_second = grad_class.to(cos.dtype).chunk(2, dim=-1)
-        grad_angle = (grad_second * first - grad_first * second).sum((0, 1, 2, 3))
-        return grad, grad_angle, None, None, None
+
+@torch.library.custom_op("megaregion::join_and_turn_back", mutates_args=())
+def _join(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    class_query: Tensor,
+    class_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    grad = _empty_fused(grad_query)
+    split = grad.permute(3, 0, 2, 1, 4)
+    for part, own in enumerate((grad_query, grad_key)):
+        _turn_into(split[part], own, cos, sin, back=True)
+    split[2].copy_(grad_value)
+    # d(turned pair)/d(angle) is the turned pair itself, turned by a right angle.
+    first, second = torch.stack((class_query, class_key)).to(cos.dtype).chunk(2, dim=-1)
+    grad_class = torch.stack([_class_tokens(own, starts) for own in (grad_query, grad_key)])
+    grad_first, grad_second = grad_class.to(cos.dtype).chunk(2, dim=-1)
+    return grad, (grad_second * first - grad_first * second).sum((0, 1, 2, 3))
+
+
+if find_spec("triton") is not None:
+
+    @_split.register_kernel("cuda")
+    def _(qkv: Tensor, _: Tensor, cos: Tensor, sin: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from megaregion.models.rotary_kernel import split_and_turn
+
+        split = _empty_split(qkv)
+        split_and_turn(qkv.contiguous(), split, cos, sin)
+        return split
+
+    @_join.register_kernel("cuda")
+    def _(*operands: Any) -> tuple[Tensor, Tensor]:
+        from megaregion.models.rotary_kernel import join_and_turn_back
+
+        grads, leading, (cos, sin, _, slots) = operands[:3], operands[3:5], operands[5:]
+        fused = _empty_fused(grads[0])
+        return fused, join_and_turn_back(fused, grads, leading, cos, sin, slots)
+
+
+@_split.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_split(qkv)
+
+
+@_join.register_fake
+def _(*operands: Any) -> tuple[Tensor, Tensor]:
+    sin = operands[6]
+    return _empty_fused(operands[0]), sin.new_empty(sin.shape[-1])
+
+
+def _empty_split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    images, tokens, heads, _, width = qkv.shape
+    if qkv.is_cuda:
+        # A GPU's attention lays out what it gives like its queries: by tokens, as the next linear wants.
+        split = [qkv.new_empty(images, tokens, heads, width).transpose(1, 2) for _ in range(3)]
+    else:
+        split = [qkv.new_empty(images, heads, tokens, width) for _ in range(3)]
+    return split[0], split[1], split[2]
+
+
+def _empty_fused(query: Tensor) -> Tensor:
+    images, heads, tokens, width = query.shape
+    return query.new_empty(images, tokens, heads, 3, width)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, cos, sin, starts, slots = inputs
+    leading = [_class_tokens(part, starts) for part in output[:2]]
+    ctx.save_for_backward(*leading, cos, sin, starts, slots)
+
+
+def _back(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad, grad_angle = _join(*grads, *ctx.saved_tensors)
+    return grad, grad_angle, None, None, None, None
+
+
+_split.register_autograd(_back, setup_context=_keep)
 
 
 def _class_tokens(x: Tensor, starts: Tensor | None) -> Tensor:

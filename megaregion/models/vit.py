@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from megaregion.config import Activation, ModelConfig
 from megaregion.errors import UserError
 from megaregion.models.costs import CHANNELS, Recompute, everywhere
-from megaregion.models.layers import Linear, recomputed
+from megaregion.models.layers import Linear, only_products_kept, recomputed
 from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn, turn
 
 
@@ -167,6 +167,15 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
+def _sum(written: Tensor, tokens: Tensor) -> Tensor:
+    """Add tokens to what a linear has just written, in its place: the sum needs no memory of its own.
+
+    A linear of a matrix gives no view; the gradient of a sum into a view would be copied whole.
+    """
+    # A compiler finds the place by itself, and must not see it changed where it makes a part again.
+    return written + tokens if torch.compiler.is_compiling() else written.add_(tokens)
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
@@ -223,18 +232,28 @@ class Block(nn.Module):
             mask: What each region sees, [B, 1, N, T], 0 or -inf; None without regions.
             image_ends_here: Nobody reads the image tokens after this block: return those that came in.
         """
+        if self.cheap and torch.compiler.is_compiling():
+            return only_products_kept(self._run, image, regions, angles, mask, image_ends_here)
+        return self._run(image, regions, angles, mask, image_ends_here)
+
+    def _run(
+        self,
+        image: Tensor,
+        regions: Tensor | None,
+        angles: Rotation,
+        mask: Tensor | None,
+        image_ends_here: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         normed = self.norm1(image)
         with self._renormed(normed, image, self.norm1):
             query, key, value = self.attention.project(normed, angles)
         if regions is not None and self.region is None:
             regions = self._read(regions, key, value, angles, mask)
         if not (image_ends_here and self.region is None):
-            # Into what the linears have just written: the sums need no memory of their own. A linear of a
-            # matrix gives no view; the gradient of a sum into a view would be copied whole.
-            image = self.attention.mix(query, key, value, packing=angles.packing).add_(image)
+            image = _sum(self.attention.mix(query, key, value, packing=angles.packing), image)
             normed = self.norm2(image)
             with self._renormed(normed, image, self.norm2):
-                image = self.mlp(normed, self.cheap).add_(image)
+                image = _sum(self.mlp(normed, self.cheap), image)
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
@@ -251,8 +270,8 @@ class Block(nn.Module):
         """Region tokens after they have read the image's keys and values, [R, D]."""
         assert mask is not None
         query = self.attention.project_regions(self.norm1(regions), angles, mask.shape[2])
-        regions = self.attention.mix(query, key, value, mask, angles.packing).add_(regions)
-        return self.mlp(self.norm2(regions)).add_(regions)
+        regions = _sum(self.attention.mix(query, key, value, mask, angles.packing), regions)
+        return _sum(self.mlp(self.norm2(regions)), regions)
 
 
 class Tokens(NamedTuple):

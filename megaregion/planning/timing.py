@@ -19,7 +19,7 @@ from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.traffic import Transfer, list_transfers
 
 KERNELS = {
-    "forward": 14, "backward": 44, "sums": 11, "head": 50, "draw": 60, "tile": 33, "block of centers": 34,
+    "forward": 11, "backward": 31, "sums": 11, "head": 50, "draw": 60, "tile": 33, "block of centers": 34,
 }  # fmt: skip
 """Kernels of one block's forward and backward pass and of adding up its gradients in another type, of a head
 in a micro-step, of a draw, of a tile, and of updating some centers. Drawing is the host's, beside the
@@ -110,7 +110,7 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     products = linears / (rate * hardware.linear_share)
     attention = reads / (rate * hardware.attention_share)
     patches = counted.patches / (rate * hardware.linear_share)
-    out, back = _moved(layout)
+    out, back = _moved(layout, hardware)
     memory = hardware.memory_gbytes * 1e9
     forward = images * (products + attention + patches + out / memory)
     # Blocks that run again, and norms and activations that are made again.
@@ -124,18 +124,20 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     return max(forward, kernels * KERNELS["forward"]), max(backward, kernels * behind)
 
 
-def _moved(layout: Layout) -> tuple[float, float]:
+def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Bytes that the passes between products read and write for one image, forward and backward.
 
-    In widths of a token: norms 4, splitting and turning q, k, v 12, residual sums 6, the activation 2 M; on
-    the way back also the biases' sums, two of them over whole tokens on every rank.
+    In widths of a token: norms 4, splitting and turning q, k, v 6 (12 on a processor, which takes several
+    passes), residual sums 6, the activation 2 M; on the way back also the biases' sums, two of them over
+    whole tokens on every rank.
     """
     model, tensor, spread = layout.config.model, layout.tensor, layout.spread
     tokens = (1 + model.grid**2) * (model.depth - 1)
     tokens += layout.config.data.regions_per_image * model.region_layers
     width, mlp, size = model.width, model.mlp_width / tensor, layout.itemsize
-    out = (10 / spread + 12 / tensor) * width + 2 * mlp
-    back = (16 / spread + 2 + 15 / tensor) * width + 4 * mlp
+    turns = 12 if hardware.device == "processor" else 6
+    out = (10 / spread + turns / tensor) * width + 2 * mlp
+    back = (16 / spread + 2 + (turns + 3) / tensor) * width + 4 * mlp
     return tokens * size * out, tokens * size * back
 
 

@@ -29,7 +29,7 @@ from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.models.costs import recompute_of_run
 from megaregion.models.initialisation import initialise
-from megaregion.models.layers import use_float8
+from megaregion.models.layers import compile_blocks, use_float8
 from megaregion.models.vit import (
     RegionEncoder,
     VisionTransformer,
@@ -113,8 +113,7 @@ class Trainer:
             count = use_float8(model.vit.blocks, self.topology.device)
             LOG.info("%d linears multiply in 8-bit floats", count)
         if config.train.compile:
-            for block in model.vit.blocks:
-                block.compile()
+            compile_blocks(model.vit.blocks)
         plan, partial = tensor_parallel_plan(model), partial_gradients(model, tokens_cut)
         placements = parallelize(model, plan, partial, self.topology, tokens_cut)
         self.clock.faults.spoil(model)
