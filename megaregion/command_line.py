@@ -269,7 +269,9 @@ def _of_the_machine(error: Exception) -> int:
     elif isinstance(error, OverflowError):
         line, code = f"a number is too large for the machine ({told}); give a smaller one", USER_ERROR_EXIT
     elif isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
+        # A file that cannot take its name is called by that, not by the one under which it was written.
+        path = error.filename2 or error.filename
+        place = f"{path}: " if path else ""
         line, code = f"{place}{error.strerror or told}", USER_ERROR_EXIT if error.errno in _MENDABLE else 1
     else:
         raise error

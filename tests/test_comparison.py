@@ -136,6 +136,17 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
     assert len(line.splitlines()) == 1
 
 
+@pytest.mark.parametrize("content", ["[]\n", "5\n5\n", "x\ny\n", ""])
+def test_metrics_that_cannot_be_read_are_a_gap_that_is_said(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (two_runs[1] / "metrics.jsonl").write_text(content)
+    assert run_tool(*two_runs, "--out", tmp_path / "page.html") == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megaregion: {two_runs[1]}/metrics.jsonl")
+    assert line.endswith("the page goes without these curves")
+
+
 def test_runs_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes(tmp_path: Path) -> None:
     for folder in ("a/x/run", "b/x/run", "b/other"):
         leave_run(tmp_path / folder, 0.5, 1e-3)

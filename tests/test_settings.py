@@ -344,6 +344,11 @@ def test_a_wrong_flag_of_any_tool_is_a_line_before_anything_is_read(
             2,
         ),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "m"), "m: Is a directory", 2),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", ".m.partial", None, "m"),
+            ": m: Is a directory",
+            2,
+        ),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n", 1),
         (MemoryError(), "not enough memory", 1),
         (RuntimeError("can't start new thread"), "ulimit -u", 1),

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megaregion.errors import UserError
+from megaregion.errors import UserError, say
 from megaregion.evaluation import pictures
 from megaregion.evaluation.page import Line, line_chart, render, smoothed, write_page
 from megaregion.evaluation.pictures import Visuals
@@ -108,10 +108,12 @@ def _parts(kept: int, dropped: Mapping[str, int]) -> dict[str, int]:
 
 
 def metrics_or_none(file: Path) -> Metrics | None:
-    """Metrics of a run; None where they cannot be read."""
+    """Metrics of a run; None where it has none, and where its file is damaged, which is said."""
     try:
         return read_metrics(file)
-    except UserError:
+    except UserError as error:
+        if file.exists():
+            say(f"{error}; the page goes without these curves")
         return None
 
 
