@@ -76,15 +76,9 @@ class Picture:
 
 
 def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
-    """Decode an image.
+    """Decode a file; one of more pixels is refused before that, one with a shorter edge likewise.
 
-    Args:
-        content: The file.
-        max_pixels: Larger images are refused before they are decoded.
-        min_side: Images whose shortest edge is less, in pixels, are refused.
-
-    Raises:
-        BadImage: It is no image, truncated, damaged, too large, too small or too elongated.
+    Raises BadImage where it is no image, truncated, damaged, too large, too small or too elongated.
     """
     if not content:
         raise BadImage("empty file")

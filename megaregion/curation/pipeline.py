@@ -54,9 +54,7 @@ def curate(
     """Turn a folder of images into a dataset, or do one stage of it; what is done already stays.
 
     The stage list only finds the images; the outcome does not depend on the number of worker processes.
-
-    Raises:
-        UserError: Something that the user can mend; what is done stays done.
+    Raises UserError where the user can mend something; what is done stays done.
     """
     with folder_held(out), writable(out):
         source = find_images(images, out / "stages", out, settings.image.piece_images, workers)
@@ -72,12 +70,8 @@ def curate_share(
 ) -> tuple[range, int]:
     """Do a share of one stage, of images that are listed; other shares may run at the same time, anywhere.
 
-    Returns:
-        The pieces of the share, and how many of them were done now; the others had been done before.
-
-    Raises:
-        UserError: The images are not listed, an earlier stage is not done, a run holds the folder, or
-            something else that the user can mend.
+    Gives the share's pieces, and how many of them were done now; the others had been done before. Raises
+    UserError where the images are not listed, an earlier stage is not done or a run holds the folder.
     """
     if stage not in NAMES:
         raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
@@ -226,11 +220,7 @@ def record_run(out: Path, images: Path, settings: CurationSettings) -> None:
 
 
 def recorded_run(out: Path) -> tuple[Path, CurationSettings]:
-    """Folder of images and settings of a run.
-
-    Raises:
-        UserError: The folder holds no run, or one of another version.
-    """
+    """Folder of images and settings of a run; raises UserError where there is none, or of another version."""
     try:
         content = read_json(out / RUN)
         settings = read_settings(CurationSettings(), content["settings"])

@@ -166,9 +166,7 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, Any] | None = None)
     """Measure a run, and leave the numbers as report.json in its folder.
 
     The truth, by sample key, is what megaregion.evaluation.scenes reads: objects and words with boxes.
-
-    Raises:
-        UserError: Stages assign and tokenizer are not done.
+    Raises UserError where stages assign and tokenizer are not done, or no image has a truth.
     """
     summary = summarise(job, pipeline.finished())
     missing = [stage for stage in ("assign", "tokenizer") if stage not in summary.seconds]
@@ -305,11 +303,7 @@ def text_quality(job: Job) -> TextQuality:
 
 
 def truth_quality(job: Job, truth: Mapping[str, Any]) -> TruthQuality:
-    """Compare a run whose stage assign is done with the truth of its images; others are left out.
-
-    Raises:
-        UserError: None of the run's images is among them.
-    """
+    """Compare a run whose stage assign is done with the truth of its images; others are left out."""
     counts: Counter[str] = Counter()
     most, matched = 0, list[tuple[int, str, float]]()
     slices = range(job.source.slices)
@@ -369,8 +363,7 @@ def _nmi(matched: list[tuple[int, str, float]]) -> float:
 def nmi(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
     """Normalised mutual information of two labellings [n], with the mean of both entropies below.
 
-    Returns:
-        0 for independent labellings, 1 for equal ones whatever the names; 1 if neither tells anything apart.
+    0 for independent labellings, 1 for equal ones whatever the names, or if neither tells anything apart.
     """
     if not len(some):
         return 1.0

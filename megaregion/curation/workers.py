@@ -75,8 +75,7 @@ class Workers:
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
         """Do tasks, in any order; ``tick`` is called in this process for every image that is done.
 
-        Raises:
-            UserError: A mistake that a user can mend ended a piece, or a piece killed several workers.
+        Raises UserError where a mistake that a user can mend, or the death of several workers, ended a piece.
         """
         stages = make_stages(self._job)
         together = any(stages[task.piece.stage].together for task in tasks)
@@ -240,8 +239,7 @@ class Note:
 def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
     """Hold a run's folder, made if missing, for this process; shares of a run may hold it together.
 
-    Raises:
-        UserError: Another run holds it, or it cannot be written.
+    Raises UserError where another run holds it, or it cannot be written.
     """
     path = out / ".lock"
     with ExitStack() as stack:
@@ -265,11 +263,8 @@ def folder_held(out: Path, shared: bool = False) -> Iterator[None]:
 def held(folder: Path, number: int, tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Hold a piece of a stage's folder for this process, and leave a note if its work fails.
 
-    Yields:
-        What must be called for every image; it calls ``tick``.
-
-    Raises:
-        UserError: Another process works on it.
+    Yields what must be called for every image, which calls ``tick``. Raises UserError where another process
+    works on the piece.
     """
     note, path = _this_process(), _path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)

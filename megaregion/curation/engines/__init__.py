@@ -33,14 +33,7 @@ class Embedder(Protocol):
         """Channels C of an embedding."""
 
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Embed crops.
-
-        Args:
-            crops: RGB, uint8 [h, w, 3], of any sizes.
-
-        Returns:
-            Unit vectors, float32 [n, C]; a crop's vector does not depend on the others.
-        """
+        """Unit vectors, float32 [n, C], of RGB crops, uint8 [h, w, 3]; none depends on the others."""
 
 
 class Reader(Protocol):
@@ -59,11 +52,7 @@ class NoReader:
 
 
 def load_reader(settings: OcrSettings) -> Reader:
-    """The reader that the settings name.
-
-    Raises:
-        UserError: The engine is not installed or its models are missing.
-    """
+    """The reader that the settings name; raises UserError where it is not installed or lacks its models."""
     if settings.ocr == "none":
         return NoReader()
     from megaregion.curation.engines.ocr import PaddleReader, RapidReader
@@ -84,15 +73,10 @@ def load_proposer(settings: ProposeSettings) -> Proposer:
 
 
 def load_embedder(name: str = "lite0", path: str | Path | None = None, side: int = 224) -> Embedder:
-    """Load an embedder by name.
+    """Load an embedder by name: clip from a folder of weights, or lite0.
 
-    Args:
-        name: lite0 or clip.
-        path: Folder with CLIP's weights.
-        side: Lite0 only: side, in pixels, to which a crop is resized; a multiple of 32.
-
-    Raises:
-        UserError: The name is unknown or the weights cannot be loaded.
+    Lite0 resizes crops to a side in pixels, a multiple of 32. Raises UserError where the name is unknown or
+    the weights cannot be loaded.
     """
     if name == "lite0":
         from megaregion.curation.engines.lite0 import Lite0Embedder

@@ -9,9 +9,12 @@ Shapes: B images of h x w pixels, multiples of 32.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -111,13 +114,9 @@ def fingerprint() -> str:
 
 
 def convert() -> Path:
-    """Convert the model to ONNX, unless that has been done before.
+    """The model as an ONNX file in the cache folder; converted unless that has been done before.
 
-    Returns:
-        The file in the cache folder.
-
-    Raises:
-        UserError: The packages with the model are not installed.
+    Raises UserError where the packages with the model are not installed.
     """
     target = _cache_folder() / f"{fingerprint()}.onnx"
     if not target.is_file():
@@ -139,15 +138,12 @@ def _weights() -> Path:
 
 def _cache_folder() -> Path:
     """The user's cache folder, or a temporary one where that cannot be written."""
-    chosen = os.environ.get(CACHE_VARIABLE)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else home / "megaregion"
-    try:
+    folder = Path(os.environ.get(CACHE_VARIABLE) or home / "megaregion")
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
     fallback = Path(tempfile.gettempdir()) / f"megaregion-{os.getuid()}"
     fallback.mkdir(mode=0o700, exist_ok=True)
     return fallback
@@ -155,19 +151,13 @@ def _cache_folder() -> Path:
 
 def load_network() -> Any:
     """The package's own network in torch, with its weights."""
-    import contextlib
-    import io
-
     from efficientnet_lite_pytorch import EfficientNet
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(_weights())).eval()
 
 
 def _export() -> bytes:
-    import io
-    import warnings
-
     import torch
 
     try:

@@ -21,12 +21,9 @@ from megaregion.errors import UserError
 
 
 class RapidReader:
-    """Reads with PP-OCR's small models on one CPU core.
+    """Reads with PP-OCR's small models on one CPU core; raises UserError where rapidocr is not installed.
 
     Text is looked for at a longest side of ``side`` pixels; recognition sees the full image.
-
-    Raises:
-        UserError: rapidocr is not installed.
     """
 
     def __init__(self, side: int) -> None:
@@ -63,8 +60,7 @@ class RapidReader:
 class PaddleReader:
     """Reads with PP-OCR models through paddleocr, from a folder with the model folders det and rec.
 
-    Raises:
-        UserError: paddleocr is not installed, or a model is missing.
+    Raises UserError where paddleocr is not installed, or a model is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,13 +98,9 @@ class PaddleReader:
 def to_words(
     polygons: Iterable[Any], texts: Iterable[str], scores: Iterable[float], image: Pixels
 ) -> list[Word]:
-    """Bring an engine's output into one form.
+    """An engine's lines in one form, from the corners of each in pixels, [4, 2], its text and confidence.
 
-    Args:
-        polygons: Corners of each line in pixels, each [4, 2].
-        texts: What each line reads; blank lines are left out.
-        scores: Confidence of each line.
-        image: The image that was read; boxes are clipped to it, and dropped where nothing is left.
+    Blank lines are left out; boxes are clipped to the image, and dropped where nothing is left.
     """
     height, width = image.shape[:2]
     words = []

@@ -34,16 +34,9 @@ STABILITY_OFFSET = 1.0
 
 
 class SamProposer:
-    """Masks of any SamModel from a grid of points, kept where the model is sure of them and they are stable.
+    """Masks of any SamModel from a grid of so many points a side, with least predicted IoU and stability.
 
-    Args:
-        folder: Weights and config.json.
-        grid: Points along each side of the prompt grid.
-        min_iou: Least predicted IoU of a mask.
-        min_stability: Least stability of a mask.
-
-    Raises:
-        UserError: The weights cannot be loaded.
+    Raises UserError where the folder's weights cannot be loaded.
     """
 
     def __init__(
@@ -110,10 +103,7 @@ def _from_mask(mask: NDArray[np.bool_], score: float) -> Proposal:
 class ClipEmbedder:
     """The pooled output of any CLIPVisionModel; crops are squeezed to the model's square.
 
-    The folder holds weights and config.json; a full CLIP model's will do.
-
-    Raises:
-        UserError: They cannot be loaded.
+    Raises UserError where the folder's weights, of a full CLIP model or its vision part, cannot be loaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,8 +136,7 @@ def device() -> torch.device:
 def load_model(kind: Any, folder: Path) -> Any:
     """Load a model of a given class for inference, from safetensors alone and without the network.
 
-    Raises:
-        UserError: The folder has no such model, or not all of its weights.
+    Raises UserError where the folder has no such model, or not all of its weights.
     """
     from transformers.utils import logging
 

@@ -102,11 +102,7 @@ class Output:
 
 @contextmanager
 def writable(root: Path) -> Iterator[None]:
-    """Turn a full disk, and what stands in the way in a run's folder, into a clear message.
-
-    Raises:
-        UserError: Something there cannot be written.
-    """
+    """Turn a full disk, and what stands in the way in a run's folder, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -206,12 +202,7 @@ class Job:
         return self.store.root / "shards"
 
     def read(self, image: ImageFile) -> Picture:
-        """Decode an image.
-
-        Raises:
-            BadImage: It cannot be used.
-            UserError: The file is gone or changed.
-        """
+        """Decode an image; raises BadImage where it cannot be used, UserError where it is gone or changed."""
         settings = self.settings.image
         return read_picture(self.source.read(image), settings.max_image_pixels, settings.min_image_side)
 

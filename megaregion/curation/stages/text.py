@@ -2,8 +2,7 @@
 
 The classes are a sentencepiece model learned from the recognised words and a corpus. Case stays (EXIT and
 exit look different); Unicode is normalised by NFKC. Word starts are a piece of their own, so that a syllable
-is one class wherever it stands. The rule that turns a text into its set of classes, without the word starts,
-lies in :mod:`megaregion.data.info`, where the evaluation finds it too.
+is one class wherever it stands; :mod:`megaregion.data.info` turns a text into its set of classes.
 """
 
 from __future__ import annotations
@@ -101,8 +100,7 @@ def default_corpus() -> set[str]:
 def read_corpus(path: str) -> set[str]:
     """The distinct words of a text file, or of the default corpus if no path is given.
 
-    Raises:
-        UserError: The file cannot be read, is not UTF-8 or holds no text.
+    Raises UserError where the file cannot be read, is not UTF-8 or holds no text.
     """
     if not path:
         return default_corpus()
@@ -129,16 +127,10 @@ def corpus_identity(path: str) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], corpus: Iterable[str], vocabulary: int) -> bytes:
-    """Learn a unigram model with exactly the wanted number of pieces; the same input gives the same bytes.
+    """The file of a unigram model with exactly so many pieces; the same input gives the same bytes.
 
     Every distinct word of texts and corpus counts once, so that a sign seen a thousand times is still spelled
-    in pieces that it shares with other words.
-
-    Returns:
-        The model file.
-
-    Raises:
-        UserError: The text does not yield that many pieces.
+    in pieces that it shares with other words. Raises UserError where the text does not yield so many pieces.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -188,9 +180,7 @@ def _spelled(words: set[str], vocabulary: int) -> list[str]:
 def distinct_texts(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
     """Texts with the smallest hashes, which neither order nor repeats change; memory holds twice the limit.
 
-    Returns:
-        At most so many distinct texts, sorted, and how many there were, beyond the limit an estimate within a
-        few thousandths.
+    Gives so many at most, sorted, and how many there were, beyond the limit within a few thousandths.
     """
     hashes: dict[str, int] = {}
     bound = HASHES
