@@ -112,7 +112,7 @@ def _route(embeddings: Embeddings, rows: NDArray[np.int64], cells: Tensor) -> ND
     for start in own[:: embeddings.chunk]:
         part = slice(start, min(start + embeddings.chunk, own.stop))
         # Numbers from 1, so that the sum over ranks tells a row without embedding from cell 0.
-        found[part] = 1 + label_rows(embeddings.read(rows[part]), cells).labels
+        found[part] = 1 + label_rows(embeddings.read(rows[part]), cells)[0]
     return embeddings.add(found).cpu().numpy() - 1
 
 
@@ -134,11 +134,13 @@ def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     return shares
 
 
-def label_rows(rows: NDArray[np.floating], centers: Tensor) -> Nearest:
-    """What is nearest to each row, [n, C]; the label of one without embedding is -1, its cosine 0."""
+def label_rows(rows: NDArray[np.floating], centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest center of each row, int64 [n], -1 for one without embedding, and the cosine to it, [n]."""
     vectors = torch.from_numpy(unit(rows)).to(centers.device)
-    found = nearest(vectors, centers)
-    return found._replace(labels=torch.where(vectors.any(1), found.labels, -1))
+    usable = vectors.any(1)
+    found = nearest(vectors if usable.all() else vectors[usable], centers)
+    labels = found.labels.new_full((len(rows),), -1).masked_scatter_(usable, found.labels)
+    return labels, found.best.new_zeros(len(rows)).masked_scatter_(usable, found.best)
 
 
 class Pass(NamedTuple):

@@ -81,9 +81,9 @@ class Assign(Stage):
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
         centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(_device())
         starts = range(0, max(1, len(rows)), size)
-        found = [label_rows(rows[start : start + size], centers) for start in starts]
-        output.save(LABELS, torch.cat([each.labels for each in found]).cpu().numpy())
-        output.save(COSINES, torch.cat([each.best for each in found]).cpu().numpy())
+        found = zip(*(label_rows(rows[start : start + size], centers) for start in starts), strict=True)
+        for name, values in zip((LABELS, COSINES), found, strict=True):
+            output.save(name, torch.cat(values).cpu().numpy())
         for _ in range(self.count(number)):
             output.tick()
 
