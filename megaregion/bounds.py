@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 COUNT = 10**9
@@ -182,6 +183,20 @@ class Switch(Kind):
 
 
 @dataclass(frozen=True)
+class Located(Kind):
+    """Files and folders of this machine."""
+
+    metavar: str = "PATH"
+    told = "a path"
+
+    def read(self, value: object) -> Path:
+        """A path; an empty one would be the folder that one stands in."""
+        if not value:
+            raise Misfit("must not be empty; give a path")
+        return Path(super().read(value))
+
+
+@dataclass(frozen=True)
 class Choice(Kind):
     """One of some words."""
 
@@ -237,11 +252,13 @@ class Several(Kind):
 
 
 def kind_of(annotation: Any) -> Kind:
-    """What the values of a type may be.
+    """What the values of a type may be; a :class:`Kind` is one itself.
 
     Raises:
         TypeError: A number without bounds, or a type that no setting may have.
     """
+    if isinstance(annotation, Kind):
+        return annotation
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated and isinstance(inner[1], Kind):
         return inner[1]
@@ -304,3 +321,6 @@ FolderName = Annotated[str, Text("NAME", empty=False, folder=True)]
 Place = Annotated[str, Text("PATH", empty=False)]
 """Where something lies: a folder, file or URL."""
 OptionalPlace = Annotated[str, Text("PATH")]
+
+Folder = Annotated[Path, Located("FOLDER")]
+File = Annotated[Path, Located("FILE")]

@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
+import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megaregion.bounds import (
-    COUNT,
     Choice,
+    File,
     Kind,
     Misfit,
     Several,
     Switch,
     Text,
-    Whole,
     did_you_mean,
     kind_of,
     shown,
@@ -81,6 +82,67 @@ class Parser(argparse.ArgumentParser):
             text += "; --help shows how"
         raise UserError(text)
 
+    def add_flag(
+        self, name: str, kind: Any, default: Any, told: str, group: Any = None, **options: Any
+    ) -> None:
+        """Add a flag or an argument of a command's own.
+
+        Args:
+            name: As ``--batch``; without dashes it is an argument.
+            kind: A type of bounds.py or a :class:`Kind`, bool for a switch, or a function that reads a text.
+            default: Its value where it is not given.
+            told: What it does.
+            group: Where ``--help`` shows it, if not with all others.
+            options: Further ones of argparse.
+        """
+        if kind is bool:
+            options["action"] = "store_true"
+        elif inspect.isfunction(kind):
+            options = {"type": kind, "default": default, **options}
+        else:
+            kind = kind_of(kind)
+            if isinstance(kind, Several):
+                kind, options["nargs"] = kind.item, kind.count or "+"
+            options = {"type": kind.fit, "default": default, "metavar": kind.metavar, **options}
+        (group or self).add_argument(name, help=told, **options)
+
+    def add_settings(self, defaults: Any, flat: bool = False, without: Sequence[str] = ()) -> None:
+        """Add a flag for every setting of a class; :func:`chosen_settings` gives what they set.
+
+        Args:
+            defaults: Settings with their default values.
+            flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
+            without: Keys that get no flag.
+        """
+        dest = _dest(defaults)
+        for section in sections(defaults):
+            named = section.key and not flat
+            told = section.told.rstrip(".")
+            group = self.add_argument_group(f"{section.key}: {told}" if named else told)
+            if named:
+                group.add_argument(
+                    f"--{section.key}", metavar="YAML", action=_Change, dest=dest, key=section.key,
+                    help="the settings of this section, a file or as {name: value}",
+                )  # fmt: skip
+            for one in section.settings:
+                if one.key in without:
+                    continue
+                kind = "" if isinstance(one.kind, (Choice, Switch, Text)) else f"{one.kind.told}; "
+                told = f"{one.told.rstrip('.')} ({kind}default: {written(one.default)})"
+                group.add_argument(
+                    flag_name(one.key) if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
+                    dest=dest, key=one.key, kind=one.kind,
+                    nargs="+" if isinstance(one.kind, Several) else None, help=told.replace("%", "%%"),
+                )  # fmt: skip
+
+    def add_settings_files(self) -> None:
+        """Add ``--config`` and ``--print_config`` for :func:`chosen_settings`."""
+        told = "YAML file of settings; several are merged in order, and flags win"
+        self.add_flag("--config", File, [], told, action="append")
+        self.add_argument(
+            "--print_config", "--print-config", action="store_true", help="print all settings as YAML and end"
+        )
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults that say something."""
@@ -90,62 +152,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if unsaid else super()._get_help_string(action)
 
 
-def flag(kind: Any) -> Callable[[str], Any]:
-    """A ``type=`` of argparse that takes what a field of this type of bounds.py takes."""
-    return kind_of(kind).fit
+@contextmanager
+def progress(step: str, count: int) -> Iterator[Callable[..., Any]]:
+    """A bar on a terminal, one line at the end elsewhere; gives what is called with the things just done."""
+    from tqdm import tqdm
 
-
-def whole(low: int = 1, high: int = COUNT, multiple: int = 1) -> Callable[[str], int]:
-    """A ``type=`` of argparse for whole numbers of one command's own."""
-    return flag(Annotated[int, Whole(low, high, multiple=multiple)])
-
-
-def path(text: str) -> Path:
-    """A ``type=`` of argparse for files and folders; an empty one would be the folder that one stands in."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty; give a path")
-    return Path(text)
-
-
-def add_settings(
-    parser: argparse.ArgumentParser, defaults: Any, flat: bool = False, without: Sequence[str] = ()
-) -> None:
-    """Add a flag for every setting of a class; :func:`chosen_settings` gives what they set.
-
-    Args:
-        parser: Parser of the command.
-        defaults: Settings with their default values.
-        flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
-        without: Keys that get no flag.
-    """
-    dest = _dest(defaults)
-    for section in sections(defaults):
-        named = section.key and not flat
-        told = section.told.rstrip(".")
-        group = parser.add_argument_group(f"{section.key}: {told}" if named else told)
-        if named:
-            group.add_argument(
-                f"--{section.key}", metavar="YAML", action=_Change, dest=dest, key=section.key,
-                help="the settings of this section, a file or as {name: value}",
-            )  # fmt: skip
-        for one in section.settings:
-            if one.key in without:
-                continue
-            kind = "" if isinstance(one.kind, (Choice, Switch, Text)) else f"{one.kind.told}; "
-            told = f"{one.told.rstrip('.')} ({kind}default: {written(one.default)})"
-            group.add_argument(
-                flag_name(one.key) if flat else f"--{one.key}", metavar=one.kind.metavar, action=_Change,
-                dest=dest, key=one.key, kind=one.kind, nargs="+" if isinstance(one.kind, Several) else None,
-                help=told.replace("%", "%%"),
-            )  # fmt: skip
-
-
-def add_settings_files(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config`` and ``--print_config`` for :func:`chosen_settings`."""
-    add = parser.add_argument
-    add("--config", metavar="FILE", type=path, action="append", default=[],
-        help="YAML file of settings; several are merged in order, and flags win")  # fmt: skip
-    add("--print_config", "--print-config", action="store_true", help="print all settings as YAML and end")
+    with tqdm(total=count, desc=f"{step:<10}", unit_scale=True, disable=None) as bar:
+        yield bar.update
+    if bar.disable:
+        print(f"{step}: done")
 
 
 def chosen_settings(flags: argparse.Namespace, defaults: T) -> T:
@@ -166,7 +181,7 @@ def chosen_settings(flags: argparse.Namespace, defaults: T) -> T:
 
 
 def changed_settings(flags: argparse.Namespace, settings: T) -> T:
-    """Settings with what flags of :func:`add_settings` set, in the order of the command line."""
+    """Settings with what flags of :meth:`Parser.add_settings` set, in the order of the command line."""
     for key, value in getattr(flags, _dest(settings), ()):
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -200,7 +215,7 @@ class _Change(argparse.Action):
 
 
 def run_settings(flags: argparse.Namespace) -> RunConfig:
-    """The settings of a training run, from the flags that :func:`add_settings` added for RunConfig.
+    """The settings of a training run, from the flags that :meth:`Parser.add_settings` added for RunConfig.
 
     Raises:
         UserError: An unknown key (the nearest known one is named), or a value that does not fit.

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
-from benchmark.browser import browser, missing_programs
+from benchmark.browser import Browser, browser, missing_programs
 
 
 class Page(HTMLParser):
@@ -43,6 +44,25 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def click(window: Browser, x: int, y: int) -> None:
+    """Move the mouse to a point of the page, in CSS pixels, and click."""
+    actions = ActionBuilder(window, duration=0)
+    actions.pointer_action.move_to_location(x, y).click()
+    actions.perform()
+
+
+def prefer(window: Browser, scheme: str) -> None:
+    """Prefer a color scheme, light or dark."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def complaints(window: Browser) -> list[str]:
+    """What the console was told since the last call, debugging aside: errors, warnings, failed loads."""
+    lines = window.get_log("browser")
+    return [line["message"] for line in lines if line["level"] in ("SEVERE", "WARNING")]
 
 
 def require_browser() -> None:

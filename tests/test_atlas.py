@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from atlas_data import CLUSTERS, SAMPLES, DeadlySource, curated_folder
 from launch import tool
-from pages import require_browser
+from pages import click, complaints, prefer, require_browser
 from PIL import Image
 
 from benchmark.browser import Browser, browser
@@ -329,7 +329,7 @@ def test_every_page_opens_from_a_file_with_its_pictures_and_no_complaint(window:
         text = window.execute_script("return document.title + ' ' + document.body.innerText")
         assert words.lower() in text.lower(), (address, text)
         window.wait(LOADED, images)
-        assert window.complaints() == [], address
+        assert complaints(window) == [], address
 
 
 def test_search_goes_to_clusters_tokens_and_samples(window: Browser, site: Path) -> None:
@@ -349,7 +349,7 @@ def test_search_goes_to_clusters_tokens_and_samples(window: Browser, site: Path)
     window.press("/")
     window.press("99999")
     window.wait("return document.querySelector('#found .none')?.innerText.includes('Nothing found')")
-    assert window.complaints() == []
+    assert complaints(window) == []
 
 
 def test_the_map_shows_every_cluster_and_leads_to_its_page(window: Browser, site: Path) -> None:
@@ -365,10 +365,10 @@ def test_the_map_shows_every_cluster_and_leads_to_its_page(window: Browser, site
         "const free = MapPage.points().find((p) => p.x > 420 && p.y > 90 && p.x < innerWidth - 120); "
         "return free && [Math.round(free.x), Math.round(free.y)]"
     )
-    window.click(x, y)
+    click(window, x, y)
     window.wait("return location.hash.startsWith('#/cluster/')")
     window.press("\ue014")
-    assert window.complaints() == []
+    assert complaints(window) == []
 
 
 def test_a_member_leads_to_its_sample_where_its_box_is_lit(window: Browser, site: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_member_leads_to_its_sample_where_its_box_is_lit(window: Browser, site
         window.execute_script("return getComputedStyle(document.querySelector('.overlay')).display") == "none"
     )
     window.press("b")
-    assert window.complaints() == []
+    assert complaints(window) == []
 
 
 def test_text_from_images_never_becomes_markup(window: Browser, site: Path) -> None:
@@ -404,23 +404,23 @@ def test_text_from_images_never_becomes_markup(window: Browser, site: Path) -> N
     else:
         pytest.fail("no sample shows the text that looks like markup")
     assert window.execute_script("return document.querySelector('img[src=nothing]')") is None
-    assert window.complaints() == []
+    assert complaints(window) == []
 
 
 def test_the_page_follows_the_colour_scheme_and_fits_a_phone(window: Browser, site: Path) -> None:
     shades = []
     for scheme in ("light", "dark"):
-        window.prefer(scheme)
+        prefer(window, scheme)
         go(window, site, "#/clusters")
         shades.append(window.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert shades == ["rgb(247, 246, 243)", "rgb(19, 20, 23)"]
-    window.prefer("light")
+    prefer(window, "light")
     window.resize(390, 844)
     for address in ("#/", "#/clusters", "#/cluster/3", "#/tokens", "#/samples", "#/sample/0"):
         go(window, site, address)
         assert window.execute_script("return document.documentElement.scrollWidth") <= 390, address
     window.resize(1280, 860)
-    assert window.complaints() == []
+    assert complaints(window) == []
 
 
 def test_a_folder_copied_in_part_says_which_file_is_missing(
@@ -431,7 +431,7 @@ def test_a_folder_copied_in_part_says_which_file_is_missing(
     (copy / "data" / "clusters" / "0.js").unlink()
     go(window, copy, "#/cluster/3")
     assert "data/clusters/0.js cannot be loaded" in window.execute_script("return document.body.innerText")
-    window.complaints()
+    complaints(window)
 
 
 def test_a_synthetic_atlas_draws_only_what_the_view_needs(window: Browser, tmp_path: Path) -> None:
@@ -450,4 +450,4 @@ def test_a_synthetic_atlas_draws_only_what_the_view_needs(window: Browser, tmp_p
     window.wait("const state = MapPage.state(); return state.points > 0 && state.points < 3000")
     go(window, out, "#/cluster/4321")
     assert "40 largest clusters" in window.execute_script("return document.body.innerText")
-    assert window.complaints() == []
+    assert complaints(window) == []

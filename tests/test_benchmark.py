@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import tool
+from launch import launch, repository, tool
 
 from benchmark.head import HeadSizes, compare
 from benchmark.measure import Stopwatch
 from benchmark.memory import PeakMemory
-from benchmark.report import Case, Report
+from benchmark.part import Case, Report
 
 CPU = torch.device("cpu")
 
 
 def test_a_ratio_is_better_when_greater_and_a_missed_goal_shows() -> None:
-    fast, slow = Case("a", 1.0, 4.0, 3.0, "s"), Case("b", 2.0, 4.0, 3.0, "s")
+    fast, slow = Case("a", 1.0, 4.0, "s", 3.0), Case("b", 2.0, 4.0, "s", 3.0)
     assert (fast.ratio, fast.holds) == (4.0, True)
     assert (slow.ratio, slow.holds) == (2.0, False)
-    lines = Report({}, [fast, slow, Case("c", 1.0, 1.0, 0.0, "s")]).table().splitlines()
+    lines = Report({}, [fast, slow, Case("c", 1.0, 1.0, "s")]).table().splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["holds", "MISSED", "1.00"]
 
 
 def test_a_forecast_may_miss_either_way() -> None:
-    low, near, high = (Case("a", ours, 1.0, 0.9, "s", two_sided=True) for ours in (0.8, 1.05, 1.2))
+    low, near, high = (Case("a", ours, 1.0, "s", 0.9, two_sided=True) for ours in (0.8, 1.05, 1.2))
     assert [case.holds for case in (low, near, high)] == [False, True, False]
 
 
 def test_what_took_no_time_is_reported_and_not_divided_by(tmp_path: Path) -> None:
     report = Report(
-        {}, [Case("a save slows no step", 0.0, 2.0, 20.0, "s"), Case("a plan", 0.0, 2.0, 0.9, "s", True)]
+        {}, [Case("a save slows no step", 0.0, 2.0, "s", 20.0), Case("a plan", 0.0, 2.0, "s", 0.9, True)]
     )
     assert "inf" in report.table()
     report.write_json(tmp_path / "out.json")
@@ -41,7 +45,7 @@ def test_what_took_no_time_is_reported_and_not_divided_by(tmp_path: Path) -> Non
 
 
 def test_the_json_has_the_form_of_every_benchmark(tmp_path: Path) -> None:
-    Report({"cores": 2}, [Case("a", 1.0, 4.0, 3.0, "s")]).write_json(tmp_path / "new" / "out.json")
+    Report({"cores": 2}, [Case("a", 1.0, 4.0, "s", 3.0)]).write_json(tmp_path / "new" / "out.json")
     found = json.loads((tmp_path / "new" / "out.json").read_text())
     assert found == {
         "host": {"cores": 2},
@@ -53,7 +57,7 @@ def test_the_json_has_the_form_of_every_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sample_rate", [0.1, 1.0])
 def test_the_head_benchmark_runs_at_any_size(sample_rate: float) -> None:
-    sizes = HeadSizes(900, 16, 64, sample_rate, 2**16)
+    sizes = HeadSizes(900, 16, 64, sample_rate, 1)
     cases = compare(sizes, {"step": 3.0}, 1, Stopwatch(CPU, processor=True), dense=True)
     assert [case.goal for case in cases] == [3.0] + 7 * [0]
     assert all(case.unit == "MB" or (case.ours > 0 and case.peer > 0) for case in cases)
@@ -94,17 +98,23 @@ def test_the_checkpoint_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
 
 
-def test_the_guards_benchmark_runs_at_any_size(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
-    command = [
-        "tools/benchmark.py", "guards", "--width=64", "--depth=4", "--image-size=32",
-        "--images=1", "--repeats=1", f"--json={file}",
+def run_guards(folder: Path) -> None:
+    sys.argv = [
+        "benchmark.py", "guards", "--width=64", "--depth=4", "--image-size=32", "--images=1", "--repeats=1",
+        f"--json={folder / 'out.json'}",
     ]  # fmt: skip
-    done = tool(*command)
-    assert done.returncode == 0, done.stderr
-    (case,) = json.loads(file.read_text())["cases"]
+    said = folder / f"rank-{os.environ['RANK']}.txt"
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(repository() / "tools" / "benchmark.py"))["main"]()
+
+
+def test_the_guards_benchmark_runs_at_any_size_and_rank_0_reports(tmp_path: Path) -> None:
+    launch(run_guards, 2, tmp_path)
+    (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert case["goal"] == 100.0
     assert 0 < case["ours"] < case["peer"]
+    assert "2 ranks" in (tmp_path / "rank-0.txt").read_text()
+    assert (tmp_path / "rank-1.txt").read_text() == ""
 
 
 def test_the_loader_benchmark_runs_and_reads_nothing_in_vain(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,10 @@ import torch
 from curation_scenes import settings_from
 from launch import free_port
 
-import benchmark.assign
-import benchmark.kmeans
-from benchmark.kmeans import gaussian_features
+from benchmark.kmeans import assign, gaussian_features, kmeans
+from benchmark.part import Part
 from benchmark.scenes import scene_features
-from megaregion.command_line import Parser, add_settings
+from megaregion.command_line import Parser
 from megaregion.curation.embeddings import unit
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.pipeline import Pipeline, record_run, recorded_run
@@ -247,7 +245,7 @@ def test_a_setting_that_is_gone_is_named_in_one_line(name: str, tmp_path: Path) 
     with pytest.raises(UserError, match=f"^{name} is no setting any more: .*; leave it out$"):
         settings_from({name: 3})
     parser = Parser()
-    add_settings(parser, CurationSettings(), flat=True)
+    parser.add_settings(CurationSettings(), flat=True)
     with pytest.raises(UserError, match=f"^{flag} is no setting any more: .*; leave it out$"):
         parser.parse_args([f"--{flag}", "3"])
     (tmp_path / "a.yaml").write_text(f"cluster:\n  {name}: 3\n")
@@ -271,12 +269,12 @@ def test_a_setting_of_the_clusters_that_cannot_be_is_refused(change: dict[str, A
 # The benchmarks
 
 
-@pytest.mark.parametrize(("part", "cases"), [(benchmark.kmeans, 4), (benchmark.assign, 3)])
+@pytest.mark.parametrize(("part", "cases"), [(kmeans, 4), (assign, 3)])
 def test_the_benchmarks_run_at_any_size_and_say_what_they_need(
-    part: ModuleType, cases: int, tmp_path: Path
+    part: Part, cases: int, tmp_path: Path
 ) -> None:
     parser = Parser()
-    part.add_arguments(parser)
+    part.add_flags(parser)
     small = ["--case=mixture", "--vectors=2000", "--components=64"]
     report = part.measure(parser.parse_args(small), torch.device("cpu"))
     report.write_json(tmp_path / "out.json")

@@ -13,7 +13,7 @@ from launch import repository
 from toy import settings_of, toy_config
 
 from megaregion.checks import batching, check_config, fitting_nodes
-from megaregion.command_line import Parser, add_settings
+from megaregion.command_line import Parser
 from megaregion.config import RunConfig, StageConfig, config_from_dict
 from megaregion.errors import UserError
 from megaregion.settings import setting_names
@@ -112,7 +112,7 @@ def test_settings_survive_the_way_through_a_checkpoint() -> None:
 
 def test_every_setting_has_a_sentence_in_the_help() -> None:
     parser = Parser()
-    add_settings(parser, RunConfig())
+    parser.add_settings(RunConfig())
     help_text = " ".join(parser.format_help().split())
     for name in setting_names(RunConfig()):
         assert f" --{name} " in help_text, name

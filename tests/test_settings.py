@@ -17,14 +17,7 @@ from launch import repository
 
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.bounds import Kind, Real, Several, Text, Whole, kind_of
-from megaregion.command_line import (
-    Parser,
-    add_settings,
-    add_settings_files,
-    changed_settings,
-    chosen_settings,
-    run,
-)
+from megaregion.command_line import Parser, changed_settings, chosen_settings, run
 from megaregion.config import RunConfig, StageConfig, config_from_dict
 from megaregion.curation.settings import CurationSettings
 from megaregion.demo.scenes import SceneSettings
@@ -131,7 +124,7 @@ def test_a_hostile_value_is_within_the_bounds_or_a_line_that_names_its_key(cls: 
 def test_a_hostile_flag_is_within_the_bounds_or_a_line_that_names_it(cls: type) -> None:
     flat = cls in (AtlasSettings, CurationSettings, Hardware)
     parser = Parser()
-    add_settings(parser, cls(), flat)
+    parser.add_settings(cls(), flat)
     for one in settings_of(cls):
         flag = flag_name(one.key) if flat else f"--{one.key}"
         for value in HOSTILE:
@@ -189,8 +182,8 @@ def test_printed_settings_are_read_back_the_same(
     cls: type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = Parser()
-    add_settings_files(parser)
-    add_settings(parser, cls(), flat=cls is not RunConfig)
+    parser.add_settings_files()
+    parser.add_settings(cls(), flat=cls is not RunConfig)
     flags = {
         RunConfig: ["--seed=7", "--stages=[{image_size: 336, from_image: 4096}]"],
         CurationSettings: ["--proposal-sides", "512", "64", "--ocr=none"],
@@ -237,8 +230,8 @@ def test_a_file_of_settings_that_is_wrong_is_a_line(text: str, words: str, tmp_p
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="latin-1")
     parser = Parser()
-    add_settings_files(parser)
-    add_settings(parser, RunConfig())
+    parser.add_settings_files()
+    parser.add_settings(RunConfig())
     began = time.process_time()
     with pytest.raises(UserError) as refused:
         chosen_settings(parser.parse_args(["--config", str(file)]), RunConfig())
@@ -256,7 +249,7 @@ def test_an_alias_repeats_a_section_and_merges_into_another(tmp_path: Path) -> N
 
 def test_a_section_may_be_given_at_once_as_text_or_file_and_later_flags_win(tmp_path: Path) -> None:
     parser = Parser()
-    add_settings(parser, RunConfig())
+    parser.add_settings(RunConfig())
     file = tmp_path / "model.yaml"
     file.write_text("width: 32\nheads: 2")
     for value in ("{width: 32, heads: 2}", str(file)):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, usable_folders
-from megaregion.command_line import Parser, add_settings, add_settings_files, run_settings
+from megaregion.command_line import Parser, run_settings
 from megaregion.config import (
     CheckpointConfig,
     DataConfig,
@@ -49,8 +49,8 @@ def toy_dataset(folder: Path, samples: int = 40, shards: int = 4, size: int = 48
 def settings_of(arguments: list[str]) -> RunConfig:
     """The settings of a training run's command line."""
     parser = Parser()
-    add_settings_files(parser)
-    add_settings(parser, RunConfig())
+    parser.add_settings_files()
+    parser.add_settings(RunConfig())
     return run_settings(parser.parse_args(arguments))
 
 

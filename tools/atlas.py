@@ -5,16 +5,14 @@ python tools/atlas.py data/photos --out runs/atlas      (then open runs/atlas/in
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaregion.atlas.settings import AtlasSettings
-from megaregion.bounds import PositiveInt, Workers
-from megaregion.command_line import Parser, add_settings, add_settings_files, chosen_settings, flag, path, run
+from megaregion.bounds import Folder, PositiveInt, Workers
+from megaregion.command_line import Parser, chosen_settings, progress, run
 from megaregion.errors import UserError
+from megaregion.tables import aligned
 
 if TYPE_CHECKING:
     from megaregion.atlas.build import Outcome
@@ -23,39 +21,21 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    settings = chosen_settings(arguments, AtlasSettings())
-    if (arguments.curated is None) == (arguments.synthetic is None):
+    settings, curated = chosen_settings(arguments, AtlasSettings()), arguments.curated
+    if (curated is None) == (arguments.synthetic is None):
         raise UserError("name the folder of a curation, or give --synthetic K; one of the two")
 
     from megaregion.atlas.build import build_atlas
-
-    source = _source(arguments)
-    if not source.knows_closeness:
-        print("cosines are not known (no stages/assign beside the shards): pages show random members only")
-    out = arguments.out or (Path("data/atlas") if arguments.curated is None else arguments.curated / "atlas")
-    outcome = build_atlas(source, out, settings, _progress, arguments.workers)
-    print(f"{out} is up to date" if outcome is None else _table(outcome, out))
-    print(f"open {(out / 'index.html').resolve().as_uri()}")
-
-
-def _source(arguments: argparse.Namespace) -> Source:
     from megaregion.atlas.curated import CuratedSource
     from megaregion.atlas.synthetic import SyntheticSource
 
-    if arguments.synthetic is None:
-        return CuratedSource(arguments.curated)
-    return SyntheticSource(arguments.synthetic)
-
-
-@contextmanager
-def _progress(step: str, count: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal; one line at the end elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(total=count, desc=f"{step:<10}", unit_scale=True, disable=None) as bar:
-        yield bar.update
-    if bar.disable:
-        print(f"{step}: done")
+    source: Source = SyntheticSource(arguments.synthetic) if curated is None else CuratedSource(curated)
+    if not source.knows_closeness:
+        print("cosines are not known (no stages/assign beside the shards): pages show random members only")
+    out = arguments.out or (Path("data/atlas") if curated is None else curated / "atlas")
+    outcome = build_atlas(source, out, settings, progress, arguments.workers)
+    print(f"{out} is up to date" if outcome is None else _table(outcome, out))
+    print(f"open {(out / 'index.html').resolve().as_uri()}")
 
 
 def _table(outcome: Outcome, out: Path) -> str:
@@ -70,7 +50,7 @@ def _table(outcome: Outcome, out: Path) -> str:
         ("size", f"{sum(sizes) / 1e6:,.1f} MB"),
         ("time", f"{outcome.seconds:.1f} s"),
     )
-    return "\n".join(f"{name:<20}{value:>16}" for name, value in rows)
+    return aligned(rows)
 
 
 def _parser() -> Parser:
@@ -78,15 +58,14 @@ def _parser() -> Parser:
         description="Write an HTML atlas of a curation: a folder that opens in any browser, without a server "
         "or the internet. Done before and nothing changed: it stays as it is.",
     )
-    add = parser.add_argument
-    add("curated", type=path, nargs="?", help="the --out folder of tools/curate.py, or a folder of shards")
-    add("--synthetic", type=flag(PositiveInt), metavar="K",
-        help="instead: K made-up clusters, to see how it scales")  # fmt: skip
-    add("--out", type=path, metavar="FOLDER", help="folder to write; CURATED/atlas if not given")
-    add("--workers", type=flag(Workers), default=2, metavar="N",
-        help="processes that crop; the outcome is the same for any number; 0: this process")  # fmt: skip
-    add_settings_files(parser)
-    add_settings(parser, AtlasSettings(), flat=True)
+    add = parser.add_flag
+    add("curated", Folder, None, "the --out folder of tools/curate.py, or a folder of shards", nargs="?",
+        metavar="CURATED")  # fmt: skip
+    add("--synthetic", PositiveInt, None, "instead: K made-up clusters, to see how it scales", metavar="K")
+    add("--out", Folder, None, "folder to write; CURATED/atlas if not given")
+    add("--workers", Workers, 2, "processes that crop, to the same outcome for any number; 0: this process")
+    parser.add_settings_files()
+    parser.add_settings(AtlasSettings(), flat=True)
     return parser
 
 

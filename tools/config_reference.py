@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaregion.atlas.settings import AtlasSettings
+from megaregion.bounds import File
 from megaregion.command_line import Parser, run, written
 from megaregion.config import RunConfig
 from megaregion.curation.settings import CurationSettings
@@ -40,8 +41,8 @@ PARTS = {
 
 def main() -> None:
     parser = Parser(description="Write the reference of all settings from the dataclasses that define them.")
-    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="the page, Markdown")
-    parser.add_argument("--check", action="store_true", help="exit with 2 if the page is not up to date")
+    parser.add_flag("--out", File, PAGE, "the page, Markdown")
+    parser.add_flag("--check", bool, False, "exit with 2 if the page is not up to date")
     arguments = parser.parse_args()
     text = page()
     if not arguments.check:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from megaregion.bounds import NonNegative, Pixels, Real, shown
-from megaregion.command_line import Parser, flag, path, run
+from megaregion.bounds import Choice, File, Folder, NonNegative, Pixels, Real, shown
+from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from megaregion.export import Exported
+    from megaregion.config import ModelConfig
 
-Gigabytes = Annotated[float, Real(0, 10**6, "GB", above=True)]
 TOLERANCE = 1e-4
 """Largest difference of features, as a share of the largest feature, that rounding can explain."""
 
@@ -48,7 +48,11 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         evaluation=arguments.evaluation,
     )
     exported = export_checkpoint(arguments.checkpoint, arguments.out, options)
-    _print_exported(exported, arguments.dtype, arguments.out)
+    print(f"{'checkpoint':<12}{exported.checkpoint}")
+    print(f"{'step':<12}{exported.step:,}")
+    _print_model(exported.model, exported.parameters)
+    print(f"{'weights':<12}{exported.size / 2**20:.1f} MiB, {arguments.dtype}")
+    print(f"{'written to':<12}{arguments.out}")
     if arguments.check:
         _compare(exported.checkpoint, arguments.out, TOLERANCE, None, options.dtype)
 
@@ -57,20 +61,19 @@ def _from_hf(arguments: argparse.Namespace) -> None:
     from megaregion.export import write_start
 
     start, parameters = write_start(arguments.folder, arguments.out, arguments.image_size)
-    model = start.model
     for notice in start.notices:
         print(f"{'notice':<12}{notice}")
-    _print_rows(
-        {
-            "folder": arguments.folder,
-            "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}",
-            "parameters": f"{parameters:,}",
-            "image": f"{model.image_size} px, patch {model.patch_size} px",
-            "written to": arguments.out,
-            "train with": f"tools/pretrain.py --config RUN.yaml --config {arguments.out}/model.yaml "
-            f"--init {arguments.out}",
-        }
-    )
+    print(f"{'folder':<12}{arguments.folder}")
+    _print_model(start.model, parameters)
+    print(f"{'written to':<12}{arguments.out}")
+    out = arguments.out
+    print(f"{'train with':<12}tools/pretrain.py --config RUN.yaml --config {out}/model.yaml --init {out}")
+
+
+def _print_model(model: ModelConfig, parameters: int) -> None:
+    print(f"{'model':<12}{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}")
+    print(f"{'parameters':<12}{parameters:,}")
+    print(f"{'image':<12}{model.image_size} px, patch {model.patch_size} px")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -102,56 +105,50 @@ def _compare(
 def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_to_hf(commands.add_parser(
+    to_hf = commands.add_parser(
         "to-hf", help="a HuggingFace folder for AutoModel and AutoImageProcessor",
         description="Write the encoder of a checkpoint as a HuggingFace folder (MLCDVisionModel), on one "
         "processor, whatever topology wrote it.",
-    ))  # fmt: skip
+    )  # fmt: skip
+    to_hf.set_defaults(command=_to_hf)
+    _add_to_hf(to_hf.add_flag)
     from_hf = commands.add_parser(
         "from-hf", help="a starting checkpoint from an MLCD or RICE folder, or a CLIP vision tower",
         description="Write a checkpoint that tools/pretrain.py --init begins with, at any topology.",
     )  # fmt: skip
     from_hf.set_defaults(command=_from_hf)
-    add = from_hf.add_argument
-    add("folder", metavar="FOLDER", type=path, help="folder with config.json and safetensors files")
-    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
-    add("--image-size", type=flag(Pixels), metavar="PX",
-        help="side of the images to train on; the folder's own if not given")  # fmt: skip
+    add = from_hf.add_flag
+    add("folder", Folder, None, "folder with config.json and safetensors files")
+    add("out", Folder, None, "folder to write; must be absent or empty", metavar="OUT")
+    add("--image-size", Pixels, None, "side of the images to train on; the folder's own if not given")
     check = commands.add_parser(
         "check", help="the largest difference between two encoders' features",
         description="Compare the features of two encoders: checkpoints are run by megaregion, HuggingFace "
         "folders by transformers. Exit code 2 if they differ by more than --tolerance.",
     )  # fmt: skip
     check.set_defaults(command=_check)
-    add = check.add_argument
-    add("a", metavar="A", type=path, help=f"{_OURS}, or a HuggingFace folder")
-    add("b", metavar="B", type=path, help="the same")
-    add("--images", metavar="FOLDER", type=path,
-        help="folder of images, of which 8 are taken; noise if not given")  # fmt: skip
-    add("--tolerance", metavar="SHARE", type=flag(NonNegative), default=TOLERANCE,
-        help="largest difference, as a share of the largest feature")  # fmt: skip
+    add = check.add_flag
+    add("a", Folder, None, f"{_OURS}, or a HuggingFace folder", metavar="A")
+    add("b", Folder, None, "the same", metavar="B")
+    add("--images", Folder, None, "folder of images, of which 8 are taken; noise if not given")
+    add("--tolerance", NonNegative, TOLERANCE, "largest difference, as a share of the largest feature",
+        metavar="SHARE")  # fmt: skip
     return parser
 
 
-def _add_to_hf(parser: argparse.ArgumentParser) -> None:
+def _add_to_hf(add: Callable[..., None]) -> None:
     from megaregion.export.layouts import LAYOUTS
 
-    parser.set_defaults(command=_to_hf)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", type=path, help=_OURS)
-    add("out", metavar="OUT", type=path, help="folder to write; must be absent or empty")
-    add("--format", choices=tuple(LAYOUTS), default="mlcd", help="whose names and settings to write")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the written weights")
-    add("--regions", action="store_true",
-        help="add get_region_features: the projection, region tokens' own weights and a class that "
-        "AutoModel loads with trust_remote_code")  # fmt: skip
-    add("--license", type=_license, metavar="ID", default="unknown",
-        help="licence of the weights, as the hub calls it")  # fmt: skip
-    add("--evaluation", metavar="FILE", type=path,
-        help="evaluation.json for the card; the run's own if not given")  # fmt: skip
-    add("--shard-gb", metavar="GB", type=flag(Gigabytes), default=5.0,
-        help="most gigabytes of weights in one file")  # fmt: skip
-    add("--check", action="store_true", help="load OUT with transformers and compare its features with ours")
+    add("checkpoint", Folder, None, _OURS, metavar="CHECKPOINT")
+    add("out", Folder, None, "folder to write; must be absent or empty", metavar="OUT")
+    add("--format", Choice(tuple(LAYOUTS)), "mlcd", "whose names and settings to write")
+    add("--dtype", Choice(("fp32", "bf16")), "fp32", "type of the written weights")
+    add("--regions", bool, False, "add get_region_features: the projection, region tokens' own weights and a "
+        "class that AutoModel loads with trust_remote_code")  # fmt: skip
+    add("--license", _license, "unknown", "licence of the weights, as the hub calls it", metavar="ID")
+    add("--evaluation", File, None, "evaluation.json for the card; the run's own if not given")
+    add("--shard-gb", Real(0, 10**6, "GB", above=True), 5.0, "most gigabytes of weights in one file")
+    add("--check", bool, False, "load OUT with transformers and compare its features with ours")
 
 
 def _license(text: str) -> str:
@@ -162,26 +159,6 @@ def _license(text: str) -> str:
 
 
 _OURS = "a run's folder, its checkpoints folder or one step-... folder"
-
-
-def _print_exported(exported: Exported, dtype: str, out: Path) -> None:
-    model = exported.model
-    _print_rows(
-        {
-            "checkpoint": exported.checkpoint,
-            "step": f"{exported.step:,}",
-            "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, {model.activation}",
-            "parameters": f"{exported.parameters:,}",
-            "image": f"{model.image_size} px, patch {model.patch_size} px",
-            "weights": f"{exported.size / 2**20:.1f} MiB, {dtype}",
-            "written to": out,
-        }
-    )
-
-
-def _print_rows(rows: dict[str, object]) -> None:
-    for name, value in rows.items():
-        print(f"{name:<12}{value}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ python tools/curate.py report --out data --truth data/scenes/train
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaregion.bounds import Count, PositiveInt, Workers
-from megaregion.command_line import Parser, add_settings, add_settings_files, chosen_settings, flag, path, run
+from megaregion.bounds import Choice, Count, Folder, PositiveInt, Workers
+from megaregion.command_line import Parser, chosen_settings, progress, run
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
     from megaregion.curation.pipeline import Share
     from megaregion.parallel.topology import Topology
+
+OUT = ("--out", Folder, Path("data"), "folder of the run; the dataset is OUT/shards")
 
 
 def main() -> None:
@@ -41,10 +41,10 @@ def _curate(arguments: argparse.Namespace) -> None:
     if arguments.jobs:
         print("\n".join(job_lines(settings)))
     elif share is None and place is None:
-        print(curate(*where, _progress, arguments.stage, arguments.workers).table())
+        print(curate(*where, progress, arguments.stage, arguments.workers).table())
     else:
         share = share or Share(0, 1)
-        pieces, done = curate_share(*where, _progress, arguments.stage, share, arguments.workers)
+        pieces, done = curate_share(*where, progress, arguments.stage, share, arguments.workers)
         if place:
             leave()
             if place.rank:
@@ -75,10 +75,10 @@ def _status(arguments: argparse.Namespace) -> None:
     import time
 
     from megaregion.curation.pipeline import open_job, recorded_run
-    from megaregion.curation.status import read_progress, table
+    from megaregion.curation.status import readprogress, table
 
     images, settings = recorded_run(arguments.out)
-    print(table(read_progress(open_job(images, arguments.out, settings), time.time())))
+    print(table(readprogress(open_job(images, arguments.out, settings), time.time())))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -89,22 +89,7 @@ def _report(arguments: argparse.Namespace) -> None:
     images, settings = recorded_run(arguments.out)
     job = open_job(images, arguments.out, settings)
     truth = {scene.key: scene for scene in read_scenes(arguments.truth)} if arguments.truth else None
-    print(report(job, Pipeline(job, _progress, 0), truth).table())
-
-
-@contextmanager
-def _progress(stage: str, images: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal; one line at the end elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(total=images, desc=f"{stage:<9}", unit="image" if images > 1 else "step", disable=None) as bar:
-
-        def tick() -> None:
-            bar.update()
-
-        yield tick
-    if bar.disable:
-        print(f"{stage}: done")
+    print(report(job, Pipeline(job, progress, 0), truth).table())
 
 
 def _parser() -> Parser:
@@ -117,42 +102,30 @@ def _parser() -> Parser:
         "OUT/summary.json."
     )
     parser.set_defaults(command=_curate)
-    add = parser.add_argument
-    add("--images", metavar="FOLDER", type=path,
-        help="folder of jpg, png or webp files or of WebDataset tars, searched recursively; "
-        "SA-1B's JSON masks beside images are kept")  # fmt: skip
-    _add_out(parser)
-    add("--stage", choices=("all", LIST, *NAMES), default="all",
-        help="do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
-    add("--workers", metavar="N", type=flag(Workers), default=2,
-        help="processes; the outcome is the same for any number, 0 works in this process")  # fmt: skip
+    add = parser.add_flag
+    add("--images", Folder, None, "folder of jpg, png or webp files or of WebDataset tars, searched "
+        "recursively; SA-1B's JSON masks beside images are kept")  # fmt: skip
+    add(*OUT)
+    add("--stage", Choice(("all", LIST, *NAMES)), "all",
+        "do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
+    add("--workers", Workers, 2,
+        "processes; the outcome is the same for any number, 0 works in this process")  # fmt: skip
     group = parser.add_argument_group("A share of one stage, beside others on any machine")
-    group.add_argument("--piece", metavar="I", type=flag(Count), help="do share I, from 0, of its pieces")
-    group.add_argument("--of", metavar="N", type=flag(PositiveInt), help="number of shares")
-    group.add_argument(
-        "--jobs", action="store_true", help="check the settings, print the jobs of a cluster run and end"
-    )
-    add_settings_files(parser)
-    add_settings(parser, CurationSettings(), flat=True)
+    add("--piece", Count, None, "do share I, from 0, of its pieces", group, metavar="I")
+    add("--of", PositiveInt, None, "number of shares", group)
+    add("--jobs", bool, False, "check the settings, print the jobs of a cluster run and end", group)
+    parser.add_settings_files()
+    parser.add_settings(CurationSettings(), flat=True)
     commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
     status = commands.add_parser("status", help="print what is done, running and failed")
-    _add_out(status)
+    status.add_flag(*OUT)
     status.set_defaults(command=_status)
     report = commands.add_parser("report", help="print how good the labels are, and write OUT/report.json")
-    _add_out(report)
-    report.add_argument(
-        "--truth", metavar="FOLDER", type=path,
-        help="folder with truth.jsonl of the curated scenes, as tools/make_scenes.py writes it",
-    )  # fmt: skip
+    report.add_flag(*OUT)
+    report.add_flag("--truth", Folder, None,
+        "folder with truth.jsonl of the curated scenes, as tools/make_scenes.py writes it")  # fmt: skip
     report.set_defaults(command=_report)
     return parser
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=path, default=Path("data"),
-        help="folder of the run; the dataset is OUT/shards",
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,16 +17,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-from benchmark.memory import TreeMemory
-from megaregion.bounds import PositiveInt, Real, Steps
-from megaregion.command_line import Parser, flag, path, run
+from benchmark.memory import peak_until_end
+from megaregion.bounds import Folder, PositiveInt, Real, Steps, Text
+from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.schemas.evaluation import EVALUATION, SUMMARY, read_evaluation, write_evaluation
-
-GAIN = Annotated[float, Real(-1, 1, "SHARE")]
-"""A difference of two shares; below 0 any outcome is welcome."""
 
 
 def main() -> int:
@@ -34,16 +30,17 @@ def main() -> int:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     shutil.rmtree(arguments.run / "hf", ignore_errors=True)
-    with TreeMemory() as memory:
-        for name, command in steps(arguments):
-            print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
-            started = time.perf_counter()
-            done = subprocess.run([sys.executable, *command], check=False)
-            if done.returncode:
-                raise UserError(f"the demo stopped in step '{name}' (exit code {done.returncode}); see above")
-            seconds[name] = round(time.perf_counter() - started, 1)
+    peak = 0
+    for name, command in steps(arguments):
+        print(f"\n== {name} ==\n$ {shlex.join(command)}", flush=True)
+        started = time.perf_counter()
+        with subprocess.Popen([sys.executable, *command]) as process:
+            peak = max(peak, peak_until_end(process))
+        if process.returncode:
+            raise UserError(f"the demo stopped in step '{name}' (exit code {process.returncode}); see above")
+        seconds[name] = round(time.perf_counter() - started, 1)
     seconds["total"] = round(time.perf_counter() - began, 1)
-    return conclude(arguments.run, seconds, memory.peak, arguments.gate)
+    return conclude(arguments.run, seconds, peak, arguments.gate)
 
 
 def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
@@ -114,18 +111,15 @@ def conclude(goal: Path, seconds: dict[str, float], memory: int, gate: float) ->
 
 def _parser() -> Parser:
     parser = Parser(description="Images in, a HuggingFace encoder out.")
-    add = parser.add_argument
-    add("--data", metavar="FOLDER", type=path, default=Path("data/demo"), help="folder of scenes and shards")
-    add("--run", metavar="FOLDER", type=path, default=Path("runs/demo"), help="folder of the run")
-    add("--config", metavar="FILE", default="configs/demo.yaml", help="settings of the training run")
-    add("--train-scenes", metavar="N", type=flag(PositiveInt), default=3000,
-        help="scenes to curate and train on")  # fmt: skip
-    add("--test-scenes", metavar="N", type=flag(PositiveInt), default=300,
-        help="held-out scenes of unseen cut-outs")  # fmt: skip
-    add("--first-steps", metavar="STEPS", type=flag(Steps), default=60,
-        help="steps on 4 ranks (2 tensor x 2 data) before the run goes on with 2 data ranks")  # fmt: skip
-    add("--gate", metavar="SHARE", type=flag(GAIN), default=0.10,
-        help="least gain in region 5-NN over the untrained encoder")  # fmt: skip
+    add = parser.add_flag
+    add("--data", Folder, Path("data/demo"), "folder of scenes and shards")
+    add("--run", Folder, Path("runs/demo"), "folder of the run")
+    add("--config", Text("FILE"), "configs/demo.yaml", "settings of the training run")
+    add("--train-scenes", PositiveInt, 3000, "scenes to curate and train on")
+    add("--test-scenes", PositiveInt, 300, "held-out scenes of unseen cut-outs")
+    add("--first-steps", Steps, 60, "steps on 4 ranks (2 tensor x 2 data), before those on 2 data ranks")
+    # Below 0 any outcome is welcome.
+    add("--gate", Real(-1, 1, "SHARE"), 0.10, "least gain in region 5-NN over the untrained encoder")
     return parser
 
 

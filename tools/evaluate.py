@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from megaregion.bounds import Count, Images, PositiveInt, Seed, Whole, Workers
-from megaregion.command_line import Parser, flag, path, run
+from megaregion.bounds import Choice, Count, Folder, Images, PositiveInt, Seed, Text, Whole, Workers
+from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.files import write_text
 from megaregion.schemas.evaluation import (
@@ -52,20 +53,10 @@ def main() -> None:
     began = time.perf_counter()
     opened = open_run(arguments.run, arguments.checkpoint)
     device = _device(arguments.device)
-    config = StudyConfig(
-        scenes=arguments.scenes,
-        dataset=arguments.dataset or Path(opened.config.data.path),
-        split=arguments.split,
-        limit=arguments.limit,
-        batch=arguments.batch,
-        workers=arguments.workers,
-        device=device,
-        projected=arguments.projected,
-        seed=arguments.seed,
-        measures=arguments.measures,
-        seeds=arguments.seeds,
-        images=arguments.images,
-    )
+    names = {field.name for field in fields(StudyConfig)}
+    asked = {name: value for name, value in vars(arguments).items() if name in names}
+    asked |= {"device": device, "dataset": arguments.dataset or Path(opened.config.data.path)}
+    config = StudyConfig(**asked)
     others = _others(arguments, device, opened.config.model.grid)
     with tqdm(unit="image", disable=None) as bar:
         progress = partial(_show_progress, bar)
@@ -133,43 +124,32 @@ def _parser() -> Parser:
         "raw pixels and the curation encoder. Prints a table; RUN gets evaluation.json, evaluation.md, "
         "TensorBoard scalars and report.html.",
     )
-    add = parser.add_argument
-    add("run", metavar="RUN", type=path, help="the run's folder, with its checkpoints and metrics.jsonl")
-    add("--scenes", metavar="FOLDER", type=path, required=True,
-        help="scene set of tools/make_scenes.py, with its truth")  # fmt: skip
-    add("--dataset", metavar="FOLDER", type=path,
-        help="shards that the run was trained on; by default the run's data.path")  # fmt: skip
-    add("--split", choices=("test", "val"), default="test",
-        help="held-out split to ask about; tune on val only (it writes evaluation_val.json), never on "
-        "test")  # fmt: skip
-    add("--checkpoint", metavar="STEP", type=flag(Count), help="evaluate this step instead of the newest")
-    add("--limit", metavar="N", type=flag(Count), default=4000,
-        help="training objects in the gallery; 0 takes all")  # fmt: skip
-    add("--batch", metavar="IMAGES", type=flag(Images), default=32,
-        help="images that go through an encoder at once")  # fmt: skip
-    add("--workers", metavar="THREADS", type=flag(Workers), default=2,
-        help="threads that read and crop-embed images")  # fmt: skip
-    add("--device", default="auto", help="where the network computes: auto, cpu, cuda, cuda:1 ...")
-    add("--curation", choices=("lite0", "none"), default="lite0", help="curation encoder to compare with")
-    add("--measures", metavar="NAME[,NAME ...]", type=_measures, default=",".join(QUICK),
-        help=f"tables with means over seeds and intervals: {', '.join(MEASURES)}; "
-        "or all, or none")  # fmt: skip
-    add("--seeds", metavar="N", type=flag(PositiveInt), default=5,
-        help="galleries, splits and pairs drawn behind a mean")  # fmt: skip
-    add("--images", metavar="FOLDER", type=path,
-        help="also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
+    add = parser.add_flag
+    add("run", Folder, None, "the run's folder, with its checkpoints and metrics.jsonl", metavar="RUN")
+    add("--scenes", Folder, None, "scene set of tools/make_scenes.py, with its truth", required=True)
+    add("--dataset", Folder, None, "shards that the run was trained on; by default the run's data.path")
+    add("--split", Choice(("test", "val")), "test", "held-out split to ask about; tune on val only (it "
+        "writes evaluation_val.json), never on test")  # fmt: skip
+    add("--checkpoint", Count, None, "evaluate this step instead of the newest", metavar="STEP")
+    add("--limit", Count, 4000, "training objects in the gallery; 0 takes all")
+    add("--batch", Images, 32, "images that go through an encoder at once")
+    add("--workers", Workers, 2, "threads that read and crop-embed images", metavar="THREADS")
+    add("--device", Text("NAME"), "auto", "where the network computes: auto, cpu, cuda, cuda:1 ...")
+    add("--curation", Choice(("lite0", "none")), "lite0", "curation encoder to compare with")
+    add("--measures", _measures, ",".join(QUICK),
+        f"tables with means over seeds and intervals: {', '.join(MEASURES)}; or all, or none",
+        metavar="NAME[,NAME ...]")  # fmt: skip
+    add("--seeds", PositiveInt, 5, "galleries, splits and pairs drawn behind a mean")
+    add("--images", Folder, None, "also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
         "FOLDER/test/CLASS")  # fmt: skip
-    add("--compare", metavar="MODEL", action="append", default=[],
-        help="a vision transformer in HuggingFace form, folder or hub id, as further rows; "
-        "repeatable")  # fmt: skip
-    add("--frames", metavar="PATH", type=path,
-        help="image or folder of frames whose features the report paints; "
-        "by default held-out scenes")  # fmt: skip
-    add("--map-side", metavar="PX", type=flag(Annotated[int, Whole(0, 16_384)]), default=0,
-        help="longest side at which frames are read for maps; 0 takes three times the training "
-        "size")  # fmt: skip
-    add("--projected", action="store_true", help="compare regions by the heads' embeddings, not by features")
-    add("--seed", type=flag(Seed), default=0, help="draws the gallery and the pictures of the report")
+    add("--compare", Text("MODEL"), [], "a vision transformer in HuggingFace form, folder or hub id, as "
+        "further rows; repeatable", action="append")  # fmt: skip
+    add("--frames", Folder, None, "image or folder of frames whose features the report paints; by default "
+        "held-out scenes", metavar="PATH")  # fmt: skip
+    add("--map-side", Whole(0, 16_384, "PX"), 0,
+        "longest side at which frames are read for maps; 0 takes three times the training size")  # fmt: skip
+    add("--projected", bool, False, "compare regions by the heads' embeddings, not by features")
+    add("--seed", Seed, 0, "draws the gallery and the pictures of the report")
     return parser
 
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaregion.bounds import Count, Seed, Workers
-from megaregion.command_line import Parser, flag, path, run
+from megaregion.bounds import Count, Folder, Seed, Workers, kind_of
+from megaregion.command_line import Parser, progress, run
 from megaregion.errors import UserError
+from megaregion.tables import aligned
 
 if TYPE_CHECKING:
     from megaregion.demo.assets import Part
@@ -22,8 +23,6 @@ def main() -> None:
     arguments = _parser().parse_args()
 
     import time
-
-    from tqdm import tqdm
 
     from megaregion.demo.assets import load_library
     from megaregion.demo.folder import identity, is_done, summarise, write_scenes
@@ -43,26 +42,25 @@ def main() -> None:
         print(f"{arguments.out} holds these scenes already")
     else:
         began = time.perf_counter()
-        with tqdm(total=sum(counts.values()), unit="scene", disable=not sys.stderr.isatty()) as bar:
-            write_scenes(arguments.out, library, settings, counts, arguments.workers, bar.update)
+        with progress("scenes", sum(counts.values())) as tick:
+            write_scenes(arguments.out, library, settings, counts, arguments.workers, tick)
         seconds = time.perf_counter() - began
         print(f"{arguments.out}: {sum(counts.values())} scenes in {seconds:.1f} s")
     print(_table(summarise(arguments.out)))
 
 
 def _table(summaries: dict[Part, PartSummary]) -> str:
-    classes = sorted({name for summary in summaries.values() for name in summary.objects})
-    rows = [("", *summaries)]
-    rows += [("scenes", *(str(summary.scenes) for summary in summaries.values()))]
-    rows += [("objects", *(str(summary.objects.total()) for summary in summaries.values()))]
-    rows += [
-        ("  " + name, *(str(summary.objects[name]) for summary in summaries.values())) for name in classes
+    parts = list(summaries.values())
+    classes = sorted({name for part in parts for name in part.objects})
+    counts = [
+        ("scenes", [part.scenes for part in parts]),
+        ("objects", [part.objects.total() for part in parts]),
+        *((f"  {name}", [part.objects[name] for part in parts]) for name in classes),
+        ("instances", [len(part.instances) for part in parts]),
+        ("words", [part.words for part in parts]),
+        ("  different", [len(part.texts) for part in parts]),
     ]
-    rows += [("instances", *(str(len(summary.instances)) for summary in summaries.values()))]
-    rows += [("words", *(str(summary.words) for summary in summaries.values()))]
-    rows += [("  different", *(str(len(summary.texts)) for summary in summaries.values()))]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows)
+    return aligned([("", *summaries), *((name, *map(str, found)) for name, found in counts)])
 
 
 def _parser() -> Parser:
@@ -71,22 +69,17 @@ def _parser() -> Parser:
         "no word. OUT gets train/, val/ and test/ with images/ and truth.jsonl; only the evaluation "
         "may read the truth.",
     )
-    add = parser.add_argument
-    add("--out", metavar="FOLDER", type=path, default=Path("data/scenes"), help="folder to make")
-    add("--train", type=flag(Count), default=3000, metavar="N", help="scenes to train on")
-    add("--val", type=flag(Count), default=0, metavar="N",
-        help="scenes to tune on, of files that no other part shows")  # fmt: skip
-    add("--test", type=flag(Count), default=400, metavar="N", help="scenes to measure on")
-    add("--size", metavar="SIZE", type=_size, nargs="+", default=[(256, 256)],
-        help="pixels, as 256 or 256x320; each scene draws one of those given")  # fmt: skip
-    add("--seed", metavar="SEED", type=flag(Seed), default=0,
-        help="other scenes of the same files; the parts of the files stay the same")  # fmt: skip
-    add("--workers", metavar="N", type=flag(Workers), default=2,
-        help="processes; the scenes are the same for any number")  # fmt: skip
-    add("--cutouts", type=path, metavar="DIR",
-        help="your own: one folder per class, pictures with transparency")  # fmt: skip
-    add("--backgrounds", type=path, metavar="DIR", help="your own background pictures")
-    add("--force", action="store_true", help="replace scenes of other settings in OUT")
+    add = parser.add_flag
+    add("--out", Folder, Path("data/scenes"), "folder to make")
+    add("--train", Count, 3000, "scenes to train on")
+    add("--val", Count, 0, "scenes to tune on, of files that no other part shows")
+    add("--test", Count, 400, "scenes to measure on")
+    add("--size", _size, [(256, 256)], "pixels, as 256 or 256x320; each scene draws one of them", nargs="+")
+    add("--seed", Seed, 0, "other scenes of the same files; the parts of the files stay the same")
+    add("--workers", Workers, 2, "processes; the scenes are the same for any number")
+    add("--cutouts", Folder, None, "your own: one folder per class, pictures with transparency")
+    add("--backgrounds", Folder, None, "your own background pictures")
+    add("--force", bool, False, "replace scenes of other settings in OUT")
     return parser
 
 
@@ -95,7 +88,8 @@ def _size(text: str) -> tuple[int, int]:
     from megaregion.demo.scenes import Side
 
     width, _, height = text.partition("x")
-    return flag(Side)(width), flag(Side)(height or width)
+    side = kind_of(Side).fit
+    return side(width), side(height or width)
 
 
 if __name__ == "__main__":

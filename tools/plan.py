@@ -10,18 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from megaregion.bounds import LARGE, Count, PositiveInt, Real, Seed, Whole
-from megaregion.command_line import (
-    Parser,
-    add_settings,
-    add_settings_files,
-    changed_settings,
-    flag,
-    run,
-    run_settings,
-)
+from megaregion.bounds import LARGE, Choice, Count, PositiveInt, Real, Seed, Text, Whole
+from megaregion.command_line import Parser, changed_settings, run, run_settings
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.planning import faults
@@ -30,10 +22,6 @@ from megaregion.planning.hardware import GIB, Hardware, Ranks, check_hardware, l
 
 if TYPE_CHECKING:
     from megaregion.planning.plan import Plan
-
-Samples = Annotated[int, Whole(1, LARGE)]
-Faults = Annotated[int, Whole(1, 10**7)]
-Interval = Annotated[float, Real(0, 10**7, "SECONDS", above=True)]
 
 
 def main() -> int:
@@ -121,32 +109,32 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--cluster", default="h100x64", help="preset of configs/clusters/, or a YAML file of such fields")
-    add("--samples", type=flag(Samples), help="images of the whole run, if not train.steps'")
-    add("--classes", type=flag(PositiveInt), help="object classes, if not those of data.path or 1,000,000")
-    add("--vocabulary", type=flag(PositiveInt), help="text classes, if not those of data.path or 32,768")
-    add("--choices", type=flag(Count), default=5, help="best choices shown; 0 for none")
-    add("--scaling", type=flag(Ranks), nargs="*", help="sizes of the weak scaling table, if not 8 to 1,024")
-    add("--dry-run", type=flag(Count), metavar="RANK", help="also build this rank; compare it with the plan")
-    add("--device", choices=("cuda",), help="count a step of --dry-run's rank on fake CUDA tensors instead")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    add_settings(parser, Hardware(), flat=True, without=("name", "device"))
-    add_settings_files(parser)
-    add_settings(parser, RunConfig())
+def _add_run(parser: Parser) -> None:
+    add = parser.add_flag
+    add("--cluster", Text("NAME"), "h100x64", "preset of configs/clusters/, or a YAML file of such fields")
+    add("--samples", Whole(1, LARGE), None, "images of the whole run, if not train.steps'")
+    add("--classes", PositiveInt, None, "object classes, if not those of data.path or 1,000,000")
+    add("--vocabulary", PositiveInt, None, "text classes, if not those of data.path or 32,768")
+    add("--choices", Count, 5, "best choices shown; 0 for none")
+    add("--scaling", Ranks, None, "sizes of the weak scaling table, if not 8 to 1,024", nargs="*")
+    add("--dry-run", Count, None, "also build this rank; compare it with the plan", metavar="RANK")
+    add("--device", Choice(("cuda",)), None, "count a step of --dry-run's rank on fake CUDA tensors instead")
+    add("--json", bool, False, "print JSON instead of tables")
+    parser.add_settings(Hardware(), flat=True, without=("name", "device"))
+    parser.add_settings_files()
+    parser.add_settings(RunConfig())
     parser.set_defaults(command=plan_run)
 
 
-def _add_goodput(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--gpus", type=flag(Ranks), nargs="+", default=[64, 1024], help="sizes of the run")
-    add_settings(parser, FaultModel(), flat=True, without=("gpus",))
-    add("--interval", type=flag(Interval), metavar="SECONDS",
-        help="training between two saves; the best one if not given")  # fmt: skip
-    add("--faults", type=flag(Faults), default=100_000, help="simulated faults")
-    add("--seed", type=flag(Seed), default=0, help="seed of the faults' times")
-    add("--json", action="store_true", help="print JSON instead of a table")
+def _add_goodput(parser: Parser) -> None:
+    add = parser.add_flag
+    add("--gpus", Ranks, [64, 1024], "sizes of the run", nargs="+")
+    parser.add_settings(FaultModel(), flat=True, without=("gpus",))
+    add("--interval", Real(0, 10**7, "SECONDS", above=True), None,
+        "training between two saves; the best one if not given")  # fmt: skip
+    add("--faults", Whole(1, 10**7), 100_000, "simulated faults")
+    add("--seed", Seed, 0, "seed of the faults' times")
+    add("--json", bool, False, "print JSON instead of a table")
     parser.set_defaults(command=plan_goodput)
 
 

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from megaregion.bounds import Steps, Whole
+from megaregion.bounds import Choice, Folder, Steps, Text, Whole
 from megaregion.checks import fitting_nodes
-from megaregion.command_line import Parser, add_settings, add_settings_files, flag, path, run, run_settings
+from megaregion.command_line import Parser, run, run_settings
 from megaregion.config import RunConfig
 from megaregion.errors import StopRequest, UserError
 from megaregion.settings import to_yaml
@@ -23,7 +23,7 @@ from megaregion.settings import to_yaml
 # Before torch is imported: a signal that comes during the slow imports must not kill the rank.
 STOP = StopRequest().install()
 
-Nodes = Annotated[int, Whole(1, 100_000)]
+NODES = Whole(1, 100_000)
 Begin = Callable[[Any], None]
 """Puts weights into a transformer."""
 
@@ -140,31 +140,29 @@ def write_run_files(folder: Path, config: RunConfig, deepspeed: dict[str, object
 def _parser() -> Parser:
     parser = Parser(description="Train a region encoder by region cluster discrimination.")
     parser.set_defaults(command=pretrain)
-    add = parser.add_argument
-    add("--resume", choices=["auto", "none"], default="none",
-        help="auto: go on from the newest whole checkpoint of this run, or start if there is none; "
+    add = parser.add_flag
+    add("--resume", Choice(("auto", "none")), "none",
+        "auto: go on from the newest whole checkpoint of this run, or start if there is none; "
         "none: start, and refuse if the run has checkpoints")  # fmt: skip
-    add("--stop-at", type=flag(Steps), metavar="STEP",
-        help="save and leave after this step, for a later --resume auto; schedules still end at train.steps"
-    )  # fmt: skip
-    add("--profile", metavar="STEPS",
-        help="profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
+    add("--stop-at", Steps, None, "save and leave after this step, for a later --resume auto; schedules "
+        "still end at train.steps", metavar="STEP")  # fmt: skip
+    add("--profile", Text("STEPS"), None,
+        "profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
         "a trace for Chrome or TensorBoard and a memory snapshot of every rank")  # fmt: skip
-    add("--preflight", nargs="?", const="only", choices=["only", "first"],
-        help="look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
-        "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend"
-    )  # fmt: skip
-    add("--fit-nodes", type=flag(Nodes), metavar="N",
-        help="only check the settings and print the most nodes, N or fewer, that keep train.global_batch"
-    )  # fmt: skip
-    add("--per-node", type=flag(Nodes), default=1, metavar="N", help="ranks of a node, for --fit-nodes")
-    add_settings_files(parser)
-    add_settings(parser, RunConfig())
+    add("--preflight", Choice(("only", "first")), None,
+        "look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
+        "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend",
+        nargs="?", const="only")  # fmt: skip
+    add("--fit-nodes", NODES, None, "only check the settings and print the most nodes, N or fewer, that keep "
+        "train.global_batch")  # fmt: skip
+    add("--per-node", NODES, 1, "ranks of a node, for --fit-nodes")
+    parser.add_settings_files()
+    parser.add_settings(RunConfig())
     commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
     told = commands.add_parser("report", help="what the wall time of all starts of a run went into")
     told.set_defaults(command=report)
-    told.add_argument("run", type=path, metavar="RUN", help="the run's folder, as runs/NAME")
-    told.add_argument("--json", action="store_true", help="seconds as JSON instead of a table")
+    told.add_flag("run", Folder, None, "the run's folder, as runs/NAME", metavar="RUN")
+    told.add_flag("--json", bool, False, "seconds as JSON instead of a table")
     return parser
 
 

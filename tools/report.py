@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaregion.command_line import Parser, path, run
+from megaregion.bounds import File, Folder
+from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 
 
@@ -31,15 +32,9 @@ def main() -> None:
 
 def _parser() -> Parser:
     parser = Parser(description="Show runs side by side: a table a measure on the terminal, and one page.")
-    add = parser.add_argument
-    add(
-        "runs",
-        metavar="RUN",
-        type=path,
-        nargs="+",
-        help="folder of a run that tools/evaluate.py has measured",
-    )
-    add("--out", type=path, default=Path("comparison.html"), metavar="FILE", help="the page")
+    told = "folder of a run that tools/evaluate.py has measured"
+    parser.add_flag("runs", Folder, None, told, metavar="RUN", nargs="+")
+    parser.add_flag("--out", File, Path("comparison.html"), "the page")
     return parser
 
 

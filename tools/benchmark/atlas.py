@@ -1,112 +1,79 @@
-"""An atlas of a million clusters beside one of ten thousand: build, folder, Chromium's time and memory.
-
-Ratios are small / large: 1 is a cost that does not grow with the clusters, which are synthetic.
-"""
+"""Atlases of few and many synthetic clusters: what it takes to build one and to look at it."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from benchmark.browser import browser, require_programs
-from benchmark.measure import describe_host
-from benchmark.report import Case, Report
+from benchmark.measure import Stopwatch, passing_folder
+from benchmark.part import FOLDER, Case, part
 from megaregion.atlas.build import build_atlas
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.atlas.synthetic import SyntheticSource
-from megaregion.command_line import path, whole
+from megaregion.bounds import Count, PositiveInt, Workers
+from megaregion.command_line import progress
 from megaregion.errors import UserError
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this part's flags."""
-    add = parser.add_argument
-    add("--clusters", type=whole(), default=1_000_000, help="clusters of the large atlas")
-    add("--peer-clusters", type=whole(), default=10_000, help="clusters of the small one")
-    add("--sheets", type=whole(0), default=1000, help="clusters of each whose members are cropped")
-    add("--folder", type=path, default=Path(), help="where both are built")
-    add("--keep", action="store_true", help="leave both there, to look at")
-    add("--workers", type=whole(0, 1024), default=2, help="processes that crop")
+UNITS = {
+    "build": "s", "files": "files", "folder": "MB", "first paint": "ms", "map drawn": "ms",
+    "cluster page": "ms", "JavaScript heap": "MB", "browser memory": "MB",
+}  # fmt: skip
+"""What is measured of an atlas."""
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Build both and look at them.
+@part(
+    ("--clusters", PositiveInt, 1_000_000, "clusters of the large atlas"),
+    ("--peer-clusters", PositiveInt, 10_000, "clusters of the small one"),
+    ("--sheets", Count, 1000, "clusters of each whose members are cropped"),
+    FOLDER,
+    ("--keep", bool, False, "leave both in --folder, to look at"),
+    ("--workers", Workers, 2, "processes that crop"),
+)
+def atlas(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """An atlas of a million clusters beside one of ten thousand: build, folder, Chromium's time and memory.
 
-    Raises:
-        UserError: Chromium is not installed.
+    Ratios are small / large: 1 is a cost that does not grow with the clusters, which are synthetic.
     """
     require_programs()
-    report = Report(describe_host(device, folder=str(options.folder)))
-    options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as passing:
-        folder = options.folder if options.keep else Path(passing)
+    with passing_folder(options.folder) as passing:
+        folder = options.folder if options.keep else passing
         small, large = (
-            _measure_atlas(clusters, options.sheets, folder, options.workers)
+            _measure(clusters, folder / f"atlas-{clusters}", options, watch)
             for clusters in (options.peer_clusters, options.clusters)
         )
-    report.cases += _compare(large, small)
-    return report
+    for what, unit in UNITS.items():
+        case = f"{what}, {options.clusters:,} clusters beside {options.peer_clusters:,}"
+        yield Case(case, large[what], small[what], unit)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What it takes to look at an atlas in the browser."""
-
-    painted: float
-    """Milliseconds from the start of the navigation to the browser's first contentful paint."""
-    drawn: float
-    """Milliseconds from the start of the navigation until the map shows its first clusters."""
-    cluster: float
-    """Milliseconds from asking for a cluster's page to its data and pictures being there."""
-    heap: float
-    """Bytes of JavaScript's heap after the map, a zoom, a list and a cluster's page."""
-    memory: float
-    """Bytes of all the browser's processes at that time, shared ones by their share."""
-
-
-@dataclass(frozen=True)
-class AtlasCost:
-    """What one atlas took."""
-
-    clusters: int
-    build: float
-    """Seconds."""
-    files: int
-    bytes: int
-    look: Look
-
-
-def _measure_atlas(clusters: int, sheets: int, folder: Path, workers: int) -> AtlasCost:
-    """Build a synthetic atlas in FOLDER/atlas-CLUSTERS and look at it."""
-    site = folder / f"atlas-{clusters}"
-    began = time.perf_counter()
-    settings = AtlasSettings(sheets=sheets, samples=500)
-    if build_atlas(SyntheticSource(clusters), site, settings, _bar, workers) is None:
+def _measure(clusters: int, site: Path, options: argparse.Namespace, watch: Stopwatch) -> dict[str, float]:
+    """Build a synthetic atlas and look at it."""
+    settings = AtlasSettings(sheets=options.sheets, samples=500)
+    built, seconds = watch.timed(
+        lambda: build_atlas(SyntheticSource(clusters), site, settings, progress, options.workers)
+    )
+    if built is None:
         raise UserError(f"{site} is built already, so its building cannot be timed; remove it")
-    build = time.perf_counter() - began
     sizes = [path.stat().st_size for path in site.rglob("*") if path.is_file()]
-    return AtlasCost(clusters, build, len(sizes), sum(sizes), _look(site, clusters // 3))
+    found = {"build": seconds, "files": len(sizes), "folder": sum(sizes) / 1e6}
+    return {**found, **_look(site, clusters // 3)}
 
 
-def _look(site: Path, cluster: int) -> Look:
+def _look(site: Path, cluster: int) -> dict[str, float]:
+    """Milliseconds and megabytes in the browser: the map, a zoom, a list and a cluster's page."""
     with browser() as window:
         window.get((site / "index.html").resolve().as_uri())
         window.wait("return performance.getEntriesByName('map').length && MapPage.state().points")
-        # The browser reports its first paint a little later than it happens.
+        # Since the navigation began; the browser reports its first paint a little later than it happens.
         painted = window.wait("return performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
         drawn = window.execute_script("return performance.getEntriesByName('map')[0].startTime")
         for _ in range(4):
             window.press("+")
         window.execute_script("location.hash = '#/clusters'")
         window.wait("return document.body.dataset.shown === '#/clusters'")
+        # From asking for the page to its data and pictures being there.
         window.execute_script(
             "window.asked = performance.now(); location.hash = arguments[0];"
             "const watch = () => document.body.dataset.shown === arguments[0] "
@@ -115,28 +82,7 @@ def _look(site: Path, cluster: int) -> Look:
         )
         came = window.wait("return window.came && window.came - window.asked")
         heap = window.execute_cdp_cmd("Runtime.getHeapUsage", {})["usedSize"]
-        return Look(painted, drawn, came, heap, window.memory())
-
-
-def _compare(large: AtlasCost, small: AtlasCost) -> list[Case]:
-    name = f"{large.clusters:,} clusters beside {small.clusters:,}"
-
-    def case(what: str, cost: Callable[[AtlasCost], float], unit: str) -> Case:
-        return Case(f"{what}, {name}", cost(large), cost(small), 0.0, unit)
-
-    return [
-        case("build", lambda cost: cost.build, "s"),
-        case("files", lambda cost: cost.files, "files"),
-        case("folder", lambda cost: cost.bytes / 1e6, "MB"),
-        case("first paint", lambda cost: cost.look.painted, "ms"),
-        case("map drawn", lambda cost: cost.look.drawn, "ms"),
-        case("cluster page", lambda cost: cost.look.cluster, "ms"),
-        case("JavaScript heap", lambda cost: cost.look.heap / 1e6, "MB"),
-        case("browser memory", lambda cost: cost.look.memory / 1e6, "MB"),
-    ]
-
-
-@contextmanager
-def _bar(step: str, count: int) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=count, desc=f"{step:<10}", unit_scale=True, disable=None) as bar:
-        yield bar.update
+        return {
+            "first paint": painted, "map drawn": drawn, "cluster page": came,
+            "JavaScript heap": heap / 1e6, "browser memory": window.memory() / 1e6,
+        }  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
 from benchmark.memory import descendants_bytes
 from megaregion.errors import UserError
@@ -64,26 +63,10 @@ class Browser(Chrome):
         """Type into whatever has the focus; WebDriver's code points stand for keys without a letter."""
         ActionChains(self, duration=0).send_keys(keys).perform()
 
-    def click(self, x: int, y: int) -> None:
-        """Move the mouse to a point of the page, in CSS pixels, and click."""
-        actions = ActionBuilder(self, duration=0)
-        actions.pointer_action.move_to_location(x, y).click()
-        actions.perform()
-
     def resize(self, width: int, height: int) -> None:
         """Give the page a size, in CSS pixels."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-    def prefer(self, scheme: str) -> None:
-        """Prefer a color scheme, light or dark."""
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-    def complaints(self) -> list[str]:
-        """What the console was told since the last call, debugging aside: errors, warnings, failed loads."""
-        lines = self.get_log("browser")
-        return [line["message"] for line in lines if line["level"] in ("SEVERE", "WARNING")]
 
     def memory(self) -> int:
         """Bytes that all the browser's processes hold; what they share counts once."""

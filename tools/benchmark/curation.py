@@ -1,27 +1,30 @@
-"""Peak memory of every stage of curation when the input grows.
-
-Ratios are peak for the small input / peak for the large one; flat within 10 percent is 0.91.
-"""
+"""Curation on composed scenes: memory of its stages, time of its engines, words that are read."""
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from benchmark.measure import describe_host
+from benchmark.measure import Stopwatch
 from benchmark.memory import PeakMemory
-from benchmark.report import Case, Report
-from benchmark.scenes import scene_folder
-from megaregion.command_line import whole
+from benchmark.part import CLOCK, Case, part
+from benchmark.scenes import CROP_SIDE, ComposedScene, compose
+from megaregion.bounds import COUNT, PositiveInt, Whole
+from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
+from megaregion.curation.engines.ocr import RapidReader
+from megaregion.curation.picture import Pixels, crop, resize
 from megaregion.curation.pipeline import LIST, Share, curate, curate_share
+from megaregion.curation.report import READABLE
 from megaregion.curation.settings import (
     ClusterSettings,
     CurationSettings,
@@ -30,47 +33,38 @@ from megaregion.curation.settings import (
     TokenizerSettings,
 )
 from megaregion.curation.stages import NAMES
+from megaregion.demo.assets import load_library
+from megaregion.demo.folder import write_scenes
+from megaregion.demo.scenes import SceneSettings
 from megaregion.errors import UserError
 
 FLAT = 1 / 1.1
+"""Least ratio of the peaks of a small and a large input."""
+MISREAD = 0.1
+"""Greatest share of the readable words that may be misread."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this part's flags."""
-    parser.add_argument("--images", type=whole(8), default=40, help="images of the small input")
-    parser.add_argument("--factor", type=whole(2), default=10, help="how many times larger the large one is")
-    parser.add_argument("--clusters", type=whole(), default=32, help="object classes of both")
+@part(
+    ("--images", Whole(8, COUNT), 40, "images of the small input"),
+    ("--factor", Whole(2, COUNT), 10, "how many times larger the large one is"),
+    ("--clusters", PositiveInt, 32, "object classes of both"),
+)
+def curation(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Peak memory of every stage of curation when the input grows.
 
-
-def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Run every stage in a process of its own, on both inputs.
-
-    Raises:
-        UserError: An input has too few regions for the clusters.
+    Ratios are peak for the small input / peak for the large one; flat within 10 percent is 0.91.
     """
-    report = Report(describe_host(device))
     sizes = (options.images, options.images * options.factor)
-    with scene_folder(sizes[1], 256) as scenes, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        small, large = (
-            _peaks(_copy(scenes / "images", Path(folder) / f"images-{count}", count), options.clusters)
-            for count in sizes
-        )
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        small, large = (_peaks(Path(folder) / str(count), count, options.clusters) for count in sizes)
     for stage, peak in small.items():
         case = f"{stage}, {sizes[1]} images / {sizes[0]}"
-        report.cases.append(Case(case, large[stage] / 2**20, peak / 2**20, FLAT, "MiB"))
-    return report
+        yield Case(case, large[stage] / 2**20, peak / 2**20, "MiB", FLAT)
 
 
-def _copy(images: Path, target: Path, count: int) -> Path:
-    """Copy the first images of a folder; returns the new folder."""
-    target.mkdir()
-    for path in sorted(images.iterdir())[:count]:
-        shutil.copy2(path, target)
-    return target
-
-
-def _peaks(images: Path, clusters: int) -> dict[str, int]:
-    """Peak resident memory of each stage, in bytes, by name."""
+def _peaks(folder: Path, count: int, clusters: int) -> dict[str, int]:
+    """Peak resident memory of each stage, in a process of its own, in bytes."""
+    write_scenes(folder / "scenes", load_library(), SceneSettings(), {"train": count}, workers=1)
     settings = CurationSettings(
         image=ImageSettings(piece_images=8),
         cluster=ClusterSettings(clusters),
@@ -78,36 +72,115 @@ def _peaks(images: Path, clusters: int) -> dict[str, int]:
         pack=PackSettings(samples_per_shard=32),
     )
     context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for stage in (LIST, *NAMES):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(theirs, images, settings, stage))
-        process.start()
-        theirs.close()
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         try:
-            answer = ours.recv()
-        except EOFError:
-            answer = f"the process of stage {stage} died"
-        process.join()
-        if isinstance(answer, str):
-            raise UserError(answer)
-        peaks[stage] = answer
-    return peaks
+            return {stage: pool.submit(_peak, folder, settings, stage).result() for stage in (LIST, *NAMES)}
+        except BrokenProcessPool:
+            raise UserError("the process of a stage died, most likely of memory") from None
 
 
-def _run(pipe: Connection, images: Path, settings: CurationSettings, stage: str) -> None:
-    """One stage, as a job of a cluster does it; sends the peak, or what went wrong."""
-    out = images.with_name(f"{images.name}-curated")
-    try:
-        if stage == LIST:
-            curate(images, out, settings, _silent, stage, workers=0)
-        else:
-            curate_share(images, out, settings, _silent, stage, Share(0, 1), workers=0)
-        pipe.send(PeakMemory(torch.device("cpu")).peak())
-    except UserError as error:
-        pipe.send(str(error))
+def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
+    """Do one stage as a job of a cluster does it."""
+    where = folder / "scenes" / "train" / "images", folder / "curated", settings
+    if stage == LIST:
+        curate(*where, _silent, stage, workers=0)
+    else:
+        curate_share(*where, _silent, stage, Share(0, 1), workers=0)
+    return PeakMemory(torch.device("cpu")).peak()
 
 
 @contextmanager
 def _silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
     yield lambda: None
+
+
+@part(
+    ("--scenes", PositiveInt, 60, "scenes to cut crops from, about 3 each"),
+    ("--crop-side", Whole(32, 1024, multiple=32), CROP_SIDE, "pixels to which a crop is resized"),
+    ("--repeats", PositiveInt, 3, "timed passes; the fastest counts"),
+    CLOCK,
+)
+def embed(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """EfficientNet-Lite0's crops through ONNX Runtime in batches, beside torch and one by one.
+
+    Milliseconds a crop, on one thread as in a worker of curation; ratios are peer / ours. Crops are true
+    objects of composed scenes.
+    """
+    torch.set_num_threads(1)
+    scenes, side = compose(options.scenes, 256), options.crop_side
+    crops = [crop(scene.pixels, tuple(item["box"])) for scene in scenes for item in scene.truth["objects"]]
+    embedder, network = Lite0Embedder(side), load_network()
+    seconds = watch.fastest(
+        {
+            "batches": lambda: embedder.embed(crops),
+            "torch": lambda: _in_torch(network, crops, side),
+            "crop by crop": lambda: [embedder.embed([one]) for one in crops],
+        },
+        options.repeats,
+    )
+    each = {name: 1000 * taken / len(crops) for name, taken in seconds.items()}
+    for peer in ("torch", "crop by crop"):
+        case = f"Lite0, {len(crops)} crops at {side} px, batches / {peer}"
+        yield Case(case, each["batches"], each[peer], "ms")
+
+
+def _in_torch(network: Any, crops: Sequence[Pixels], side: int) -> torch.Tensor:
+    """The same features from the package's own network."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(crops), BATCH):
+            batch = np.stack([resize(one, side, side) for one in crops[start : start + BATCH]])
+            pixels = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() - 127) / 128
+            found.append(network.extract_features(pixels).mean((2, 3)))
+    return torch.cat(found)
+
+
+@part(
+    ("--scenes", PositiveInt, 40, "scenes to read"),
+    ("--side", Whole(96, 4096), 256, "side of a scene, in pixels"),
+    ("--ocr-side", Whole(32, 8192), 384, "as of tools/curate.py"),
+    CLOCK,
+)
+def ocr(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """OCR of composed scenes at our settings, beside the engine's defaults: time, and words read exactly.
+
+    For times the ratio is peer / ours; for misread words likewise, and the goal is 10 percent.
+    """
+    scenes = list(compose(options.scenes, options.side))
+    (ours, misread), (theirs, their_misread) = (
+        _read_all(reader, scenes, watch) for reader in (RapidReader(options.ocr_side), _DefaultReader())
+    )
+    words = max(1, sum(len(_needed(scene)) for scene in scenes))
+    # One that misreads nothing still has a ratio.
+    share, their_share = (max(count, 0.5) / words for count in (misread, their_misread))
+    case, of_words = (
+        f"{len(scenes)} scenes of {options.side} px",
+        f"misread of {words} words of {READABLE:g} px",
+    )
+    yield Case(f"{case}, an image / engine's defaults", ours, theirs, "ms")
+    yield Case(f"{of_words} / engine's defaults", share, their_share, "")
+    yield Case(f"{of_words} / goal", share, MISREAD, "", 1.0)
+
+
+def _needed(scene: ComposedScene) -> list[str]:
+    return [word["text"] for word in scene.truth["words"] if word["box"][3] - word["box"][1] >= READABLE]
+
+
+def _read_all(reader: RapidReader, scenes: Sequence[ComposedScene], watch: Stopwatch) -> tuple[float, int]:
+    """Milliseconds an image, and the number of needed words that are not found."""
+    # What comes first pays for what is made once.
+    reader.read(scenes[0].pixels)
+    found, seconds = watch.timed(lambda: [[word.text for word in reader.read(s.pixels)] for s in scenes])
+    missed = sum(text not in have for have, s in zip(found, scenes, strict=True) for text in _needed(s))
+    return 1000 * seconds / len(scenes), missed
+
+
+class _DefaultReader(RapidReader):
+    """Rapidocr as it comes, but for one thread."""
+
+    def __init__(self) -> None:
+        from rapidocr import RapidOCR
+
+        threads = ("intra_op_num_threads", "inter_op_num_threads")
+        params = {f"EngineConfig.onnxruntime.{name}": 1 for name in threads}
+        self._engine = RapidOCR(params={"Global.log_level": "critical", **params})

@@ -1,27 +1,19 @@
-"""What guards, slow-rank report and logging take from a step.
-
-The ratio is step / guards: 100 is 1 percent of a step. Under torchrun the guards' collectives cross all
-ranks; rank 0 reports. Every call that the training loop makes for them is made here, by the same
-functions in the same process group, in every step, though a run of weeks logs every tenth. The step is
-the encoder's alone (forward, backward, AdamW; no head, no data, no communication), so the share that
-comes out is an upper bound.
-"""
+"""Guards, slow-rank report and logging beside the step that they watch."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmark.measure import Stopwatch, describe_host
-from benchmark.report import Case, Report
+from benchmark.measure import Stopwatch, Work
+from benchmark.part import Case, part
+from megaregion.bounds import PositiveInt, Whole
 from megaregion.checkpoint.fence import Fence
-from megaregion.command_line import whole
 from megaregion.config import GuardConfig, ModelConfig
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel import topology
@@ -38,55 +30,44 @@ LOGGED = ("loss", "loss_object", "loss_text", "lr", "grad_norm", "images_per_sec
 """As many numbers as a run logs."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this part's flags."""
-    parser.add_argument("--images", type=whole(), default=8, help="images of a rank's step")
-    parser.add_argument(
-        "--width", type=whole(64, 65_536, multiple=64), default=768, help="width of the encoder"
-    )
-    parser.add_argument("--depth", type=whole(4, 1000), default=12, help="blocks of the encoder")
-    parser.add_argument(
-        "--image-size", type=whole(16, 16_384, multiple=16), default=224, help="side of the images, in pixels"
-    )
-    parser.add_argument("--repeats", type=whole(), default=5, help="timed steps; the fastest counts")
+@part(
+    ("--images", PositiveInt, 8, "images of a rank's step"),
+    ("--width", Whole(64, 65_536, multiple=64), 768, "width of the encoder"),
+    ("--depth", Whole(4, 1000), 12, "blocks of the encoder"),
+    ("--image-size", Whole(16, 16_384, multiple=16), 224, "side of the images, in pixels"),
+    ("--repeats", PositiveInt, 5, "timed steps; the fastest counts"),
+)
+def guards(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """What guards, slow-rank report and logging take from a step.
 
-
-def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Time guards and steps."""
+    The ratio is step / guards: 100 is 1 percent of a step. Under torchrun the guards' collectives cross all
+    ranks; rank 0 reports. Every call that the training loop makes for them is made here, by the same
+    functions in the same process group, in every step, though a run of weeks logs every tenth. The step is
+    the encoder's alone (forward, backward, AdamW; no head, no data, no communication), so the share that
+    comes out is an upper bound.
+    """
     model = ModelConfig(
         image_size=options.image_size, width=options.width, depth=options.depth,
         heads=options.width // 64, mlp_width=4 * options.width,
     )  # fmt: skip
     place = topology.join(1)
+    watch = Stopwatch(place.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = Report(describe_host(device))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        ours = _guards_seconds(Path(folder), place, 200 * options.repeats)
-    step = _encoder_step(model, options.images, place.device)
-    step()
-    seconds = Stopwatch(place.device).fastest(step, options.repeats)
+        watching = _guards_of_a_step(Path(folder), place)
+        LOG.setLevel(logging.WARNING)  # The line is made and handed to the log; a terminal is not measured.
+        watching(1)
+        steps = range(2, 200 * options.repeats + 2)
+        ours = watch.seconds(lambda: [watching(step) for step in steps]) / len(steps)
+    step = watch.fastest({"": _encoder_step(model, options.images, place.device)}, options.repeats)
     size = f"{model.width} x {model.depth}, {options.images} images, {place.world_size} ranks"
-    report.cases.append(
-        Case(f"guards and logging of a step, against the step of {size}", ours, seconds, GOAL, "s")
-    )
+    yield Case(f"guards and logging of a step, against the step of {size}", ours, step[""], "s", GOAL)
     topology.leave()
-    return report
-
-
-def _guards_seconds(folder: Path, place: Topology, calls: int) -> float:
-    """Mean seconds that the guards of one step take; metrics go to the folder."""
-    guards = _guards_of_a_step(folder, place)
-    LOG.setLevel(logging.WARNING)  # The line is made and handed to the log; a terminal is not measured.
-    guards(1)
-    began = time.perf_counter()
-    for number in range(2, calls + 2):
-        guards(number)
-    return (time.perf_counter() - began) / calls
 
 
 def _guards_of_a_step(folder: Path, place: Topology) -> Callable[[int], None]:
-    """What the training loop calls in each step beside training."""
+    """What the training loop calls in each step beside training; metrics go to the folder."""
     clock, guard = Clock(place.device), LossGuard(GuardConfig())
     metrics = Metrics(folder, place.rank == 0, total_steps=1)
     fence = Fence(folder, 0, "benchmark")
@@ -95,7 +76,7 @@ def _guards_of_a_step(folder: Path, place: Topology) -> Callable[[int], None]:
     for _ in range(GuardConfig().window):
         guard.judge(agree(False, loss, loss, place.world_group))
 
-    def guards(step: int) -> None:
+    def watching(step: int) -> None:
         clock.begin_step(step)
         for phase in PHASES:
             with clock.span(phase):
@@ -106,10 +87,10 @@ def _guards_of_a_step(folder: Path, place: Topology) -> Callable[[int], None]:
         fence.lost()
         metrics.write(step, values, {"slow": []})
 
-    return guards
+    return watching
 
 
-def _encoder_step(model: ModelConfig, images: int, device: torch.device) -> Callable[[], None]:
+def _encoder_step(model: ModelConfig, images: int, device: torch.device) -> Work:
     """Forward, backward and update of the encoder alone."""
     encoder = RegionEncoder(model, embedding_dim=512).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)

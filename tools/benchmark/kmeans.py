@@ -1,27 +1,22 @@
-"""Exact k-means beside flat Faiss k-means.
-
-Ratios are peer / ours, for times and inertia alike. The first line of each case is the fair one: our time
-until flat's final inertia is reached, against flat's time until it reaches ours (all of it where it never
-does). The last is the floor: the products that were looked at, at the rate of bare ones.
-"""
+"""Exact k-means and exact labels beside Faiss's, on crops of scenes and on a mixture of Gaussians."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmark.measure import describe_host
-from benchmark.report import Case, Report
+from benchmark.measure import Stopwatch
+from benchmark.part import Case, part
 from benchmark.scenes import scene_features
-from megaregion.bounds import Positive
-from megaregion.command_line import flag, path, whole
+from megaregion.bounds import COUNT, Choice, File, Positive, PositiveInt, Whole
 from megaregion.curation.embeddings import Embeddings, unit
 from megaregion.curation.kmeans import Pass, cluster, find_centers
 from megaregion.curation.nearest import in_order, nearest
@@ -33,53 +28,70 @@ Vectors = NDArray[np.float32]
 
 FLAT_ITERATIONS = 25
 """Faiss's own default; it ends earlier where nothing moves any more."""
+TO_INERTIA, IN_ALL, INERTIA = 4.0, 8.0, {"scenes": 1 / 0.999, "mixture": 1.0}
+"""How many times faster than flat k-means to the same inertia and in all, and its inertia over ours."""
+SEARCH = 3.0
+"""How many times faster than Faiss's search."""
+VECTORS = (
+    ("--case", Choice(("scenes", "mixture", "all")), "all", "which vectors"),
+    ("--features", File, Path("data/benchmark/lite0.npy"),
+     " embeddings of crops of scenes; made if missing, in about 6 minutes"),
+    ("--crops", Whole(1024, COUNT), 50_000, "crops of scenes that are embedded"),
+    ("--vectors", Whole(16, COUNT), 200_000, "vectors of the mixture of Gaussians, 128 channels"),
+    ("--components", Whole(16, COUNT), 20_000, "its Gaussians, and as many centers"),
+    ("--spread", Positive, 1.0, "length of the noise beside means of length 1"),
+)  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this part's flags."""
-    add_data_arguments(parser)
-    add = parser.add_argument
-    add("--clusters", type=whole(), default=1024, help="centers for the scenes")
-    add("--passes", type=whole(), default=20, help="our exact passes, at most")
+@part(
+    *VECTORS,
+    ("--clusters", PositiveInt, 1024, "centers for the scenes"),
+    ("--passes", PositiveInt, 20, "our exact passes, at most"),
+)
+def kmeans(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Exact k-means beside flat Faiss k-means.
+
+    Ratios are peer / ours, for times and inertia alike. The first line of each case is the fair one: our time
+    until flat's final inertia is reached, against flat's time until it reaches ours (all of it where it never
+    does). The last is the floor: the products that were looked at, at the rate of bare ones.
+    """
+    for name, vectors, clusters in _vectors(options):
+        yield from _compare_kmeans(name, vectors, ClusterSettings(clusters, options.passes), watch)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is clustered."""
-    add = parser.add_argument
-    add("--case", choices=["scenes", "mixture", "all"], default="all", help="which vectors")
-    add(
-        "--features",
-        type=path,
-        default=Path("data/benchmark/lite0.npy"),
-        metavar="FILE",
-        help="embeddings of crops of scenes; made if missing, in about 6 minutes",
-    )
-    add("--crops", type=whole(1024), default=50_000, help="crops of scenes that are embedded")
-    add(
-        "--vectors", type=whole(16), default=200_000, help="vectors of the mixture of Gaussians, 128 channels"
-    )
-    add("--components", type=whole(16), default=20_000, help="its Gaussians, and as many centers")
-    add("--spread", type=flag(Positive), default=1.0, help="length of the noise beside means of length 1")
+@part(
+    *VECTORS,
+    ("--clusters", Whole(16, COUNT), 20_000, "centers for the scenes"),
+    ("--passes", PositiveInt, 1, "passes of the k-means that makes the centers"),
+)
+def assign(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Labels by exact search, ours beside Faiss's.
+
+    Ratios are Faiss / ours for times; for labels, the share that is as near as Faiss's.
+    """
+    for name, vectors, clusters in _vectors(options):
+        centers, _ = _run_ours(vectors, ClusterSettings(clusters, options.passes), watch.device)
+        yield from _compare_assign(_label(name, vectors, clusters), vectors, centers, watch)
 
 
-def vectors_of(options: argparse.Namespace) -> dict[str, Callable[[], Vectors]]:
-    """The vectors that were asked for, by name; each is made when it is called.
+def _vectors(options: argparse.Namespace) -> Iterator[tuple[str, Vectors, int]]:
+    """Each set of unit vectors that was asked for: its name, [count, channels], and the number of centers.
 
     Raises:
         UserError: A flag is out of range.
     """
     if options.vectors < options.components:
         raise UserError(f"--components must be at most --vectors {options.vectors}, got {options.components}")
-    made: dict[str, Callable[[], Vectors]] = {
-        "scenes": lambda: scene_features(options.features, options.crops),
-        "mixture": lambda: gaussian_features(options.vectors, 128, options.components, options.spread),
-    }
-    return {name: make for name, make in made.items() if options.case in (name, "all")}
+    if options.clusters > options.crops:
+        raise UserError(f"--clusters must be at most --crops {options.crops}, got {options.clusters}")
+    if options.case != "mixture":
+        yield "scenes", scene_features(options.features, options.crops), options.clusters
+    if options.case != "scenes":
+        mixture = gaussian_features(options.vectors, 128, options.components, options.spread)
+        yield "mixture", mixture, options.components
 
 
-def gaussian_features(
-    count: int, channels: int, components: int, spread: float, seed: int = 0
-) -> NDArray[np.float32]:
+def gaussian_features(count: int, channels: int, components: int, spread: float, seed: int = 0) -> Vectors:
     """Unit vectors around random directions, [count, channels].
 
     Args:
@@ -95,26 +107,11 @@ def gaussian_features(
     return unit(means[rng.integers(components, size=count)] + noise)
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Run the cases that were asked for.
-
-    Raises:
-        UserError: A flag is out of range, or the file of embeddings is of another kind.
-    """
-    made = vectors_of(options)
-    if options.clusters > options.crops:
-        raise UserError(f"--clusters must be at most --crops {options.crops}, got {options.clusters}")
-    clusters = {"scenes": options.clusters, "mixture": options.components}
-    goals = {"scenes": (4.0, 8.0, 0.999), "mixture": (4.0, 8.0, 1.0)}
-    report = Report(describe_host(device))
-    for name, make in made.items():
-        report.cases += compare_kmeans(
-            name, make(), ClusterSettings(clusters[name], options.passes), goals[name], device
-        )
-    return report
+def _label(name: str, vectors: Vectors, clusters: int) -> str:
+    return f"{name}, n={len(vectors):,} C={vectors.shape[1]} K={clusters:,}"
 
 
-def run_ours(
+def _run_ours(
     vectors: Vectors, settings: ClusterSettings, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[float, Pass]]]:
     """Cluster; the centers, and the seconds at which each pass ended."""
@@ -128,31 +125,18 @@ def run_ours(
             bar.update()
 
         embeddings = Embeddings([vectors], AssignSettings().chunk_memory, device)
-        centers = cluster(embeddings, settings, on_pass=tell)
-    return centers, told
+        return cluster(embeddings, settings, on_pass=tell), told
 
 
-def compare_kmeans(
-    name: str,
-    vectors: Vectors,
-    settings: ClusterSettings,
-    goals: tuple[float, float, float],
-    device: torch.device,
-) -> list[Case]:
-    """Ours against flat k-means with Faiss on as many threads.
-
-    Args:
-        name: What the vectors are.
-        vectors: Unit vectors, float32 [n, channels].
-        settings: Our sizes.
-        goals: How many times faster to the same inertia and in all, and the most inertia relative to flat.
-        device: Where ours runs.
-    """
-    threads, count = torch.get_num_threads(), len(vectors)
-    centers, told = run_ours(vectors, settings, device)
-    began = time.perf_counter()
-    flat, cosines = find_centers(vectors, settings.clusters, FLAT_ITERATIONS, settings.cluster_seed, threads)
-    flat_seconds = time.perf_counter() - began
+def _compare_kmeans(
+    name: str, vectors: Vectors, settings: ClusterSettings, watch: Stopwatch
+) -> Iterator[Case]:
+    """Ours against flat k-means with Faiss on as many threads."""
+    threads, count, device = torch.get_num_threads(), len(vectors), watch.device
+    centers, told = _run_ours(vectors, settings, device)
+    (flat, cosines), flat_seconds = watch.timed(
+        lambda: find_centers(vectors, settings.clusters, FLAT_ITERATIONS, settings.cluster_seed, threads)
+    )
     tensor = torch.from_numpy(vectors).to(device)
     ours, peer = (
         float((2 - 2 * nearest(tensor, each.to(device)).best.double()).sum())
@@ -164,22 +148,45 @@ def compare_kmeans(
     same = [number for number, value in enumerate(cosines, 1) if 2 * count - 2 * value <= ours]
     until = flat_seconds * (same[0] if same else len(cosines)) / len(cosines)
     scored = sum(done.scored for _, done in told)
-    floor = scored / bare_rate(tensor, settings.clusters)
-    label = f"{name}, n={count:,} C={vectors.shape[1]} K={settings.clusters:,}"
-    return [
-        Case(f"{label}: until the other's inertia", reached[0] if reached else seconds, until, goals[0], "s"),
-        Case(f"{label}: flat, {len(cosines)} passes", seconds, flat_seconds, goals[1], "s"),
-        Case(f"{label}: inertia, flat", ours, peer, 1 / goals[2], ""),
-        Case(f"{label}: bare products of {scored:.1f} passes of {len(told)}", seconds, floor, 0, "s"),
-    ]
+    floor = scored * _bare_seconds(tensor, settings.clusters, watch)
+    label = _label(name, vectors, settings.clusters)
+    yield Case(
+        f"{label}: until the other's inertia", reached[0] if reached else seconds, until, "s", TO_INERTIA
+    )
+    yield Case(f"{label}: flat, {len(cosines)} passes", seconds, flat_seconds, "s", IN_ALL)
+    yield Case(f"{label}: inertia, flat", ours, peer, "", INERTIA[name])
+    yield Case(f"{label}: bare products of {scored:.1f} passes of {len(told)}", seconds, floor, "s")
 
 
-def bare_rate(vectors: torch.Tensor, clusters: int) -> float:
-    """Passes a second if a pass were nothing but its products, on all threads."""
+def _compare_assign(label: str, vectors: Vectors, centers: torch.Tensor, watch: Stopwatch) -> Iterator[Case]:
+    """Ours against Faiss, on the same threads."""
+    tensor, plain = torch.from_numpy(vectors).to(watch.device), centers.cpu().numpy()
+    labels, ours = watch.timed(lambda: nearest(tensor, centers).labels.cpu())
+    theirs, by_faiss = watch.timed(lambda: _faiss_search(vectors, plain, torch.get_num_threads()))
+    floor = _bare_seconds(tensor, len(centers), watch)
+    # Where the two differ, float64 tells whose is nearer.
+    rows = (labels != theirs).nonzero()[:, 0]
+    own, other = ((tensor[rows].double() * centers[each[rows]].double()).sum(1) for each in (labels, theirs))
+    right = 1 - int((own < other - 1e-12).sum()) / len(labels)
+    yield Case(f"{label}: exact search by Faiss", ours, by_faiss, "s", SEARCH)
+    yield Case(f"{label}: bare products", ours, floor, "s")
+    # 1 is the most that exact search agrees with itself, so the ratio is the agreement.
+    yield Case(f"{label}: labels as near as Faiss's ({len(rows)} differ)", 1.0, right, "", 1.0)
+
+
+def _faiss_search(vectors: Vectors, centers: Vectors, threads: int) -> torch.Tensor:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    _, labels = faiss.knn(vectors, centers, 1, metric=faiss.METRIC_INNER_PRODUCT)
+    faiss.omp_set_num_threads(before)
+    return torch.from_numpy(labels[:, 0])
+
+
+def _bare_seconds(vectors: torch.Tensor, clusters: int, watch: Stopwatch) -> float:
+    """Seconds of a pass if it were nothing but its products, on all threads."""
     rows, centers = vectors[:4096], vectors[:2048].clone()
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        in_order(lambda start: product(rows[start : start + 1024], centers), range(0, len(rows), 1024))
-        seconds.append(time.perf_counter() - began)
-    return len(rows) * len(centers) / min(seconds) / (len(vectors) * clusters)
+    found = watch.fastest(
+        {"": lambda: in_order(lambda at: product(rows[at : at + 1024], centers), range(0, len(rows), 1024))},
+        3,
+    )
+    return found[""] * len(vectors) * clusters / (len(rows) * len(centers))

@@ -1,11 +1,4 @@
-"""The loader beside plain webdataset with Pillow, and beside decoding and resizing alone.
-
-Photos of 640 x 480 pixels to crops of 224, each with twelve regions; all sides take the same crops of the
-same images in as many processes. Ratios are peer / ours. Plain webdataset decodes whole images with
-Pillow in its own loader, takes the same crops by the antialiased bicubic filter and finds the same
-regions; decoding and resizing alone starts from bytes in memory, with nothing before or after it. With
-the processor's clock, a pass takes the time of all processors over --workers.
-"""
+"""The loader beside plain webdataset with Pillow, and beside decoding and resizing alone."""
 
 from __future__ import annotations
 
@@ -13,12 +6,9 @@ import argparse
 import io
 import math
 import multiprocessing
-import resource
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +18,9 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from benchmark.measure import add_clock, describe_host
-from benchmark.report import Case, Report
-from megaregion.command_line import path, whole
+from benchmark.measure import Stopwatch, passing_folder
+from benchmark.part import CLOCK, FOLDER, Case, part
+from megaregion.bounds import PositiveInt, Whole
 from megaregion.config import DataConfig, ModelConfig
 from megaregion.data.batch import Sample
 from megaregion.data.image import Crop, decode_crop, open_image, stay_on_one_core
@@ -43,11 +33,10 @@ from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.demo.assets import PACK
 from megaregion.errors import UserError
 
-GOAL_WEBDATASET = 2.0
-"""Least ratio of plain webdataset's time for an image to ours."""
-GOAL_ALONE = 0.85
-"""Least ratio of the time of decoding and resizing alone to ours."""
-GOAL_RESUME_SECONDS = 2.0
+WEBDATASET, ALONE = 2.0, 0.85
+"""Least ratios to our time for an image: plain webdataset's, and that of decoding and resizing alone."""
+RESUME_SECONDS = 2.0
+"""What the first batch may take at position FAR."""
 FAR = 10**9
 SEED = 0
 MODEL = ModelConfig()
@@ -62,81 +51,80 @@ Share = list[tuple[bytes, Crop]]
 """Encoded images and what is cut from them."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this part's flags."""
-    add = parser.add_argument
-    add("--images", type=whole(), default=4096, help="images of the dataset that is composed, 90 KB each")
-    add("--workers", type=whole(1, 1024), default=2, help="processes that decode, of each side")
-    add("--batch", type=whole(), default=64, help="images of a batch")
-    add("--folder", type=path, default=Path(), help="folder on the disk to read from; emptied afterwards")
-    add("--repeats", type=whole(), default=3, help="passes over the images of each side; the fastest counts")
-    add_clock(parser)
+@part(
+    ("--images", PositiveInt, 4096, "images of the dataset that is composed, 90 KB each"),
+    ("--workers", Whole(1, 1024), 2, "processes that decode, of each side"),
+    ("--batch", PositiveInt, 64, "images of a batch"),
+    FOLDER,
+    ("--repeats", PositiveInt, 3, "passes over the images of each side; the fastest counts"),
+    CLOCK,
+)
+def loader(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """The loader beside plain webdataset with Pillow, and beside decoding and resizing alone.
 
-
-def measure(options: argparse.Namespace, device: torch.device) -> Report:
-    """Compose the photos and read them all ways.
-
-    Raises:
-        UserError: A flag is out of range.
+    Photos of 640 x 480 pixels to crops of 224, each with twelve regions; all sides take the same crops of the
+    same images in as many processes. Ratios are peer / ours. Plain webdataset decodes whole images with
+    Pillow in its own loader, takes the same crops by the antialiased bicubic filter and finds the same
+    regions; decoding and resizing alone starts from bytes in memory, with nothing before or after it. With
+    the processor's clock, a pass takes the time of all processors over --workers.
     """
-    workers, batch = options.workers, options.batch
-    if options.images < workers * batch:
-        raise UserError(
-            f"--images must be at least --workers times --batch, {workers * batch}, got {options.images}"
-        )
-    report = Report(describe_host(device, workers=workers, clock=options.clock, folder=str(options.folder)))
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as name:
-        folder = Path(name)
+    least = options.workers * options.batch
+    if options.images < least:
+        raise UserError(f"--images must be at least --workers times --batch, {least}, got {options.images}")
+    with passing_folder(options.folder) as folder:
         _write_photos(folder, options.images)
-        clock = Clock(workers, options.clock == "processor")
-        report.cases += _compare_loaders(folder, workers, batch, options.repeats, clock)
-        report.cases += _compare_resume(folder, workers, batch)
-    return report
+        data = DataConfig(path=str(folder), workers=options.workers)
+        yield from _compare_loaders(data, options.batch, options.repeats, watch)
+        yield from _compare_resume(data, options.batch)
 
 
-def _compare_loaders(folder: Path, workers: int, batch: int, repeats: int, clock: Clock) -> list[Case]:
-    """Read the same crops of all images in three ways, in turn; the fastest pass of each counts."""
-    data = DataConfig(path=str(folder), workers=workers)
+def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatch) -> Iterator[Case]:
+    """Read the same crops of all images in three ways."""
+    folder, workers = Path(data.path), data.workers
     dataset = ShardedDataset(folder)
-    order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
-    transform = Transform(data, MODEL, SEED)
+    order, transform = _read_as_trained(dataset, data)
     steps = len(dataset) // batch
-    positions = {order.sample(position): position for position in range(len(dataset))}
-    by_key = {dataset.read(index).key: position for index, position in positions.items()}
-    encoded = _encoded(dataset, order, transform)
+    positions: dict[str, int] = {}
+    encoded: Share = []
+    for position in range(len(dataset)):
+        raw = dataset.read(order.sample(position))
+        rng = seeded_rng(SEED, Purpose.AUGMENTATION, position)
+        positions[raw.key] = position
+        encoded.append((raw.image, transform.draw_crop(parse_sample(raw.record), rng, transform.model.grid)))
     shares = [encoded[rank::workers] for rank in range(workers)]
     shards = [str(folder / f"{shard.name}.tar") for shard in dataset.info.shards]
-    ours, theirs, alone = [], [], []
-    for _ in range(repeats):
-        loader = RegionLoader(dataset, order, transform, data)
-        plan = (range(step * batch, (step + 1) * batch) for step in range(steps))
-        ours.append(clock(partial(_drain, loader.batches(plan), loader.close), steps * batch))
-        peer = _webdataset_batches(shards, by_key, transform, workers, batch)
-        theirs.append(clock(partial(_drain, peer), steps * batch))
-        alone.append(clock(partial(_alone, shares), len(dataset)))
+
+    def ours() -> None:
+        reader = RegionLoader(dataset, order, transform, data)
+        _drain(reader.batches(range(step * batch, (step + 1) * batch) for step in range(steps)))
+        reader.close()
+
+    def theirs() -> None:
+        _drain(_webdataset_batches(shards, positions, transform, workers, batch))
+
+    ways = {"ours": ours, "theirs": theirs, "alone": lambda: _decode_all(shares)}
+    images = {"ours": steps * batch, "theirs": steps * batch, "alone": len(dataset)}
+    found = {
+        way: seconds / images[way] * 1e3 / (workers if watch.processor else 1)
+        for way, seconds in watch.fastest(ways, repeats, left_out=0).items()
+    }
     kilobytes = sum(shard.bytes for shard in dataset.info.shards) / len(dataset) / 1e3
     name = f"image of {kilobytes:.0f} KB, {workers} processes"
-    return [
-        Case(f"{name}: plain webdataset with Pillow", min(ours), min(theirs), GOAL_WEBDATASET, "ms"),
-        Case(f"{name}: decoding and resizing alone", min(ours), min(alone), GOAL_ALONE, "ms"),
-    ]
+    yield Case(f"{name}: plain webdataset with Pillow", found["ours"], found["theirs"], "ms", WEBDATASET)
+    yield Case(f"{name}: decoding and resizing alone", found["ours"], found["alone"], "ms", ALONE)
 
 
-def _compare_resume(folder: Path, workers: int, batch: int) -> list[Case]:
-    """Start at position 10^9 and count what is read for the first batch."""
+def _compare_resume(data: DataConfig, batch: int) -> Iterator[Case]:
+    """Start at a far position and count what is read for the first batch."""
     began = time.perf_counter()
-    dataset = CountedReads(folder)
-    data = DataConfig(path=str(folder), workers=workers)
-    order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
-    loader = RegionLoader(dataset, order, Transform(data, MODEL, SEED), data)
-    (first,) = loader.batches([range(FAR, FAR + batch)])
+    dataset = CountedReads(Path(data.path))
+    reader = RegionLoader(dataset, *_read_as_trained(dataset, data), data)
+    (first,) = reader.batches([range(FAR, FAR + batch)])
     seconds = time.perf_counter() - began
-    loader.close()
-    replaced = first.found.bad + first.found.empty
-    return [
-        Case("first batch at position 10^9, beside the limit", seconds, GOAL_RESUME_SECONDS, 1.0, "s"),
-        Case("samples read for it, beside its images", dataset.reads.value, batch + replaced, 1.0, "samples"),
-    ]
+    reader.close()
+    wanted = batch + first.found.bad + first.found.empty
+    yield Case("first batch at position 10^9, beside the limit", seconds, RESUME_SECONDS, "s", 1.0)
+    yield Case("samples read for it, beside its images", dataset.reads.value, wanted, "samples", 1.0)
 
 
 class CountedReads(ShardedDataset):
@@ -153,47 +141,17 @@ class CountedReads(ShardedDataset):
         return super().read(index)
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Milliseconds for an image: the wall's, or the time of all processors spent on it over the processes.
-
-    On a machine that others use at the same time, the second is nearer to what the wall would show alone.
-    """
-
-    workers: int
-    processor: bool = False
-
-    def __call__(self, work: Callable[[], None], images: int) -> float:
-        """Time a pass, the start and end of its processes included."""
-        began = self._now()
-        work()
-        return (self._now() - began) / images * 1e3
-
-    def _now(self) -> float:
-        if not self.processor:
-            return time.perf_counter()
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in used) / self.workers
+def _read_as_trained(dataset: ShardedDataset, data: DataConfig) -> tuple[SampleOrder, Transform]:
+    order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
+    return order, Transform(data, MODEL, SEED)
 
 
-def _drain(batches: Iterable[object], close: Callable[[], None] | None = None) -> None:
+def _drain(batches: Iterable[object]) -> None:
     for _ in batches:
         pass
-    if close is not None:
-        close()
 
 
-def _encoded(dataset: ShardedDataset, order: SampleOrder, transform: Transform) -> Share:
-    """Every image with the crop of its position."""
-    found = []
-    for position in range(len(dataset)):
-        raw = dataset.read(order.sample(position))
-        rng = seeded_rng(SEED, Purpose.AUGMENTATION, position)
-        found.append((raw.image, transform.draw_crop(parse_sample(raw.record), rng, transform.model.grid)))
-    return found
-
-
-def _alone(shares: Sequence[Share]) -> None:
+def _decode_all(shares: Sequence[Share]) -> None:
     """Decode and resize in as many processes as there are shares."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_decode, args=(share,)) for share in shares]
@@ -217,7 +175,7 @@ def _webdataset_batches(
         webdataset.WebDataset(list(shards), shardshuffle=False)
         .decode("pil", only=["jpg"])
         .map(_Plain(positions, transform))
-        .select(_is_usable)
+        .select(bool)
         .batched(batch, collation_fn=_stack, partial=False)
     )
     return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
@@ -232,25 +190,15 @@ class _Plain:
 
     def __call__(self, sample: dict[str, Any]) -> Sample | None:
         key: str = sample["__key__"]
-        image: Image.Image = sample["jpg"]
         record, _ = clip_regions(parse_sample(sample["json"]))
-        return self.transform(image, record, self.positions[key], key)
-
-
-def _is_usable(sample: Sample | None) -> bool:
-    return sample is not None
+        return self.transform(sample["jpg"], record, self.positions[key], key)
 
 
 def _stack(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
-    return {
-        "positions": torch.tensor([sample.position for sample in samples]),
-        "pixels": pixels.permute(0, 3, 1, 2).contiguous(),
-        **{
-            name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
-            for name in ("visible", "kinds", "labels")
-        },
-    }
+    names = ("pixels", "visible", "kinds", "labels")
+    found = {name: torch.from_numpy(np.stack([getattr(one, name) for one in samples])) for name in names}
+    found["pixels"] = found["pixels"].permute(0, 3, 1, 2).contiguous()
+    return {"positions": torch.tensor([sample.position for sample in samples]), **found}
 
 
 def _write_photos(folder: Path, samples: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,12 @@ class PeakMemory:
         elif STATUS.exists():
             Path("/proc/self/clear_refs").write_text("5")
 
+    def of(self, work: Callable[[], object]) -> int:
+        """Greatest number of bytes in use during a call."""
+        self.reset()
+        work()
+        return self.peak()
+
     def peak(self) -> int:
         """Greatest number of bytes since ``reset``."""
         if self._cuda:
@@ -53,31 +61,17 @@ class PeakMemory:
         return _status_bytes("VmHWM")
 
 
-class TreeMemory:
-    """Greatest sum over all processes that this one has started while the block runs; 0 without Linux.
+def peak_until_end(process: subprocess.Popen[Any]) -> int:
+    """Wait for a process; gives the most bytes that all below this one held meanwhile, 0 without Linux.
 
     A peak that is shorter than the second between two looks can be missed.
     """
-
-    def __init__(self) -> None:
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
-        self.peak = 0
-        """Bytes."""
-
-    def __enter__(self) -> TreeMemory:
-        """Begin to watch."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop watching."""
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(1.0):
-            self.peak = max(self.peak, descendants_bytes(os.getpid()))
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, descendants_bytes(os.getpid()))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+    return peak
 
 
 def descendants_bytes(root: int) -> int:
