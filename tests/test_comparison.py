@@ -16,10 +16,10 @@ from toy_scenes import RUN, write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
-from megaregion.evaluation.comparison import joined_tables, read_runs
 from megaregion.evaluation.encoders import BoxedImage, load_huggingface
 from megaregion.evaluation.measures import share
 from megaregion.evaluation.network import open_run
+from megaregion.evaluation.report import joined_tables, read_runs
 from megaregion.export.huggingface import export_checkpoint
 from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table, write_evaluation
 
@@ -198,6 +198,8 @@ def test_a_runs_own_export_is_compared_as_the_run_itself(tmp_path: Path) -> None
     regions = theirs.encode([BoxedImage(image, boxes) for image in images]).region
     assert regions.shape == (4, RUN.model.width)
     assert np.allclose(regions[0], theirs.maps(images)[0].mean((0, 1)), atol=1e-5)
+    assert theirs.names_images
+    assert not theirs.crops().names_images
     crops = theirs.crops().encode([BoxedImage(images[0], boxes[:1])]).region
     assert np.allclose(crops, theirs.images(images[:1]), atol=1e-5)
 

@@ -107,7 +107,7 @@ def test_every_table_of_a_real_evaluation_arrives_in_the_card_with_its_intervals
     dataset = write_shards(tmp_path / "shards", write_scenes(tmp_path / "scenes"))
     run = tmp_path / "run"
     write_toy_run(run, dataset, read_info(dataset).text_classes)
-    evaluation = evaluate(open_run(run), StudyConfig(tmp_path / "scenes", dataset)).evaluation()
+    evaluation = evaluate(open_run(run), StudyConfig(tmp_path / "scenes", dataset, seeds=2)).evaluation()
     write_evaluation(run / "evaluation.json", evaluation)
     export_checkpoint(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

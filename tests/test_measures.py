@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,11 @@ from megaregion.evaluation.encoding import (
     MappedScenes,
     SceneFeatures,
     coverage,
+    fit_basis,
     pooled,
 )
 from megaregion.evaluation.measures import estimate, share
 from megaregion.evaluation.measures.correspondence import (
-    Pair,
     correspondence_table,
     draw_pairs,
     peak_inside,
@@ -40,16 +42,13 @@ from megaregion.evaluation.measures.separation import (
     exact_area,
     separation_table,
 )
-from megaregion.evaluation.pca_maps import fit_basis
 from megaregion.evaluation.scenes import (
     IGNORED,
     TRUTH,
-    RegionTable,
     Scene,
-    TrueObject,
-    TrueWord,
+    TrueRegion,
     Truth,
-    TruthMap,
+    class_map,
     read_scenes,
     truth_map,
 )
@@ -69,13 +68,13 @@ def make_scenes(count: int, seed: int) -> list[Scene]:
             mask = np.zeros((96, 96), bool)
             mask[10:50, x + 2 : x + 38] = True
             instance = f"{name}-{seed}-{rng.integers(4)}"
-            objects.append(TrueObject(name, instance, (x, 8, x + 40, 52), encode_mask(mask)))
-        word = TrueWord("EXIT", (10, 64, 60, 84))
+            objects.append(TrueRegion(name, (x, 8, x + 40, 52), instance, encode_mask(mask)))
+        word = TrueRegion("EXIT", (10, 64, 60, 84))
         scenes.append(Scene(f"s{seed}-{number:03d}", Path("none.jpg"), 96, 96, tuple(objects), (word,)))
     return scenes
 
 
-def truth_of(scene: Scene) -> TruthMap:
+def truth_of(scene: Scene) -> NDArray[np.int16]:
     truth = truth_map(scene)
     assert truth is not None
     return truth
@@ -83,8 +82,8 @@ def truth_of(scene: Scene) -> TruthMap:
 
 def painted(scene: Scene, cells: int = 24) -> NDArray[np.float32]:
     """A map that says of every cell how much of each class, background and word it holds."""
-    truth = truth_of(scene)
-    planes = [coverage(truth.labels(CLASSES) == label, cells, cells) for label in range(-1, 4)]
+    named = class_map(scene, truth_of(scene), CLASSES)
+    planes = [coverage(named == label, cells, cells) for label in range(-1, 4)]
     return np.stack(planes, axis=-1).astype(np.float32)
 
 
@@ -92,18 +91,19 @@ def blind(scene: Scene) -> NDArray[np.float32]:
     return np.random.default_rng(len(scene.key)).standard_normal((12, 12, 5)).astype(np.float32)
 
 
+def mapped(scenes: list[Scene]) -> MappedScenes:
+    maps = {"clear": [painted(s) for s in scenes], "blind": [blind(s) for s in scenes]}
+    return MappedScenes(scenes, [truth_of(s) for s in scenes], maps, {})
+
+
 @pytest.fixture(scope="module")
 def known() -> MappedScenes:
-    scenes = make_scenes(24, 1)
-    maps = {"clear": [painted(s) for s in scenes], "blind": [blind(s) for s in scenes]}
-    return MappedScenes(scenes, [truth_of(s) for s in scenes], maps)
+    return mapped(make_scenes(24, 1))
 
 
 @pytest.fixture(scope="module")
 def asked() -> MappedScenes:
-    scenes = make_scenes(16, 2)
-    maps = {"clear": [painted(s) for s in scenes], "blind": [blind(s) for s in scenes]}
-    return MappedScenes(scenes, [truth_of(s) for s in scenes], maps)
+    return mapped(make_scenes(16, 2))
 
 
 def cell(table: Table, encoder: str, column: str) -> float:
@@ -196,8 +196,8 @@ def test_weight_decay_is_strong_where_labels_are_noise_and_weak_where_they_are_n
     features = rng.standard_normal((240, 40)).astype(np.float32)
     groups = [f"g{i // 4}" for i in range(240)]
     clear = [CLASSES[int(row[0] > 0)] for row in features]
-    assert choose_decay(features, clear, groups, 0) in DECAYS
-    assert choose_decay(features, ["one"] * 120 + ["two"] * 120, ["a"] * 120 + ["b"] * 120, 0) > 0
+    assert choose_decay(features, clear, groups) in DECAYS
+    assert choose_decay(features, ["one"] * 120 + ["two"] * 120, ["a"] * 120 + ["b"] * 120) > 0
 
 
 def test_a_held_out_group_is_whole_and_never_a_class_of_its_own() -> None:
@@ -227,11 +227,12 @@ def labelled(scenes: list[Scene], knows: bool, seed: int) -> Labelled:
 
 def encoded(scenes: list[Scene], seed: int) -> EncodedScenes:
     """Objects as an oracle and as noise see them."""
-    found = {name: features_of(scenes, name == "oracle", seed) for name in ("oracle", "noise")}
-    no_words = np.zeros((0, 6), np.float32)
-    return EncodedScenes(
-        Truth(scenes, ()), {name: SceneFeatures(own, no_words) for name, own in found.items()}
-    )
+    return seen(scenes, {name: features_of(scenes, name == "oracle", seed) for name in ("oracle", "noise")})
+
+
+def seen(scenes: Sequence[Scene], objects: dict[str, NDArray[np.float32]]) -> EncodedScenes:
+    """Scenes whose objects encoders see so, and no words."""
+    return EncodedScenes(Truth(scenes), {name: SceneFeatures(own, own[:0]) for name, own in objects.items()})
 
 
 def test_features_that_tell_the_class_score_1_and_noise_scores_chance() -> None:
@@ -258,13 +259,17 @@ def test_one_seed_takes_the_whole_gallery_and_more_take_four_fifths_of_its_scene
 
 
 def test_retrieval_counts_matches_in_other_scenes_only_and_leaves_out_who_has_none() -> None:
-    names = ("cat", "cat", "dog", "cat", "owl")
-    instances = ("c1", "c1", "d1", "c2", "o1")
-    scene = np.array([0, 0, 1, 1, 2])
-    table = RegionTable(names, np.zeros((5, 4), np.float32), scene, instances)
+    cat, same, dog, other, owl = (
+        TrueRegion(name, (0, 0, 9, 9), instance)
+        for name, instance in (("cat", "c1"), ("cat", "c1"), ("dog", "d1"), ("cat", "c2"), ("owl", "o1"))
+    )
+    scenes = [
+        Scene(f"s{number}", Path("none.jpg"), 9, 9, objects, ())
+        for number, objects in enumerate(((cat, same), (dog, other), (owl,)))
+    ]
     # Row 0 is nearest to row 1 (own scene, barred), then to the dog, then to the cat of scene 1.
     features = np.array([[1, 0], [1, 0.01], [1, 0.2], [1, 0.3], [0, 1]], np.float32)
-    found = retrieval_table({"e": features}, table)
+    found = retrieval_table(seen(scenes, {"e": features}))
     assert cell(found, "e", "class_at_1") == pytest.approx(1 / 3)
     assert cell(found, "e", "class_at_5") == 1.0
     # No cut-out stands in two scenes: nobody can ask.
@@ -273,9 +278,9 @@ def test_retrieval_counts_matches_in_other_scenes_only_and_leaves_out_who_has_no
 
 
 def test_the_chance_of_retrieval_is_what_random_features_reach() -> None:
-    objects = Truth(make_scenes(60, 4)).objects
-    features = np.random.default_rng(0).standard_normal((len(objects), 64)).astype(np.float32)
-    table = retrieval_table({"noise": features}, objects)
+    scenes = make_scenes(60, 4)
+    features = np.random.default_rng(0).standard_normal((120, 64)).astype(np.float32)
+    table = retrieval_table(seen(scenes, {"noise": features}))
     for column in table.columns:
         found = table.rows["noise"][column.key]
         assert found is not None
@@ -300,13 +305,8 @@ def test_a_word_is_exact_only_if_its_first_named_tokens_are_all_its_own() -> Non
 def test_truth_knows_objects_background_and_words_apart() -> None:
     scene = make_scenes(1, 5)[0]
     truth = truth_of(scene)
-    assert truth.owner.shape == (TRUTH, TRUTH)
-    assert (truth.owner[20, 20], truth.owner[20, 70], truth.owner[95, 0], truth.owner[70, 30]) == (
-        1,
-        2,
-        0,
-        IGNORED,
-    )
+    assert truth.shape == (TRUTH, TRUTH)
+    assert (truth[20, 20], truth[20, 70], truth[95, 0], truth[70, 30]) == (1, 2, 0, IGNORED)
     other = dataclasses.replace(scene, objects=(dataclasses.replace(scene.objects[0], mask=None),))
     assert truth_map(other) is None
 
@@ -370,8 +370,7 @@ def test_one_basis_gives_the_same_feature_the_same_colour_in_every_picture() -> 
 def test_pairs_share_a_class_that_each_scene_holds_once(asked: MappedScenes) -> None:
     pairs = draw_pairs(asked.scenes, seed=0)
     assert pairs
-    for pair in pairs:
-        (a, i), (b, j) = pair.source, pair.target
+    for (a, i), (b, j) in pairs:
         names = [[item.name for item in asked.scenes[place].objects] for place in (a, b)]
         assert a != b
         assert names[0][i] == names[1][j]
@@ -389,7 +388,8 @@ def test_correspondence_finds_the_like_by_box_and_by_peak(asked: MappedScenes) -
     features = {
         name: [regions(scene, name == "clear") for scene in asked.scenes] for name in ("clear", "blind")
     }
-    table = correspondence_table(features, asked, seeds=2)
+    asked = dataclasses.replace(asked, regions=features)
+    table = correspondence_table(asked, seeds=2)
     assert table is not None
     assert cell(table, "clear", "box") == cell(table, "clear", "peak") == 1.0
     assert cell(table, "blind", "box") < 0.7
@@ -397,8 +397,8 @@ def test_correspondence_finds_the_like_by_box_and_by_peak(asked: MappedScenes) -
     mask_share = 40 * 36 / 96**2
     assert table.columns[1].chance == pytest.approx(mask_share, abs=0.01)
     pair = draw_pairs(asked.scenes, 0)[0]
-    assert right_box(features["clear"], asked.scenes, pair)
-    assert peak_inside(asked.maps["clear"], asked.truths, Pair(pair.source, pair.target))
+    assert right_box(features["clear"], asked, pair)
+    assert peak_inside(asked.maps["clear"], asked, pair)
 
 
 def test_the_pixels_map_holds_the_pixels_of_each_place() -> None:
@@ -435,6 +435,30 @@ def test_images_in_class_folders_are_named_by_encoders_that_see_their_colour(pho
     assert cell(table, "mean", "knn") == cell(table, "mean", "linear") == 1.0
     assert table.columns[0].chance == pytest.approx(1 / 3)
     assert "6 of 30 images" in table.told
+    assert "left out" not in table.told
+
+
+def test_files_of_other_endings_are_counted_and_crops_of_a_model_asked_already_are_not(
+    photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("red/notes.txt", "blue/scan.tiff", "blue/more/raw.CR2"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"?")
+    encoders = [
+        CropEncoder("model/crops", centred_pixels),
+        CropEncoder("another name", centred_pixels, names_images=False),
+    ]
+    folder = read_image_folder(tmp_path / "photos")
+    assert folder.others == 3
+    table = image_table(folder, encoders, 1, Batches(8))
+    assert "6 of 30 images" in table.told
+    assert "3 files that are no .jpg, .jpeg, .png, .webp are left out" in table.told
+    assert list(table.rows) == ["model/crops"]
+    for name in ("red", "green"):
+        shutil.rmtree(tmp_path / "photos" / name)
+    with pytest.raises(UserError, match=r"holds 1 classes.*2 files that are no .jpg"):
+        read_image_folder(tmp_path / "photos")
 
 
 def test_a_split_of_the_folder_itself_is_kept(photos: Path, tmp_path: Path) -> None:
@@ -475,9 +499,8 @@ def test_a_folder_without_classes_or_with_a_broken_image_is_refused(photos: Path
 def test_tables_are_published_as_json_markdown_text_and_tensorboard(
     asked: MappedScenes, tmp_path: Path
 ) -> None:
-    objects = Truth(asked.scenes).objects
-    features = np.random.default_rng(0).standard_normal((len(objects), 8)).astype(np.float32)
-    table = retrieval_table({"trained": features, "model/crops": features}, objects)
+    features = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
+    table = retrieval_table(seen(asked.scenes, {"trained": features, "model/crops": features}))
     page = markdown([table])
     assert "| encoder | same class @1 |" in page
     assert page.count("\n| ") == 1 + 1 + 2 + 1

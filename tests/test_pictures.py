@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from megaregion.errors import UserError
 from megaregion.evaluation.clusters import confuse, like_order
 from megaregion.evaluation.encoders import BoxedImage, Features
 from megaregion.evaluation.network import NetworkEncoder, TrainedRun, fitting_size, open_run, region_attention
-from megaregion.evaluation.pca_maps import Frame, high_map, paint, read_frames
-from megaregion.evaluation.pictures import overlay
+from megaregion.evaluation.pictures import Frame, high_map, overlay, paint, read_frames
+from megaregion.evaluation.scenes import open_vocabulary
 from megaregion.models import RegionEncoder, initialise
 
 
@@ -47,7 +48,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def test_a_map_holds_what_enters_the_last_block(encoder: NetworkEncoder) -> None:
-    pixels, _ = encoder.prepare(noise(60, 60), [])
+    pixels, _ = encoder.prepare(noise(60, 60), [], 48)
     vit = encoder.model.vit
     shallow = RegionEncoder(dataclasses.replace(MODEL, depth=1), 16)
     shallow.load_state_dict(encoder.model.state_dict(), strict=False)
@@ -168,6 +169,26 @@ def test_a_cluster_that_is_named_after_another_shows_as_a_confused_pair(dataset:
     assert found.matrix[two, two] == 0
     assert found.matrix[two, zero] > 0.8
     assert found.matrix.sum(axis=1) == pytest.approx(1)
+
+
+def test_a_sample_that_cannot_be_read_is_counted_by_the_confusion_and_by_the_prior(
+    dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dataset, tmp_path / "shards")
+    for file in (tmp_path / "shards").glob("*.tar"):
+        # As long as before, so that the index still fits.
+        file.write_bytes(file.read_bytes().replace(b'"kind":"text"', b'"kind":"test"', 1))
+    whole, damaged = ShardedDataset(dataset), ShardedDataset(tmp_path / "shards")
+    centers = np.eye(3, dtype=np.float32)
+    all_regions, fewer = (confuse(s, ByLabel(whole), centers, seed=0) for s in (whole, damaged))  # type: ignore[arg-type]
+    assert all_regions is not None
+    assert fewer is not None
+    assert (all_regions.unreadable, fewer.unreadable) == (0, 1)
+    assert len(fewer.regions) == len(all_regions.regions) - 2
+    vocabulary = open_vocabulary(damaged, {})
+    assert vocabulary is not None
+    assert vocabulary.unreadable == 1
+    assert open_vocabulary(whole, {}).unreadable == 0  # type: ignore[union-attr]
 
 
 def test_like_clusters_lie_beside_each_other() -> None:

@@ -83,6 +83,20 @@ def test_the_page_opens_in_a_browser_without_a_complaint(report: Path) -> None:
     assert "Nearest neighbours" in open_in_browser(report)
 
 
+def test_samples_that_cannot_be_read_are_told(
+    study: Study, visuals: Visuals, report: Path, tmp_path: Path
+) -> None:
+    assert "cannot be read" not in Page(report).text
+    assert study.vocabulary is not None
+    assert visuals.confusion is not None
+    damaged = replace(study, vocabulary=replace(study.vocabulary, unreadable=3))
+    confused = replace(visuals, confusion=replace(visuals.confusion, unreadable=2))
+    write_report(damaged, confused, tmp_path / "metrics.jsonl", tmp_path / "report.html")
+    text = Page(tmp_path / "report.html").text
+    assert "2 of the samples that were drawn cannot be read" in text
+    assert "3 samples of the training shards cannot be read" in text
+
+
 def test_every_encoder_is_drawn_in_a_colour_that_the_page_knows(report: Path) -> None:
     page = report.read_text()
     dots = set(re.findall(r'class="dot ([^"]*)"', page))
@@ -125,6 +139,8 @@ def test_names_words_keys_settings_and_paths_from_outside_never_become_tags(tmp_
 
 class _Spells:
     """A vocabulary whose tokens are spelled as an attacker would."""
+
+    unreadable = 3
 
     def pieces(self, tokens: tuple[int, ...]) -> list[str]:
         return [f"piece{HOSTILE}" for _ in tokens]

@@ -78,6 +78,8 @@ def main() -> None:
     print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
     if study.missing:
         print(f"\nnot measured, for the scenes lack masks or words: {', '.join(study.missing)}")
+    if study.vocabulary and study.vocabulary.unreadable:
+        print(f"\n{study.vocabulary.unreadable:,} samples of the training shards cannot be read")
     if study.tables:
         print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")
     print(f"\n{numbers}\n{tables}\n{page}")

@@ -17,7 +17,7 @@ from megaregion.errors import UserError
 def main() -> None:
     arguments = _parser().parse_args()
 
-    from megaregion.evaluation.comparison import joined_tables, read_runs, write_comparison
+    from megaregion.evaluation.report import joined_tables, read_runs, write_comparison
     from megaregion.schemas.evaluation import FOOTNOTE, text
 
     if not arguments.out.parent.is_dir():

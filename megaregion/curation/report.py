@@ -165,7 +165,7 @@ class QualityReport:
 def report(job: Job, pipeline: Pipeline, truth: Mapping[str, Any] | None = None) -> QualityReport:
     """Measure a run, and leave the numbers as report.json in its folder.
 
-    The truth, by sample key, is what megaregion.evaluation.scenes reads: objects and words with boxes.
+    The truth, by sample key, is what megaregion.evaluation.scenes reads: objects and words, named and boxed.
     Raises UserError where stages assign and tokenizer are not done, or no image has a truth.
     """
     summary = summarise(job, pipeline.finished())
@@ -352,7 +352,7 @@ def _count_words(counts: Counter[str], true: Sequence[Any], read: Sequence[Word]
     for word, near in zip(true, overlaps >= WORD_MATCH, strict=True):
         if word.box[3] - word.box[1] >= READABLE:
             counts["words"] += 1
-            counts["exact"] += word.text in [read[place].text for place in np.flatnonzero(near).tolist()]
+            counts["exact"] += word.name in [read[place].text for place in np.flatnonzero(near).tolist()]
 
 
 def _nmi(matched: list[tuple[int, str, float]]) -> float:

@@ -42,18 +42,11 @@ def evaluate_step(folder: Path, step: int) -> None:
 
     began = time.monotonic()
     run = open_run(folder, step)
-    settings = run.config.evaluate
-    study = evaluate(
-        run,
-        StudyConfig(
-            scenes=Path(settings.scenes),
-            dataset=Path(run.config.data.path),
-            split=settings.split,
-            limit=settings.limit,
-            measures=WATCHED,
-            baselines=False,
-        ),
+    wanted, dataset = run.config.evaluate, Path(run.config.data.path)
+    config = StudyConfig(
+        Path(wanted.scenes), dataset, wanted.split, wanted.limit, measures=WATCHED, baselines=False
     )
+    study = evaluate(run, config)
     record = {"step": step, "time": time.time(), "seconds": round(time.monotonic() - began, 2)}
     record |= {name: round(value, 5) for name, value in scalars(study.tables, "trained").items()}
     with (folder / EVALUATIONS).open("a") as file:

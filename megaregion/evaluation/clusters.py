@@ -1,7 +1,6 @@
 """Confusion of clusters: which cluster the object head names for regions that curation gave another one.
 
-Regions are those of the training shards, encoded as whole images without augmentation. Which clusters run
-into each other says more than a loss: two halves of one thing, or two things that look alike.
+Clusters that run into each other say more than a loss: two halves of one thing, or things that look alike.
 
 Shapes: R regions, K clusters, E embedding width.
 """
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, Box, parse_sample
@@ -57,6 +55,8 @@ class Confusion:
     """Share of the regions of each shown cluster (rows) that get each shown cluster's name, [S, S]."""
     pairs: list[tuple[int, int, int]]
     """True cluster, named cluster and how many regions, most first."""
+    unreadable: int
+    """Samples that were drawn and cannot be read; nothing is asked about them."""
 
 
 def confuse(
@@ -69,50 +69,42 @@ def confuse(
 ) -> Confusion | None:
     """Ask the object head, whose centers are [K, E], about regions of shards' images that a seed draws.
 
-    Returns:
-        What the trained network confused; None if no image that was drawn has an object.
+    None if no image that was drawn has an object.
     """
     drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(shards))[:SAMPLES].tolist()
     regions: list[LabelledRegion] = []
-    embeddings = []
+    embeddings, unreadable = [], 0
     for start in range(0, len(drawn), batch):
         items = []
         for sample in drawn[start : start + batch]:
             raw = shards.read(sample)
             try:
                 record, image = parse_sample(raw.record), decode_image(raw.image)
-            except (BadSample, OSError):
-                continue  # Training skips it too.
+            except BadSample:
+                unreadable += 1  # Training skips it too.
+                continue
             own = [LabelledRegion(sample, r.box, r.label) for r in record.regions if r.label is not None]
             if own:
                 items.append(BoxedImage(image, np.asarray([region.box for region in own], np.float32)))
                 regions += own
-        if items:
-            embeddings.append(encoder.encode(items).embedding)
+        if items and (embedding := encoder.encode(items).embedding) is not None:
+            embeddings.append(embedding)
         progress("clusters", min(start + batch, len(drawn)), len(drawn))
-    parts = [part for part in embeddings if part is not None]
-    if not parts:
+    if not embeddings:
         return None
-    return _confusion(regions, nearest(np.concatenate(parts), centers, neighbours=5).index, centers)
-
-
-def sample_image(shards: ShardedDataset, sample: int) -> Image.Image:
-    """The stored image of a sample, RGB."""
-    return decode_image(shards.read(sample).image)
-
-
-def _confusion(regions: Sequence[LabelledRegion], named: NDArray[np.int64], centers: Floats) -> Confusion:
-    """Count what was named, five clusters for each region with the most similar first, [R, 5]."""
+    named = nearest(np.concatenate(embeddings), centers, neighbours=5).index
     label = np.asarray([region.label for region in regions])
     samples = [region.sample for region in regions]
     hit = named == label[:, None]
     counts = Counter(label.tolist())
     both = Counter(zip(label.tolist(), named[:, 0].tolist(), strict=True))
     shown = like_order([cluster for cluster, _ in counts.most_common(SHOWN)], centers)
-    matrix = np.array([[both[true, first] / counts[true] for first in shown] for true in shown])
     wrong = [(*pair, n) for pair, n in both.most_common() if pair[0] != pair[1] and pair[1] in counts]
-    top1, top5 = share(hit[:, 0], samples), share(hit.any(axis=1), samples)
-    return Confusion(regions, top1, top5, shown, matrix, wrong[:PAIRS])
+    return Confusion(
+        regions, share(hit[:, 0], samples), share(hit.any(axis=1), samples), shown,
+        matrix=np.array([[both[true, first] / counts[true] for first in shown] for true in shown]),
+        pairs=wrong[:PAIRS], unreadable=unreadable,
+    )  # fmt: skip
 
 
 def like_order(clusters: Sequence[int], centers: Floats) -> list[int]:

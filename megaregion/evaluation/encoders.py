@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -63,11 +62,15 @@ class Encoder(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in the table."""
+        """Name of its rows."""
 
     @property
     def text_centers(self) -> Floats | None:
         """Weight of the text head, [V, E]; None without one."""
+
+    @property
+    def names_images(self) -> bool:
+        """Whether it is asked about whole images; not where another encoder would answer the same."""
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Encode all regions of a batch of images, image by image."""
@@ -93,15 +96,20 @@ class CropEncoder:
     """Threads that embed parts of the crops at once; for an embed that computes on one core."""
     see: Callable[[Pixels], Floats] | None = None
     """From a whole image, RGB [h, w, 3], to its feature map."""
+    names_images: bool = True
     text_centers: ClassVar[Floats | None] = None
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
-        """Cut out every region and embed the crops of all images together."""
-        return Features(self._embedded([crop(item.image, box) for item in images for box in item.boxes]))
+        """Features of every region's crop."""
+        return Features(self.images([crop(item.image, box) for item in images for box in item.boxes]))
 
     def images(self, images: Sequence[Image.Image]) -> Floats:
-        """Embed whole images as if each were one crop."""
-        return self._embedded(images)
+        """Features of whole images, each as if it were one crop, [B, C]."""
+        crops = [np.asarray(image) for image in images]
+        size = max(1, -(-len(crops) // self.threads))
+        parts = [crops[start : start + size] for start in range(0, len(crops), size)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return np.concatenate(list(pool.map(self.embed, parts))).astype(np.float32, copy=False)
 
     def maps(self, images: Sequence[Image.Image]) -> list[Floats] | None:
         """Feature map of each image, if the encoder has one."""
@@ -109,13 +117,6 @@ class CropEncoder:
             return None
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self.see, map(np.asarray, images)))
-
-    def _embedded(self, images: Sequence[Image.Image]) -> Floats:
-        crops = [np.asarray(image) for image in images]
-        size = max(1, -(-len(crops) // self.threads))
-        parts = [crops[start : start + size] for start in range(0, len(crops), size)]
-        with ThreadPoolExecutor(self.threads) as pool:
-            return np.concatenate(list(pool.map(self.embed, parts))).astype(np.float32, copy=False)
 
 
 def crop(image: Image.Image, box: Sequence[float] | Floats) -> Image.Image:
@@ -130,10 +131,14 @@ def raw_pixels(crops: Sequence[Pixels]) -> Floats:
     return np.stack([_small(crop, SIDE).ravel() for crop in crops])
 
 
-def centred_pixels(crops: Sequence[Pixels]) -> Floats:
-    """The same with each crop's mean subtracted, so that brightness alone makes no two crops alike."""
-    pixels = raw_pixels(crops)
+def centred(pixels: Floats) -> Floats:
+    """Pixels of crops, [R, 3072], without each one's mean: brightness alone makes no two crops alike."""
     return np.subtract(pixels, pixels.mean(axis=1, keepdims=True))
+
+
+def centred_pixels(crops: Sequence[Pixels]) -> Floats:
+    """Centred pixels of each crop at 32 x 32, [R, 3072]."""
+    return centred(raw_pixels(crops))
 
 
 def pixel_map(image: Pixels, cells: int) -> Floats:
@@ -145,17 +150,6 @@ def pixel_map(image: Pixels, cells: int) -> Floats:
 def _small(image: Pixels, side: int) -> Floats:
     small = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(small, np.float32) / np.float32(255)
-
-
-def pixel_encoders(cells: int) -> list[Encoder]:
-    """Both forms of the pixel baseline; the table shows the better of the two.
-
-    Args:
-        cells: Places along each side of their maps: the grid of the network that they are compared with.
-    """
-    see = partial(pixel_map, cells=cells)
-    forms = {"raw": raw_pixels, "centred": centred_pixels}
-    return [CropEncoder(f"{PIXELS}/{form}", embed, see=see) for form, embed in forms.items()]
 
 
 # ---- networks --------------------------------------------------------------------------------------
@@ -181,10 +175,11 @@ class HuggingFaceEncoder:
     transform: EvalTransform
     """Resizes whole images, as the model expects them."""
     device: str = "cpu"
+    names_images: ClassVar[bool] = True
     text_centers: ClassVar[None] = None
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
-        """Encode all regions of a batch of images, image by image, [R, C]."""
+        """Mean feature of the patches that each region covers."""
         maps = self.maps([item.image for item in images])
         regions = []
         for item, own in zip(images, maps, strict=True):
@@ -202,7 +197,7 @@ class HuggingFaceEncoder:
 
     def crops(self) -> CropEncoder:
         """The same model asked about each region's crop, as the curation encoder is."""
-        return CropEncoder(f"{self.name}/crops", self._embed)
+        return CropEncoder(f"{self.name}/crops", self._embed, names_images=False)
 
     def _embed(self, crops: Sequence[Pixels]) -> Floats:
         images = [Image.fromarray(crop) for crop in crops]
@@ -239,8 +234,7 @@ def load_huggingface(path: str, device: str = "cpu") -> HuggingFaceEncoder:
         model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         advice = "name a folder that save_pretrained wrote or a hub id"
         raise UserError(f"--compare {path} cannot be loaded ({reason}); {advice}") from None
     model = getattr(model, "vision_model", model)

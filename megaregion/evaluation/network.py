@@ -8,25 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from megaregion.checkpoint.format import step_folder
-from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
-from megaregion.config import RunConfig, config_from_dict
+from megaregion.checkpoint.format import ENCODER, step_folder
+from megaregion.checkpoint.reader import (
+    CheckpointReader,
+    DamagedCheckpoint,
+    copy_again,
+    open_checkpoint,
+    run_config,
+)
+from megaregion.config import DataConfig, RunConfig
 from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, Features, Floats, as_array, pixels_of
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
-
-BODY = "body.weight."
-HEAD = "head.{}.weight"
 
 
 @dataclass(frozen=True)
@@ -35,39 +39,46 @@ class NetworkEncoder:
 
     name: str
     model: RegionEncoder
-    transform: EvalTransform
-    """Resizes whole images, as the model expects them."""
+    data: DataConfig
+    """Mean and deviation of its images."""
     device: str = "cpu"
     projected: bool = False
     """Compare regions by the heads' embeddings instead of the exported features."""
     text_centers: Floats | None = None
     """Weight of the text head, [V, E]; None without one."""
+    names_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
 
-    def prepare(
-        self, image: Image.Image, boxes: Sequence[Box], side: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def transform(self) -> EvalTransform:
+        """Resizes whole images to the training size."""
+        return EvalTransform(self.data, self.model.vit.config)
+
+    def prepare(self, image: Image.Image, boxes: Sequence[Box], side: int) -> tuple[Tensor, Tensor]:
         """Pixels [1, 3, H, W] and which region sees which patch [1, N, P], on the model's device.
 
-        Args:
-            image: RGB.
-            boxes: Regions, in pixels of the image.
-            side: Longest side, in pixels, rounded to whole patches; the training size if None.
+        Boxes are in pixels of the image; side is the longest at which the network reads it, in pixels; it is
+        rounded to whole patches.
         """
         config = self.model.vit.config
-        size = fitting_size(image.size, side, config.patch_size) if side else None
-        transform = EvalTransform(self.transform.data, config, size)
-        pixels, visible = transform(image, boxes)
+        size = fitting_size(image.size, side, config.patch_size)
+        pixels, visible = EvalTransform(self.data, config, size)(image, boxes)
         return pixels[None].to(self.device), visible[None].to(self.device)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Features [R, D] (or embeddings, if so asked) and embeddings [R, E]; an image is encoded once."""
-        pixels, visible, real = self._batch(images)
-        tokens = self.model.vit(pixels, visible, regions_only=True)
-        region = self.model.vit.pool(tokens.regions)[real]
+        counts = torch.tensor([len(item.boxes) for item in images])
+        real = torch.arange(max(1, int(counts.max()))) < counts[:, None]
+        pixels, seen = zip(*(self.transform(item.image, item.boxes.tolist()) for item in images), strict=True)
+        # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
+        visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
+        visible[real] = torch.cat(seen)
+        vit = self.model.vit
+        tokens = vit(torch.stack(pixels).to(self.device), visible.to(self.device), regions_only=True)
+        region = vit.pool(tokens.regions)[real.to(self.device)]
         embedding = self.model.projection(region)
         return Features(as_array(embedding if self.projected else region), as_array(embedding))
 
@@ -82,16 +93,6 @@ class NetworkEncoder:
         """Patch features of each image at the training size, [h, w, D] each; see :func:`patch_map`."""
         return list(as_array(patch_map(self.model, pixels_of(images, self.transform, self.device))))
 
-    def _batch(self, images: Sequence[BoxedImage]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, H, W], what their regions see [B, N, P], and which regions are real [B, N]."""
-        counts = torch.tensor([len(item.boxes) for item in images])
-        real = torch.arange(max(1, int(counts.max()))) < counts[:, None]
-        pixels, seen = zip(*(self.transform(item.image, item.boxes.tolist()) for item in images), strict=True)
-        # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
-        visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
-        visible[real] = torch.cat(seen)
-        return torch.stack(pixels).to(self.device), visible.to(self.device), real.to(self.device)
-
 
 def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int]:
     """Height and width in whole patches, for a picture of this width and height and a longest side."""
@@ -104,12 +105,10 @@ def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int
 
 
 def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
-    """Patch features as models that build on an encoder read them: those that enter the last block.
+    """Patch features that enter the last block, from normalised images [B, 3, H, W] to [B, h, w, D].
 
     No loss ever reaches what the last block makes of a patch, for region tokens read keys and values of
-    what enters it; LLaVA-style models leave that block out for the same reason.
-
-    From normalised images [B, 3, H, W] to [B, h, w, D], after the last norm.
+    what enters it; LLaVA-style models leave that block out for the same reason. The last norm is applied.
     """
     entering, _ = _last_block(model, pixels)
     tokens = entering[0].unflatten(0, (len(pixels), -1))
@@ -181,65 +180,51 @@ class TrainedRun:
         return step.parent.parent if step.parent.name == "checkpoints" else step
 
     def trained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
-        """The network with the checkpoint's weights.
-
-        Raises:
-            UserError: The checkpoint lacks a parameter, or one has another shape.
-        """
+        """The network with the checkpoint's weights; a UserError where one is missing or of another shape."""
         model = self._model()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                value = self._read(BODY + name)
+                value = self._read(ENCODER + name)
                 if value.shape != parameter.shape:
                     raise UserError(
-                        f"{self.reader.folder}: {BODY}{name} has the shape {list(value.shape)}, its settings "
-                        f"ask for {list(parameter.shape)}; the checkpoint and its config do not match"
+                        f"{self.reader.folder}: {ENCODER}{name} has the shape {list(value.shape)}, its "
+                        f"settings ask for {list(parameter.shape)}; the checkpoint and its config differ"
                     )
                 parameter.copy_(value)
-        return NetworkEncoder("trained", model, self._transform, device, projected, self.centers("text"))
+        return NetworkEncoder("trained", model, self.config.data, device, projected, self.centers("text"))
 
     def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The same network with the weights that the run began with."""
         model, centers = self._model(), None
         initialise(model, self.config.seed)
-        if HEAD.format("text") in self.reader.names():
-            classes, width = self.reader.shape(HEAD.format("text"))
+        if _head("text") in self.reader.names():
+            classes, width = self.reader.shape(_head("text"))
             centers = as_array(random_centers(self.config.seed, "text", range(classes), width))
-        return NetworkEncoder("untrained", model, self._transform, device, projected, centers)
+        return NetworkEncoder("untrained", model, self.config.data, device, projected, centers)
 
     def _model(self) -> RegionEncoder:
         return RegionEncoder(self.config.model, self.config.head.embedding_dim)
 
-    @property
-    def _transform(self) -> EvalTransform:
-        return EvalTransform(self.config.data, self.config.model)
-
     def centers(self, kind: str) -> Floats | None:
         """Weight of the object or the text head, [classes, E]; None if the run has none."""
-        name = HEAD.format(kind)
-        return as_array(self._read(name)) if name in self.reader.names() else None
+        return as_array(self._read(_head(kind))) if _head(kind) in self.reader.names() else None
 
     def _read(self, name: str) -> Tensor:
         try:
             return self.reader.read(name)
         except DamagedCheckpoint as error:
-            raise UserError(f"{error}; evaluate another step with --checkpoint") from None
+            raise copy_again(error) from None
+
+
+def _head(kind: str) -> str:
+    return f"head.{kind}.weight"
 
 
 def open_run(path: Path, step: int | None = None) -> TrainedRun:
-    """Open a checkpoint, and check it against its checksums.
-
-    Args:
-        path: A run folder, its checkpoints folder or one checkpoint's folder.
-        step: Which step of a run folder; the newest if None.
+    """Open a step of a run folder, the newest if None, or a checkpoint's folder; checksums must match.
 
     Raises:
         UserError: There is no such checkpoint, or it is damaged.
     """
-    folder = find_checkpoint(path if step is None else step_folder(path / "checkpoints", step))
-    try:
-        reader = CheckpointReader(folder)
-        reader.verify()
-    except DamagedCheckpoint as error:
-        raise UserError(f"{error}; evaluate another step with --checkpoint") from None
-    return TrainedRun(reader, config_from_dict(reader.manifest["config"]))
+    reader = open_checkpoint(path if step is None else step_folder(path / "checkpoints", step))
+    return TrainedRun(reader, run_config(reader))

@@ -22,7 +22,7 @@ from megaregion.files import write_text
 from megaregion.schemas.run import Curve
 
 ENCODERS = ("trained", "untrained", "pixels", "curation")
-"""Encoders with a colour of their own; the others share one."""
+"""Encoders that the style gives a colour of their own; the others share one."""
 WIDTH, HEIGHT = 560, 250
 """Of a chart of lines, in pixels."""
 MOST_POINTS = 400
@@ -51,11 +51,6 @@ def data_uri(image: Image.Image, longest: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def encoder_style(encoder: str) -> str:
-    """CSS class that colours an encoder."""
-    return encoder if encoder in ENCODERS else "other"
-
-
 _templates = Environment(
     loader=PackageLoader("megaregion.evaluation"),
     autoescape=True,
@@ -64,9 +59,11 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters |= {
+    # About how wide a name is in a bold sans-serif, in letters' heights; the page has no font to measure.
+    "ems": lambda name: sum(0.74 if sign.isupper() or sign in "mw" else 0.61 for sign in name),
     "percent": lambda share, digits=1: f"{share:.{digits}%}",
     "px": "{:.1f}".format,
-    "style": encoder_style,
+    "style": lambda encoder: encoder if encoder in ENCODERS else "other",
     "thousands": "{:,}".format,
     "uri": data_uri,
 }

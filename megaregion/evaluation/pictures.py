@@ -1,8 +1,8 @@
-"""Pictures of the report: PCA maps, attention of regions, confused clusters, crops and boxed scenes.
+"""Pictures of the report: PCA maps, attention of regions, confused clusters and crops.
 
-What is shown is drawn at random by the study's seed, one object of each class where there is room; nothing
-is picked by whether it looks good. A region token reads only patches of its region: what it reads of them
-shows what the region is known by, and the same query over the whole image what else looks like it.
+What is shown is drawn at random by the study's seed, one object of each class where there is room; nothing is
+picked by its looks. What a region token reads of its own patches shows what the region is known by, and the
+same query over the whole image what else looks like it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from megaregion.data.sample import Box
+from megaregion.data.image import decode_image
 from megaregion.data.shards import ShardedDataset
-from megaregion.evaluation.clusters import Confusion, confuse, sample_image
-from megaregion.evaluation.encoders import Floats, crop
-from megaregion.evaluation.encoding import Progress, quiet
-from megaregion.evaluation.network import Attention, NetworkEncoder, region_attention
-from megaregion.evaluation.pca_maps import Frame, FrameMaps, paint, read_frames
-from megaregion.evaluation.scenes import RegionTable, Scene, open_image
+from megaregion.errors import UserError
+from megaregion.evaluation.clusters import Confusion, confuse
+from megaregion.evaluation.encoders import Floats, as_array, crop
+from megaregion.evaluation.encoding import Basis, Progress, fit_basis, quiet
+from megaregion.evaluation.network import Attention, NetworkEncoder, patch_map, region_attention
+from megaregion.evaluation.scenes import IMAGE_ENDINGS, RegionTable, Scene, open_image, read_image
 from megaregion.evaluation.study import Study
 from megaregion.files import new_folder
 
 FRAMES = 6
 """Held-out scenes that are painted where no frames are named."""
+MOST_FRAMES = 48
+"""Frames that a page has room for; of a longer folder, evenly spaced ones are taken."""
 ATTENDED = 4
 """Held-out scenes whose regions' attention is shown."""
 REGIONS = 3
@@ -44,6 +47,24 @@ RIGHT, WRONG = np.array([31, 95, 214], np.uint8), np.array([214, 62, 62], np.uin
 
 
 # ---- what is made of a run -------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """One picture, RGB."""
+
+    name: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class FrameMaps:
+    """The maps of all frames by one encoder."""
+
+    encoder: str
+    maps: list[Image.Image]
+    basis: Basis
+    cells: tuple[int, int]
+    """Rows and columns of patches of the first frame."""
 
 
 class SceneAttention(NamedTuple):
@@ -68,19 +89,11 @@ class Visuals:
     shards: ShardedDataset
 
 
-def visualise(
-    study: Study,
-    frames: Path | None = None,
-    side: int = 0,
-    progress: Progress = quiet,
-) -> Visuals:
+def visualise(study: Study, frames: Path | None = None, side: int = 0, progress: Progress = quiet) -> Visuals:
     """Make all pictures of a study.
 
-    Args:
-        study: What was measured.
-        frames: An image or a folder of frames to paint; random held-out scenes if None.
-        side: Longest side of the painted frames, in pixels; 0 takes three times the training size.
-        progress: Told of images.
+    Frames are painted from an image or a folder, random held-out scenes if None, at this longest side in
+    pixels; 0 takes three times the training size.
     """
     run, config = study.run, study.config
     trained, untrained = run.trained(config.device), run.untrained(config.device)
@@ -95,6 +108,48 @@ def visualise(
     if centers is not None:
         confusion = confuse(shards, trained, centers, config.seed, config.batch, progress)
     return Visuals(chosen, maps, side, attention, confusion, shards)
+
+
+def read_frames(path: Path) -> list[Frame]:
+    """Read an image, or a folder of frames by name; a UserError where there is none or one cannot be read."""
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+        if len(files) > MOST_FRAMES:
+            files = [files[round(i)] for i in np.linspace(0, len(files) - 1, MOST_FRAMES)]
+    if not files:
+        wanted = f"an image or a folder of {', '.join(IMAGE_ENDINGS)} files"
+        raise UserError(f"--frames {path} holds no image; name {wanted}")
+    return [Frame(file.stem, read_image(file, "remove it from the frames")) for file in files]
+
+
+def paint(
+    encoder: NetworkEncoder, frames: Sequence[Frame], side: int, progress: Progress = quiet
+) -> FrameMaps:
+    """Colour every frame's patches by the principal components of all frames' patches.
+
+    Rotary positions let the network read any size, so a picture may have many more patches than in training:
+    side is the longest at which it is read, in pixels. All frames share one basis: the same feature has the
+    same colour in every one of them, and a thing that moves through the frames of a video keeps its colour.
+    """
+    maps = []
+    for done, frame in enumerate(frames, start=1):
+        maps.append(high_map(encoder, frame.image, side))
+        progress(f"PCA maps, {encoder.name}", done, len(frames))
+    basis = fit_basis(maps)
+    painted = [Image.fromarray(basis.colours(basis.project(own))) for own in maps]
+    scales = [FRAME_SIDE / max(each.size) for each in painted]
+    enlarged = [
+        each.resize((round(each.width * scale), round(each.height * scale)), Image.Resampling.BICUBIC)
+        for each, scale in zip(painted, scales, strict=True)
+    ]
+    return FrameMaps(encoder.name, enlarged, basis, maps[0].shape[:2])
+
+
+@torch.inference_mode()
+def high_map(encoder: NetworkEncoder, image: Image.Image, side: int) -> Floats:
+    """Patch features of one picture at a given longest side, in its own shape, [h, w, D]."""
+    return as_array(patch_map(encoder.model, encoder.prepare(image, [], side)[0])[0])
 
 
 def _attend(encoder: NetworkEncoder, scene: Scene, side: int) -> SceneAttention:
@@ -134,62 +189,14 @@ def _shuffled(total: int, seed: int) -> list[int]:
     return order
 
 
-class Crops:
-    """Crops of scenes; a scene that gives many crops is decoded once."""
-
-    def __init__(self, scenes: Sequence[Scene]) -> None:
-        self._scenes = scenes
-        self._images: dict[int, Image.Image] = {}
-
-    def of(self, regions: RegionTable, row: int) -> Image.Image:
-        """The region in this row of a table of the scenes."""
-        scene = int(regions.scene[row])
-        if scene not in self._images:
-            self._images[scene] = open_image(self._scenes[scene])
-        return crop(self._images[scene], regions.boxes[row])
-
-
-class Tag(NamedTuple):
-    """The name of an object or a word, written on its box; all lengths in pixels of the scene."""
-
-    kind: str
-    name: str
-    box: Box
-    x: float
-    y: float
-    width: float
-    letter: float
-    """Height of a letter."""
-
-
-def scene_tags(scene: Scene) -> list[Tag]:
-    """The tags of a scene's objects and words."""
-    letter = max(scene.width, scene.height) / 38
-    tags = []
-    for kind, name, box in (
-        *(("object", item.name, item.box) for item in scene.objects),
-        *(("word", item.text, item.box) for item in scene.words),
-    ):
-        # About how wide the name is in a bold sans-serif; the page has no font to measure.
-        ems = sum(0.74 if sign.isupper() or sign in "mw" else 0.61 for sign in name)
-        width = (ems + 0.7) * letter
-        # The tag sits on top of its box, or inside it where the image ends.
-        x = max(0.0, min(box[0], scene.width - width))
-        y = box[1] - 1.35 * letter if box[1] > 1.4 * letter else box[1]
-        tags.append(Tag(kind, name, box, x, y, width, letter))
-    return tags
-
-
 def attention_pictures(own: SceneAttention) -> Iterator[tuple[str, str, Image.Image]]:
     """A few regions of a scene: name, whether it reads or would read, and the attention."""
-    names = [item.name for item in own.scene.objects] + [item.text for item in own.scene.words]
-    for region, name in enumerate(names[:REGIONS]):
-        box, attention = own.scene.boxes[region], own.regions
-        yield name, "reads", overlay(own.image, attention.inside[region], box)
-        yield name, "would read", overlay(own.image, attention.anywhere[region], box)
+    for region, inside, anywhere in list(zip(own.scene.regions, *own.regions, strict=True))[:REGIONS]:
+        yield region.name, "reads", overlay(own.image, inside, region.box)
+        yield region.name, "would read", overlay(own.image, anywhere, region.box)
 
 
-def overlay(image: Image.Image, weights: Floats, box: Floats) -> Image.Image:
+def overlay(image: Image.Image, weights: Floats, box: Sequence[float]) -> Image.Image:
     """Lay attention [h, w] over a greyed picture, and draw the region's box [4]."""
     side = FRAME_SIDE / max(image.size)
     size = (round(image.width * side), round(image.height * side))
@@ -203,7 +210,7 @@ def overlay(image: Image.Image, weights: Floats, box: Floats) -> Image.Image:
     alpha = np.sqrt(heat)[..., None] * np.float32(0.85)
     mixed = (0.25 * 255 + 0.6 * grey) * (1 - alpha) + colour * alpha
     picture = Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
-    edges = [min(round(float(edge) * side), most - 1) for edge, most in zip(box, size * 2, strict=True)]
+    edges = [min(round(edge * side), most - 1) for edge, most in zip(box, size * 2, strict=True)]
     ImageDraw.Draw(picture).rectangle(edges, outline="white", width=2)
     return picture
 
@@ -226,4 +233,4 @@ def cluster_picture(visuals: Visuals, cluster: int) -> Image.Image:
     assert visuals.confusion is not None
     # Clusters are confused only where a region of each was drawn.
     region = next(region for region in visuals.confusion.regions if region.label == cluster)
-    return crop(sample_image(visuals.shards, region.sample), region.box)
+    return crop(decode_image(visuals.shards.read(region.sample).image), region.box)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +31,6 @@ IGNORED = -1
 """Owner of a place that belongs to a word: neither object nor background."""
 TOP = 5
 """Tokens that count where a word's are recalled."""
-NAMED = 32
-"""Most tokens that are named for a word; no word has as many."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 Tokens = tuple[int, ...]
@@ -42,22 +40,17 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class TrueObject:
-    """An object that stands in a scene; its box is in pixels, x1 and y1 exclusive."""
+class TrueRegion:
+    """An object that stands in a scene, or a word that is written in it."""
 
     name: str
-    instance: str
+    """The object's class, or the word."""
     box: Box
+    """In pixels, x1 and y1 exclusive."""
+    instance: str = ""
+    """The cut-out that an object shows."""
     mask: RLE | None = None
-    """What is seen of it, where the truth says so."""
-
-
-@dataclass(frozen=True)
-class TrueWord:
-    """A word that is written in a scene; its box is in pixels, x1 and y1 exclusive."""
-
-    text: str
-    box: Box
+    """What is seen of an object, where the truth says so."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +61,18 @@ class Scene:
     path: Path
     width: int
     height: int
-    objects: tuple[TrueObject, ...]
-    words: tuple[TrueWord, ...]
+    objects: tuple[TrueRegion, ...]
+    words: tuple[TrueRegion, ...]
+
+    @property
+    def regions(self) -> tuple[TrueRegion, ...]:
+        """The objects, then the words."""
+        return (*self.objects, *self.words)
 
     @cached_property
     def boxes(self) -> NDArray[np.float32]:
         """Boxes of the objects, then of the words, [objects + words, 4]."""
-        boxes = [item.box for item in self.objects] + [item.box for item in self.words]
-        return np.asarray(boxes, np.float32).reshape(-1, 4)
+        return np.asarray([region.box for region in self.regions], np.float32).reshape(-1, 4)
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class RegionTable:
     scene: NDArray[np.int64]
     """[R], the scene's place in the list that the table was made from."""
     instances: tuple[str, ...]
-    """The cut-out that each object shows, or the text again for words, R of them."""
+    """The cut-out that each object shows, R of them."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -106,45 +103,32 @@ class Truth:
     @cached_property
     def objects(self) -> RegionTable:
         """All objects, scene by scene."""
-        return _table([[(item.name, item.instance, item.box) for item in s.objects] for s in self.scenes])
+        return _table([scene.objects for scene in self.scenes])
 
     @cached_property
     def words(self) -> RegionTable:
         """All words, scene by scene."""
-        return _table([[(item.text, item.text, item.box) for item in s.words] for s in self.scenes])
+        return _table([scene.words for scene in self.scenes])
 
 
-def _table(rows: Sequence[Sequence[tuple[str, str, Box]]]) -> RegionTable:
+def _table(rows: Sequence[Sequence[TrueRegion]]) -> RegionTable:
     flat = [region for regions in rows for region in regions]
     return RegionTable(
-        names=tuple(name for name, _, _ in flat),
-        instances=tuple(instance for _, instance, _ in flat),
-        boxes=np.asarray([box for _, _, box in flat], np.float32).reshape(-1, 4),
+        names=tuple(region.name for region in flat),
+        boxes=np.asarray([region.box for region in flat], np.float32).reshape(-1, 4),
         scene=np.repeat(np.arange(len(rows), dtype=np.int64), [len(regions) for regions in rows]),
+        instances=tuple(region.instance for region in flat),
     )
 
 
-@dataclass(frozen=True)
-class TruthMap:
-    """What is where in one scene."""
+def truth_map(scene: Scene) -> NDArray[np.int16] | None:
+    """The owner of each place of a scene, [T, T]; None if an object of it has no mask.
 
-    owner: NDArray[np.int16]
-    """[T, T]: 0 background, 1 + the object's place in the scene, IGNORED under words."""
-    names: tuple[str, ...]
-    """Class of each object."""
-
-    def labels(self, classes: Sequence[str]) -> NDArray[np.int16]:
-        """Class of each cell, [T, T]: 0 background, 1 + place in ``classes``, IGNORED for any other."""
-        numbers = {name: place + 1 for place, name in enumerate(classes)}
-        table = [0, *(numbers.get(name, IGNORED) for name in self.names), IGNORED]
-        return np.asarray(table, np.int16)[self.owner]
-
-
-def truth_map(scene: Scene) -> TruthMap | None:
-    """What is where in a scene; None if an object of it has no mask."""
-    height, width = scene.height, scene.width
-    rows = ((np.arange(TRUTH) + 0.5) / TRUTH * height).astype(np.int64)
-    columns = ((np.arange(TRUTH) + 0.5) / TRUTH * width).astype(np.int64)
+    It is 0 on the background, 1 + the object's place in the scene on an object, IGNORED under words.
+    """
+    rows, columns = (
+        ((np.arange(TRUTH) + 0.5) / TRUTH * edge).astype(np.int64) for edge in (scene.height, scene.width)
+    )
     owner = np.zeros((TRUTH, TRUTH), np.int16)
     for word in scene.words:
         x0, y0, x1, y1 = word.box
@@ -153,7 +137,14 @@ def truth_map(scene: Scene) -> TruthMap | None:
         if item.mask is None:
             return None
         owner[decode_mask(item.mask)[np.ix_(rows, columns)]] = number
-    return TruthMap(owner, tuple(item.name for item in scene.objects))
+    return owner
+
+
+def class_map(scene: Scene, owner: NDArray[np.int16], classes: Sequence[str]) -> NDArray[np.int16]:
+    """The class of each place, [T, T]: 0 background, 1 + place in ``classes``, IGNORED for any other."""
+    numbers = {name: number for number, name in enumerate(classes, start=1)}
+    table = [0, *(numbers.get(item.name, IGNORED) for item in scene.objects), IGNORED]
+    return np.asarray(table, np.int16)[owner]
 
 
 # ---- the files -------------------------------------------------------------------------------------
@@ -167,7 +158,9 @@ def read_scenes(folder: Path) -> list[Scene]:
     """
     path = folder / "truth.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; tools/make_scenes.py writes it")
+        splits = ", ".join(sorted(file.parent.name for file in folder.parent.glob("*/truth.jsonl")))
+        found = f"{folder.parent} has only {splits}" if splits else f"{folder.parent} holds no scenes"
+        raise UserError(f"{path} does not exist, {found}; see tools/make_scenes.py --help")
     scenes = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -184,10 +177,7 @@ def read_scenes(folder: Path) -> list[Scene]:
 
 
 def pick_scenes(scenes: Sequence[Scene], regions: int, seed: int) -> list[Scene]:
-    """Draw whole scenes, in their order, until they hold this many objects; 0 takes all.
-
-    No image is read for one box; a larger wish only adds scenes to those of the same seed.
-    """
+    """Draw whole scenes until they hold this many objects; 0 takes all; more only adds to the same seed's."""
     if regions <= 0:
         return list(scenes)
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(scenes))
@@ -197,11 +187,7 @@ def pick_scenes(scenes: Sequence[Scene], regions: int, seed: int) -> list[Scene]
 
 
 def open_image(scene: Scene) -> Image.Image:
-    """Read a scene's image as RGB.
-
-    Raises:
-        UserError: It is missing, cannot be decoded, or has another size than the truth says.
-    """
+    """A scene's image, RGB; a UserError where it cannot be read or has another size than the truth says."""
     image = read_image(scene.path, "make the scenes again")
     if image.size != (scene.width, scene.height):
         raise UserError(
@@ -212,11 +198,7 @@ def open_image(scene: Scene) -> Image.Image:
 
 
 def read_image(path: Path, advice: str) -> Image.Image:
-    """Read an image as RGB.
-
-    Raises:
-        UserError: It is missing or cannot be decoded; the text ends with this advice.
-    """
+    """An image, RGB; a UserError that ends with this advice where it is missing or cannot be decoded."""
     try:
         with Image.open(path) as file:
             return to_rgb(file)
@@ -225,26 +207,20 @@ def read_image(path: Path, advice: str) -> Image.Image:
 
 
 def _parse_scene(line: Mapping[str, Any], folder: Path) -> Scene:
-    width, height = int(line["width"]), int(line["height"])
-    return Scene(
-        key=str(line["key"]),
-        path=folder / "images" / f"{line['key']}.jpg",
-        width=width,
-        height=height,
-        objects=tuple(
-            TrueObject(
-                name=str(item["class"]),
-                instance=str(item.get("instance", "")),
-                box=_parse_box(item["box"], width, height),
-                mask=_parse_mask(item.get("mask"), width, height),
-            )
-            for item in line["objects"]
-        ),
-        words=tuple(
-            TrueWord(text=str(item["text"]), box=_parse_box(item["box"], width, height))
-            for item in line["words"]
-        ),
+    key, width, height = str(line["key"]), int(line["width"]), int(line["height"])
+    objects = tuple(
+        TrueRegion(
+            str(item["class"]),
+            _parse_box(item["box"], width, height),
+            str(item.get("instance", "")),
+            _parse_mask(item.get("mask"), width, height),
+        )
+        for item in line["objects"]
     )
+    words = tuple(
+        TrueRegion(str(item["text"]), _parse_box(item["box"], width, height)) for item in line["words"]
+    )
+    return Scene(key, folder / "images" / f"{key}.jpg", width, height, objects, words)
 
 
 def _parse_mask(values: Mapping[str, Any] | None, width: int, height: int) -> RLE | None:
@@ -276,6 +252,8 @@ class Vocabulary:
     processor: SentencePieceProcessor
     prior: Tokens
     """The five tokens that most text regions of the training shards hold."""
+    unreadable: int
+    """Samples of the shards whose records cannot be read: the prior does not count them."""
 
     def tokens(self, text: str) -> Tokens:
         """Gold tokens of a text, by curation's own rule."""
@@ -289,10 +267,8 @@ class Vocabulary:
 def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vocabulary | None:
     """Open a dataset's tokenizer and count its tokens; None for a dataset without text.
 
-    ``trained_on`` is the dataset's description in the checkpoint's manifest.
-
     Raises:
-        UserError: The tokenizer cannot be read, or is not the one that the run was trained with.
+        UserError: The tokenizer cannot be read, or is not the one of the dataset that the run was trained on.
     """
     if shards.info.text_classes == 0:
         return None
@@ -303,21 +279,17 @@ def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vo
             "run's dataset with --dataset"
         )
     processor = load_tokenizer(shards.folder / TOKENIZER_NAME)
-    return Vocabulary(processor, frequent_tokens(_text_regions(shards)))
-
-
-def frequent_tokens(regions: Iterable[Tokens]) -> Tokens:
-    """The five tokens that most regions hold, given each one's distinct tokens; ties go to the smaller id."""
-    counts = Counter(token for tokens in regions for token in tokens)
-    return tuple(sorted(counts, key=lambda token: (-counts[token], token))[:TOP])
-
-
-def _text_regions(shards: ShardedDataset) -> Iterator[Tokens]:
+    counts, unreadable = Counter[int](), 0
     for index in range(len(shards)):
         try:
             record = parse_sample(shards.read(index).record)
         except BadSample:
-            continue  # Training skips it too.
-        for region in record.regions:
-            if region.kind == "text":
-                yield region.labels
+            unreadable += 1  # Training skips it too.
+            continue
+        counts.update(token for region in record.regions if region.kind == "text" for token in region.labels)
+    return Vocabulary(processor, most_frequent(counts), unreadable)
+
+
+def most_frequent(counts: Mapping[int, int]) -> Tokens:
+    """The five tokens that most regions hold; of equally many, the smaller id stands first."""
+    return tuple(sorted(counts, key=lambda token: (-counts[token], token))[:TOP])

@@ -1,18 +1,17 @@
 """One evaluation from end to end: scenes in, every encoder measured on the same regions.
 
-The summary, which is always made, sets two numbers side by side. Held out are regions of scenes never
-trained on, whose cut-outs no gallery holds. Train are the gallery's regions against the gallery itself, each
-without those of its own scene: the same cut-out stands in other training scenes and stays in. A network that
-has merely memorised its cut-outs scores high there and low on the test; the gap is the memorising.
+The summary, which is always made, sets held-out regions, whose cut-outs no gallery holds, beside the
+gallery's own against the gallery without their scene: the same cut-out stands in other training scenes and
+stays in. A network that has merely memorised its cut-outs scores high there and low on the test; the gap is
+the memorising.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -20,7 +19,15 @@ from megaregion.data.info import DatasetInfo
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import NEIGHBOURS, Neighbours, ballots, nearest, vote
-from megaregion.evaluation.encoders import PIXELS, CropEncoder, Encoder, pixel_encoders
+from megaregion.evaluation.encoders import (
+    PIXELS,
+    CropEncoder,
+    Encoder,
+    centred,
+    centred_pixels,
+    pixel_map,
+    raw_pixels,
+)
 from megaregion.evaluation.encoding import (
     Batches,
     EncodedScenes,
@@ -34,12 +41,7 @@ from megaregion.evaluation.encoding import (
 from megaregion.evaluation.measures import share
 from megaregion.evaluation.measures.correspondence import correspondence_table
 from megaregion.evaluation.measures.images import image_table, read_image_folder
-from megaregion.evaluation.measures.reading import (
-    judged,
-    prior_share,
-    reading_table,
-    word_recall,
-)
+from megaregion.evaluation.measures.reading import judged, prior_share, reading_table, word_recall
 from megaregion.evaluation.measures.recognition import majority_share, recognition_table
 from megaregion.evaluation.measures.retrieval import retrieval_table
 from megaregion.evaluation.measures.segmentation import segmentation_table
@@ -60,8 +62,6 @@ from megaregion.schemas.evaluation import MEASURES, SUMMARY, Estimate, Evaluatio
 
 GALLERY_SPLIT = "train"
 
-T = TypeVar("T")
-
 
 # ---- the measures ----------------------------------------------------------------------------------
 
@@ -77,35 +77,23 @@ class Evidence:
     encoders: Sequence[Encoder]
     prior: Tokens
     """Most frequent tokens of the training shards; empty without text."""
-    config: StudyConfig
+    seeds: int
     batches: Batches
 
     @cached_property
     def maps(self) -> tuple[MappedScenes, MappedScenes] | None:
         """Maps of training and held-out scenes, made when first asked for; None where scenes lack masks."""
-        known = map_scenes(self.known.truth.scenes, self.encoders, self.batches)
-        asked = map_scenes(self.asked.truth.scenes, self.encoders, self.batches) if known.scenes else known
+        known = map_scenes(self.known, self.encoders, self.batches)
+        asked = map_scenes(self.asked, self.encoders, self.batches) if known.scenes else known
         return (known, asked) if asked.scenes else None
 
 
-def _retrieval(own: Evidence) -> Table:
-    features = {name: seen.objects for name, seen in own.asked.features.items()}
-    return retrieval_table(features, own.asked.truth.objects)
-
-
-def _correspondence(own: Evidence) -> Table | None:
-    if own.maps is None:
-        return None
-    asked = own.maps[1]
-    return correspondence_table(own.asked.by_scene(asked.scenes), asked, own.config.seeds)
-
-
 TABLES: Mapping[str, Callable[[Evidence], Table | None]] = {
-    "region": lambda own: recognition_table(own.known, own.asked, own.config.seeds),
-    "retrieval": _retrieval,
-    "ocr": lambda own: reading_table(own.known, own.asked, own.prior, own.config.seeds),
-    "correspondence": _correspondence,
-    "segmentation": lambda own: own.maps and segmentation_table(*own.maps, own.config.seeds),
+    "region": lambda own: recognition_table(own.known, own.asked, own.seeds),
+    "retrieval": lambda own: retrieval_table(own.asked),
+    "ocr": lambda own: reading_table(own.known, own.asked, own.prior, own.seeds),
+    "correspondence": lambda own: own.maps and correspondence_table(own.maps[1], own.seeds),
+    "segmentation": lambda own: own.maps and segmentation_table(*own.maps, own.seeds),
     "separation": lambda own: own.maps and separation_table(*own.maps),
 }
 """The table of each measure; None where the scenes do not allow it."""
@@ -214,12 +202,6 @@ def evaluate(
 ) -> Study:
     """Measure the run's network, the same network untrained, raw pixels and other encoders.
 
-    Args:
-        run: The checkpoint.
-        config: What to evaluate on.
-        others: Further encoders, e.g. the curation encoder.
-        progress: Told of images as they are encoded.
-
     Raises:
         UserError: Scenes, dataset or checkpoint cannot be used; the text says which and why.
     """
@@ -227,50 +209,30 @@ def evaluate(
     vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset", {}))
     drawn = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
     gallery, queries = (
-        Truth(scenes, tuple(vocabulary.tokens(w.text) if vocabulary else () for s in scenes for w in s.words))
+        Truth(scenes, tuple(vocabulary.tokens(w.name) if vocabulary else () for s in scenes for w in s.words))
         for scenes in (drawn, _scenes(config.scenes / config.split))
     )
     folder = read_image_folder(config.images) if config.images else None
     encoders = [*_own_encoders(run, config), *others]
     batches = Batches(config.batch, config.workers, progress=progress)
-    known, asked = (
-        encode_scenes(truth, encoders, batches, split)
-        for split, truth in ((GALLERY_SPLIT, gallery), (config.split, queries))
-    )
-    answers = {name: _answer(known.features[name], own, gallery) for name, own in asked.features.items()}
-    form = _better_pixels(answers, queries)
-    answers = _kept(answers, form)
-    known, asked = (replace(part, features=_kept(part.features, form)) for part in (known, asked))
-    encoders = [
-        replace(own, name=name) if isinstance(own, CropEncoder) else own
-        for name, own in _kept({each.name: each for each in encoders}, form).items()
-    ]
+    known = encode_scenes(gallery, encoders, batches, GALLERY_SPLIT)
+    asked = encode_scenes(queries, encoders, batches, config.split)
     prior = vocabulary.prior if vocabulary else ()
-    notes = {
-        "trained": f"after step {run.step:,}",
-        "untrained": "the same network before step 1",
-        PIXELS: f"crops at 32 x 32, {form.removeprefix(f'{PIXELS}/')}",
-        "curation": "pretrained; it made the object labels",
-    }
-    evidence = Evidence(known, asked, encoders, prior, config, batches)
+    form, evidence = _better_pixels(Evidence(known, asked, encoders, prior, config.seeds, batches))
+    answers = {name: _answer(evidence, name) for name in asked.features}
     measured = [make(evidence) for name, make in TABLES.items() if name in config.measures]
     if folder is not None:
-        seen = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
-        measured.append(image_table(folder, seen, config.seeds, batches))
+        measured.append(image_table(folder, evidence.encoders, config.seeds, batches))
     return Study(
         config, run, gallery, queries, answers, shards.info, vocabulary, batches.seconds,
-        summary=_summary(evidence, answers, notes),
+        summary=_summary(evidence, answers, config.split, run.step, form),
         tables=tuple(table for table in measured if table is not None),
     )  # fmt: skip
 
 
 def _scenes(folder: Path) -> list[Scene]:
-    if not folder.is_dir():
-        splits = sorted(path.parent.name for path in folder.parent.glob("*/truth.jsonl"))
-        found = f"has only {', '.join(splits)}" if splits else "holds no scenes"
-        raise UserError(f"{folder} does not exist, {folder.parent} {found}; see tools/make_scenes.py --help")
     # A scene without a region gives no query and no gallery entry.
-    scenes = [scene for scene in read_scenes(folder) if scene.objects or scene.words]
+    scenes = [scene for scene in read_scenes(folder) if scene.regions]
     if not any(scene.objects for scene in scenes):
         raise UserError(
             f"{folder}/truth.jsonl names no object; make the scenes again with tools/make_scenes.py"
@@ -283,62 +245,70 @@ def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
     if not config.baselines:
         return [trained]
     untrained = run.untrained(config.device, config.projected)
-    return [trained, untrained, *pixel_encoders(run.config.model.grid)]
+    see = partial(pixel_map, cells=run.config.model.grid)
+    return [trained, untrained, CropEncoder(PIXELS, raw_pixels, see=see)]
 
 
-def _answer(known: SceneFeatures, asked: SceneFeatures, gallery: Truth) -> Answers:
+def _better_pixels(raw: Evidence) -> tuple[str, Evidence]:
+    """Which form of the pixel baseline names objects better, and the evidence with that form."""
+    if PIXELS not in raw.asked.features:
+        return "", raw
+
+    def without_means(part: EncodedScenes) -> EncodedScenes:
+        own = part.features[PIXELS]
+        features = SceneFeatures(centred(own.objects), centred(own.words))
+        return replace(part, features={**part.features, PIXELS: features})
+
+    encoders = [
+        replace(own, embed=centred_pixels) if isinstance(own, CropEncoder) and own.name == PIXELS else own
+        for own in raw.encoders
+    ]
+    other = replace(raw, known=without_means(raw.known), asked=without_means(raw.asked), encoders=encoders)
+    true = np.asarray(raw.asked.truth.objects.names)
+    right = [np.mean(np.asarray(_answer(own, PIXELS).named) == true) for own in (raw, other)]
+    return ("centred", other) if right[1] > right[0] else ("raw", raw)
+
+
+def _answer(own: Evidence, encoder: str) -> Answers:
+    known, asked = own.known.features[encoder], own.asked.features[encoder]
     neighbours = nearest(asked.objects, known.objects)
     read = None if asked.read is None else [tokens[:TOP] for tokens in asked.read]
-    return Answers(neighbours, vote(neighbours, gallery.objects.names), read)
-
-
-def _better_pixels(answers: Mapping[str, Answers], queries: Truth) -> str:
-    """Name of the form of the pixel baseline that names objects better; none without a baseline."""
-    true = np.asarray(queries.objects.names)
-    forms = [name for name in answers if name.startswith(f"{PIXELS}/")]
-    return max(forms, key=lambda name: np.mean(np.asarray(answers[name].named) == true), default="")
-
-
-def _kept(by_encoder: Mapping[str, T], form: str) -> dict[str, T]:
-    """The same with this form of the pixel baseline in the place of all of them."""
-    return {
-        PIXELS if name == form else name: own
-        for name, own in by_encoder.items()
-        if name == form or not name.startswith(f"{PIXELS}/")
-    }
+    return Answers(neighbours, vote(neighbours, own.known.truth.objects.names), read)
 
 
 # ---- the summary -----------------------------------------------------------------------------------
 
 
-def _summary(evidence: Evidence, answers: Mapping[str, Answers], notes: Mapping[str, str]) -> Table:
+def _summary(evidence: Evidence, answers: Mapping[str, Answers], split: str, step: int, form: str) -> Table:
     """Every encoder on held-out regions beside training regions, with all of the gallery."""
-    known, asked, split = evidence.known, evidence.asked, evidence.config.split
-    gallery, queries = known.truth, asked.truth
-    columns = summary_columns(
-        split,
-        majority_share(gallery.objects.names, queries.objects.names),
-        prior_share(evidence.prior, queries, word_recall),
-    )
-    rows = {
-        name: _summary_row(own, known.features[name], asked.features[name], gallery, queries)
-        for name, own in answers.items()
-    }
+    gallery, queries = evidence.known.truth, evidence.asked.truth
     told = (
         f"{len(queries.objects):,} objects and {len(queries.words):,} words of {len(queries.scenes):,} "
         f"{split} scenes against {len(gallery.objects):,} objects and {len(gallery.words):,} words of "
         f"{len(gallery.scenes):,} training scenes. Train: the gallery against itself without the own scene; "
         "the same cut-outs stand in other scenes."
     )
-    if PIXELS in rows:
+    notes = {
+        "trained": f"after step {step:,}",
+        "untrained": "the same network before step 1",
+        PIXELS: f"crops at 32 x 32, {form}",
+        "curation": "pretrained; it made the object labels",
+    }
+    if PIXELS in answers:
         told += f" {PIXELS.capitalize()}: the better of two forms ({notes[PIXELS]})."
+    columns = summary_columns(
+        split,
+        majority_share(gallery.objects.names, queries.objects.names),
+        prior_share(evidence.prior, queries, word_recall),
+    )
+    rows = {name: _summary_row(evidence, name, own.named) for name, own in answers.items()}
     shown = {name: notes[name] for name in rows if name in notes}
     return Table(SUMMARY, "Test beside train", told, columns, rows, "most frequent", shown)
 
 
-def _summary_row(
-    answers: Answers, known: SceneFeatures, asked: SceneFeatures, gallery: Truth, queries: Truth
-) -> dict[str, Estimate | None]:
+def _summary_row(evidence: Evidence, encoder: str, named: Sequence[str]) -> dict[str, Estimate | None]:
+    known, asked = evidence.known.features[encoder], evidence.asked.features[encoder]
+    gallery, queries = evidence.known.truth, evidence.asked.truth
     own, met = gallery.objects.scene, gallery.words.scene
     within = vote(nearest(known.objects, known.objects, own, own), gallery.objects.names)
     by_words = ballots(nearest(asked.words, known.words), gallery.tokens)
@@ -350,7 +320,7 @@ def _summary_row(
         "ocr_knn_train_recall_at_5": (words_within, gallery),
     }
     return {
-        "region_knn": _named_right(answers.named, queries.objects),
+        "region_knn": _named_right(named, queries.objects),
         "region_knn_train": _named_right(within, gallery.objects),
         **{key: judged([own] if own else [], truth, word_recall) for key, (own, truth) in read.items()},
     }

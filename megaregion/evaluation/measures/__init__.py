@@ -3,16 +3,15 @@
 A measure takes what encoders say of training scenes (known) and of held-out scenes (asked), and how many
 seeds draw (seeds); it gives a table with a row of named estimates for each encoder.
 
-Test regions are not independent: the same few cut-outs stand in many scenes, and all patches of a scene
-share its background. So whole groups (cut-outs, scenes, images) are drawn with replacement, never single
-regions, and the seeds behind the mean are drawn again with them.
+Test regions are not independent: the same few cut-outs stand in many scenes, and a scene's patches share its
+background. So whole groups (cut-outs, scenes, images) are drawn with replacement, and the seeds with them.
 
 Shapes: S seeds, Q queries, G groups, K numbers that a statistic is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,20 +21,15 @@ from megaregion.schemas.evaluation import Estimate
 DRAWS = 1000
 """Bootstrap draws behind an interval."""
 
-Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Sums = NDArray[np.float64]
+Reduce = Callable[[Sums], Sums]
 """From sums over groups, [..., K], to the statistic, [...]; nan where it cannot be said."""
 
 
-def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estimate | None:
-    """Estimate a statistic of sums over groups.
+def estimate(parts: Sums, reduce: Reduce, seed: int = 0) -> Estimate | None:
+    """Estimate a statistic of what each group adds under each seed, [S, G, K]; a seed draws the interval.
 
-    Args:
-        parts: What each group adds under each seed, [S, G, K].
-        reduce: From sums to the statistic.
-        seed: Of the draws.
-
-    Returns:
-        The estimate; None when there is no group, or the statistic cannot be said of all of them.
+    None when there is no group, or the statistic cannot be said of all of them.
     """
     seeds, groups, _ = parts.shape
     if groups == 0:
@@ -56,35 +50,24 @@ def estimate(parts: NDArray[np.float64], reduce: Reduce, seed: int = 0) -> Estim
 
 
 def share(
-    right: ArrayLike,
-    groups: Sequence[object] | Sequence[Sequence[object]],
-    asked: ArrayLike | None = None,
-    seed: int = 0,
+    right: ArrayLike, groups: ArrayLike, asked: ArrayLike | None = None, seed: int = 0
 ) -> Estimate | None:
-    """Estimate a mean of single verdicts, such as an accuracy.
+    """Estimate a mean of single verdicts between 0 and 1, such as an accuracy.
 
-    Args:
-        right: Verdict on each query under each seed, [S, Q] or [Q]; between 0 and 1.
-        groups: Group of each query, [Q], or under each seed, [S, Q].
-        asked: Whether each query was asked under each seed, [S, Q]; all of them if None.
-        seed: Of the draws.
+    Each query has a verdict under each seed, [S, Q] or [Q], and a group, [S, Q] or [Q]. It was ``asked`` or
+    not under each seed, [S, Q]; under all of them if None. A seed draws the interval.
     """
     verdicts = np.atleast_2d(np.asarray(right, np.float64))
     tries = np.ones_like(verdicts) if asked is None else np.asarray(asked, np.float64)
-    names = np.asarray(groups, dtype=np.str_)
-    group = np.broadcast_to(np.unique(names, return_inverse=True)[1].reshape(names.shape), verdicts.shape)
-    total = int(group.max()) + 1 if group.size else 0
-    hits, sizes = (
-        np.stack(
-            [np.bincount(own, weights, minlength=total) for own, weights in zip(group, each, strict=True)]
-        )
-        for each in (verdicts * tries, tries)
-    )
-    return estimate(np.stack([hits, sizes], axis=-1), _ratio, seed)
+    named = np.asarray(groups, np.str_)
+    names, group = np.unique(named, return_inverse=True)
+    parts = np.zeros((len(verdicts), len(names), 2))
+    rows = np.arange(len(verdicts))[:, None], np.broadcast_to(group.reshape(named.shape), verdicts.shape)
+    np.add.at(parts, rows, np.stack([verdicts * tries, tries], axis=-1))
+    return estimate(parts, _ratio, seed)
 
 
-def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ratio(sums: Sums) -> Sums:
     """Hits over tries, [..., 2] to [...]; nan without a try."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        quotient: NDArray[np.float64] = sums[..., 0] / sums[..., 1]
-    return quotient
+        return np.divide(sums[..., 0], sums[..., 1])

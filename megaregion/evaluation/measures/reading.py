@@ -1,9 +1,8 @@
 """OCR of regions: how many of a word's tokens an encoder names, and how many words it names exactly.
 
-The gold tokens of a word are the positives that curation would give it (megaregion.data.info). Recall is
-the share of them among five named tokens: a word of more than five cannot reach 1, the plain definition, kept
-because it flatters nobody. A word is exact if its tokens, all of them, are just the first ones that were
-named: as many as the word has, so that a longer word is harder and chance is nil. Tokens are named by
+Gold tokens are the positives that curation would give the word. Recall is the share of them among five named
+tokens; a word of more than five cannot reach 1, which flatters nobody. A word is exact if the first tokens
+named, as many as it has, are its own: longer words are harder, chance is nil. Tokens are named by
 
 - the text head: the classes whose centers are most similar to the projected region embedding;
 - neighbours: the tokens most often held by the five most similar training words, for any encoder;
@@ -34,30 +33,29 @@ def reading_table(known: EncodedScenes, asked: EncodedScenes, prior: Tokens, see
     gallery, queries = known.truth, asked.truth
     if not any(gallery.tokens) or not any(queries.tokens):
         return None
-    recall, exact = (prior_share(prior, queries, verdict) for verdict in (word_recall, is_exact))
-    columns = (
-        Column("head_recall", "tokens, text head", recall),
-        Column("head_exact", "exact words, text head", exact),
-        Column("knn_recall", f"tokens, {NEIGHBOURS}-NN", recall),
-        Column("knn_exact", f"exact words, {NEIGHBOURS}-NN", exact),
-    )
     told = (
         f"{len(queries.tokens):,} words of held-out scenes: recall of their tokens among five named ones, "
         "and the share of words whose tokens are exactly the first ones named; by the text head, and by a "
         f"vote of the nearest of {len(gallery.words):,} training words (mean over {seeds} galleries)."
     )
+    namers = (("head", "text head"), ("knn", f"{NEIGHBOURS}-NN"))
+    verdicts = (("recall", "tokens", word_recall), ("exact", "exact words", is_exact))
+    columns = tuple(
+        Column(f"{by}_{key}", f"{title}, {namer}", prior_share(prior, queries, verdict))
+        for by, namer in namers
+        for key, title, verdict in verdicts
+    )
     rows = {}
     for name, own in asked.features.items():
-        by_head = [own.read] if own.read else []
-        by_words = []
+        named: dict[str, list[Sequence[Tokens]]] = {"head": [own.read] if own.read else [], "knn": []}
         for seed in range(seeds):
             drawn = np.flatnonzero(draw_scenes(gallery.words.scene, seed, seeds))
             neighbours = nearest(own.words, known.features[name].words[drawn])
-            by_words.append(ballots(neighbours, [gallery.tokens[row] for row in drawn]))
+            named["knn"].append(ballots(neighbours, [gallery.tokens[row] for row in drawn]))
         rows[name] = {
-            f"{by}_{verdict}": judged(named, queries, judge)
-            for by, named in (("head", by_head), ("knn", by_words))
-            for verdict, judge in (("recall", word_recall), ("exact", is_exact))
+            f"{by}_{key}": judged(named[by], queries, verdict)
+            for by, _ in namers
+            for key, _, verdict in verdicts
         }
     return Table("ocr", "Reading regions", told, columns, rows, "most frequent tokens")
 

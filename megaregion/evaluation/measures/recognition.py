@@ -1,9 +1,7 @@
 """Which class an object is of: k-NN and a linear probe on region features, over galleries of several seeds.
 
-Each seed draws four fifths of the training scenes as its gallery, so that the spread over seeds says how
-much a result owes to which scenes were composed. Test objects show cut-outs that no gallery holds.
-
-Shapes: S seeds, Q test objects, G gallery objects, C feature width.
+A seed draws four fifths of the training scenes as its gallery, so the spread over seeds says how much is owed
+to which scenes were composed. Shapes: Q test objects, G gallery objects, R any, C feature width.
 """
 
 from __future__ import annotations
@@ -22,6 +20,9 @@ from megaregion.schemas.evaluation import Column, Estimate, Table
 
 GALLERY_SHARE = 0.8
 """Share of the training scenes that one seed draws."""
+
+Draw = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Rows of a seed's gallery, [G], and the rows that it asks about, [Q]."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) ->
         f"{len(set(queries.names))} classes; mean over {seeds} galleries, each {GALLERY_SHARE:.0%} of the "
         "training scenes."
     )
-    chance = majority_share(gallery.names, queries.names)
-    columns = (Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance))
     every = np.ones(len(queries), np.bool_)
     draws = [(draw_scenes(gallery.scene, seed, seeds), every) for seed in range(seeds)]
     rows = {
@@ -58,32 +57,30 @@ def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) ->
         )
         for name, own in asked.features.items()
     }
+    columns = class_columns(majority_share(gallery.names, queries.names))
     return Table("region", "Naming regions", told, columns, rows, "most frequent class")
 
 
+def class_columns(chance: float) -> tuple[Column, ...]:
+    """The columns that :func:`recognise` fills."""
+    return Column("knn", f"{NEIGHBOURS}-NN", chance), Column("linear", "linear probe", chance)
+
+
 def recognise(
-    known: Labelled,
-    asked: Labelled,
-    draws: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]],
-    tuning: NDArray[np.bool_] | slice = slice(None),
+    known: Labelled, asked: Labelled, draws: Sequence[Draw], tuning: NDArray[np.bool_] | slice = slice(None)
 ) -> dict[str, Estimate | None]:
     """Accuracy of one encoder by k-NN and by a linear probe, with what regions show as groups.
 
-    Args:
-        known: What galleries are drawn from, G rows.
-        asked: What is named, Q rows.
-        draws: For each seed the rows of its gallery, [G], and the rows that it asks about, [Q].
-        tuning: Rows of ``known`` on which the probe's weight decay is chosen.
+    The probe's weight decay is chosen on the rows ``tuning`` of what is known.
     """
     names, true, instances = (np.asarray(column) for column in (known.names, asked.names, known.instances))
-    decay = choose_decay(known.features[tuning], names[tuning].tolist(), instances[tuning].tolist(), seed=0)
+    decay = choose_decay(known.features[tuning], names[tuning].tolist(), instances[tuning].tolist())
     right = np.zeros((2, len(draws), len(true)))
     for seed, (gallery, queries) in enumerate(draws):
         features, labels = known.features[gallery], names[gallery].tolist()
         by_neighbours = vote(nearest(asked.features[queries], features), labels)
         by_probe = fit_probe(features, labels, decay).predict(asked.features[queries])
-        for column, named in enumerate((by_neighbours, by_probe)):
-            right[column, seed, queries] = np.asarray(named) == true[queries]
+        right[:, seed, queries] = np.stack([by_neighbours, by_probe]) == true[queries]
     counted = np.stack([queries for _, queries in draws])
     knn, linear = (share(verdicts, asked.instances, counted) for verdicts in right)
     return {"knn": knn, "linear": linear}
@@ -91,12 +88,11 @@ def recognise(
 
 def draw_scenes(scenes: NDArray[np.int64], seed: int, seeds: int) -> NDArray[np.bool_]:
     """Rows whose scene a seed draws, [R]; all of them where there is but one seed."""
-    distinct = np.unique(scenes)
     if seeds == 1:
         return np.ones(len(scenes), np.bool_)
+    distinct = np.unique(scenes)
     kept = max(1, round(GALLERY_SHARE * len(distinct)))
-    drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(distinct)[:kept]
-    return np.isin(scenes, drawn)
+    return np.isin(scenes, np.random.Generator(np.random.Philox(key=seed)).permutation(distinct)[:kept])
 
 
 def majority_share(known: Sequence[str], asked: Sequence[str]) -> float:

@@ -1,9 +1,8 @@
 """Segmentation probe: a linear probe learns classes from mask-pooled features and names every place.
 
-Training rows are the mean features under the true masks of training scenes, and under the background of
-each quarter of a scene. The probe's scores at every cell of a held-out scene's map are brought to the
-truth's cells, and the class with the highest score is compared with the true masks: mean IoU over the
-classes and the background; places under words do not count.
+Training rows are mean features under the true masks of training scenes, and under the background of each
+quarter of a scene. Scores at every cell of a held-out scene's map are brought to the truth's cells and named:
+mean IoU over the classes and the background; places under words do not count.
 
 Shapes: K classes with the background first, T x T truth cells, h x w cells of a map, C channels.
 """
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 from megaregion.evaluation.classifiers import Probe, choose_decay, fit_probe
 from megaregion.evaluation.encoders import Floats
 from megaregion.evaluation.encoding import MappedScenes, pooled, resized
-from megaregion.evaluation.measures import estimate
+from megaregion.evaluation.measures import Sums, estimate
 from megaregion.evaluation.measures.recognition import Labelled, draw_scenes
-from megaregion.evaluation.scenes import TRUTH, TruthMap
+from megaregion.evaluation.scenes import TRUTH, class_map
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BACKGROUND = "(background)"
@@ -49,10 +48,10 @@ def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
     features, names, instances, places = [], [], [], []
     halves = slice(TRUTH // 2), slice(TRUTH // 2, TRUTH)
     for place, (scene, truth) in enumerate(zip(known.scenes, known.truths, strict=True)):
-        masks = [(item.name, item.instance, truth.owner == n + 1) for n, item in enumerate(scene.objects)]
+        masks = [(item.name, item.instance, truth == n) for n, item in enumerate(scene.objects, start=1)]
         for quarter in product(halves, halves):
             background = np.zeros((TRUTH, TRUTH), np.bool_)
-            background[quarter] = truth.owner[quarter] == 0
+            background[quarter] = truth[quarter] == 0
             masks.append((BACKGROUND, scene.key, background))
         for name, instance, mask in masks:
             if mask.any():
@@ -63,39 +62,45 @@ def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
     return Labelled(np.stack(features), names, instances, np.asarray(places, np.int64))
 
 
-def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> NDArray[np.float64]:
+def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> dict[str, Estimate | None]:
+    rows = mask_rows(known, encoder)
+    decay = choose_decay(rows.features, rows.names, rows.instances)
+    classes = sorted(set(rows.names))
+    truths = [class_map(*own, classes[1:]) for own in zip(asked.scenes, asked.truths, strict=True)]
+    parts = []
+    for seed in range(seeds):
+        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds)).tolist()
+        fitted = fit_probe(rows.features[drawn], [rows.names[row] for row in drawn], decay)
+        named = (_named_places(fitted, own, classes) for own in asked.maps[encoder])
+        parts.append([confusion(*pair, len(classes)) for pair in zip(named, truths, strict=True)])
+    joined = np.asarray(parts)
+    return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, object_iou)}
+
+
+def _named_places(fitted: Probe, own: Floats, classes: Sequence[str]) -> NDArray[np.int64]:
+    """The class of each place by a map, [T, T], over the classes of all seeds."""
+    scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)
+    return np.asarray([classes.index(name) for name in fitted.classes])[resized(scores).argmax(axis=-1)]
+
+
+def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> Sums:
     """How often each true class was given each name, [K * K], truth first; places below 0 do not count."""
     counted = true >= 0
     pairs = true[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).astype(np.float64)
 
 
-def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> dict[str, Estimate | None]:
-    rows = mask_rows(known, encoder)
-    decay = choose_decay(rows.features, rows.names, rows.instances, seed=0)
-    classes = sorted(set(rows.names))
-    parts = []
-    for seed in range(seeds):
-        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds)).tolist()
-        fitted = fit_probe(rows.features[drawn], [rows.names[row] for row in drawn], decay)
-        parts.append([_asked_scene(fitted, own, truth, classes) for own, truth in
-                      zip(asked.maps[encoder], asked.truths, strict=True)])  # fmt: skip
-    joined = np.asarray(parts)
-    return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, object_iou)}
-
-
-def mean_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean intersection over union of the classes that occur, from confusions [..., C * C] to [...]."""
+def mean_iou(sums: Sums) -> Sums:
+    """Mean intersection over union of the classes that occur, from confusions [..., K * K] to [...]."""
     return _mean_of_finite(_class_iou(sums))
 
 
-def object_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def object_iou(sums: Sums) -> Sums:
     """As mean_iou, without the background's own share."""
     return _mean_of_finite(_class_iou(sums)[..., 1:])
 
 
-def _class_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each class, from confusions [..., C * C], the true class first, to [..., C]."""
+def _class_iou(sums: Sums) -> Sums:
     classes = round(sums.shape[-1] ** 0.5)
     matrix = sums.reshape(*sums.shape[:-1], classes, classes)
     hits, true = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1)
@@ -104,23 +109,14 @@ def _class_iou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(true > 0, hits / (true + matrix.sum(axis=-2) - hits), np.nan)
 
 
-def _mean_of_finite(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    counted = np.isfinite(shares)
+def _mean_of_finite(shares: Sums) -> Sums:
     with np.errstate(invalid="ignore"):
-        mean: NDArray[np.float64] = np.where(counted, shares, 0).sum(axis=-1) / counted.sum(axis=-1)
-    return mean
-
-
-def _asked_scene(fitted: Probe, own: Floats, truth: TruthMap, classes: Sequence[str]) -> NDArray[np.float64]:
-    """Confusion of one held-out scene, over the classes of all seeds."""
-    scores = fitted.scores(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], -1)
-    place = np.asarray([classes.index(name) for name in fitted.classes])
-    return confusion(place[resized(scores).argmax(axis=-1)], truth.labels(classes[1:]), len(classes))
+        return np.divide(np.nansum(shares, axis=-1), np.isfinite(shares).sum(axis=-1))
 
 
 def _all_background(asked: MappedScenes) -> float:
-    """MIoU of calling every place background."""
-    names = sorted({name for truth in asked.truths for name in truth.names})
-    parts = np.asarray([[confusion(np.zeros((TRUTH, TRUTH), np.int64), truth.labels(names), len(names) + 1)
-                         for truth in asked.truths]])  # fmt: skip
-    return float(mean_iou(parts.sum(axis=1))[0])
+    """MIoU of calling every place background: its share of the places; no other class is ever hit."""
+    names = sorted({item.name for scene in asked.scenes for item in scene.objects})
+    true = np.stack([class_map(*own, names) for own in zip(asked.scenes, asked.truths, strict=True)])
+    counts = np.bincount(true[true >= 0])
+    return float(counts[0] / counts.sum() / np.count_nonzero(counts))

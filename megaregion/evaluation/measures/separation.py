@@ -1,36 +1,28 @@
 """Does the picture of principal components tell objects from their background? AUC against true masks.
 
-One basis of three principal components is fitted on the cells of training scenes, without any label: the
-red, green and blue of the pictures. Three readings of it, each fixed on training scenes and then asked of
-held-out ones, as the area under the ROC curve over all places (words do not count):
-
-- one colour: the best of the three, and its sign;
-- three colours: a linear reading of all three;
-- all channels: a linear reading of the whole feature, what the picture leaves out.
-
-Shapes: C channels, h x w cells, T x T truth cells, n cells of all training scenes.
+One basis of three components is fitted on the cells of training scenes, without any label: the red, green and
+blue of the pictures. Three readings, each fixed on training scenes and asked of all places of held-out ones
+but words: one colour, the best with its sign; all three colours, by a linear reading; and, for what the
+picture leaves out, all channels. Shapes: C channels, h x w cells, n cells of all training scenes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import DECAYS, fit_probe
 from megaregion.evaluation.encoders import Floats
-from megaregion.evaluation.encoding import MappedScenes, coverage, resized
-from megaregion.evaluation.measures import estimate
-from megaregion.evaluation.pca_maps import fit_basis
-from megaregion.evaluation.scenes import TruthMap
+from megaregion.evaluation.encoding import MappedScenes, coverage, fit_basis, resized
+from megaregion.evaluation.measures import Sums, estimate
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BINS = 512
 """Steps of the ROC curve, evenly many places of the held-out scenes in each."""
 MOST_CELLS = 20_000
 """Training cells that the linear readings are fitted on."""
-INSIDE, OUTSIDE = "inside", "outside"
 READINGS = ("one_colour", "three_colours", "all_channels")
 
 Reading = Callable[[Floats], Floats]
@@ -51,7 +43,7 @@ def separation_table(known: MappedScenes, asked: MappedScenes) -> Table:
 
 def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> dict[str, Estimate | None]:
     basis = fit_basis(known.maps[encoder])
-    cells, inside = _cells(known.maps[encoder], known.truths)
+    cells, inside = _clear_cells(known, encoder)
     if inside.all() or not inside.any():
         return dict.fromkeys(READINGS)
     colours = basis.project(cells)
@@ -62,7 +54,7 @@ def _row(known: MappedScenes, asked: MappedScenes, encoder: str) -> dict[str, Es
         lambda features: by_three(basis.project(features)),
         by_all,
     )
-    judged = (_judge(reading, asked.maps[encoder], asked.truths) for reading in readings)
+    judged = (_judge(reading, asked, encoder) for reading in readings)
     return dict(zip(READINGS, judged, strict=True))
 
 
@@ -81,13 +73,13 @@ def exact_area(scores: Floats, inside: NDArray[np.bool_]) -> float:
 
 def _histograms(
     bins: NDArray[np.int64], negative: NDArray[np.bool_], positive: NDArray[np.bool_], total: int
-) -> NDArray[np.float64]:
+) -> Sums:
     """How many negatives and then how many positives each bin holds, [2 * total]."""
     counts = [np.bincount(bins[own], minlength=total) for own in (negative, positive)]
     return np.concatenate(counts).astype(np.float64)
 
 
-def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def area_under_curve(sums: Sums) -> Sums:
     """Area under the ROC curve from histograms over the same bins, [..., 2 * bins] to [...].
 
     The first half counts the negatives of each bin, from the lowest score to the highest, the second the
@@ -95,19 +87,16 @@ def area_under_curve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     negative, positive = np.split(sums, 2, axis=-1)
     below = np.cumsum(negative, axis=-1) - negative / 2
+    pairs = positive.sum(axis=-1) * negative.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        area: NDArray[np.float64] = (positive * below).sum(axis=-1) / (
-            positive.sum(axis=-1) * negative.sum(axis=-1)
-        )
-    return area
+        return np.divide((positive * below).sum(axis=-1), pairs)
 
 
-def _cells(maps: Sequence[Floats], truths: Sequence[TruthMap]) -> tuple[Floats, NDArray[np.bool_]]:
+def _clear_cells(known: MappedScenes, encoder: str) -> tuple[Floats, NDArray[np.bool_]]:
     """Features of cells that lie mostly inside objects or mostly outside, [n, C], and which they do, [n]."""
     features, verdicts = [], []
-    for own, truth in zip(maps, truths, strict=True):
-        inside = coverage(truth.owner > 0, *own.shape[:2])
-        outside = coverage(truth.owner == 0, *own.shape[:2])
+    for own, truth in zip(known.maps[encoder], known.truths, strict=True):
+        inside, outside = (coverage(mask, *own.shape[:2]) for mask in (truth > 0, truth == 0))
         clear = np.maximum(inside, outside) > 0.5
         features.append(own[clear])
         verdicts.append(inside[clear] > 0.5)
@@ -117,25 +106,20 @@ def _cells(maps: Sequence[Floats], truths: Sequence[TruthMap]) -> tuple[Floats, 
 
 
 def _linear(features: Floats, inside: NDArray[np.bool_]) -> Reading:
-    fitted = fit_probe(features, [INSIDE if verdict else OUTSIDE for verdict in inside], DECAYS[0])
-
-    def read(asked: Floats) -> Floats:
-        scores = fitted.scores(asked)
-        difference: Floats = scores[:, 0] - scores[:, 1]
-        return difference
-
-    return read
+    fitted = fit_probe(features, np.where(inside, "inside", "outside").tolist(), DECAYS[0])
+    # The classes are sorted: of its two scores, the first is for inside.
+    return lambda asked: np.negative(np.diff(fitted.scores(asked)))[:, 0]
 
 
-def _judge(reading: Reading, maps: Sequence[Floats], truths: Sequence[TruthMap]) -> Estimate | None:
+def _judge(reading: Reading, asked: MappedScenes, encoder: str) -> Estimate | None:
     """AUC over all places of the held-out scenes, with the scenes as groups."""
     scores = []
-    for own in maps:
+    for own in asked.maps[encoder]:
         plane = reading(own.reshape(-1, own.shape[-1])).reshape(*own.shape[:2], 1)
         scores.append(resized(plane.astype(np.float32))[..., 0])
     edges = np.quantile(np.stack(scores), np.linspace(0, 1, BINS + 1)[1:-1])
     parts = [
-        _histograms(np.searchsorted(edges, plane), truth.owner == 0, truth.owner > 0, BINS)
-        for plane, truth in zip(scores, truths, strict=True)
+        _histograms(np.searchsorted(edges, plane), truth == 0, truth > 0, BINS)
+        for plane, truth in zip(scores, asked.truths, strict=True)
     ]
     return estimate(np.asarray(parts)[None], area_under_curve)
