@@ -5,24 +5,27 @@ Both are forks of one process that has imported what they all need and has done 
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.multiprocessing as multiprocessing
 
 from megaregion.command_line import end_process
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megaregion.training.trainer", "torch._dynamo"])
+FORKS.set_forkserver_preload(["megaregion.training.trainer", "torch._dynamo", "deepspeed"])
 
 
 def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
@@ -60,28 +63,61 @@ def tool(
     """What `python -W ignore tools/NAME.py ...` says and how it ends.
 
     Args:
-        command: The tool's path below ``cwd``, and its arguments.
+        command: The tool's path below ``cwd``, or `-m torch.distributed.run`, and its arguments.
         cwd: Where it runs, if not in the repository.
         environment: Its environment, if not this process's.
         timeout: Seconds after which it is killed, and the test fails.
         warns: Whether it shows Python's warnings, as `python` alone would.
     """
-    words = [str(word) for word in command]
-    with tempfile.TemporaryDirectory() as place:
-        streams = [Path(place) / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(
+    return Tool(*command, cwd=cwd, environment=environment, warns=warns).wait(timeout)
+
+
+class Tool:
+    """A tool that runs; arguments are those of :func:`tool`."""
+
+    def __init__(
+        self,
+        *command: object,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        warns: bool = False,
+    ) -> None:
+        self._words = [str(word) for word in command]
+        self._place = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._place.name) / name for name in ("stdout", "stderr")]
+        self._process = FORKS.Process(
             target=_run_tool,
-            args=(words, str(cwd or repository()), dict(environment or os.environ), streams, warns),
+            args=(
+                self._words, str(cwd or repository()), dict(environment or os.environ), self._streams, warns,
+            ),
             daemon=False,
-        )
-        process.start()
-        process.join(timeout)
-        hung = process.is_alive()
-        process.kill()
-        process.join()
-        out, err = (stream.read_text() for stream in streams)
-    assert not hung, f"{words} did not end within {timeout} s\n{out[-2000:]}\n{err[-3000:]}"
-    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+        )  # fmt: skip
+        self._process.start()
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait_for(self, line: str, timeout: float = 300) -> None:
+        """Wait until it has printed a line that begins so."""
+        end = time.monotonic() + timeout
+        while f"\n{line}" not in "\n" + self._said()[0]:
+            assert self._process.is_alive(), self._said()
+            assert time.monotonic() < end, self._said()
+            time.sleep(0.02)
+
+    def wait(self, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        """Wait for its end, not for ever."""
+        self._process.join(timeout)
+        hung = self._process.is_alive()
+        self._process.kill()
+        self._process.join()
+        out, err = self._said()
+        self._place.cleanup()
+        assert not hung, f"{self._words} did not end within {timeout} s\n{out[-2000:]}\n{err[-3000:]}"
+        return subprocess.CompletedProcess(self._words, self._process.exitcode, out, err)
+
+    def _said(self) -> list[str]:
+        return [stream.read_text() if stream.exists() else "" for stream in self._streams]
 
 
 def free_port() -> int:
@@ -104,6 +140,7 @@ def _start(
     )
     import torch
 
+    gc.freeze()  # What has been imported need not be looked through: DeepSpeed collects at every start.
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
@@ -124,13 +161,26 @@ def _run_tool(
     os.chdir(cwd)
     import torch
 
+    gc.freeze()
     warnings.simplefilter("default" if warns else "ignore")
     torch.set_num_threads(1)
-    script = Path(cwd) / words[0]
-    sys.argv, sys.path[0] = words, str(script.parent)
+    _be_python(words)
+
+
+def _be_python(words: list[str]) -> NoReturn:
+    """Run as `python WORDS` would, and end."""
     code: Any = 0
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if words[0] == "-m":
+            from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+            subprocess_handler.Popen = _Rank
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            script = Path.cwd() / words[0]
+            sys.argv, sys.path[0] = words, str(script.parent)
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ended:
         code = ended.code or 0
         if isinstance(code, str):
@@ -140,6 +190,37 @@ def _run_tool(
         traceback.print_exc()
         code = 1
     end_process(int(code))
+
+
+class _Rank:
+    """What torch.distributed.run starts a rank by, in place of a Popen: a fork of the launcher."""
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str], **_: Any) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        python, unbuffered, *words = args
+        assert (python, unbuffered) == (sys.executable, "-u"), args
+        self._process = multiprocessing.get_context("fork").Process(target=_be_rank, args=(words, dict(env)))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0)
+
+
+def _be_rank(words: list[str], environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _be_python(words)
 
 
 def repository() -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from launch import Tool
 from test_checkpoint import write
-from test_run import command, metrics, pretrain, repository
+from test_run import command, metrics, pretrain
 from toy import newest_whole, toy_dataset
 
 from megaregion.checkpoint.fence import Fence, claim, read_claim, refusal
@@ -146,19 +146,13 @@ def test_a_run_that_was_taken_over_ends_with_one_line_and_exit_code_86(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = toy_dataset(tmp_path / "shards")
-    process = subprocess.Popen(
-        command(dataset, tmp_path, "--train.steps=1000000", "--checkpoint.every=1000000"),
-        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step "):
-            break
+    started = Tool(*command(dataset, tmp_path, "--train.steps=1000000", "--checkpoint.every=1000000")[3:])
+    started.wait_for("step ")
     checkpoints = tmp_path / "run" / "checkpoints"
     claim(checkpoints, "7.3")
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == FENCED_EXIT, errors
-    lines = [line for line in errors.splitlines() if line.startswith("megaregion:")]
+    ended = started.wait()
+    assert ended.returncode == FENCED_EXIT, ended
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("megaregion:")]
     assert len(lines) == 1
     assert "saves nothing: incarnation 2 has taken over the run" in lines[0]
     assert not list(checkpoints.glob("step-*"))

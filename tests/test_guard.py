@@ -18,7 +18,7 @@ from megaregion.errors import UserError
 from megaregion.training.faults import VARIABLE
 from megaregion.training.guard import Agreement, LossGuard
 
-DP2_TP2 = {"parallel__tensor": 2, "train__steps": 5, "checkpoint__every": 2}
+DP2_TP2 = {"parallel__tensor": 2, "train__micro_batch": 4, "train__steps": 5, "checkpoint__every": 2}
 NAN_RUNS = {
     # A fault of rank 1 alone: the other rank of its model and the other model see nothing of it themselves.
     "features-zero1": ("nan:rank=1:step=3", DP2_TP2),

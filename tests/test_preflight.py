@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launch import free_port, repository
+from launch import Tool, free_port
 from test_run import command
 from toy import toy_dataset
 
@@ -116,21 +116,9 @@ def start(folder: Path, datasets: list[Path], *extra: str) -> list[subprocess.Co
             "SLURMD_NODENAME": f"n{rank // 2}",
         }  # fmt: skip
         flags = ["--train.steps=2", "--machines.slow_factor=0", *extra]
-        processes.append(
-            subprocess.Popen(
-                command(dataset, folder, *flags), cwd=repository(), env={**os.environ, **launched},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    try:
-        told = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *outputs)
-        for process, outputs in zip(processes, told, strict=True)
-    ]
+        words = command(dataset, folder, *flags)[3:]
+        processes.append(Tool(*words, environment={**os.environ, **launched}))
+    return [process.wait(timeout=240) for process in processes]
 
 
 def test_ranks_look_at_their_machines_and_then_train_or_stop(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from launch import launch, repository, tool
+from launch import Tool, launch, repository, tool
 from toy import toy_config, toy_dataset
 
 from megaregion.checkpoint.reader import find_checkpoint
@@ -80,17 +80,11 @@ def test_a_run_leaves_its_settings_metrics_logs_and_checkpoints(dataset: Path, t
 def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
     number: signal.Signals, dataset: Path, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        command(dataset, tmp_path, "--train.steps=100000", "--resume=auto"),
-        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.send_signal(number)
-            break
-    output = process.stdout.read()
-    assert process.wait(timeout=600) == REQUEUE_EXIT, output
+    started = Tool(*command(dataset, tmp_path, "--train.steps=100000", "--resume=auto")[3:])
+    started.wait_for("step ")
+    started.signal(number)
+    stopped = started.wait()
+    assert stopped.returncode == REQUEUE_EXIT, stopped
     steps = [int(record["step"]) for record in metrics(tmp_path)]
     assert json.loads((find_checkpoint(tmp_path / "run") / "manifest.json").read_text())["step"] == steps[-1]
     resumed = pretrain(dataset, tmp_path, f"--train.steps={steps[-1] + 2}", "--resume=auto")
@@ -102,13 +96,10 @@ def test_a_signal_saves_exits_85_and_the_next_start_loses_no_step(
     assert min(spent[name] for name in ("training", "saving", "starting", "restarting")) > 0
 
 
-def torchrun(dataset: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+def torchrun(dataset: Path, output: Path, *flags: str) -> Tool:
     """Two ranks as the README starts them, without a port."""
     script = command(dataset, output, "--train.steps=2", "--head.draw_images=2", *flags)[3:]
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", *script],
-        cwd=repository(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return Tool("-m", "torch.distributed.run", "--nproc-per-node=2", *script)
 
 
 def test_torchrun_starts_two_jobs_of_two_ranks_on_one_host_and_says_a_mistake_once(
@@ -119,14 +110,13 @@ def test_torchrun_starts_two_jobs_of_two_ranks_on_one_host_and_says_a_mistake_on
         "other": torchrun(dataset, tmp_path / "other", "--parallel.tensor=2"),
         "mistaken": torchrun(dataset, tmp_path / "mistaken", "--train.global_batch=5"),
     }
-    said = {name: job.communicate(timeout=900) for name, job in jobs.items()}
+    ended = {name: job.wait() for name, job in jobs.items()}
     for name in ("good", "other"):
-        out, err = said[name]
-        assert jobs[name].returncode == 0, err
-        assert "2 ranks: tensor 2 x data 1" in out
+        assert ended[name].returncode == 0, ended[name].stderr
+        assert "2 ranks: tensor 2 x data 1" in ended[name].stdout
         assert len(metrics(tmp_path / name)) == 2
-    err = said["mistaken"][1]
-    assert jobs["mistaken"].returncode != 0
+    err = ended["mistaken"].stderr
+    assert ended["mistaken"].returncode != 0
     lines = [line for line in err.splitlines() if "train.global_batch" in line]
     assert lines == [line for line in lines if line.startswith("megaregion: ")][:1], err
     assert err.index(lines[0]) < err.index("ChildFailedError"), "the launcher's page came first"
@@ -316,18 +306,17 @@ def test_features_that_are_not_finite_name_their_sample_and_move_no_center(
 
 
 def test_a_run_can_be_told_to_take_kernels_of_a_fixed_order_alone(dataset: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, pretrain, torch\n"
+    script = tmp_path / "fixed.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, 'tools')\n"
+        "import pretrain, torch\n"
         "assert pretrain.main() == 0\n"
         "print('fixed:', torch.are_deterministic_algorithms_enabled())"
     )
     losses = {}
     for wanted in ("true", "false"):
         flags = command(dataset, tmp_path / wanted, "--train.steps=2", f"--train.deterministic={wanted}")[4:]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, *flags], cwd=repository() / "tools",
-            env={**os.environ, "PYTHONPATH": str(repository())}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = tool(script, *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"fixed: {wanted == 'true'}"
         losses[wanted] = [record["loss"] for record in metrics(tmp_path / wanted)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -13,25 +15,30 @@ from launch import launch
 from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
 
 from megaregion.checkpoint.reader import CheckpointReader
-from megaregion.config import RunConfig, StageConfig
+from megaregion.config import ParallelConfig, RunConfig, StageConfig
 
 FULL = {"head__object__sample_rate": 1.0}
 """Score every class, so that the dense reference needs no draw and AdamW moves every row."""
 
+# As many micro-steps for any number of tensor ranks: each costs dozens of collectives.
+TP2 = {"parallel__tensor": 2, "train__micro_batch": 4}
+TP4 = {"parallel__tensor": 4, "train__micro_batch": 8}
+ZERO3 = {"parallel__zero_stage": 3}
+
 TOPOLOGIES = {
-    "tp1-zero0": {"parallel__tensor": 1, "parallel__zero_stage": 0},
-    "tp1-zero1": {"parallel__tensor": 1, "parallel__zero_stage": 1},
-    "tp1-zero2": {"parallel__tensor": 1, "parallel__zero_stage": 2},
-    "tp1-zero3": {"parallel__tensor": 1, "parallel__zero_stage": 3},
-    "tp2-zero0": {"parallel__tensor": 2, "parallel__zero_stage": 0},
-    "tp2-zero1": {"parallel__tensor": 2, "parallel__zero_stage": 1},
-    "tp2-zero2": {"parallel__tensor": 2, "parallel__zero_stage": 2},
-    "tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3},
-    "tp4-zero1": {"parallel__tensor": 4, "parallel__zero_stage": 1},
-    "tp4-zero3": {"parallel__tensor": 4, "parallel__zero_stage": 3},
+    "tp1-zero0": {"parallel__zero_stage": 0, "train__micro_batch": 1},
+    "tp1-zero1": {"parallel__zero_stage": 1},
+    "tp1-zero2": {"parallel__zero_stage": 2},
+    "tp1-zero3": ZERO3,
+    "tp2-zero0": {**TP2, "parallel__zero_stage": 0},
+    "tp2-zero1": {**TP2, "parallel__zero_stage": 1},
+    "tp2-zero2": {**TP2, "parallel__zero_stage": 2},
+    "tp2-zero3": {**TP2, **ZERO3},
+    "tp4-zero1": {**TP4, "parallel__zero_stage": 1},
+    "tp4-zero3": {**TP4, **ZERO3},
     # The tokens between the linears whole on every tensor rank.
-    "tp2-zero0-whole-tokens": {"parallel__tensor": 2, "parallel__zero_stage": 0, "parallel__sequence": False},
-    "tp4-zero2-whole-tokens": {"parallel__tensor": 4, "parallel__zero_stage": 2, "parallel__sequence": False},
+    "tp2-zero0-whole-tokens": {**TP2, "parallel__zero_stage": 0, "parallel__sequence": False},
+    "tp4-zero2-whole-tokens": {**TP4, "parallel__zero_stage": 2, "parallel__sequence": False},
 }
 
 
@@ -73,6 +80,14 @@ def differences(one: CheckpointReader, other: CheckpointReader, prefix: str = ""
 # --- the dense reference: no engine, no shards, no chunks -------------------------------------------------
 
 
+def alone(config: RunConfig) -> RunConfig:
+    """The run without what says how ranks share it, and how they spare memory."""
+    train = dataclasses.replace(config.train, micro_batch=1, recompute=False, activation_gib=0.0)
+    data = dataclasses.replace(config.data, workers=0)
+    return dataclasses.replace(config, name="dense", parallel=ParallelConfig(), train=train, data=data)
+
+
+@functools.cache
 def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train in one process with plain autograd, torch's AdamW and torch's clipping."""
     import math
@@ -161,31 +176,20 @@ WIDE = {"model__width": 128, "model__mlp_width": 256}
 
 VARIANTS = {
     # Each must equal the dense reference too.
-    "separate-tp2": {"parallel__tensor": 2, "model__region_weights": "separate"},
+    "separate-tp2": {**TP2, "model__region_weights": "separate"},
     # Linears that ZeRO 3 takes apart: of more than 10,000 numbers a rank.
-    "wide-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, **WIDE},
-    "recompute-tp2-zero3": {"parallel__tensor": 2, "parallel__zero_stage": 3, "train__recompute": True},
+    "wide-tp2-zero3": {**TP2, **ZERO3, **WIDE},
+    "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True},
     # Sequences that the ranks do not divide.
-    "native-tp4": {"parallel__tensor": 4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
-    "cheap-tp2": {"parallel__tensor": 2, "train__activation_gib": 1e-4},
+    "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
+    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4},
     "stages": {"stages": STAGES},
     "stages-zero2": {"stages": STAGES, "parallel__zero_stage": 2},
-    "stages-tp2-zero3": {"stages": STAGES, "parallel__zero_stage": 3, "parallel__tensor": 2},
+    "stages-tp2-zero3": {"stages": STAGES, **ZERO3, "parallel__tensor": 2},
     "within-memory": {"train__activation_gib": 1e-4},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
 }
 
-SAMPLED = {
-    "sampled-tp1": {"parallel__tensor": 1},
-    "sampled-tp2": {"parallel__tensor": 2},
-    "sampled-tp4": {"parallel__tensor": 4},
-}
-
-BF16 = {
-    "bf16-zero1": {"parallel__zero_stage": 1, "train__precision": "bf16"},
-    "bf16-zero2": {"parallel__zero_stage": 2, "train__precision": "bf16"},
-    "bf16-zero3-tp2": {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__tensor": 2},
-}
 
 SUMMED = {
     f"summed-{kind}-zero{stage}": {
@@ -202,18 +206,27 @@ NATIVE_STAGES = {
     "stages": (StageConfig(48, 16, micro_batch=1), StageConfig(24, 48)),
 }
 
+WHOLE = {
+    # Runs with sampled negatives and a checkpoint in the middle.
+    "sampled-tp1": {},
+    "sampled-tp2": TP2,
+    "sampled-tp4": TP4,
+    "sampled-zero3": ZERO3,
+    "bf16-zero1": {"train__precision": "bf16"},
+    "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
+    "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
+    "stages-native": NATIVE_STAGES,
+}
+
 CONTINUED = {
-    # First the topology that wrote step 2, then the one that goes on.
-    "same-zero1-tp2": ({"parallel__tensor": 2}, {"parallel__tensor": 2}),
-    "same-zero3": ({"parallel__zero_stage": 3}, {"parallel__zero_stage": 3}),
-    "same-stages-native": (NATIVE_STAGES, NATIVE_STAGES),
-    "same-bf16": (BF16["bf16-zero2"], BF16["bf16-zero2"]),
-    "tp2-zero1-to-tp1-zero3": ({"parallel__tensor": 2}, {"parallel__zero_stage": 3}),
-    "tp1-zero3-to-tp4-zero2": (
-        {"parallel__zero_stage": 3},
-        {"parallel__tensor": 4, "parallel__zero_stage": 2},
-    ),
-    "tp4-zero1-to-tp2-zero0": ({"parallel__tensor": 4}, {"parallel__tensor": 2, "parallel__zero_stage": 0}),
+    # The run that wrote step 2, and the topology that goes on.
+    "same-zero1-tp2": ("sampled-tp2", TP2),
+    "same-zero3": ("sampled-zero3", ZERO3),
+    "same-stages-native": ("stages-native", NATIVE_STAGES),
+    "same-bf16": ("bf16-zero2", WHOLE["bf16-zero2"]),
+    "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
+    "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
+    "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
 }
 
 
@@ -221,17 +234,18 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
     data, runs = Path(dataset), Path(output)
     for name, changes in {**TOPOLOGIES, **VARIANTS}.items():
         train(toy_config(data, runs, name, **FULL, **changes))
-    for name, changes in {**SAMPLED, **BF16, **SUMMED}.items():
+    for name, changes in SUMMED.items():
         train(toy_config(data, runs, name, **changes))
-    for name, (first, then) in CONTINUED.items():
-        train(toy_config(data, runs, f"{name}-whole", **TWO_OF_FOUR, **first))
+    for name, changes in WHOLE.items():
+        train(toy_config(data, runs, name, **TWO_OF_FOUR, **changes))
+    for name, (whole, changes) in CONTINUED.items():
         # Only the checkpoint in the middle is there for the second run.
         middle = runs / f"{name}-middle"
         if torch.distributed.get_rank() == 0:
             step = "step-00000002"
-            shutil.copytree(runs / f"{name}-whole" / "checkpoints" / step, middle / step)
+            shutil.copytree(runs / whole / "checkpoints" / step, middle / step)
         torch.distributed.barrier()
-        train(toy_config(data, runs, f"{name}-continued", **TWO_OF_FOUR, **then), resume_from=middle)
+        train(toy_config(data, runs, name, **TWO_OF_FOUR, **changes), resume_from=middle)
     if torch.distributed.get_rank() == 0:
         (runs / "modules").write_text("\n".join(sys.modules))
 
@@ -251,7 +265,7 @@ def four_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [*TOPOLOGIES, *VARIANTS])
 def test_every_topology_equals_one_dense_process(name: str, dataset: Path, four_ranks: Path) -> None:
     config = toy_config(dataset, four_ranks, name, **FULL, **{**TOPOLOGIES, **VARIANTS}[name])
-    expected_losses, expected = dense_run(config, config.train.steps)
+    expected_losses, expected = dense_run(alone(config), config.train.steps)
     assert losses(config) == pytest.approx(expected_losses, rel=1e-5)
     reader = checkpoint(config, config.train.steps)
     assert expected.keys() <= set(reader.names())
@@ -260,14 +274,14 @@ def test_every_topology_equals_one_dense_process(name: str, dataset: Path, four_
 
 
 def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, four_ranks: Path) -> None:
-    runs = {name: losses(toy_config(dataset, four_ranks, name)) for name in SAMPLED}
+    runs = {name: losses(toy_config(dataset, four_ranks, name)) for name in WHOLE if "sampled" in name}
     assert runs["sampled-tp2"] == pytest.approx(runs["sampled-tp1"], rel=1e-5)
     assert runs["sampled-tp4"] == pytest.approx(runs["sampled-tp1"], rel=1e-5)
     full, _ = dense_run(toy_config(dataset, four_ranks, "dense"), 1)
     assert runs["sampled-tp1"][0] < full[0] - 1e-3, "no class was left out: the draw had no effect"
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", [name for name in WHOLE if "bf16" in name])
 def test_bf16_stays_close_to_fp32(name: str, dataset: Path, four_ranks: Path) -> None:
     exact = losses(toy_config(dataset, four_ranks, "sampled-tp1"))
     assert losses(toy_config(dataset, four_ranks, name)) == pytest.approx(exact, rel=0.02)
@@ -291,16 +305,14 @@ def test_gradients_of_bf16_add_up_in_fp32_unless_told_otherwise(
 
 @pytest.mark.parametrize("name", [n for n in CONTINUED if n.startswith("same")])
 def test_resume_on_the_same_topology_is_bit_identical(name: str, dataset: Path, four_ranks: Path) -> None:
-    whole = toy_config(dataset, four_ranks, f"{name}-whole")
-    continued = toy_config(dataset, four_ranks, f"{name}-continued")
+    whole, continued = (toy_config(dataset, four_ranks, run) for run in (CONTINUED[name][0], name))
     assert losses(continued) == losses(whole)[2:]
     assert set(differences(checkpoint(whole, 4), checkpoint(continued, 4)).values()) == {0.0}
 
 
 @pytest.mark.parametrize("name", [n for n in CONTINUED if not n.startswith("same")])
 def test_resume_on_another_topology_agrees(name: str, dataset: Path, four_ranks: Path) -> None:
-    whole = toy_config(dataset, four_ranks, f"{name}-whole")
-    continued = toy_config(dataset, four_ranks, f"{name}-continued")
+    whole, continued = (toy_config(dataset, four_ranks, run) for run in (CONTINUED[name][0], name))
     assert losses(continued) == pytest.approx(losses(whole)[2:], rel=1e-5)
     weights = differences(checkpoint(whole, 4), checkpoint(continued, 4), "body.weight")
     assert max(weights.values()) < 1e-4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import free_port, repository
+from launch import Tool, free_port, tool
 from test_run import command
 from toy import toy_dataset
 
@@ -37,21 +37,9 @@ def four_ranks(
             "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "MEGAREGION_FAULT": fault,
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                command(dataset, output, *flags), cwd=repository(), env={**os.environ, **launched},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    try:
-        return [
-            subprocess.CompletedProcess(process.args, process.wait(), *outputs)
-            for process in processes
-            if (outputs := process.communicate(timeout=280))
-        ]
-    finally:
-        for process in processes:
-            process.kill()
+        words = command(dataset, output, *flags)[3:]
+        processes.append(Tool(*words, environment={**os.environ, **launched}))
+    return [process.wait(timeout=280) for process in processes]
 
 
 def test_a_rank_that_hangs_mid_step_is_named_with_its_host_and_all_ranks_end(
@@ -88,15 +76,11 @@ runpy.run_path("tools/pretrain.py", run_name="__main__")
 
 
 def test_a_loader_worker_that_hangs_ends_the_run_too(dataset: Path, tmp_path: Path) -> None:
-    flags = command(dataset, tmp_path, "--train.steps=9", "--data.workers=1", "--train.watchdog_seconds=5")[
-        4:
-    ]
+    words = command(dataset, tmp_path, "--train.steps=9", "--data.workers=1", "--train.watchdog_seconds=5")
+    script = tmp_path / "pretrain.py"
+    script.write_text(HOLDS_A_SAMPLE)
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HOLDS_A_SAMPLE, *flags],
-        cwd=repository(), env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    done = tool(script, *words[4:], environment={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}, timeout=280)
     assert done.returncode == WATCHDOG_EXIT, done.stderr
     assert "rank 0 on" in done.stderr
     assert "step 3, phase data" in done.stderr
