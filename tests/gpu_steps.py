@@ -1,6 +1,6 @@
 """Counts steps on fake CUDA tensors, prints them as JSON; what answers for CUDA must come before torch."""
 
-from megaregion.planning.fake_gpu.guard import load_guard
+from megaregion.planning.cuda_guard import load_guard
 
 load_guard()
 
@@ -16,7 +16,7 @@ from megaregion.config import (  # noqa: E402
     RunConfig,
     TrainConfig,
 )
-from megaregion.planning.dry_run import count_gpu_step  # noqa: E402
+from megaregion.planning.dry_run import dry_run  # noqa: E402
 from megaregion.planning.hardware import load_hardware  # noqa: E402
 from megaregion.planning.layout import Labels  # noqa: E402
 from megaregion.planning.plan import make_plan  # noqa: E402
@@ -52,7 +52,8 @@ def count(
         head=HeadsConfig(embedding_dim=256, draw_images=320, object=HeadConfig(sample_rate=0.1)),
     )
     plan = make_plan(config, load_hardware("h100x64"), Labels(100_000, 8_192))
-    return {**count_gpu_step(plan, 13).values(), "planned": plan.memory.activations}
+    ran = dry_run(plan, 13, gpu=True)
+    return {**ran.values()["gpu_step"], "planned": plan.memory.activations}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero import deepspeed_config
 from megaregion.planning import memory
-from megaregion.planning.dry_run import build_rank
+from megaregion.planning.dry_run import dry_run
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
 from megaregion.planning.memory import activation_bytes
@@ -97,7 +97,7 @@ def test_a_rank_of_64_that_is_really_built_holds_what_was_planned(
 ) -> None:
     config = small(tensor, stage, precision, sequence=sequence)
     plan = make_plan(config, load_hardware("h100x64"), LABELS)
-    built = build_rank(plan, rank)
+    built = dry_run(plan, rank)
     built.check()
     assert built.parameters == built.planned_parameters
     for kind in ("masters", "moments", "head", "activations"):
@@ -107,9 +107,9 @@ def test_a_rank_of_64_that_is_really_built_holds_what_was_planned(
 def test_a_dry_run_refuses_a_rank_that_is_not_there_and_a_plan_that_is_off() -> None:
     plan = make_plan(small(), load_hardware("h100x64"), LABELS)
     with pytest.raises(UserError, match=r"--dry-run must name a rank in \[0, 63\], got 64"):
-        build_rank(plan, 64)
+        dry_run(plan, 64)
     wrong = dataclasses.replace(plan.memory, at_rest={**plan.memory.at_rest, "moments": 2.0**30})
-    built = build_rank(dataclasses.replace(plan, memory=wrong), 0)
+    built = dry_run(dataclasses.replace(plan, memory=wrong), 0)
     with pytest.raises(UserError, match=r"most by moments: planned 1\.00 GiB"):
         built.check()
 

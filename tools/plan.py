@@ -34,7 +34,7 @@ def plan_run(flags: argparse.Namespace) -> int:
         if flags.dry_run is None:
             raise UserError("--device cuda counts a step of one rank; name it by --dry-run RANK")
         # Torch asks who answers for CUDA when it is imported.
-        from megaregion.planning.fake_gpu.guard import load_guard
+        from megaregion.planning.cuda_guard import load_guard
 
         load_guard()
     from megaregion.planning import plan as planner
@@ -47,26 +47,21 @@ def plan_run(flags: argparse.Namespace) -> int:
     labels = known_labels(config, flags.classes, flags.vocabulary)
     stages = planner.stage_plans(config, hardware, labels, flags.samples)
     # What follows is about the first resolution, which most samples have.
-    plan, best, built, counted = stages[0], [], None, None
+    plan, best, ran = stages[0], [], None
     if flags.choices or not plan.fits:
         plans = planner.all_plans(plan.layout.config, hardware, labels, plan.samples)
         best = planner.best_plans(plans, max(1, flags.choices))
     scaled = planner.weak_scaling(plan, planner.SIZES if flags.scaling is None else flags.scaling)
     if flags.dry_run is not None:
-        from megaregion.planning.dry_run import TOLERANCE, build_rank, count_gpu_step
+        from megaregion.planning.dry_run import dry_run
 
-        if flags.device:
-            counted = count_gpu_step(plan, flags.dry_run)
-        else:
-            built = build_rank(plan, flags.dry_run)
+        ran = dry_run(plan, flags.dry_run, gpu=flags.device is not None)
     if flags.json:
-        print(json.dumps(report.values(stages, best, scaled, built, counted), indent=2))
+        print(json.dumps(report.values(stages, best, scaled, ran), indent=2))
     else:
-        print(report.text(stages, best, scaled, built, counted))
-    if built is not None:
-        built.check()
-    if counted is not None:
-        counted.check(plan.memory.activations, TOLERANCE)
+        print(report.text(stages, best, scaled, ran))
+    if ran is not None:
+        ran.check()
     _check_memory(planner.fullest(stages), plan)
     return 0
 

@@ -1,9 +1,14 @@
-"""One rank of a large job, built in this process: its real tensors beside the plan's.
+"""One rank of a large job, built in this process: what it holds beside its plan, and what it asks of a GPU.
 
-torch's "fake" process group answers every collective at once, so any rank of any number can be built, with
-the code of a real start: the encoder cut by megatron's layers, DeepSpeed's engine, the heads' shards. One
-image goes through it, with the operations of a processor, to see what autograd keeps. Weights and matrix
-products are left as the allocator gave them; nothing is learned here.
+torch's "fake" process group answers every collective at once, and fake tensors have shapes, types and devices
+but no numbers. So any rank of any number can be built with the code of a real start - the encoder cut by
+megatron's layers, DeepSpeed's engine, the heads' shards - in no memory. A few images go through it on a
+processor; a whole step of one micro-step on a GPU that is not there:
+
+    batch to the device | encoder | heads | encoder's backward pass (with ZeRO's copies) | norms and update
+
+What a count can tell: bytes, kernels, operations, where the host waits, what autograd keeps, and operands on
+two devices, which raise. What it cannot: seconds, and the inside of a Triton kernel.
 """
 
 from __future__ import annotations
@@ -11,11 +16,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,125 +32,174 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from megaregion.checks import batching
+from megaregion.data.batch import OBJECT, TEXT, Batch, Findings, Sample, collate
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder, decays, partial_gradients, tensor_parallel_plan
 from megaregion.parallel import topology
+from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
+from megaregion.planning.fake_cuda import DEVICE, fake_cuda
 from megaregion.planning.hardware import GIB
-from megaregion.planning.layout import Layout
+from megaregion.planning.kernels import KernelCounter, Tally, graph_nodes
+from megaregion.planning.layout import TEXT_TOKENS, Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
-
-if TYPE_CHECKING:
-    from megaregion.planning.fake_gpu.step import CountedStep
+from megaregion.training.heads import Heads
 
 MIB = 2**20
 TOLERANCE = 0.05
 """Share by which the plan's memory may be off."""
-
-
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.mkldnn._linear_pointwise)
 
 
 @dataclass(frozen=True)
-class BuiltRank:
-    """What a rank holds, and what was planned for it; bytes."""
+class DryRun:
+    """What a rank holds and does, and what was planned for it."""
 
     rank: int
     parameters: int
     """Body parameters of the rank's shard of the model."""
     planned_parameters: int
     counted: dict[str, int]
+    """Bytes by kind."""
     planned: dict[str, float]
+    parts: dict[str, Tally]
+    """By part of a step on a GPU, in its order; empty for a processor."""
+    nodes: Counter[str]
+    """Nodes of the encoder's backward graph by name."""
 
     @property
-    def total(self) -> tuple[float, float]:
-        """Counted and planned."""
-        return float(sum(self.counted.values())), sum(self.planned.values())
+    def waits(self) -> list[str]:
+        """Where the host waits inside a micro-step, as file:line."""
+        return [wait for name, tally in self.parts.items() if name != "update" for wait in tally.waits]
 
     def off(self, kind: str) -> float:
         """Share by which the plan of a kind is above (or below, negative) what was counted."""
         return _off(self.counted[kind], self.planned[kind])
 
-    def text(self) -> str:
-        """Counted and planned below each other."""
-        sizes = {kind: (float(size), self.planned[kind]) for kind, size in self.counted.items()}
-        rows = [("", "counted MiB", "planned MiB", "off")]
-        rows += [
-            (kind, f"{counted / MIB:,.1f}", f"{planned / MIB:,.1f}", f"{_off(counted, planned):.1%}")
-            for kind, (counted, planned) in {**sizes, "total": self.total}.items()
-        ]
-        return (
-            f"rank {self.rank}, built with a fake process group\n{aligned(rows, indent='  ')}\n"
-            f"  parameters  {self.parameters:,} counted, {self.planned_parameters:,} planned"
-        )
-
     def check(self) -> None:
         """Compare.
 
         Raises:
-            UserError: The plan is off by more than the tolerance, in sum or in the number of parameters.
+            UserError: The plan is off by more than the tolerance, in sum, in the number of parameters, or in
+                what autograd keeps on a GPU.
         """
-        counted, planned = self.total
+        counted, planned = sum(self.counted.values()), sum(self.planned.values())
         worst = max(self.counted, key=lambda kind: abs(self.planned[kind] - self.counted[kind]))
-        if abs(planned / counted - 1) > TOLERANCE or self.parameters != self.planned_parameters:
+        if self.parts and abs(self.off("activations")) > TOLERANCE:
+            counted, planned, worst = self.counted["activations"], self.planned["activations"], "activations"
+        if abs(_off(counted, planned)) > TOLERANCE or self.parameters != self.planned_parameters:
             raise UserError(
-                f"the plan is off by {planned / counted - 1:+.1%} from what rank {self.rank} holds (at most "
+                f"the plan is off by {_off(counted, planned):+.1%} from what rank {self.rank} holds (at most "
                 f"{TOLERANCE:.0%}), most by {worst}: planned {self.planned[worst] / GIB:.2f} GiB, counted "
                 f"{self.counted[worst] / GIB:.2f} GiB; report it, the plan cannot be trusted for this config"
             )
+
+    def values(self) -> dict[str, Any]:
+        """All counts, for JSON."""
+        parts = {
+            name: {
+                "kernels": tally.calls,
+                "bytes": tally.moved.total(),
+                "other_bytes": tally.other_bytes,
+                "flops": tally.flops,
+                "waits": tally.waits,
+                "most": dict(tally.kernels.most_common(12)),
+            }
+            for name, tally in self.parts.items()
+        }
+        held = {name: getattr(self, name) for name in ("rank", "parameters", "planned_parameters")}
+        held |= {"counted": self.counted, "planned": self.planned}
+        step = {"parts": parts, "kept": self.counted["activations"], "copy_slices": self.nodes["CopySlices"]}
+        return {"dry_run": held, "gpu_step": step if parts else None}
+
+    def text(self) -> str:
+        """Counted and planned bytes below each other, and the counts of a step on a GPU."""
+        total = "total", sum(self.counted.values()), sum(self.planned.values())
+        rows = [("", "counted MiB", "planned MiB", "off")]
+        rows += [
+            (kind, f"{counted / MIB:,.1f}", f"{planned / MIB:,.1f}", f"{_off(counted, planned):.1%}")
+            for kind, counted, planned in [*((k, v, self.planned[k]) for k, v in self.counted.items()), total]
+        ]
+        text = (
+            f"rank {self.rank}, built with a fake process group\n{aligned(rows, indent='  ')}\n"
+            f"  parameters  {self.parameters:,} counted, {self.planned_parameters:,} planned"
+        )
+        return f"{text}\n\n{self._step_text()}" if self.parts else text
+
+    def _step_text(self) -> str:
+        rows = [("", "kernels", "GB moved", "GB outside products", "TFLOP", "host waits")]
+        for name, tally in self.parts.items():
+            moved, other = tally.moved.total() / 1e9, tally.other_bytes / 1e9
+            flops, waits = f"{tally.flops / 1e12:.2f}", str(len(tally.waits))
+            rows.append((name, f"{tally.calls:,}", f"{moved:.1f}", f"{other:.1f}", flops, waits))
+        places = [f"{place} ({count})" for place, count in Counter(self.waits).items()]
+        return (
+            f"one micro-step and the update, on fake CUDA tensors\n{aligned(rows, indent='  ')}\n"
+            f"  waits inside the micro-step: {', '.join(places) or 'none'}\n"
+            f"  CopySlices in the backward graph: {self.nodes['CopySlices']}"
+        )
 
 
 def _off(counted: float, planned: float) -> float:
     return planned / counted - 1 if counted else 0.0
 
 
-def build_rank(plan: Plan, rank: int) -> BuiltRank:
-    """Build one rank of the planned job, pass an image through it, and count its tensors.
+def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
+    """Build one rank of the planned job, send a micro-batch through it, and count.
 
     Args:
         plan: The plan.
         rank: The rank, of all ranks.
+        gpu: Whether it takes a whole step on fake CUDA tensors; ``load_guard`` must have run before torch
+            was imported.
 
     Raises:
         UserError: There is no such rank.
     """
     layout = plan.layout
-    # Also where there is a GPU: what autograd keeps is planned for a processor.
-    group = _fake_group(rank, plan, torch.device("cpu"))
-    with group as place, warnings.catch_warnings(), _Unmultiplied():
+    cut, marked, parts = batching(layout.config, layout.data), _labels(layout), dict[str, Tally]()
+    # A processor gets as many images as share the tokens: their parts have no rows that only pad them.
+    batch = _batch(layout, marked, layout.micro_batch if gpu else layout.spread)
+
+    def part(name: str, work: Callable[[], Any]) -> Any:
+        with KernelCounter(parts.setdefault(name, Tally())):
+            return work()
+
+    device, tensors = (DEVICE, fake_cuda(marked)) if gpu else (torch.device("cpu"), _unfilled())
+    with _fake_group(rank, plan, device) as place, tensors, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, places = _encoder(layout, place)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        # As many images as share the tokens: their parts have no rows that only pad them.
-        images = _images(layout, layout.spread)
-        _, kept = run_and_count(model.parameters(), lambda: model(*images))
-        engine = ZeroEngine(model, places, layout.config, place, decays)
-        heads = [_head(kind, layout, place) for kind in layout.heads]
-        activations = round(kept / layout.spread * layout.micro_batch)
-        counted = {**state_bytes(engine, heads), "activations": activations}
-        # ZeRO 3 compares notes with the other ranks before its first pass, and there are none.
-        if layout.zero_stage < 3:
-            engine.backward(engine(*_images(layout, 1)).float().sum(), last=layout.micro_steps == 1)
+        parameters, engine, heads = _build(layout, place)
+        if gpu:  # What is made once in a process: constants of the pixels, tables of the angles.
+            engine(*_inputs(batch.to(device), layout))
+        sent = part("batch", lambda: heads.send_labels(batch))
+        inputs = part("batch", lambda: _inputs(batch.to(device), layout))
+        embeddings, kept = part(
+            "encoder", lambda: run_and_count(engine.parameters.values(), lambda: engine(*inputs))
+        )
+        nodes, gradient = graph_nodes(embeddings), torch.ones_like(embeddings)
+        if gpu:
+            gradient = part(
+                "heads", lambda: heads.loss(embeddings, sent, batch.keys, 0, 0, cut, refuse=False).gradient
+            )
+        # On a processor as if other micro-steps followed: reduced gradients would lie in buffers.
+        part("backward", lambda: engine.backward((embeddings.float() * gradient.float()).sum(), last=gpu))
+        counted = {
+            **state_bytes(engine, heads.by_kind.values()),
+            "activations": round(kept / len(batch.keys) * layout.micro_batch),
+        }
+        if not gpu:
             counted["gradients"] = storage_bytes(engine.held()["gradients"])
-    return BuiltRank(rank, parameters, layout.parameters, counted, _planned(plan, rank))
-
-
-def count_gpu_step(plan: Plan, rank: int) -> CountedStep:
-    """Run a step of one rank of the planned job on fake CUDA tensors; ``load_guard`` must have run.
-
-    Raises:
-        UserError: There is no such rank.
-    """
-    from megaregion.planning.fake_gpu.device import DEVICE
-    from megaregion.planning.fake_gpu.step import count_step
-
-    with _fake_group(rank, plan, DEVICE) as place:
-        return count_step(plan.layout, place)
+        else:
+            part("update", lambda: _update(engine, heads))
+    planned = _planned(plan, rank, "gpu" if gpu else "processor")
+    own = {kind: planned[kind] for kind in counted}
+    return DryRun(rank, parameters, layout.parameters, counted, own, parts if gpu else {}, nodes)
 
 
 def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[str, int]:
@@ -155,16 +213,15 @@ def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[s
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; those that share memory count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def _planned(plan: Plan, rank: int) -> dict[str, float]:
+def _planned(plan: Plan, rank: int, device: Literal["gpu", "processor"]) -> dict[str, float]:
     """What is counted of this rank, as it was planned."""
-    layout = plan.layout
-    here = dataclasses.replace(plan.hardware, device="processor")
+    layout, spaces = plan.layout, plan.layout.labels.by_kind
+    here = dataclasses.replace(plan.hardware, device=device)
     # The last ranks may hold fewer classes than the fullest, for which the plan is.
-    spaces = {"object": layout.labels.object_classes, "text": layout.labels.text_classes}
     full = sum(head.local_classes for head in layout.heads.values())
     own = sum(
         max(0, min(head.local_classes, spaces[kind] - rank * head.local_classes))
@@ -181,23 +238,21 @@ def _planned(plan: Plan, rank: int) -> dict[str, float]:
 @contextmanager
 def _fake_group(rank: int, plan: Plan, device: torch.device) -> Iterator[Topology]:
     """The place of a rank among ranks that are not there."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     local, ranks = plan.hardware.gpus_per_node, plan.hardware.gpus
     if not 0 <= rank < ranks:
         raise UserError(f"--dry-run must name a rank in [0, {ranks - 1}], got {rank}")
     told = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        yield dataclasses.replace(topology.join(plan.layout.tensor), device=device)
-    finally:
-        dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    # ZeRO 3 would compare notes with the others.
+    alone = patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None)
+    with alone, patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        try:
+            yield dataclasses.replace(topology.join(plan.layout.tensor), device=device)
+        finally:
+            dist.destroy_process_group()
 
 
 class _Unset(TorchFunctionMode):
@@ -225,31 +280,74 @@ class _Unmultiplied(TorchDispatchMode):
         return torch.empty_like(product, device="cpu")
 
 
-def _encoder(layout: Layout, place: Topology) -> tuple[RegionEncoder, Any]:
-    """The encoder of one rank, and the places of its parameters, as the trainer builds them."""
-    from megaregion.parallel.tensor_parallel import parallelize
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Real tensors on the processor, whose numbers are of no interest."""
+    with _Unset(), _Unmultiplied():
+        yield
 
-    config = layout.config
-    with _Unset():
-        model = RegionEncoder(config.model, config.head.embedding_dim)
+
+def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
+    """Parameters of the rank's shard of the encoder, its engine and its heads, as the trainer builds them."""
+    # Given centers are a file of the dataset, and as many numbers as any others.
+    config = dataclasses.replace(layout.config, head=dataclasses.replace(layout.config.head, init="random"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if config.train.bf16 else torch.float32)
+    try:
+        # Where it stays and in its final type: a fake parameter that moves becomes another one.
+        with place.device:
+            model = RegionEncoder(config.model, config.head.embedding_dim)
+    finally:
+        torch.set_default_dtype(before)
     model.vit.recompute = layout.recompute
     cut = config.parallel.tokens_cut
     places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
-    return model.to(_dtype(layout)), places
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine = ZeroEngine(model.to(place.device), places, config, place, decays)
+    info = SimpleNamespace(
+        object_classes=layout.labels.object_classes, text_classes=layout.labels.text_classes
+    )
+    dataset: Any = SimpleNamespace(info=info, folder=None)
+    return parameters, engine, Heads(config, dataset, place)
 
 
-def _images(layout: Layout, count: int) -> tuple[Tensor, Tensor]:
-    """Images of zeros, and regions that see all of them."""
-    model, regions = layout.config.model, layout.config.data.regions_per_image
-    images = torch.zeros(count, 3, model.image_size, model.image_size, dtype=_dtype(layout))
-    return images, torch.ones(count, regions, model.grid**2, dtype=torch.bool)
+def _update(engine: ZeroEngine, heads: Heads) -> None:
+    norm = engine.norm(heads.norm_squared())
+    engine.update(lr=1e-3)
+    heads.step(1e-3, engine.clip_coefficient(norm))
 
 
-def _dtype(layout: Layout) -> torch.dtype:
-    return torch.bfloat16 if layout.config.train.bf16 else torch.float32
+def _inputs(batch: Batch, layout: Layout) -> tuple[Any, ...]:
+    images = batch.images.bfloat16() if layout.config.train.bf16 else batch.images
+    return images, batch.visible, batch.grids
 
 
-def _head(kind: str, layout: Layout, place: Topology) -> ClassShardedHead:
-    labels = layout.labels
-    classes = {"object": labels.object_classes, "text": labels.text_classes}
-    return ClassShardedHead(kind, layout.config, classes[kind], place)
+def _labels(layout: Layout) -> Tensor:
+    """Labels of the micro-step's regions over all data ranks, their kinds behind them."""
+    rng = torch.Generator().manual_seed(0)
+    rows, spaces = layout.micro_rows, layout.labels
+    marked = torch.full((rows, layout.config.data.max_text_tokens + 1), -1)
+    text = torch.rand(rows, generator=rng) < (spaces.text_share if spaces.text_classes else 0.0)
+    marked[:, -1] = torch.where(text, TEXT, OBJECT)
+    marked[~text, 0] = torch.randint(spaces.object_classes, (int((~text).sum()),), generator=rng)
+    tokens = min(TEXT_TOKENS, layout.config.data.max_text_tokens)
+    marked[text, :tokens] = torch.randint(
+        max(1, spaces.text_classes), (int(text.sum()), tokens), generator=rng
+    )
+    return marked
+
+
+def _batch(layout: Layout, marked: Tensor, images: int) -> Batch:
+    """So many images of this rank as the loader gives them, every one of the greatest size."""
+    config = layout.config
+    nowhere: Any = None
+    regions, grid, side = config.data.regions_per_image, config.model.grid, config.model.image_size
+    own = marked[: images * regions].view(images, regions, -1).numpy()
+    samples = (
+        Sample(
+            str(number), number, nowhere, grid, grid, (), np.ones((regions, grid**2), np.bool_),
+            kinds=own[number, :, -1], labels=own[number, :, :-1], pixels=np.zeros((side, side, 3), np.uint8),
+        )
+        for number in range(images)
+    )  # fmt: skip
+    return collate(samples, images, config.data, Findings())

@@ -20,6 +20,8 @@ from megaregion.models.costs import Recompute, recompute_of_run
 
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""
+TEXT_TOKENS = 5
+"""Tokens of a text region, our guess."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Labels:
     text_share: float = PAPER_TEXT_SHARE
     """Share of regions that are text."""
     source: str = "the paper's centers, our guess of its vocabulary"
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Classes of each kind."""
+        return {"object": self.object_classes, "text": self.text_classes}
 
 
 def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None) -> Labels:

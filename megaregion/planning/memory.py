@@ -111,7 +111,7 @@ def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
 
 
 def gradients_of_one_pass(layout: Layout) -> float:
-    """Bytes of gradients that the first of several micro-steps leaves to the next, or to the update."""
+    """Bytes of gradients that the first of several micro-steps leaves to the next."""
     whole = float(layout.parameters * layout.sum_itemsize)
     if layout.zero_stage <= 1:
         return whole
@@ -262,8 +262,8 @@ def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Recompute = "kee
     Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
     """
     model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
-    # A processor's attention gives what was read head by head; it is copied for the next product.
-    read = 2 if hardware.device == "processor" else 1
+    # A processor's attention gives what was read head by head; of several it is copied for the next product.
+    read = 2 if hardware.device == "processor" and model.heads > tensor else 1
     if level == "full":
         return size * model.width / spread
     norms, mlp = (2, 1) if level == "cheap" else (4, 2)

@@ -12,16 +12,14 @@ from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
 
 if TYPE_CHECKING:
-    from megaregion.planning.dry_run import BuiltRank
-    from megaregion.planning.fake_gpu.step import CountedStep
+    from megaregion.planning.dry_run import DryRun
 
 
 def text(
     stages: Sequence[Plan],
     best: Sequence[Plan],
     scaled: Sequence[Plan],
-    built: BuiltRank | None = None,
-    counted: CountedStep | None = None,
+    ran: DryRun | None = None,
 ) -> str:
     """Everything that was planned.
 
@@ -29,15 +27,13 @@ def text(
         stages: The run's resolutions.
         best: The best choices for the first of them.
         scaled: The first of them on more and fewer ranks.
-        built: One rank beside its plan.
-        counted: A step of it on a GPU that is not there.
+        ran: One rank beside its plan.
     """
     texts = [plan_text(stages[0])]
     texts += [_stages(stages)] if len(stages) > 1 else []
     texts += [_choices(best, stages[0])] if best else []
     texts += [_scaling(scaled)] if scaled else []
-    texts += [built.text()] if built else []
-    texts += [counted.text(stages[0].memory.activations)] if counted else []
+    texts += [ran.text()] if ran else []
     return "\n\n".join(texts)
 
 
@@ -45,8 +41,7 @@ def values(
     stages: Sequence[Plan],
     best: Sequence[Plan],
     scaled: Sequence[Plan],
-    built: BuiltRank | None = None,
-    counted: CountedStep | None = None,
+    ran: DryRun | None = None,
 ) -> dict[str, Any]:
     """The same for JSON."""
     return {
@@ -54,8 +49,7 @@ def values(
         "stages": [plan_values(plan) for plan in stages],
         "choices": [plan_values(plan) for plan in best],
         "scaling": [plan_values(plan) for plan in scaled],
-        "dry_run": built and dataclasses.asdict(built),
-        "gpu_step": counted and counted.values(),
+        **(ran.values() if ran else {"dry_run": None, "gpu_step": None}),
     }
 
 

@@ -25,7 +25,7 @@ READS_ROWS = frozenset({"index_select", "gather", "index", "embedding"})
 WRITES_ROWS = frozenset({"index_copy_", "index_add_", "scatter_add_", "index_put_"})
 """Operations that touch as much of their first operand as their last one holds."""
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
-HOUSE = str(Path(__file__).parents[2])
+HOUSE, ROOM = str(Path(__file__).parents[1]), str(Path(__file__).parent)
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(HOUSE) and "fake_gpu" not in file:
+        if file.startswith(HOUSE) and not file.startswith(ROOM):
             return f"{Path(file).relative_to(HOUSE)}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megaregion.errors import UserError
 
-SOURCE = Path(__file__).with_name("guard.cpp")
+SOURCE = Path(__file__).with_name("cuda_guard.cpp")
 
 
 def load_guard() -> None:

@@ -30,7 +30,7 @@ CAPABILITY = (9, 0)
 
 @contextmanager
 def fake_cuda(labels: Tensor) -> Iterator[None]:
-    """Make every new tensor a fake one; those of DEVICE behave as on a GPU, and none holds a number.
+    """Make every new tensor a fake one; those of ``DEVICE`` behave as on a GPU, and none holds a number.
 
     Classes are drawn on the host's real tensors, since how many they are depends on the labels.
 
@@ -38,10 +38,8 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         labels: Labels of a micro-step's regions over all data ranks, their kinds behind them, [R, T + 1].
     """
     import torch.distributed._tools.fake_collectives
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    set_accelerator(_accelerator())
+    _answer_deepspeed()
     arrive, draw = GatheringLabels.arrive, ClassShardedHead.draw
 
     def arrive_real(sent: GatheringLabels) -> Tensor:
@@ -62,8 +60,6 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        # There are no other ranks to compare notes with.
-        (partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
         (GatheringLabels, "arrive", arrive_real),
         (ClassShardedHead, "draw", draw_real),
         # How many classes took part is a number on the device: all of them.
@@ -75,16 +71,12 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         # DeepSpeed moves the model to the device of this number.
         stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": str(DEVICE.index)}))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        _forget_tables()
-        stack.callback(_forget_tables)
+        # Real tables are of no use in here, nor fake ones outside.
+        for table in (rotary._patch_table, pixels._statistics):
+            table.cache_clear()
+            stack.callback(table.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
-
-
-def _forget_tables() -> None:
-    """Real tables are of no use in here, nor fake ones outside."""
-    rotary._patch_table.cache_clear()
-    pixels._statistics.cache_clear()
 
 
 class _Stream:
@@ -100,14 +92,16 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """What a build for GPUs picks: flash attention, and the memory-efficient kernel where there is a mask."""
+    ops: Any = torch.ops.aten
+    out: Tensor
     if attn_mask is None:
-        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
+        out = ops._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
         return out
     # The kernel wants rows of the mask to begin at multiples of 16 bytes.
     if pad := -attn_mask.shape[-1] % 16:
         attn_mask = F.pad(attn_mask, (0, pad))[..., :-pad]
     mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+    out = ops._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
     return out
 
 
@@ -140,9 +134,10 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
     return module
 
 
-def _accelerator() -> Any:
-    """What DeepSpeed asks of CUDA."""
+def _answer_deepspeed() -> None:
+    """Answer what DeepSpeed asks of CUDA."""
     import deepspeed.ops
+    from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     # Nothing is compiled for it.
@@ -169,4 +164,4 @@ def _accelerator() -> Any:
 
     for name, answer in answers.items():
         setattr(FakeCuda, name, lambda own, *_, _answer=answer, **__: _answer)
-    return FakeCuda()
+    set_accelerator(FakeCuda())
