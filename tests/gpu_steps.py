@@ -20,6 +20,7 @@ from megaregion.planning.dry_run import dry_run  # noqa: E402
 from megaregion.planning.hardware import load_hardware  # noqa: E402
 from megaregion.planning.layout import Labels  # noqa: E402
 from megaregion.planning.plan import make_plan  # noqa: E402
+from megaregion.planning.timing import head_kernels  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO 1": {},
@@ -31,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True},
     "cheap": {"activation_gib": 0.09},
     "packed": {"packing": "native"},
+    "1 draw": {"depth": 2, "draw_images": 640},
+    "4 draws": {"depth": 2, "draw_images": 160},
+    "tiles": {"depth": 2, "draw_images": 640, "chunk_bytes": 2**20},
 }
 
 
@@ -40,6 +44,8 @@ def count(
     zero_stage: int = 1,
     sequence: bool = True,
     packing: str = "square",
+    draw_images: int = 320,
+    chunk_bytes: int = 256 * 2**20,
     **train: Any,
 ) -> dict[str, Any]:
     config = RunConfig(
@@ -49,11 +55,17 @@ def count(
         data=DataConfig(regions_per_image=10, packing=packing),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),
         train=TrainConfig(global_batch=640, micro_batch=10 * tensor, **train),
-        head=HeadsConfig(embedding_dim=256, draw_images=320, object=HeadConfig(sample_rate=0.1)),
+        head=HeadsConfig(
+            embedding_dim=256,
+            draw_images=draw_images,
+            chunk_bytes=chunk_bytes,
+            object=HeadConfig(sample_rate=0.1),
+        ),
     )
     plan = make_plan(config, load_hardware("h100x64"), Labels(100_000, 8_192))
     ran = dry_run(plan, 13, gpu=True)
-    return {**ran.values()["gpu_step"], "planned": plan.memory.activations}
+    heads = sum(head_kernels(plan.layout).values())
+    return {**ran.values()["gpu_step"], "planned": plan.memory.activations, "head_kernels": heads}
 
 
 if __name__ == "__main__":

@@ -58,3 +58,9 @@ def test_the_plan_reckons_with_the_kernels_that_a_block_starts(steps: dict[str, 
     assert (of_a_block("encoder"), of_a_block("backward")) == (
         KERNELS["forward"], KERNELS["backward"] + KERNELS["sums"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["1 draw", "ZeRO 1", "4 draws", "tiles"])
+def test_the_plan_reckons_with_the_kernels_of_the_heads(steps: dict[str, Any], case: str) -> None:
+    counted = steps[case]["parts"]["heads"]["kernels"]
+    assert steps[case]["head_kernels"] == pytest.approx(counted, rel=0.05)

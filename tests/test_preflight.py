@@ -12,13 +12,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launch import Tool, free_port
+from launch import Tool, free_port, launch
 from test_run import command
 from toy import toy_dataset
 
-from megaregion.config import MachinesConfig, RunConfig
-from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT
-from megaregion.training.preflight import Findings, Verdict, checkpoint_bytes, crowded, judge, try_to_save
+from megaregion.config import DataConfig, MachinesConfig, RunConfig
+from megaregion.data.shards import ShardedDataset
+from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
+from megaregion.parallel import topology
+from megaregion.training.preflight import (
+    Findings,
+    Verdict,
+    checkpoint_bytes,
+    crowded,
+    judge,
+    open_dataset,
+    try_to_save,
+)
 
 WHOLE = Findings(
     rank=0, host="n0", versions={"torch": "2.13.0"}, device="H200, 140 GiB", matrix=0.010, exact=True,
@@ -106,6 +116,38 @@ def test_a_checkpoint_is_weighed_before_it_is_written(tmp_path: Path) -> None:
     assert info["samples"] > 0
 
 
+def look_once_a_host(whole: Path, broken: Path) -> None:
+    """Four ranks on two hosts open the dataset; then that of the second host is broken."""
+    rank = int(os.environ["RANK"])
+    os.environ["SLURMD_NODENAME"] = f"n{rank // 2}"
+    place = topology.join(1)
+    hosts = topology.all_gather_strings(topology.host_name(), place)
+    looked: list[str] = []
+    see, compare = ShardedDataset._check_size, ShardedDataset._check_hash
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            ShardedDataset, "_check_size", lambda own, shard: looked.append(shard.name) or see(own, shard)
+        )
+        patched.setattr(
+            ShardedDataset, "_check_hash", lambda own, *file: looked.append(file[0]) or compare(own, *file)
+        )
+        dataset = open_dataset(DataConfig(path=str(whole)), place, hosts)
+    shards = [shard.name for shard in dataset.info.shards]
+    assert looked == ([*shards, "centers.npy", "tokenizer.model"] if rank % 2 == 0 else [])
+    assert dataset.written == [(whole / f"{name}.tar").stat().st_mtime_ns for name in shards]
+    assert dataset.read(len(dataset) - 1)
+    with pytest.raises(UserError, match=r"^n1: .*\.tar does not exist"):
+        open_dataset(DataConfig(path=str(broken if rank >= 2 else whole)), place, hosts)
+    topology.leave()
+
+
+def test_one_rank_of_a_host_looks_at_the_shards_and_all_ranks_hear_what_it_found(tmp_path: Path) -> None:
+    whole, broken = toy_dataset(tmp_path / "whole"), tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    next(broken.glob("*.tar")).unlink()
+    launch(look_once_a_host, 4, whole, broken)
+
+
 def start(folder: Path, datasets: list[Path], *extra: str) -> list[subprocess.CompletedProcess[str]]:
     """The command line on one rank for every dataset, two ranks a host."""
     port, processes = free_port(), []
@@ -135,7 +177,7 @@ def test_ranks_look_at_their_machines_and_then_train_or_stop(tmp_path: Path) -> 
     ]  # fmt: skip
     assert (tmp_path / "first" / "run" / "metrics.jsonl").exists()
 
-    done = start(tmp_path / "mistake", [whole, whole, whole, other], "--preflight=first")
+    done = start(tmp_path / "mistake", [whole, whole, other, other], "--preflight=first")
     assert [process.returncode for process in done] == [USER_ERROR_EXIT] * 4
     assert "preflight: n1: " in done[0].stderr
     assert not (tmp_path / "mistake").exists(), "nothing is written before the machines are known"

@@ -13,7 +13,7 @@ from launch import tool
 from toy import toy_dataset
 
 from megaregion.errors import UserError
-from megaregion.training.clock import PHASES, Clock, RankTimes, Times, parse_window
+from megaregion.training.clock import PHASES, Clock, RankTimes, Times, matrix_rate, parse_window
 
 CPU = torch.device("cpu")
 TOY = [
@@ -83,6 +83,15 @@ def test_a_window_of_steps_is_read(text: str, window: tuple[int, int]) -> None:
 def test_a_window_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--profile"):
         parse_window(text)
+
+
+def test_the_matrix_rate_is_that_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ones take less power, and a GPU's clock stays high."""
+    operands: list[torch.Tensor] = []
+    monkeypatch.setattr("megaregion.training.clock.product", lambda *given: operands.extend(given))
+    assert matrix_rate.__wrapped__(CPU, torch.float32) > 0
+    assert all(0.9 < operand.std() < 1.1 for operand in operands)
+    assert operands[0].ne(operands[1]).any()
 
 
 def test_a_run_splits_its_time_and_writes_a_profile(tmp_path: Path) -> None:

@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import Tool, free_port, tool
 from test_run import command
 from toy import toy_dataset
 
 from megaregion.errors import WATCHDOG_EXIT
 from megaregion.training.faults import Faults
-from megaregion.training.watchdog import Standing, in_collective, verdict
+from megaregion.training.watchdog import Standing, collective_of, verdict
 
 
 @pytest.fixture(scope="module")
@@ -87,33 +89,60 @@ def test_a_loader_worker_that_hangs_ends_the_run_too(dataset: Path, tmp_path: Pa
     assert time.monotonic() - began < 120
 
 
-def standing(rank: int, turns: int, collective: bool) -> Standing:
-    return Standing(rank, f"node{rank}", turns, 7, "head", 31.0, collective, "x.py:1 in f")
+def standing(rank: int, turns: int, collective: str) -> Standing:
+    return Standing(rank, f"node{rank}", turns, 7, "head", 31.0 + rank, collective, "x.py:1 in f")
 
 
 def test_the_rank_with_the_least_progress_holds_the_run_up() -> None:
-    line = verdict([standing(0, 9, True), standing(1, 8, True), standing(2, 9, False)], {})
-    assert line.startswith("rank 1 on node1 stands still in step 7, phase head, for 31 s")
-    assert "node0" not in line
+    line = verdict(
+        [standing(0, 9, "all_reduce"), standing(1, 8, "all_gather"), standing(2, 9, "all_reduce")], {}
+    )
+    assert line.startswith(
+        "rank 1 on node1 stands still in step 7, phase head, for 32 s and waits in all_gather (x.py:1 in f); "
+        "meanwhile ranks 0, 2 waited 33 s in step 7, phase head, all_reduce (x.py:1 in f); stacks"
+    )
 
 
 def test_of_equals_the_one_outside_a_collective_holds_the_run_up() -> None:
-    line = verdict([standing(0, 8, True), standing(1, 8, False), standing(2, 9, False)], {})
-    assert line.startswith("rank 1 on node1")
+    line = verdict([standing(0, 8, "all_reduce"), standing(1, 8, ""), standing(2, 9, "")], {})
+    assert line.startswith(
+        "rank 1 on node1 stands still in step 7, phase head, for 32 s and is not in a coll"
+    )
     assert "node2" not in line
 
 
 def test_a_rank_that_gives_no_sign_is_the_culprit_whatever_the_others_say() -> None:
-    assert verdict([standing(0, 8, False)], {3: "node3"}).startswith("rank 3 on node3 gave no sign of life")
+    line = verdict([standing(0, 8, ""), standing(1, 8, "wait")], {3: "node3"})
+    assert line.startswith("rank 3 on node3 gave no sign of life")
+    assert "while rank 0 stood 31 s in step 7, phase head, (x.py:1 in f), rank 1 waited 32 s in" in line
 
 
-def test_ranks_that_all_wait_for_each_other_accuse_the_network() -> None:
-    line = verdict([standing(0, 8, True), standing(1, 8, True)], {})
-    assert line.startswith("all 2 ranks wait for each other in step 7")
+def test_ranks_that_all_wait_for_each_other_accuse_the_network_or_their_order() -> None:
+    alike = [standing(rank, 8, "all_reduce") for rank in (0, 1, 2, 4)]
+    assert verdict(alike, {}).startswith(
+        "all 4 ranks wait for each other: ranks 0-2, 4 waited 35 s in step 7, phase head, all_reduce "
+        "(x.py:1 in f); the network between them stands still; stacks"
+    )
+    line = verdict([*alike[:3], standing(3, 8, "broadcast")], {})
+    assert "rank 3 waited 34 s in step 7, phase head, broadcast (x.py:1 in f); they are in different" in line
 
 
-def test_a_sleeping_thread_is_not_in_a_collective() -> None:
-    assert not in_collective(sys._getframe())
+def test_a_thread_in_a_collective_is_told_by_the_collectives_name() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found: list[str] = []
+    try:
+
+        def inside(frame: FrameType, event: str, argument: object) -> None:
+            if event == "call" and frame.f_code.co_name == "_rank_not_in_group":
+                found.append(collective_of(frame.f_back))
+
+        sys.setprofile(inside)
+        dist.all_reduce(torch.ones(1))
+    finally:
+        sys.setprofile(None)
+        dist.destroy_process_group()
+    assert found[0] == "all_reduce"
+    assert collective_of(sys._getframe()) == ""
 
 
 def spoilt_steps(faults: Faults, steps: tuple[int, ...]) -> list[tuple[int, int]]:

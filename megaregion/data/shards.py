@@ -57,13 +57,19 @@ class ShardedDataset:
         folder: The dataset's folder, or the URL or command by which it is reached.
         check_labels: Whether to compare the hashes of centers and tokenizer with dataset.json.
         settings: The cache of a remote dataset.
+        written: What ``written`` says in another process of this host, which has looked at the same files;
+            None looks at every shard here.
 
     Raises:
         UserError: A shard is missing, empty or half-written, or a file is not the one packed.
     """
 
     def __init__(
-        self, folder: Path | str, check_labels: bool = True, settings: DataConfig | None = None
+        self,
+        folder: Path | str,
+        check_labels: bool = True,
+        settings: DataConfig | None = None,
+        written: Sequence[int] | None = None,
     ) -> None:
         remote = isinstance(folder, str) and is_remote(folder)
         self.mirror = Mirror(str(folder), settings or DataConfig()) if remote else None
@@ -72,8 +78,8 @@ class ShardedDataset:
         self._starts = list(accumulate(self.info.shard_sizes, initial=0))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         # Those of a remote dataset are checked as they arrive.
-        here = self.info.shards if self.mirror is None else ()
-        self._changed = [self._check_size(shard) for shard in here]
+        here = self.info.shards if self.mirror is None and written is None else ()
+        self.written = [*(written or ()), *map(self._check_size, here)]
         """When each shard was written, in nanoseconds."""
         if check_labels:
             for name, sha256 in self.info.label_files.items():
@@ -200,7 +206,7 @@ class ShardedDataset:
     def _check_unchanged(self, number: int, file: int) -> None:
         """See that a shard is the one that dataset.json named when it was read, perhaps days ago."""
         found, shard = os.fstat(file), self.info.shards[number]
-        if self.mirror is not None or found.st_mtime_ns == self._changed[number]:
+        if self.mirror is not None or found.st_mtime_ns == self.written[number]:
             return
         if found.st_size < shard.bytes:
             raise UserError(f"{self._path(number, '.tar')} ends early; it was changed while in use")
@@ -208,7 +214,7 @@ class ShardedDataset:
             self._check_hash(f"{shard.name}.tar", shard.sha256)
         except UserError as error:
             raise UserError(f"{error}; it was packed anew while this process was reading it") from None
-        self._changed[number] = found.st_mtime_ns  # A copy of the same bytes is hashed once.
+        self.written[number] = found.st_mtime_ns  # A copy of the same bytes is hashed once.
 
     def _let_go(self) -> None:
         """Close shards that made room in the cache, for an open file keeps its bytes on the disk."""

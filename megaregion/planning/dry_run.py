@@ -327,7 +327,7 @@ def _labels(layout: Layout) -> Tensor:
     rng = torch.Generator().manual_seed(0)
     rows, spaces = layout.micro_rows, layout.labels
     marked = torch.full((rows, layout.config.data.max_text_tokens + 1), -1)
-    text = torch.rand(rows, generator=rng) < (spaces.text_share if spaces.text_classes else 0.0)
+    text = torch.rand(rows, generator=rng) < spaces.shares["text"]
     marked[:, -1] = torch.where(text, TEXT, OBJECT)
     marked[~text, 0] = torch.randint(spaces.object_classes, (int((~text).sum()),), generator=rng)
     tokens = min(TEXT_TOKENS, layout.config.data.max_text_tokens)

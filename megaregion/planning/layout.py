@@ -6,17 +6,16 @@ Shapes: D width, M MLP width, E embedding width, K classes of a head over all ra
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megaregion.checks import batching
-from megaregion.config import HeadConfig, ModelConfig, RunConfig
+from megaregion.config import HeadsConfig, ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError
 from megaregion.heads.tiles import TilePlan, plan_tiles
 from megaregion.models.costs import Recompute, recompute_of_run
+from megaregion.parallel.zero import effective_stage
 
 PAPER_TEXT_SHARE = 0.4 / 2.4
 """Text regions among all regions in the paper's data: 400M beside 2B of objects."""
@@ -38,6 +37,12 @@ class Labels:
     def by_kind(self) -> dict[str, int]:
         """Classes of each kind."""
         return {"object": self.object_classes, "text": self.text_classes}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the regions that each kind has."""
+        text = 0.0 if not self.text_classes else self.text_share if self.object_classes else 1.0
+        return {"object": 1 - text, "text": text}
 
 
 def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None) -> Labels:
@@ -99,27 +104,36 @@ class HeadLayout:
 
     local_classes: int
     """Classes that this rank holds."""
-    rows: float
-    """Rows of a micro-step over all data ranks."""
+    draws: float
+    """Draws of a micro-step."""
     draw_rows: float
-    """Rows of a draw."""
+    """Rows of a draw over all data ranks."""
     drawn: float
     """Classes of a draw on this rank, as expected."""
-    tiles: TilePlan
-    """How a draw's scores are cut."""
+    cut: TilePlan
+    """How a draw's scores are cut on the rank that drew the most classes, for which the others wait."""
     sampled: bool
     """Whether a draw has only some classes."""
 
     @property
-    def draws(self) -> float:
-        """Draws of a micro-step."""
-        return self.rows / self.draw_rows
+    def rows(self) -> float:
+        """Rows of a micro-step over all data ranks."""
+        return self.draws * self.draw_rows
 
     @property
-    def kept(self) -> float:
-        """Share of the scores that is kept from the sums to the gradient."""
-        tiles = -(-self.tiles.total_classes // self.tiles.classes)
-        return min(1.0, self.tiles.kept / tiles)
+    def blocks(self) -> int:
+        """Blocks of rows of a draw."""
+        return len(list(self.cut.blocks()))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of classes of a block."""
+        return len(list(self.cut.tiles()))
+
+    @property
+    def again(self) -> int:
+        """Tiles of a block that are computed again for the gradient."""
+        return max(0, self.tiles - self.cut.kept)
 
     @property
     def touched(self) -> float:
@@ -143,10 +157,11 @@ class Layout:
     body: BodyParameters
     heads: dict[str, HeadLayout]
     """By label kind; those with classes and weight."""
-    zero_stage: int
-    """The stage that runs, as DeepSpeed's settings have it."""
-    bucket: int
-    """Elements of DeepSpeed's buffer for gradients that are reduced together."""
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage that runs."""
+        return effective_stage(self.config, self.data)
 
     @property
     def tensor(self) -> int:
@@ -204,52 +219,29 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layou
     if ranks % tensor:
         raise UserError(f"parallel.tensor must divide the number of ranks {ranks}, got {tensor}")
     data = ranks // tensor
-    cut = batching(config, data)
-    regions = config.data.regions_per_image
-    rows, draw_rows = cut.micro_batch * data * regions, cut.draw_images * regions
-    kinds = {
-        "object": (config.head.object, labels.object_classes, 1 - labels.text_share),
-        "text": (config.head.text, labels.text_classes, labels.text_share),
-    }
+    cut, regions = batching(config, data), config.data.regions_per_image
+    draws = cut.micro_batch * data / cut.draw_images
     heads = {
-        kind: _head(
-            settings, classes, ranks, rows * share, draw_rows * share, config.head.chunk_bytes, device
-        )
-        for kind, (settings, classes, share) in kinds.items()
-        if classes and settings.weight
+        kind: _head(config.head, kind, labels, ranks, draws, cut.draw_images * regions * share, device)
+        for kind, share in labels.shares.items()
+        if labels.by_kind[kind] and config.head.by_kind[kind].weight
     }
     body = body_parameters(config.model, config.head.embedding_dim, tensor)
-    zero = _zero_settings(config, data)
-    return Layout(
-        config, labels, ranks, data, cut.micro_batch, cut.micro_steps, body, heads,
-        zero_stage=zero["stage"], bucket=zero["reduce_bucket_size"],
-    )  # fmt: skip
-
-
-def _zero_settings(config: RunConfig, data: int) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        # megatron tells that it has no Transformer Engine; no run here needs it.
-        warnings.simplefilter("ignore")
-        from megaregion.parallel.zero import deepspeed_config
-    settings: dict[str, Any] = deepspeed_config(config, data)["zero_optimization"]
-    return settings
+    return Layout(config, labels, ranks, data, cut.micro_batch, cut.micro_steps, body, heads)
 
 
 def _head(
-    settings: HeadConfig,
-    classes: int,
-    ranks: int,
-    rows: float,
-    draw_rows: float,
-    chunk: int,
-    device: str,
+    config: HeadsConfig, kind: str, labels: Labels, ranks: int, draws: float, rows: float, device: str
 ) -> HeadLayout:
-    local = -(-classes // ranks)
-    sampled = settings.sample_rate < 1 and classes > settings.min_negatives
-    positive = -math.expm1(-draw_rows / classes)
-    share = max(settings.sample_rate, settings.min_negatives / classes) if sampled else 1.0
-    drawn = local * (share + (1 - share) * positive)
-    budget = chunk // (2 if ranks > 1 else 1)
-    count = max(1, round(drawn))
-    tiles = plan_tiles(max(1, round(draw_rows)), count, count, 4, budget, device)
-    return HeadLayout(local, rows, draw_rows, drawn, tiles, sampled)
+    """One head, of whose rows each draw has so many."""
+    settings, classes = config.by_kind[kind], labels.by_kind[kind]
+    local, positives = -(-classes // ranks), rows * (TEXT_TOKENS if kind == "text" else 1)
+    drawn, typical, most = float(local), local, local
+    if sampled := settings.sample_rate < 1 and classes > settings.min_negatives:
+        share = max(settings.sample_rate, settings.min_negatives / classes)
+        drawn = local * (share - (1 - share) * math.expm1(-positives / classes))
+        typical = min(local, int(local * settings.sample_rate + positives / ranks))
+        most = min(local, round(drawn + 2 * math.sqrt(drawn)))
+    budget = config.chunk_bytes // (2 if ranks > 1 else 1)
+    cut = plan_tiles(max(1, round(rows)), max(1, most), typical, 4, budget, device)
+    return HeadLayout(local, draws, rows, drawn, cut, sampled)

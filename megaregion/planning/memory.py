@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megaregion.models.costs import RECOMPUTE, Recompute
+from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 
@@ -101,9 +102,9 @@ def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
     if layout.zero_stage == 3:
         # Gathered for their next use in the step, and the buffer that stage 3 never gives back.
         kinds["weights"] += layout.itemsize * min(layout.parameters, LIVE_PARAMETERS)
-        kinds["buffers"] = float(layout.sum_itemsize * layout.bucket)
+        kinds["buffers"] = float(layout.sum_itemsize * REDUCE_BUCKET)
         if hardware.device == "processor":
-            kinds["buffers"] = float(layout.sum_itemsize * min(layout.bucket, layout.parameters))
+            kinds["buffers"] = float(layout.sum_itemsize * min(REDUCE_BUCKET, layout.parameters))
     if hardware.device == "processor":
         # What the heads work in stays from step to step (Scratch in heads/tiles.py).
         kinds["head"] += _head_scratch(layout)
@@ -164,7 +165,7 @@ def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, floa
     if layout.zero_stage < 3:
         return _greater(begins, {"gradients": growing, "buffers": flattened + bucket})
     # The first bucket is full when a part of the model has still to go back; it is reduced from a copy.
-    full = min(layout.bucket, layout.parameters)
+    full = min(REDUCE_BUCKET, layout.parameters)
     copies = 1 + (GLOO_COPY if hardware.device == "processor" else 0.0)
     travelling = {
         "activations": kept * (1 - full / layout.parameters),
@@ -194,10 +195,10 @@ def _bucket(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     if layout.zero_stage not in (1, 2):
         return 0.0, 0.0
     size = layout.sum_itemsize
-    filled = float(min(layout.bucket, layout.parameters) * size)
+    filled = float(min(REDUCE_BUCKET, layout.parameters) * size)
     flattened = filled if layout.data > 1 else 0.0
     if hardware.device == "gpu":
-        return float(2 * layout.bucket * size), flattened
+        return float(2 * REDUCE_BUCKET * size), flattened
     return (filled if layout.zero_stage == 2 else 0.0), flattened
 
 
@@ -215,9 +216,9 @@ def _head_scratch(layout: Layout) -> float:
 
 def _scratch(head: HeadLayout, layout: Layout) -> float:
     row = layout.config.head.embedding_dim * 4
-    tiles = min(head.tiles.kept + 1, -(-head.tiles.total_classes // head.tiles.classes))
-    buffers = min(2 if layout.ranks > 1 else 1, -(-head.tiles.total_rows // head.tiles.rows))
-    scores = 4 * buffers * tiles * head.tiles.rows * head.tiles.classes
+    tiles = min(head.cut.kept + 1, head.tiles)
+    buffers = min(2 if layout.ranks > 1 else 1, head.blocks)
+    scores = 4 * buffers * tiles * head.cut.rows * head.cut.classes
     if not head.sampled:
         return scores + head.local_classes * row
     several = head.draws * layout.micro_steps > 1

@@ -19,7 +19,6 @@ from megaregion.planning.hardware import GIB, Hardware
 from megaregion.planning.layout import Labels, Layout, lay_out
 from megaregion.planning.memory import Memory, rank_memory
 from megaregion.planning.timing import StepTime, step_time
-from megaregion.planning.traffic import Transfer, list_transfers
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Plan:
     hardware: Hardware
     memory: Memory
     time: StepTime
-    transfers: tuple[Transfer, ...]
     samples: int
     """Images of the whole run."""
 
@@ -96,7 +94,6 @@ def make_plan(config: RunConfig, hardware: Hardware, labels: Labels, samples: in
         hardware,
         rank_memory(layout, hardware),
         step_time(layout, hardware),
-        tuple(list_transfers(layout, hardware)),
         samples or config.train.steps * config.train.global_batch,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megaregion.models.costs import RECOMPUTE
@@ -59,64 +59,74 @@ def plan_text(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def _choices(plans: Sequence[Plan], own: Plan) -> str:
+COLUMNS: dict[str, Callable[[Plan], str]] = {
+    "GPUs": lambda plan: f"{plan.hardware.gpus:,}",
+    "batch": lambda plan: f"{plan.layout.config.train.global_batch:,}",
+    "tensor": lambda plan: str(plan.layout.tensor),
+    "sequence": lambda plan: "yes" if plan.layout.config.parallel.tokens_cut else "no",
+    "data": lambda plan: str(plan.layout.data),
+    "ZeRO": lambda plan: str(plan.layout.config.parallel.zero_stage),
+    "pixels": lambda plan: str(plan.layout.config.model.image_size),
+    "micro-batch": lambda plan: f"{plan.layout.micro_steps} x {plan.layout.micro_batch}",
+    "recomputed": lambda plan: _recomputed(plan),
+    "GiB": lambda plan: f"{plan.memory.peak / GIB:.1f}{'' if plan.fits else '!'}",
+    "s/step": lambda plan: f"{plan.time.total:.3f}",
+    "img/s": lambda plan: f"{plan.images_per_second:,.0f}",
+    "MFU": lambda plan: f"{plan.mfu:.1%}",
+    "comm": lambda plan: f"{plan.time.phases['communication'] / plan.time.total:.1%}",
+    "head": lambda plan: f"{plan.time.phases['head'] / plan.time.total:.1%}",
+    "goodput": lambda plan: f"{plan.goodput:.2%}",
+    "days": lambda plan: f"{plan.days:.2f}",
+    "samples": lambda plan: f"{plan.samples:,}",
+    "hours": lambda plan: f"{plan.days * 24:,.1f}",
+}
+"""What tables of several plans show, by the columns' heads."""
+
+
+def _table(plans: Sequence[Plan], names: str, **more: Sequence[str]) -> list[Sequence[str]]:
+    """Plans below each other, with columns by name and further ones behind."""
+    columns = {name: [COLUMNS[name](plan) for plan in plans] for name in names.split()} | more
+    return [tuple(columns), *zip(*columns.values(), strict=True)]
+
+
+def _choices(best: Sequence[Plan], own: Plan) -> str:
     """The best choices below each other, and the config's own for comparison."""
-    head = (
-        "choice", "tensor", "sequence", "data", "ZeRO", "micro-batch", "recompute", "GiB", "s/step", "img/s",
+    names = (
+        "tensor",
+        "sequence",
+        "data",
+        "ZeRO",
+        "micro-batch",
+        "recomputed",
+        "GiB",
+        "s/step",
+        "img/s",
         "MFU",
-    )  # fmt: skip
-    rows = [_choice(str(number), plan) for number, plan in enumerate(plans, 1)]
-    return "best of the legal choices\n" + _rows([head, *rows, _choice("config", own)])
+    )
+    choices = ["choice", *(str(number) for number, _ in enumerate(best, 1)), "config"]
+    rows = _table([*best, own], names)
+    return "best of the legal choices\n" + _rows(
+        [(choice, *row) for choice, row in zip(choices, rows, strict=True)]
+    )
 
 
 def _stages(plans: Sequence[Plan]) -> str:
     """The run's resolutions below each other, and their sum."""
-    head = ("pixels", "micro-batch", "recomputed", "GiB", "s/step", "img/s", "MFU", "samples", "hours")
-    rows = [
-        (
-            str(plan.layout.config.model.image_size),
-            f"{plan.layout.micro_steps} x {plan.layout.micro_batch}",
-            _recomputed(plan),
-            f"{plan.memory.peak / GIB:.1f}{'' if plan.fits else '!'}",
-            f"{plan.time.total:.3f}",
-            f"{plan.images_per_second:,.0f}",
-            f"{plan.mfu:.1%}",
-            f"{plan.samples:,}",
-            f"{plan.days * 24:,.1f}",
-        )
-        for plan in plans
-    ]
+    names = "pixels micro-batch recomputed GiB s/step img/s MFU samples hours"
     samples, days = sum(plan.samples for plan in plans), sum(plan.days for plan in plans)
     total = ("all", "", "", "", "", "", "", f"{samples:,}", f"{days * 24:,.1f}")
     hours = sum(plan.gpu_hours for plan in plans)
     return (
-        "resolutions\n"
-        + _rows([head, *rows, total])
-        + f"\n  {days:.2f} days, {hours:,.0f} GPU-hours, faults included"
+        f"resolutions\n{_rows([*_table(plans, names), total])}\n"
+        f"  {days:.2f} days, {hours:,.0f} GPU-hours, faults included"
     )
 
 
 def _scaling(plans: Sequence[Plan]) -> str:
     """Weak scaling as a table; efficiency is per GPU, against the first line."""
-    head = ("GPUs", "batch", "GiB", "s/step", "img/s", "efficiency", "comm", "head", "goodput", "days")
-    rows = []
-    for plan in plans:
-        phases, total = plan.time.phases, plan.time.total
-        rows.append(
-            (
-                f"{plan.hardware.gpus:,}",
-                f"{plan.layout.config.train.global_batch:,}",
-                f"{plan.memory.peak / GIB:.1f}",
-                f"{total:.3f}",
-                f"{plan.images_per_second:,.0f}",
-                f"{efficiency(plan, plans[0]):.1%}",
-                f"{phases['communication'] / total:.1%}",
-                f"{phases['head'] / total:.1%}",
-                f"{plan.goodput:.2%}",
-                f"{plan.days:.2f}",
-            )
-        )
-    return "weak scaling: the same images a rank, the same samples in all\n" + _rows([head, *rows])
+    names = "GPUs batch GiB s/step img/s comm head goodput days"
+    rows = _table(plans, names, efficiency=[f"{efficiency(plan, plans[0]):.1%}" for plan in plans])
+    return "weak scaling: the same images a rank, the same samples in all\n" + _rows(rows)
 
 
 def efficiency(plan: Plan, first: Plan) -> float:
@@ -149,11 +159,12 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             "peak": plan.memory.peak,
             "usable": plan.hardware.usable_bytes,
         },
-        "time": {"phases": plan.time.phases, "links": plan.time.links, "step": plan.time.total},
-        "traffic": {
-            one.name: {"sent": one.sent, "network": one.network(plan.hardware, layout.tensor)}
-            for one in plan.transfers
+        "time": {
+            "phases": plan.time.phases,
+            "links": {one.name: one.seconds for one in plan.time.transfers},
+            "step": plan.time.total,
         },
+        "traffic": {one.name: {"sent": one.sent, "network": one.network} for one in plan.time.transfers},
         "images_per_second": plan.images_per_second,
         "mfu": plan.mfu,
         "goodput": plan.goodput,
@@ -221,22 +232,21 @@ def _time(plan: Plan) -> str:
     if starts >= head > 0.05 * total:
         text += (
             "\n  note: the head waits for the host to start its kernels: one set for each draw"
-            "\n  (head.draw_images) and for each tile of scores (heads/portions.py)"
+            "\n  (head.draw_images) and for each tile of scores (heads/tiles.py)"
         )
     return text
 
 
 def _traffic(plan: Plan) -> str:
-    hardware, tensor = plan.hardware, plan.layout.tensor
     rows = [("per step", "each GPU sends", "each node sends", "links busy")]
     rows += [
         (
             one.name,
             f"{one.sent / 1e6:,.0f} MB",
-            f"{one.network(hardware, tensor) / 1e6:,.0f} MB",
-            f"{1e3 * plan.time.links[one.name]:.1f} ms",
+            f"{one.network / 1e6:,.0f} MB",
+            f"{1e3 * one.seconds:.1f} ms",
         )
-        for one in plan.transfers
+        for one in plan.time.transfers
     ]
     notes = plan.time.notes
     rows.append(("shards read", "", f"{notes['images_read'] / 1e6:,.0f} MB", ""))
@@ -254,23 +264,6 @@ def _totals(plan: Plan) -> str:
         f"{plan.images_per_second:,.0f} images/s; {plan.samples:,} samples take {plan.days:.2f} days "
         f"({plan.days * 24:,.1f} hours), {plan.gpu_hours:,.0f} GPU-hours, {1 - plan.goodput:.2%} of it "
         "lost to faults"
-    )
-
-
-def _choice(name: str, plan: Plan) -> tuple[str, ...]:
-    config, layout = plan.layout.config, plan.layout
-    return (
-        name,
-        str(layout.tensor),
-        "yes" if config.parallel.tokens_cut else "no",
-        str(layout.data),
-        str(config.parallel.zero_stage),
-        str(layout.micro_batch),
-        "yes" if config.train.recompute else "no",
-        f"{plan.memory.peak / GIB:.1f}{'' if plan.fits else '!'}",
-        f"{plan.time.total:.3f}",
-        f"{plan.images_per_second:,.0f}",
-        f"{plan.mfu:.1%}",
     )
 
 

@@ -3,7 +3,8 @@
 Matrix products run at ``linear_share`` of the matrix rate, attention at ``attention_share``; what stands
 between them (norms, rotations, activations, residual sums) reads and writes memory. A phase takes at least
 as long as the host needs to start its kernels. Collectives that run beside a phase count where they last
-longer.
+longer. A ring over n ranks sends (n - 1) / n of a gather's or a scatter's bytes from each rank, twice that
+for an all-reduce.
 
 Shapes: T image tokens, N regions, D width, M MLP width, E embedding width, R rows, C classes.
 """
@@ -11,23 +12,54 @@ Shapes: T image tokens, N regions, D width, M MLP width, E embedding width, R ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megaregion.heads.tiles import ELEMENTS
 from megaregion.models.costs import encoder_flops, head_flops
+from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
-from megaregion.planning.traffic import Transfer, list_transfers
+from megaregion.planning.memory import LIVE_PARAMETERS
 
-KERNELS = {
-    "forward": 11, "backward": 31, "sums": 11, "head": 50, "draw": 60, "tile": 33, "block of centers": 34,
-}  # fmt: skip
-"""Kernels of one block's forward and backward pass and of adding up its gradients in another type, of a head
-in a micro-step, of a draw, of a tile, and of updating some centers. Drawing is the host's, beside the
-encoder's pass."""
+KERNELS = {"forward": 11, "backward": 31, "sums": 11, "block of centers": 34}
+"""Kernels of one block's forward and backward pass and of adding up its gradients in another type, and of
+updating some centers, as a dry run counts them."""
+HEAD_KERNELS = {"micro-step": 29, "head": 43, "draw": 16, "block": 39, "tile": 34, "tile again": 14}
+"""Kernels of the heads, as a dry run counts them: of a micro-step, beside them of each head, of each of its
+draws, of each block of rows and of each of its tiles. Drawing is the host's, beside the encoder's pass."""
 CHEAP_SHARE = 0.03
 """What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
 """Bytes of a parameter in a checkpoint: fp32 value and two moments."""
+
+Group = Literal["data", "tensor", "world"]
+Phase = Literal["forward", "backward", "none"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective of a step."""
+
+    name: str
+    sent: float
+    """Bytes that each rank sends in a step."""
+    network: float
+    """Bytes that leave each node in a step."""
+    seconds: float
+    """Seconds of a step that it keeps the links busy, hidden or not."""
+    beside: Phase
+    """The phase that it runs beside; none stops everything else."""
+    within: float
+    """Share of that phase that it can run beside."""
+    tail: float
+    """Share that nothing can hide, since it starts when that phase ends."""
+
+    def exposed(self, phases: dict[str, float]) -> float:
+        """Seconds that no phase hides."""
+        if self.beside == "none":
+            return self.seconds
+        tail = self.tail * self.seconds
+        return tail + max(0.0, self.seconds - tail - self.within * phases[self.beside])
 
 
 @dataclass(frozen=True)
@@ -36,8 +68,7 @@ class StepTime:
 
     phases: dict[str, float]
     """data, forward, head, backward, optimizer, communication, save; each without what another hides."""
-    links: dict[str, float]
-    """Seconds that each kind of collective keeps the links busy, hidden or not."""
+    transfers: tuple[Transfer, ...]
     flops: float
     """Operations of the encoder of a step on one rank, as MFU counts them."""
     notes: dict[str, float]
@@ -51,33 +82,27 @@ class StepTime:
 
 def step_time(layout: Layout, hardware: Hardware) -> StepTime:
     """Plan one step."""
+    config = layout.config
     forward, backward = _encoder(layout, hardware)
     head, host = _heads(layout, hardware)
-    update = _optimizer(layout, hardware)
-    transfers = list_transfers(layout, hardware)
-    links = {one.name: one.seconds(hardware, layout.tensor) for one in transfers}
-    exposed = sum(
-        _exposed(one, links[one.name], {"forward": forward, "backward": backward, "none": 0.0})
-        for one in transfers
-    )
     blocks, writes = save_seconds(layout, hardware)
-    save = blocks / layout.config.checkpoint.every
-    busy = forward + backward + head + update + exposed + save
-    flops = encoder_flops(
-        layout.config.model, layout.config.data.regions_per_image, layout.config.head.embedding_dim
-    ).training
+    transfers = (*_body(layout, hardware), *_activations(layout, hardware), *_rows(layout, hardware))
     phases = {
-        "data": _data(layout, hardware, busy),
+        "data": 0.0,
         "forward": forward,
         "head": head,
         "backward": backward,
-        "optimizer": update,
-        "communication": exposed,
-        "save": save,
+        "optimizer": _optimizer(layout, hardware),
+        "communication": sum(
+            transfer.exposed({"forward": forward, "backward": backward}) for transfer in transfers
+        ),
+        "save": blocks / config.checkpoint.every,
     }
-    read = layout.config.train.global_batch * hardware.image_kbytes * 1e3 / hardware.nodes
+    phases["data"] = _data(layout, hardware, sum(phases.values()))
+    flops = encoder_flops(config.model, config.data.regions_per_image, config.head.embedding_dim).training
+    read = config.train.global_batch * hardware.image_kbytes * 1e3 / hardware.nodes
     notes = {"save_blocks": blocks, "save_writes": writes, "head_kernels": host, "images_read": read}
-    return StepTime(phases, links, flops * layout.images / layout.tensor, notes)
+    return StepTime(phases, transfers, flops * layout.images / layout.tensor, notes)
 
 
 def checkpoint_bytes(layout: Layout) -> float:
@@ -141,18 +166,26 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     return tokens * size * out, tokens * size * back
 
 
+def head_kernels(layout: Layout) -> dict[str, float]:
+    """Kernels of each head in a micro-step; what the heads share is the first one's."""
+    each, found = HEAD_KERNELS, dict[str, float]()
+    for kind, head in layout.heads.items():
+        block = each["block"] + head.tiles * each["tile"] + head.again * each["tile again"]
+        found[kind] = each["head"] + head.draws * (each["draw"] + head.blocks * block)
+        found[kind] += each["micro-step"] if len(found) == 1 else 0
+    return found
+
+
 def _heads(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Seconds of all heads' losses and gradients, and what the host needs to start their kernels."""
-    dim = layout.config.head.embedding_dim
     seconds = host = 0.0
-    for head in layout.heads.values():
-        flops = head_flops(head.rows, head.drawn, dim, head.kept)
+    kernels = head_kernels(layout)
+    for kind, head in layout.heads.items():
+        kept = 1 - head.again / head.tiles
+        flops = head_flops(head.rows, head.drawn, layout.config.head.embedding_dim, kept)
         products = flops / (hardware.matrix_tflops * 1e12 * hardware.linear_share)
         passes = _score_bytes(head, layout, hardware) / (hardware.memory_gbytes * 1e9)
-        tiles = -(-head.tiles.total_classes // head.tiles.classes)
-        blocks = -(-head.tiles.total_rows // head.tiles.rows)
-        kernels = KERNELS["head"] + head.draws * (KERNELS["draw"] + blocks * tiles * KERNELS["tile"])
-        starts = layout.micro_steps * kernels * hardware.launch_us * 1e-6
+        starts = layout.micro_steps * kernels[kind] * hardware.launch_us * 1e-6
         seconds += max(layout.micro_steps * (products + passes), starts)
         host += starts
     return seconds, host
@@ -204,9 +237,100 @@ def _data(layout: Layout, hardware: Hardware, busy: float) -> float:
     return max(0.0, max(decoded, read) - busy)
 
 
-def _exposed(transfer: Transfer, busy: float, phases: dict[str, float]) -> float:
-    """Seconds of a collective that no phase hides."""
-    if transfer.beside == "none":
-        return busy
-    tail = transfer.tail * busy
-    return tail + max(0.0, busy - tail - transfer.within * phases[transfer.beside])
+def _transfer(
+    layout: Layout,
+    hardware: Hardware,
+    name: str,
+    group: Group,
+    sent: float,
+    calls: float,
+    beside: tuple[Phase, float, float] = ("none", 1.0, 0.0),
+) -> Transfer:
+    """So many collectives of a group in which each rank sends so many bytes in all.
+
+    A data group that spans nodes shares their network cards with the other data groups of its nodes, one for
+    each tensor rank.
+    """
+    ranks = {"data": layout.data, "tensor": layout.tensor, "world": layout.ranks}[group]
+    groups = layout.tensor if group == "data" else 1
+    crosses = ranks > 1 and ranks * groups > hardware.gpus_per_node
+    bus = hardware.inside_gbytes
+    if crosses:
+        bus = min(bus, hardware.across_gbytes / min(groups, hardware.gpus_per_node))
+    seconds = calls * hardware.latency_us * 1e-6 + sent / (bus * 1e9) if ranks > 1 else 0.0
+    return Transfer(name, sent, sent * groups if crosses else 0.0, seconds, *beside)
+
+
+def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
+    """Gradients over the data ranks, and the parameters that ZeRO brings back."""
+    stage, micro_steps = layout.zero_stage, layout.micro_steps
+    size, summed = layout.parameters * layout.itemsize, layout.parameters * layout.sum_itemsize
+    ring, buckets = (layout.data - 1) / layout.data, max(1, -(-layout.parameters // REDUCE_BUCKET))
+    overlaps = hardware.device == "gpu" and stage > 0
+    # DeepSpeed reduces after every micro-step from stage 2 on, and in stages 0 to 2 by all-reduce.
+    times = micro_steps if stage >= 2 else 1
+    sent = times * (1 if stage == 3 else 2) * ring * summed
+    beside: Phase = "backward" if overlaps else "none"
+    reduced = _transfer(
+        layout, hardware, "gradients", "data", sent, times * buckets, (beside, 1.0, 1 / buckets)
+    )
+    if stage == 0:
+        return [reduced]
+    gathers = 1
+    if stage == 3:
+        gathers = micro_steps * (1 if layout.parameters <= LIVE_PARAMETERS else 2)
+    calls = gathers * (layout.config.model.depth if stage == 3 else 2)
+    beside = "forward" if overlaps and stage == 3 else "none"
+    sent = gathers * ring * size
+    return [reduced, _transfer(layout, hardware, "parameters", "data", sent, calls, (beside, 1.0, 0.0))]
+
+
+def _activations(layout: Layout, hardware: Hardware) -> list[Transfer]:
+    """Sums of activations over the tensor ranks, in each block behind attention and MLP, and on the way back.
+
+    A sum is an all-reduce; where tokens are cut it is a scatter, and a gather comes before the next linear.
+    On the way back a column-cut linear sends beside its products, a row-cut one waits.
+    """
+    model, tensor, cut = layout.config.model, layout.tensor, layout.config.parallel.tokens_cut
+    if tensor == 1:
+        return []
+    tokens = (model.depth - 1) * (1 + model.grid**2)
+    rides = model.region_layers * layout.config.data.regions_per_image
+    size = (tokens + rides) * model.width * layout.itemsize * layout.images
+    once = (tensor - 1) / tensor * size
+    blocks = (model.depth - 1 + model.region_layers) * layout.micro_steps
+    # Forward passes, with those of blocks that run again.
+    passes = 1 + layout.recompute.count("full") / model.depth
+    # Of a backward pass's products those of column-cut linears, half of them the weights' gradients.
+    columns = (3 * model.width + model.mlp_width) / (4 * model.width + 2 * model.mlp_width)
+    overlaps: Phase = "backward" if hardware.device == "gpu" else "none"
+    if cut:
+        # Gather, scatter, twice; behind them the gathers of the row-cut linears' gradients.
+        alone, beside, calls = 4 * passes + 2, 4.0, 4.0
+    else:
+        # An all-reduce sends twice what a gather does.
+        alone, beside, calls = 4 * passes, 4.0, 2.0
+    within = columns if cut else columns / 2
+    return [
+        _transfer(layout, hardware, "activations", "tensor", alone * once, alone * calls / 4 * blocks),
+        _transfer(
+            layout, hardware, "activations, hidden", "tensor", beside * once, calls * blocks,
+            (overlaps, within, 0.0),
+        ),
+    ]  # fmt: skip
+
+
+def _rows(layout: Layout, hardware: Hardware) -> list[Transfer]:
+    """Region rows and labels to all data ranks, their gradients back, and the sums of scores."""
+    data, world, steps = layout.data, layout.ranks, layout.micro_steps
+    ring, slots = steps * (data - 1) / data, layout.config.data.max_text_tokens
+    features = layout.micro_rows * layout.config.head.embedding_dim * layout.itemsize
+    labels = layout.micro_rows * (slots + 1) * 8
+    sums = sum(head.rows * (slots + 2) * 4 for head in layout.heads.values())
+    blocks = sum(head.draws * head.blocks for head in layout.heads.values())
+    sent = steps * 2 * (world - 1) / world * sums
+    return [
+        _transfer(layout, hardware, "region rows", "data", ring * (features + labels), 2 * steps),
+        _transfer(layout, hardware, "row gradients", "data", ring * features, steps),
+        _transfer(layout, hardware, "row sums", "world", sent, steps * (blocks + 6)),
+    ]

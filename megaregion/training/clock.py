@@ -273,10 +273,14 @@ class Utilisation:
 
 @cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product on this rank, the fastest of three."""
+    """Operations per second of a square matrix product of random numbers on this rank, the fastest of three.
+
+    A GPU multiplies ones 13% faster: it draws less power, and its clock stays high.
+    """
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 1024
-    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    drawn = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=drawn, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(4):  # The first one is slower.
         if on_gpu:

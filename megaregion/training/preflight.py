@@ -102,7 +102,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
     seconds, exact = _multiply(topology.device)
     folder = _existing(Path(config.output) / config.name / "checkpoints")
-    dataset, complaint = _read_dataset(config.data, topology)
+    dataset, complaint = _read_dataset(config.data, topology, hosts, inside)
     dist.barrier(topology.world_group)
     findings = Findings(
         clock=time.time(), rank=topology.rank, host=hosts[topology.rank], versions=_versions(),
@@ -146,7 +146,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     with torch.device("meta"):
         body = sum(p.numel() for p in RegionEncoder(config.model, config.head.embedding_dim).parameters())
     try:
-        info = ShardedDataset(config.data.path, False, config.data).info
+        info = ShardedDataset(config.data.path, False, config.data, written=()).info
         rows = info.object_classes + info.text_classes
     except UserError:
         rows = 0  # The dataset is complained of by itself.
@@ -228,10 +228,48 @@ def _bus_bandwidth(group: Group, floats: int, device: torch.device) -> float:
     return 2 * (ranks - 1) / ranks * payload.numel() * 4 / best / 1e9
 
 
-def _read_dataset(data: DataConfig, topology: Topology) -> tuple[str, str]:
+def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> ShardedDataset:
+    """The run's dataset, whose files the first rank of each host looks at for all of them; a collective.
+
+    Raises:
+        UserError: A host cannot use it; raised on every rank.
+    """
+    dataset, complaint = _open_on_host(data, True, topology, hosts, host_group(hosts, topology))
+    complaints = all_gather_strings(complaint, topology)
+    for host, complaint in zip(hosts, complaints, strict=True):
+        if complaint:
+            raise UserError(complaint if len(set(hosts)) == 1 else f"{host}: {complaint}")
+    assert dataset is not None
+    return dataset
+
+
+def _open_on_host(
+    data: DataConfig, check_labels: bool, topology: Topology, hosts: list[str], host: Group
+) -> tuple[ShardedDataset | None, str]:
+    """The dataset as the first rank of this host finds it, or its complaint; a collective of the host."""
+    dataset, told = None, ""
+    if hosts.index(hosts[topology.rank]) == topology.rank:
+        try:
+            dataset = ShardedDataset(data.path, check_labels, data)
+            told = json.dumps(["", dataset.written])
+        except (UserError, OSError) as error:
+            told = json.dumps([str(error), []])
+    among = dataclasses.replace(topology, world_group=host, world_size=dist.get_world_size(host))
+    complaint, written = json.loads(all_gather_strings(told, among)[0])
+    if dataset is None and not complaint:
+        try:
+            dataset = ShardedDataset(data.path, False, data, written)
+        except (UserError, OSError) as error:
+            complaint = str(error)
+    return dataset, complaint
+
+
+def _read_dataset(data: DataConfig, topology: Topology, hosts: list[str], host: Group) -> tuple[str, str]:
     """Hash of what names the dataset's bytes, and a complaint; reads one sample of this rank's own."""
+    dataset, complaint = _open_on_host(data, False, topology, hosts, host)
+    if dataset is None:
+        return "", complaint
     try:
-        dataset = ShardedDataset(data.path, False, data)
         dataset.read(topology.rank * len(dataset) // topology.world_size)
         dataset.close()
         content = (dataset.folder / "dataset.json").read_bytes()

@@ -23,7 +23,6 @@ from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import SampleOrder, step_positions
-from megaregion.data.shards import ShardedDataset
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
@@ -46,6 +45,7 @@ from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Uti
 from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
 from megaregion.training.metrics import LOG, Meter, Metrics
+from megaregion.training.preflight import open_dataset
 from megaregion.training.state import TrainingState, check_local
 
 Values = dict[str, float | int | None]
@@ -83,15 +83,15 @@ class Trainer:
         self.clock = clock or Clock.of_run(config, topology)
         self.run_folder = Path(config.output) / config.name
         check_batching(config, topology.data_size)
-        self.dataset = ShardedDataset(config.data.path, topology.rank == 0, config.data)
+        self.hosts = all_gather_strings(host_name(), topology)
+        """Host of every rank."""
+        self.dataset = open_dataset(config.data, topology, self.hosts)
         order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
         transform = Transform(config.data, config.model, config.seed, config.stages)
         self.loader = RegionLoader(
             self.dataset, order, transform, config.data, skips_lost=topology.tensor_size == 1
         )
         self.heads = Heads(config, self.dataset, topology)
-        self.hosts = all_gather_strings(host_name(), topology)
-        """Host of every rank."""
         classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
         self._utilisation = Utilisation(config, classes, topology)
         self.engine = self._build_engine(begin)

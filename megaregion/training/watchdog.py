@@ -34,7 +34,10 @@ LAST_RESORT_SECONDS = 30.0
 """After so long the process ends even if the report itself got stuck (on the log's file system, say)."""
 
 _COLLECTIVE_FILES = re.compile(r"torch/distributed/(?!elastic)|deepspeed/comm/")
+_WRAPPERS = ("wrapper", "log_wrapper")
+"""Functions of these files that only call the collective."""
 _WAITING_LINE = re.compile(r"\.(wait|item|tolist|synchronize)\(")
+_HOUSE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class Standing:
     phase: str
     seconds: float
     """How long it has stood there."""
-    collective: bool
-    """Whether its main thread waits for other ranks, judged by its Python stack."""
+    collective: str
+    """The collective, or the wait for one or for the device, that its main thread is in; empty if it is in
+    none. Judged by its Python stack."""
     where: str
-    """The innermost line of its main thread."""
+    """The innermost line of its main thread, in this house if there is one."""
 
 
 class Watchdog:
@@ -152,13 +156,10 @@ class Watchdog:
         return [told[rank] for rank in sorted(told)], dict(sorted(hosts.items()))
 
     def _own_standing(self) -> Standing:
-        frame, where, clock = sys._current_frames().get(self._main or 0), "no Python frame", self._clock
-        if frame is not None:
-            code = frame.f_code
-            where = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+        frame, clock = sys._current_frames().get(self._main or 0), self._clock
         return Standing(
             self._rank, self._host, clock.turns, clock.step, clock.phase, time.monotonic() - clock.since,
-            in_collective(frame), where,
+            collective_of(frame), _line_of(frame),
         )  # fmt: skip
 
 
@@ -167,41 +168,75 @@ def log_file(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank:02d}.log"
 
 
-def in_collective(frame: FrameType | None) -> bool:
-    """Whether a thread waits for other ranks: inside torch.distributed, or on a result or a device."""
-    if frame is not None and _WAITING_LINE.search(
-        linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    ):
-        return True
+def collective_of(frame: FrameType | None) -> str:
+    """The function in which a thread waits for ranks or a device, as all_reduce or wait; empty if it does not."""
+    name = ""
+    if frame is not None:
+        waits = _WAITING_LINE.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+        name = waits[1] if waits else ""
     while frame is not None:
-        if _COLLECTIVE_FILES.search(frame.f_code.co_filename):
-            return True
+        if _COLLECTIVE_FILES.search(frame.f_code.co_filename) and frame.f_code.co_name not in _WRAPPERS:
+            name = frame.f_code.co_name
         frame = frame.f_back
-    return False
+    return name
+
+
+def _line_of(frame: FrameType | None) -> str:
+    inner = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(_HOUSE):
+        frame = frame.f_back
+    if (frame := frame or inner) is None:
+        return "no Python frame"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def verdict(standings: Sequence[Standing], silent: dict[int, str]) -> str:
-    """Name the ranks that hold the run up, in one line: of those that answered, or the silent with hosts."""
-    waiting = f"stacks of each rank in logs/{log_file(Path(), standings[0].rank).name} and its like"
+    """Name the ranks that hold the run up, in one line: of those that answered, or the silent with hosts.
+
+    It says in which step, phase and collective they are, since when, and who waits for them where.
+    """
+    logs = f"stacks of each rank in logs/{log_file(Path(), standings[0].rank).name} and its like"
     if silent:
         named = ", ".join(f"rank {rank} on {host}" for rank, host in silent.items())
-        first = standings[0]
         return (
-            f"{named} gave no sign of life (frozen, or its host is gone) while rank {first.rank} waited "
-            f"{first.seconds:.0f} s in step {first.step}, phase {first.phase}; {waiting}"
+            f"{named} gave no sign of life (frozen, or its host is gone) while {_groups(standings)}; {logs}"
         )
     least = min(standing.turns for standing in standings)
     behind = [standing for standing in standings if standing.turns == least]
     stalled = [standing for standing in behind if not standing.collective] or behind
     if len(stalled) == len(standings) > 1 and all(standing.collective for standing in stalled):
-        first = stalled[0]
-        return (
-            f"all {len(standings)} ranks wait for each other in step {first.step}, phase {first.phase} "
-            f"({first.where}): the network between them stands still; {waiting}"
-        )
+        alike = len({standing.collective for standing in stalled}) == 1
+        reason = "the network between them stands still" if alike else "they are in different collectives"
+        return f"all {len(standings)} ranks wait for each other: {_groups(standings)}; {reason}; {logs}"
     described = [
         f"rank {one.rank} on {one.host} stands still in step {one.step}, phase {one.phase}, for "
-        f"{one.seconds:.0f} s and {'waits' if one.collective else 'is not'} in a collective ({one.where})"
+        f"{one.seconds:.0f} s and "
+        f"{f'waits in {one.collective}' if one.collective else 'is not in a collective'} ({one.where})"
         for one in stalled
     ]
-    return "; ".join([*described, waiting])
+    others = [standing for standing in standings if standing not in stalled]
+    return "; ".join([*described, *([f"meanwhile {_groups(others)}"] if others else []), logs])
+
+
+def _groups(standings: Sequence[Standing]) -> str:
+    """Ranks that stand at the same place told together, with the longest of their times."""
+    places: dict[tuple[object, ...], list[Standing]] = {}
+    for one in standings:
+        places.setdefault((one.step, one.phase, one.collective, one.where), []).append(one)
+    return ", ".join(
+        f"{'ranks' if len(there) > 1 else 'rank'} {_numbers([one.rank for one in there])} "
+        f"{'waited' if collective else 'stood'} {max(one.seconds for one in there):.0f} s in step {step}, "
+        f"phase {phase}, {f'{collective} ' if collective else ''}({where})"
+        for (step, phase, collective, where), there in places.items()
+    )
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Rising ranks, as 0-3, 7."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
