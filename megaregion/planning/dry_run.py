@@ -44,7 +44,7 @@ from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.planning.fake_cuda import DEVICE, fake_cuda
 from megaregion.planning.hardware import GIB
-from megaregion.planning.kernels import KernelCounter, Tally, graph_nodes
+from megaregion.planning.kernels import KernelCounter, Tally, count_nodes
 from megaregion.planning.layout import TEXT_TOKENS, Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
@@ -70,8 +70,8 @@ class DryRun:
     planned: dict[str, float]
     parts: dict[str, Tally]
     """By part of a step on a GPU, in its order; empty for a processor."""
-    nodes: Counter[str]
-    """Nodes of the encoder's backward graph by name."""
+    copy_slices: int
+    """Sums of the encoder's backward graph that copy what they are added to."""
 
     @property
     def waits(self) -> list[str]:
@@ -115,7 +115,7 @@ class DryRun:
         }
         held = {name: getattr(self, name) for name in ("rank", "parameters", "planned_parameters")}
         held |= {"counted": self.counted, "planned": self.planned}
-        step = {"parts": parts, "kept": self.counted["activations"], "copy_slices": self.nodes["CopySlices"]}
+        step = {"parts": parts, "kept": self.counted["activations"], "copy_slices": self.copy_slices}
         return {"dry_run": held, "gpu_step": step if parts else None}
 
     def text(self) -> str:
@@ -142,7 +142,7 @@ class DryRun:
         return (
             f"one micro-step and the update, on fake CUDA tensors\n{aligned(rows, indent='  ')}\n"
             f"  waits inside the micro-step: {', '.join(places) or 'none'}\n"
-            f"  CopySlices in the backward graph: {self.nodes['CopySlices']}"
+            f"  CopySlices in the backward graph: {self.copy_slices}"
         )
 
 
@@ -182,7 +182,7 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
         embeddings, kept = part(
             "encoder", lambda: run_and_count(engine.parameters.values(), lambda: engine(*inputs))
         )
-        nodes, gradient = graph_nodes(embeddings), torch.ones_like(embeddings)
+        copies, gradient = count_nodes(embeddings, "CopySlices"), torch.ones_like(embeddings)
         if gpu:
             gradient = part(
                 "heads", lambda: heads.loss(embeddings, sent, batch.keys, 0, 0, cut, refuse=False).gradient
@@ -199,7 +199,7 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
             part("update", lambda: _update(engine, heads))
     planned = _planned(plan, rank, "gpu" if gpu else "processor")
     own = {kind: planned[kind] for kind in counted}
-    return DryRun(rank, parameters, layout.parameters, counted, own, parts if gpu else {}, nodes)
+    return DryRun(rank, parameters, layout.parameters, counted, own, parts if gpu else {}, copies)
 
 
 def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[str, int]:

@@ -86,16 +86,14 @@ class KernelCounter(TorchDispatchMode):
         return out
 
 
-def graph_nodes(loss: Tensor) -> Counter[str]:
-    """Nodes of the backward graph below a tensor, by name."""
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
+def count_nodes(loss: Tensor, name: str) -> int:
+    """Nodes of this name in the backward graph below a tensor."""
+    seen, waiting = set[Any](), [loss.grad_fn]
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
+        if (node := waiting.pop()) is not None and node not in seen:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
-    return Counter(node.name() for node in seen)
+    return sum(node.name() == name for node in seen)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

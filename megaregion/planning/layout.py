@@ -63,39 +63,20 @@ def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None)
     )
 
 
-@dataclass(frozen=True)
-class BodyParameters:
-    """The encoder's parameters, by what tensor parallelism does with them."""
+def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> tuple[int, int]:
+    """Count the encoder's parameters on one of so many tensor ranks.
 
-    whole: int
-    """Held by every tensor rank."""
-    cut: int
-    """Spread over the tensor ranks."""
-    small: int
-    """Of one tensor rank's parameters, those in tensors of at most 10,000, which ZeRO 3 keeps whole."""
-
-    def on_rank(self, tensor: int) -> int:
-        """Parameters of one tensor rank."""
-        return self.whole + self.cut // tensor
-
-
-def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> BodyParameters:
-    """Count the encoder's parameters.
-
-    Args:
-        model: Sizes of the transformer.
-        embedding_dim: E.
-        tensor: Tensor ranks; only ``small`` depends on them.
+    Returns:
+        All, and those in tensors of at most 10,000, which ZeRO 3 keeps whole.
     """
     width, mlp = model.width, model.mlp_width
     blocks = model.depth + (model.region_layers if model.region_weights == "separate" else 0)
-    vectors = [width, width, width, width, width, width, 3 * width // tensor, mlp // tensor]
+    vectors = [*[width] * 6, 3 * width // tensor, mlp // tensor]
+    matrices = (4 * width * width + 2 * width * mlp) // tensor
     alone = [width, model.head_dim // 2, *[width] * 4]
-    return BodyParameters(
-        whole=3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim + blocks * 6 * width,
-        cut=blocks * (4 * width * width + 2 * width * mlp + 3 * width + mlp),
-        small=sum(v for v in alone if v <= 10_000) + blocks * sum(v for v in vectors if v <= 10_000),
-    )
+    outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim
+    small = [size for size in alone + blocks * vectors if size <= 10_000]
+    return outside + blocks * (matrices + sum(vectors)), sum(small)
 
 
 @dataclass(frozen=True)
@@ -154,7 +135,10 @@ class Layout:
     micro_batch: int
     """Images that a rank passes through the model at once."""
     micro_steps: int
-    body: BodyParameters
+    parameters: int
+    """Body parameters of one tensor rank."""
+    small: int
+    """Of these, those that ZeRO 3 keeps whole."""
     heads: dict[str, HeadLayout]
     """By label kind; those with classes and weight."""
 
@@ -174,9 +158,9 @@ class Layout:
         return self.tensor if self.config.parallel.tokens_cut else 1
 
     @property
-    def parameters(self) -> int:
-        """Body parameters of one tensor rank."""
-        return self.body.on_rank(self.tensor)
+    def all_parameters(self) -> int:
+        """Body parameters of the whole model."""
+        return body_parameters(self.config.model, self.config.head.embedding_dim)[0]
 
     @property
     def itemsize(self) -> int:
@@ -227,7 +211,7 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layou
         if labels.by_kind[kind] and config.head.by_kind[kind].weight
     }
     body = body_parameters(config.model, config.head.embedding_dim, tensor)
-    return Layout(config, labels, ranks, data, cut.micro_batch, cut.micro_steps, body, heads)
+    return Layout(config, labels, ranks, data, cut.micro_batch, cut.micro_steps, *body, heads)
 
 
 def _head(

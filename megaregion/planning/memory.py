@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megaregion.models.costs import RECOMPUTE, Recompute
+from megaregion.models.costs import RECOMPUTE, Recompute, kept_bytes
 from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
@@ -23,9 +23,6 @@ PREFETCH_BUCKET = 50_000_000
 """Parameters that ZeRO 3 gathers together (stage3_prefetch_bucket_size)."""
 GLOO_COPY = 0.5
 """What gloo's reduce-scatter takes of its own, as a share of what it reduces; measured 0.5 to 0.6."""
-
-RESIDENT = ("weights", "masters", "moments", "head", "buffers")
-"""Kinds that stay from step to step."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,14 @@ class Memory:
     """Kept for the backward pass by one micro-step, at their greatest."""
 
     @property
-    def peak(self) -> float:
-        """The greatest sum."""
-        return max(self.moments.values())
-
-    @property
     def when(self) -> str:
         """The moment of the greatest sum."""
         return max(self.moments, key=lambda name: self.moments[name])
 
     @property
-    def resident(self) -> dict[str, float]:
-        """What stays from step to step, by kind."""
-        return {kind: self.kinds[kind] for kind in RESIDENT}
+    def peak(self) -> float:
+        """The greatest sum."""
+        return self.moments[self.when]
 
 
 def rank_memory(layout: Layout, hardware: Hardware) -> Memory:
@@ -85,7 +77,7 @@ def _at_rest(layout: Layout) -> dict[str, float]:
     stage, size, parameters = layout.zero_stage, layout.itemsize, layout.parameters
     owned = parameters / layout.data if stage else float(parameters)
     # Stage 3 keeps this rank's part, and the small ones whole beside it.
-    weights = size * (owned + layout.body.small) if stage == 3 else float(size * parameters)
+    weights = size * (owned + layout.small) if stage == 3 else float(size * parameters)
     center = 4 + (4 if layout.config.optimizer.head_moments == "bf16" else 8)
     dim = layout.config.head.embedding_dim
     return {
@@ -143,13 +135,11 @@ def _forward(layout: Layout, kept: float) -> dict[str, float]:
     """
     size, parameters = layout.itemsize, layout.parameters
     last = min(parameters, parameters % PREFETCH_BUCKET or PREFETCH_BUCKET)
-    ends = {"activations": kept, "buffers": float(size * last)}
-    # The piece before is used up, and the last one on its way.
-    before = {
-        "activations": kept * (1 - last / parameters),
-        "buffers": float(size * min(parameters - last, PREFETCH_BUCKET)),
-    }
-    return {**_greater(ends, before), "gradients": _gradients(layout)[0]}
+    # The last piece is used up, or the one before is and the last is on its way.
+    before = min(parameters - last, PREFETCH_BUCKET)
+    moments = (kept, size * last), (kept * (1 - last / parameters), size * before)
+    activations, buffers = max(moments, key=sum)
+    return {"activations": activations, "buffers": buffers, "gradients": _gradients(layout)[0]}
 
 
 def _backward(layout: Layout, hardware: Hardware, kept: float) -> dict[str, float]:
@@ -258,18 +248,14 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
 
 
 def _kept_of_a_token(layout: Layout, hardware: Hardware, level: Recompute = "keep") -> float:
-    """Bytes of one image token in one block.
-
-    Both norms' inputs and outputs, q, k, v, what was read, the MLP; without what the level makes again.
-    """
+    """Bytes of one image token in one block."""
     model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
-    # A processor's attention gives what was read head by head; of several it is copied for the next product.
-    read = 2 if hardware.device == "processor" and model.heads > tensor else 1
+    kept = float(kept_bytes(model, 1, level, size, tensor, spread))
     if level == "full":
-        return size * model.width / spread
-    norms, mlp = (2, 1) if level == "cheap" else (4, 2)
-    cut = ((3 + read) * model.width + mlp * model.mlp_width) / tensor
-    return size * (norms * model.width / spread + cut) + 4 * (model.heads / tensor + 4 / spread)
+        return kept
+    # A processor's attention gives what was read head by head; of several it is copied for the next product.
+    copied = hardware.device == "processor" and model.heads > tensor
+    return kept + copied * size * model.width / tensor + 4 * (model.heads / tensor + 4 / spread)
 
 
 def _passing_bytes(layout: Layout, hardware: Hardware) -> float:

@@ -5,13 +5,14 @@ Beside one plan: those of a run's resolutions, of more and fewer ranks, and of e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megaregion.checks import check_config
+from megaregion.checks import check_config, divisors
 from megaregion.config import ParallelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.planning import faults
@@ -101,24 +102,15 @@ def make_plan(config: RunConfig, hardware: Hardware, labels: Labels, samples: in
 def stage_plans(
     config: RunConfig, hardware: Hardware, labels: Labels, samples: int | None = None
 ) -> list[Plan]:
-    """A plan for each resolution that the run reaches, in their order.
-
-    Args:
-        config: The run; without stages it has one resolution.
-        hardware: The cluster.
-        labels: The label spaces.
-        samples: Images of the whole run; those of train.steps if None.
-
-    Raises:
-        UserError: The ranks do not suit parallel.tensor or the global batch.
-    """
+    """A :func:`make_plan` for each resolution that the run reaches, in their order; one without stages."""
     end = samples or config.train.steps * config.train.global_batch
     starts = [0, *(stage.from_image for stage in config.stages), end]
-    plans = []
-    for number, start in enumerate(starts[:-1]):
-        if (span := min(end, starts[number + 1]) - start) > 0:
-            plans.append(make_plan(at_stage(config, number), hardware, labels, span))
-    return plans
+    spans = [min(end, after) - start for start, after in itertools.pairwise(starts)]
+    return [
+        make_plan(at_stage(config, number), hardware, labels, span)
+        for number, span in enumerate(spans)
+        if span > 0
+    ]
 
 
 def at_stage(config: RunConfig, number: int) -> RunConfig:
@@ -147,55 +139,38 @@ def weak_scaling(plan: Plan, sizes: Sequence[int] = SIZES) -> list[Plan]:
     """
     config, plans = plan.layout.config, []
     for gpus in sizes:
-        hardware = plan.hardware.sized(gpus)
+        hardware, data = plan.hardware.sized(gpus), gpus // plan.layout.tensor
         if gpus % plan.layout.tensor or gpus % hardware.gpus_per_node:
             continue
-        batch = plan.layout.images * gpus // plan.layout.tensor
+        batch, images = plan.layout.images * data, plan.layout.micro_batch * data
         train = dataclasses.replace(config.train, global_batch=batch, micro_batch=plan.layout.micro_batch)
         # Draws keep their number of rows where it divides a micro-step's, else they take the next that does.
-        images = plan.layout.micro_batch * gpus // plan.layout.tensor
         drawn = next((d for d in range(config.head.draw_images, images) if d and images % d == 0), 0)
         head = dataclasses.replace(config.head, draw_images=drawn)
-        try:
-            scaled = make_plan(
-                dataclasses.replace(config, train=train, head=head),
-                hardware,
-                plan.layout.labels,
-                plan.samples,
-            )
-        except UserError:
-            continue
-        plans.append(scaled)
+        scaled = dataclasses.replace(config, train=train, head=head)
+        with contextlib.suppress(UserError):
+            plans.append(make_plan(scaled, hardware, plan.layout.labels, plan.samples))
     return plans
 
 
 def all_plans(
     config: RunConfig, hardware: Hardware, labels: Labels, samples: int | None = None
 ) -> list[Plan]:
-    """Plans of every legal choice, the fastest first; whether they fit is not asked.
-
-    Args:
-        config: The run; what is chosen here is replaced.
-        hardware: The cluster.
-        labels: The label spaces.
-        samples: Images of the whole run.
-    """
+    """A :func:`make_plan` of every legal choice, the fastest first; whether they fit is not asked."""
     plans = []
     for choice in _choices(config, hardware):
-        try:
+        with contextlib.suppress(UserError):
             check_config(choice)
             plans.append(make_plan(choice, hardware, labels, samples))
-        except UserError:
-            continue
     return sorted(plans, key=lambda plan: plan.time.total)
 
 
 def best_plans(plans: list[Plan], count: int) -> list[Plan]:
-    """The fastest plans that fit, one for each (tensor, sequence, ZeRO stage, recompute).
+    """The fastest plans that fit, at most one for each (tensor, sequence, ZeRO stage, recompute).
 
     Args:
         plans: Plans, the fastest first.
-        count: Plans wanted.
+        count: Most plans wanted.
 
     Raises:
         UserError: None fits; the text says by how much and what would.
@@ -215,23 +190,19 @@ def _way(plan: Plan) -> tuple[int, bool, int, bool]:
 
 
 def _choices(config: RunConfig, hardware: Hardware) -> Iterator[RunConfig]:
-    most = min(hardware.gpus_per_node, hardware.gpus)
-    # More than a node's ranks would send every block's activations over the network.
-    tensors = [size for size in range(1, most + 1) if hardware.gpus % size == 0 and most % size == 0]
+    batch, gpus = config.train.global_batch, hardware.gpus
     stages = (0, 1, 2, 3) if config.train.precision == "fp32" else (1, 2, 3)
-    for tensor in tensors:
-        data = hardware.gpus // tensor
-        if config.train.global_batch % data:
-            continue
-        images = config.train.global_batch // data
-        for micro_batch in (size for size in range(1, images + 1) if images % size == 0):
-            for stage in stages:
-                for recompute, sequence in itertools.product((False, True), {tensor > 1, False}):
-                    yield dataclasses.replace(
-                        config,
-                        parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=stage),
-                        train=dataclasses.replace(config.train, micro_batch=micro_batch, recompute=recompute),
-                    )
+    # More than a node's ranks would send every block's activations over the network.
+    for tensor in divisors(math.gcd(gpus, min(hardware.gpus_per_node, gpus))):
+        data = gpus // tensor
+        images = divisors(batch // data) if batch % data == 0 else []
+        ways = itertools.product(images, stages, (False, True), {tensor > 1, False})
+        for micro_batch, stage, recompute, sequence in ways:
+            yield dataclasses.replace(
+                config,
+                parallel=ParallelConfig(tensor=tensor, sequence=sequence, zero_stage=stage),
+                train=dataclasses.replace(config.train, micro_batch=micro_batch, recompute=recompute),
+            )
 
 
 def _nothing_fits(plans: list[Plan]) -> str:
@@ -256,14 +227,10 @@ def _nothing_fits(plans: list[Plan]) -> str:
 
 def _more_gpus(least: Plan) -> str:
     """The least number of the same GPUs, in powers of two, on which the smallest choice would fit."""
-    config, hardware = least.layout.config, least.hardware
-    gpus = hardware.gpus
-    while gpus < 4096:
-        gpus *= 2
-        try:
-            plan = make_plan(config, hardware.sized(gpus), least.layout.labels)
-        except UserError:
-            continue
-        if plan.fits:
-            return f", or {gpus} of these"
+    sizes = (least.hardware.gpus * 2**power for power in itertools.count(1))
+    for gpus in itertools.takewhile(lambda gpus: gpus < 8192, sizes):
+        with contextlib.suppress(UserError):
+            plan = make_plan(least.layout.config, least.hardware.sized(gpus), least.layout.labels)
+            if plan.fits:
+                return f", or {gpus} of these"
     return ""

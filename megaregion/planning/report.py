@@ -152,7 +152,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "micro_batch": layout.micro_batch,
         "micro_steps": layout.micro_steps,
         "global_batch": layout.config.train.global_batch,
-        "parameters": layout.body.on_rank(1),
+        "parameters": layout.all_parameters,
         "memory": {
             "kinds": plan.memory.kinds,
             "moments": plan.memory.moments,
@@ -179,7 +179,7 @@ def _head(plan: Plan) -> str:
     model, cut = config.model, ", tokens cut," if layout.spread > 1 else ""
     return (
         f"{config.name} on {hardware.name}: {hardware.gpus} ranks on {hardware.nodes} nodes\n"
-        f"  ViT {layout.body.on_rank(1) / 1e6:,.0f}M, {model.image_size} px, patch {model.patch_size}, "
+        f"  ViT {layout.all_parameters / 1e6:,.0f}M, {model.image_size} px, patch {model.patch_size}, "
         f"{config.data.regions_per_image} regions, {config.train.precision}\n"
         f"  tensor {layout.tensor}{cut} x data {layout.data}, ZeRO {layout.zero_stage}, "
         f"recompute {_recomputed(plan)}, batch {config.train.global_batch:,} = "

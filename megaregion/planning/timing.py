@@ -105,19 +105,13 @@ def step_time(layout: Layout, hardware: Hardware) -> StepTime:
     return StepTime(phases, transfers, flops * layout.images / layout.tensor, notes)
 
 
-def checkpoint_bytes(layout: Layout) -> float:
-    """Bytes of one checkpoint: masters and moments of body and heads."""
-    classes = layout.labels.object_classes + layout.labels.text_classes
-    whole = layout.body.on_rank(1)
-    return float(STATE_BYTES * (whole + classes * layout.config.head.embedding_dim))
-
-
 def save_seconds(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Seconds for which a save stops training, and seconds until it is on the disk.
 
     Each rank sees every tensor of its tensor rank on the way to its own share, gathered over the data ranks.
     """
-    size = checkpoint_bytes(layout)
+    centers = sum(layout.labels.by_kind.values()) * layout.config.head.embedding_dim
+    size = STATE_BYTES * (layout.all_parameters + centers)
     gathered = STATE_BYTES * layout.parameters if layout.data > 1 else 0
     copied = size / layout.ranks / (hardware.host_gbytes * 1e9) + gathered / (hardware.inside_gbytes * 1e9)
     writes = size / (hardware.write_gbytes * 1e9)

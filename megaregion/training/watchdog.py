@@ -169,7 +169,7 @@ def log_file(logs: Path, rank: int) -> Path:
 
 
 def collective_of(frame: FrameType | None) -> str:
-    """The function in which a thread waits for ranks or a device, as all_reduce or wait; empty if it does not."""
+    """The function in which a thread waits for ranks or a device, as all_reduce or wait; empty if in none."""
     name = ""
     if frame is not None:
         waits = _WAITING_LINE.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno))

@@ -262,7 +262,7 @@ def _train(config: RunConfig, place: topology.Topology, watch: Stopwatch) -> dic
 def _probes(config: RunConfig, group: Any) -> dict[str, tuple[float, Work]]:
     """What a rank does to find its rates while all ranks do it: operations or bytes, and the work."""
     square = torch.randn(MATRIX, MATRIX)
-    elements = body_parameters(config.model, config.head.embedding_dim).on_rank(1)
+    elements, _ = body_parameters(config.model, config.head.embedding_dim)
     bucket = torch.ones(min(REDUCE_BUCKET, elements))
     added = torch.ones_like(bucket)
     probes: dict[str, tuple[float, Work]] = {
