@@ -1,9 +1,9 @@
 """One rank of a large job, built in this process: what it holds beside its plan, and what it asks of a GPU.
 
-torch's "fake" process group answers every collective at once, and fake tensors have shapes, types and devices
-but no numbers. So any rank of any number can be built with the code of a real start - the encoder cut by
-megatron's layers, DeepSpeed's engine, the heads' shards - in no memory. A few images go through it on a
-processor; a whole step of one micro-step on a GPU that is not there:
+torch's "fake" process group answers every collective at once, so any rank of any number can be built, with
+the code of a real start: the encoder cut by megatron's layers, DeepSpeed's engine, the heads' shards. On the
+processor an image goes through it and back; weights and matrix products are left as the allocator gave them.
+On a GPU that is not there, fake tensors, which hold no numbers at all, take a step of one micro-step:
 
     batch to the device | encoder | heads | encoder's backward pass (with ZeRO's copies) | norms and update
 
