@@ -57,9 +57,10 @@ def plan_run(flags: argparse.Namespace) -> int:
 
         ran = dry_run(plan, flags.dry_run, gpu=flags.device is not None)
     if flags.json:
-        print(json.dumps(report.values(stages, best, scaled, ran), indent=2))
+        counted = ran.values() if ran else {"dry_run": None, "gpu_step": None}
+        print(json.dumps(report.values(stages, best, scaled) | counted, indent=2))
     else:
-        print(report.text(stages, best, scaled, ran))
+        print(report.text(stages, best, scaled) + (f"\n\n{ran.text()}" if ran else ""))
     if ran is not None:
         ran.check()
     _check_memory(planner.fullest(stages), plan)

@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megaregion.models.costs import RECOMPUTE
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
 
-if TYPE_CHECKING:
-    from megaregion.planning.dry_run import DryRun
 
-
-def text(
-    stages: Sequence[Plan],
-    best: Sequence[Plan],
-    scaled: Sequence[Plan],
-    ran: DryRun | None = None,
-) -> str:
+def text(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan]) -> str:
     """Everything that was planned.
 
     Args:
         stages: The run's resolutions.
         best: The best choices for the first of them.
         scaled: The first of them on more and fewer ranks.
-        ran: One rank beside its plan.
     """
     texts = [plan_text(stages[0])]
     texts += [_stages(stages)] if len(stages) > 1 else []
     texts += [_choices(best, stages[0])] if best else []
     texts += [_scaling(scaled)] if scaled else []
-    texts += [ran.text()] if ran else []
     return "\n\n".join(texts)
 
 
-def values(
-    stages: Sequence[Plan],
-    best: Sequence[Plan],
-    scaled: Sequence[Plan],
-    ran: DryRun | None = None,
-) -> dict[str, Any]:
+def values(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan]) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "plan": plan_values(stages[0]),
         "stages": [plan_values(plan) for plan in stages],
         "choices": [plan_values(plan) for plan in best],
         "scaling": [plan_values(plan) for plan in scaled],
-        **(ran.values() if ran else {"dry_run": None, "gpu_step": None}),
     }
 
 
