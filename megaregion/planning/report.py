@@ -75,18 +75,7 @@ def _table(plans: Sequence[Plan], names: str, **more: Sequence[str]) -> list[Seq
 
 def _choices(best: Sequence[Plan], own: Plan) -> str:
     """The best choices below each other, and the config's own for comparison."""
-    names = (
-        "tensor",
-        "sequence",
-        "data",
-        "ZeRO",
-        "micro-batch",
-        "recomputed",
-        "GiB",
-        "s/step",
-        "img/s",
-        "MFU",
-    )
+    names = "tensor sequence data ZeRO micro-batch recomputed GiB s/step img/s MFU"
     choices = ["choice", *(str(number) for number, _ in enumerate(best, 1)), "config"]
     rows = _table([*best, own], names)
     return "best of the legal choices\n" + _rows(
