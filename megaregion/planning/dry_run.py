@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -171,7 +170,7 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
         with KernelCounter(parts.setdefault(name, Tally())):
             return work()
 
-    device, tensors = (DEVICE, fake_cuda(marked)) if gpu else (torch.device("cpu"), _unfilled())
+    device, tensors = (DEVICE, fake_cuda(marked)) if gpu else (torch.device("cpu"), _Unmultiplied())
     with _fake_group(rank, plan, device) as place, tensors, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parameters, engine, heads = _build(layout, place)
@@ -255,17 +254,6 @@ def _fake_group(rank: int, plan: Plan, device: torch.device) -> Iterator[Topolog
             dist.destroy_process_group()
 
 
-class _Unset(TorchFunctionMode):
-    """Leaves new parameters as the allocator gave them: pages that nobody writes cost no memory."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: Any = (), named: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return named["tensor"] if named and "tensor" in named else arguments[0]
-        return function(*arguments, **(named or {}))
-
-
 class _Unmultiplied(TorchDispatchMode):
     """Leaves matrix products as the allocator gave them: a processor takes minutes for a large model's."""
 
@@ -280,25 +268,20 @@ class _Unmultiplied(TorchDispatchMode):
         return torch.empty_like(product, device="cpu")
 
 
-@contextmanager
-def _unfilled() -> Iterator[None]:
-    """Real tensors on the processor, whose numbers are of no interest."""
-    with _Unset(), _Unmultiplied():
-        yield
-
-
 def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     """Parameters of the rank's shard of the encoder, its engine and its heads, as the trainer builds them."""
     # Given centers are a file of the dataset, and as many numbers as any others.
     config = dataclasses.replace(layout.config, head=dataclasses.replace(layout.config.head, init="random"))
-    before = torch.get_default_dtype()
+    before, fake = torch.get_default_dtype(), place.device.type == "cuda"
     torch.set_default_dtype(torch.bfloat16 if config.train.bf16 else torch.float32)
     try:
-        # Where it stays and in its final type: a fake parameter that moves becomes another one.
-        with place.device:
+        # In its final type, and a fake one where it stays: if it moved it would become another.
+        with place.device if fake else torch.device("meta"):
             model = RegionEncoder(config.model, config.head.embedding_dim)
     finally:
         torch.set_default_dtype(before)
+    if not fake:  # Pages that nobody writes cost no memory.
+        model.to_empty(device=place.device)
     model.vit.recompute = layout.recompute
     cut = config.parallel.tokens_cut
     places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
