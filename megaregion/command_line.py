@@ -253,7 +253,7 @@ def run(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED_EXIT
-    except (OSError, MemoryError, OverflowError, RuntimeError, ImportError) as error:
+    except Exception as error:  # Libraries have classes of their own for a lack of memory.
         code = _of_the_machine(error)
     if teardown:
         sys.exit(code)

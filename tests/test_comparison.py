@@ -117,6 +117,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("file", "content"),
     [
+        ("evaluation.json", None),
         ("evaluation.json", "[]"),
         ("evaluation.json", "null"),
         ("evaluation.json", "1e400"),
@@ -127,9 +128,13 @@ def test_mistakes_are_one_line_and_exit_code_2(
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_in_one_line(
-    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str | None
 ) -> None:
-    (two_runs[1] / file).write_text(content)
+    if content is None:
+        (two_runs[1] / file).unlink()
+        (two_runs[1] / file).mkdir()
+    else:
+        (two_runs[1] / file).write_text(content)
     assert run_tool(*two_runs, "--out", tmp_path / "page.html") == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith(f"megaregion: {two_runs[1] / file}")

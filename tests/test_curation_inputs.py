@@ -9,7 +9,8 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,19 @@ def test_workers_tell_what_the_machine_refuses_in_one_line(tmp_path: Path) -> No
     (tmp_path / "out" / "stages" / "propose").write_text("in the way")
     with pytest.raises(UserError, match=r"propose/.* cannot be written"):
         curate(tmp_path / "in", tmp_path / "out", settings_from(FEW), silent, "propose", workers=1)
+
+
+def test_a_folder_that_is_removed_while_curation_runs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(number))
+
+    @contextmanager
+    def remove(stage: str, images: int) -> Iterator[Callable[[], None]]:
+        yield lambda: shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    with pytest.raises(UserError, match=r"out/.* was removed while curation ran; run again"):
+        curate(tmp_path / "in", tmp_path / "out", settings_from(FEW), remove, workers=0)
 
 
 def test_an_unreadable_corpus_and_images_without_a_region_are_refused(tmp_path: Path) -> None:

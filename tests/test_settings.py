@@ -344,6 +344,7 @@ def test_a_wrong_flag_of_any_tool_is_a_line_before_anything_is_read(
         ),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n", 1),
         (MemoryError(), "not enough memory", 1),
+        (Exception("[ONNXRuntimeError] : Failed to allocate memory for requested buffer"), "not enough", 1),
         (RuntimeError("can't start new thread"), "ulimit -u", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory", 1),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory", 1),

@@ -231,7 +231,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         folder,
         {key: _shown(value) for key, value in dotted(read_yaml(config)).items()},
         _metrics_or_none(folder / METRICS),
-        read_evaluation(evaluation) if evaluation.is_file() else None,
+        read_evaluation(evaluation) if evaluation.exists() else None,
         _metrics_or_none(folder / EVALUATIONS),
     )
 

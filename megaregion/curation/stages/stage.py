@@ -112,6 +112,8 @@ def writable(root: Path) -> Iterator[None]:
                 f"{path} cannot be written ({error.strerror}); "
                 "remove what is in the way, or choose another --out"
             ) from None
+        if error.errno == errno.ENOENT and Path(path).is_relative_to(root):
+            raise UserError(f"{path} was removed while curation ran; run again") from None
         # numpy tells of a short write in words alone.
         short = error.errno is None and "requested and" in str(error)
         if not short and error.errno not in (errno.ENOSPC, errno.EDQUOT):
