@@ -95,6 +95,7 @@ ELSEWHERE = {
     "tools/benchmark.py kmeans": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
     "tools/benchmark.py assign": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
     "tools/benchmark.py atlas": "test_a_synthetic_atlas_draws_only_what_the_view_needs",
+    "$python tools/benchmark.py gpu": "test_a_device_is_compared_with_a_processor_in_fp32_and_in_bf16",
     "tools/benchmark.py head": "test_the_head_benchmark_runs_at_any_size",
     "tools/benchmark.py checkpoint": "test_the_checkpoint_benchmark_runs_at_any_size",
     "tools/benchmark.py loader": "test_the_loader_benchmark_runs_and_reads_nothing_in_vain",

@@ -7,12 +7,14 @@ import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from launch import launch, repository, tool
 
+from benchmark.gpu import run_entry
 from benchmark.head import HeadSizes, compare
 from benchmark.measure import Stopwatch
 from benchmark.memory import PeakMemory
@@ -129,3 +131,26 @@ def test_the_loader_benchmark_runs_and_reads_nothing_in_vain(tmp_path: Path) -> 
     assert [case["goal"] for case in cases] == [2.0, 0.85, 1.0, 1.0]
     assert cases[-1]["ours"] == cases[-1]["peer"] == 8, "samples read for a batch of eight"
     assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
+
+
+def test_an_entry_that_fails_is_named_and_the_list_goes_on() -> None:
+    later = time.monotonic() + 300
+    (refused,) = run_entry("one", ("step", "--nonsense"), {}, later)
+    assert "unknown" in refused.failure
+    (late,) = run_entry("other", ("step",), {}, ends=0)
+    assert "--minutes" in late.failure
+    report = Report({}, [refused, late, Case("good", 1.0, 2.0, "s", 1.5)])
+    lines = report.table().splitlines()
+    assert ["FAILED" in line for line in lines] == [False, True, True, False]
+    assert not refused.holds
+
+
+def test_a_device_is_compared_with_a_processor_in_fp32_and_in_bf16(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    command = ["gpu", "--device=cpu", "--sizes=toy", "--only=parity", f"--json={file}"]
+    done = tool("tools/benchmark.py", *command)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(file.read_text())["cases"]
+    assert len(cases) == 4 + 4 + 1
+    # The device is a processor here, so it is as far off, and bf16 is off at all.
+    assert all(0 < case["ours"] == case["peer"] < 0.2 for case in cases)

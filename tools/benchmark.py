@@ -31,7 +31,7 @@ def main() -> int:
         print(report.table())
         if options.json:
             report.write_json(options.json)
-    return 0
+    return 1 if any(case.failure for case in report.cases) else 0
 
 
 def parse() -> argparse.Namespace:

@@ -35,6 +35,8 @@ class Case:
     """Least ratio that was promised; 0 where none was."""
     two_sided: bool = False
     """Whether ours is a forecast of peer, so that the ratio may miss the goal either way."""
+    failure: str = ""
+    """Why nothing was measured, if so."""
 
     @property
     def ratio(self) -> float:
@@ -44,6 +46,8 @@ class Case:
     @property
     def holds(self) -> bool:
         """Whether the goal is reached."""
+        if self.failure:
+            return False
         ratio = self.ratio
         if self.two_sided and ratio:
             ratio = min(ratio, 1 / ratio)
@@ -52,6 +56,8 @@ class Case:
     @property
     def cells(self) -> tuple[str, ...]:
         """The row of the table."""
+        if self.failure:
+            return (self.case, "", "", "", "", "", f"FAILED: {self.failure}")
         numbers = (f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in (self.ours, self.peer))
         verdict = (f"{self.goal:.2f}", "holds" if self.holds else "MISSED") if self.goal else ("", "")
         return (self.case, *numbers, self.unit, f"{self.ratio:.2f}", *verdict)
@@ -80,7 +86,7 @@ class Report:
     def table(self) -> str:
         """The cases as aligned text."""
         head = ("case", "ours", "peer", "unit", "ratio", "goal", "")
-        return aligned([head, *(case.cells for case in self.cases)], left=(0, 3))
+        return aligned([head, *(case.cells for case in self.cases)], left=(0, 3, 6))
 
     def write_json(self, path: Path) -> None:
         """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
@@ -91,6 +97,8 @@ class Report:
         ]
         for case in cases:
             del case["two_sided"]
+            if not case["failure"]:
+                del case["failure"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"host": self.host, "cases": cases}, indent=2, default=str) + "\n")
 

@@ -20,6 +20,7 @@ from megaregion.data.image import Crop, fitting_grid
 from megaregion.models import VisionTransformer, decays
 from megaregion.models.costs import Recompute, encoder_flops, everywhere
 from megaregion.models.initialisation import initial_value
+from megaregion.models.layers import compile_blocks, use_float8
 from megaregion.models.rotary import packed_rotation
 from megaregion.processor import keep_freed_memory, product
 
@@ -45,6 +46,7 @@ STEP: tuple[Row, ...] = (
     ("", "the same as trained", "trained", "ours", "s"),
     ("", "step, MLCDVisionModel + compile + AdamW", "ours", "peer compiled", "s"),
     ("", "step with train.compile, without", "compiled", "ours", "s"),
+    ("", "step with train.fp8, without", "fp8", "ours", "s"),
 )
 MODEL: tuple[Row, ...] = (
     ("", "MLCDVisionModel", "ours", "peer", "s"),
@@ -60,6 +62,7 @@ FLAGS = (
     ("--batch", PositiveInt, 8, "images of a step"),
     ("--bf16", bool, False, "bf16 instead of float32"),
     ("--compile", bool, False, "run torch.compile beside them; it compiles for minutes"),
+    ("--fp8", bool, False, "also in 8-bit floats; needs torchao and a GPU of Ada, Hopper or later"),
     ("--rounds", PositiveInt, 5, "timed steps of each; the fastest counts"),
     CLOCK,
 )
@@ -90,6 +93,8 @@ def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     if options.compile:
         builds["peer compiled"] = partial(_peer_step, sizes, compiled=True)
         builds["compiled"] = partial(_our_step, sizes, compiled=True)
+    if options.fp8:
+        builds["fp8"] = partial(_our_step, sizes, fp8=True)
     found, memory = race(builds, watch, options.rounds, weighed=("ours", "peer", "cheap"))
     found |= {f"{name}: memory": size / 1e6 for name, size in memory.items()}
     found |= {name: found[name] * sizes.products for name in ("ideal", "fastest ideal")}
@@ -228,14 +233,16 @@ def _our_step(
     regions: int = 0,
     regions_only: bool = False,
     compiled: bool = False,
+    fp8: bool = False,
     level: Recompute = "keep",
 ) -> Work:
     """Our step through the engine, with so many region tokens of each image."""
     model = _pooled(sizes, regions_only)
     model.vit.recompute = everywhere(level, sizes.model.depth)
+    if fp8:
+        use_float8(model.vit.blocks, sizes.device)
     if compiled:
-        for block in model.vit.blocks:
-            block.compile()
+        compile_blocks(model.vit.blocks)
     images = (sizes.images(),)
     return _training(model, sizes, (*images, _visible(sizes, regions)) if regions else images)
 
