@@ -162,7 +162,7 @@ def test_a_cluster_that_is_named_after_another_shows_as_a_confused_pair(dataset:
     found = confuse(shards, oracle, np.eye(3, dtype=np.float32), seed=0)  # type: ignore[arg-type]
     assert found is not None
     assert found.top1 is not None
-    labels = [region.label for region in found.regions]
+    labels = [region.label for _, region in found.regions]
     assert found.top1.mean == pytest.approx(np.mean([label != 2 for label in labels]), abs=0.1)
     assert (2, 0) in {pair[:2] for pair in found.pairs}
     two, zero = found.shown.index(2), found.shown.index(0)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.data.image import decode_image
-from megaregion.data.sample import BadSample, Box, parse_sample
+from megaregion.data.sample import BadSample, RegionRecord, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.evaluation.classifiers import nearest, unit
 from megaregion.evaluation.encoders import BoxedImage, Encoder, Floats
@@ -32,19 +31,12 @@ PAIRS = 6
 """Most confused pairs that are shown with examples."""
 
 
-class LabelledRegion(NamedTuple):
-    """One region of the shards."""
-
-    sample: int
-    box: Box
-    label: int
-
-
 @dataclass(frozen=True)
 class Confusion:
     """What the head named."""
 
-    regions: Sequence[LabelledRegion]
+    regions: Sequence[tuple[int, RegionRecord]]
+    """Samples and objects in them that were asked about."""
     top1: Estimate | None
     """Share of regions whose own cluster is named first, with the images as groups."""
     top5: Estimate | None
@@ -72,7 +64,7 @@ def confuse(
     None if no image that was drawn has an object.
     """
     drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(shards))[:SAMPLES].tolist()
-    regions: list[LabelledRegion] = []
+    regions: list[tuple[int, RegionRecord]] = []
     embeddings, unreadable = [], 0
     for start in range(0, len(drawn), batch):
         items = []
@@ -83,18 +75,18 @@ def confuse(
             except BadSample:
                 unreadable += 1  # Training skips it too.
                 continue
-            own = [LabelledRegion(sample, r.box, r.label) for r in record.regions if r.label is not None]
+            own = [region for region in record.regions if region.kind == "object"]
             if own:
                 items.append(BoxedImage(image, np.asarray([region.box for region in own], np.float32)))
-                regions += own
+                regions += [(sample, region) for region in own]
         if items and (embedding := encoder.encode(items).embedding) is not None:
             embeddings.append(embedding)
         progress("clusters", min(start + batch, len(drawn)), len(drawn))
     if not embeddings:
         return None
     named = nearest(np.concatenate(embeddings), centers, neighbours=5).index
-    label = np.asarray([region.label for region in regions])
-    samples = [region.sample for region in regions]
+    samples, objects = zip(*regions, strict=True)
+    label = np.asarray([region.label for region in objects])
     hit = named == label[:, None]
     counts = Counter(label.tolist())
     both = Counter(zip(label.tolist(), named[:, 0].tolist(), strict=True))

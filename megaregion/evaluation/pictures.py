@@ -232,5 +232,5 @@ def cluster_picture(visuals: Visuals, cluster: int) -> Image.Image:
     """A region of one of the confused clusters."""
     assert visuals.confusion is not None
     # Clusters are confused only where a region of each was drawn.
-    region = next(region for region in visuals.confusion.regions if region.label == cluster)
-    return crop(decode_image(visuals.shards.read(region.sample).image), region.box)
+    sample, region = next(own for own in visuals.confusion.regions if own[1].label == cluster)
+    return crop(decode_image(visuals.shards.read(sample).image), region.box)

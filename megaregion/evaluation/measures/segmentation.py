@@ -10,6 +10,7 @@ Shapes: K classes with the background first, T x T truth cells, h x w cells of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -74,7 +75,7 @@ def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> 
         named = (_named_places(fitted, own, classes) for own in asked.maps[encoder])
         parts.append([confusion(*pair, len(classes)) for pair in zip(named, truths, strict=True)])
     joined = np.asarray(parts)
-    return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, object_iou)}
+    return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, partial(mean_iou, first=1))}
 
 
 def _named_places(fitted: Probe, own: Floats, classes: Sequence[str]) -> NDArray[np.int64]:
@@ -90,27 +91,14 @@ def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: in
     return np.bincount(pairs, minlength=classes**2).astype(np.float64)
 
 
-def mean_iou(sums: Sums) -> Sums:
-    """Mean intersection over union of the classes that occur, from confusions [..., K * K] to [...]."""
-    return _mean_of_finite(_class_iou(sums))
-
-
-def object_iou(sums: Sums) -> Sums:
-    """As mean_iou, without the background's own share."""
-    return _mean_of_finite(_class_iou(sums)[..., 1:])
-
-
-def _class_iou(sums: Sums) -> Sums:
+def mean_iou(sums: Sums, first: int = 0) -> Sums:
+    """Mean intersection over union of the classes from the first on that occur, [..., K * K] to [...]."""
     classes = round(sums.shape[-1] ** 0.5)
     matrix = sums.reshape(*sums.shape[:-1], classes, classes)
     hits, true = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         # A class without a true pixel in the draw says nothing of the class.
-        return np.where(true > 0, hits / (true + matrix.sum(axis=-2) - hits), np.nan)
-
-
-def _mean_of_finite(shares: Sums) -> Sums:
-    with np.errstate(invalid="ignore"):
+        shares = np.where(true > 0, hits / (true + matrix.sum(axis=-2) - hits), np.nan)[..., first:]
         return np.divide(np.nansum(shares, axis=-1), np.isfinite(shares).sum(axis=-1))
 
 

@@ -68,14 +68,12 @@ def best_colour(colours: Floats, inside: NDArray[np.bool_]) -> tuple[int, float]
 def exact_area(scores: Floats, inside: NDArray[np.bool_]) -> float:
     """Area under the ROC curve of scores [n], ties counting half."""
     values, bins = np.unique(scores, return_inverse=True)
-    return float(area_under_curve(_histograms(bins, ~inside, inside, len(values))))
+    return float(area_under_curve(_histograms(bins, inside, len(values))))
 
 
-def _histograms(
-    bins: NDArray[np.int64], negative: NDArray[np.bool_], positive: NDArray[np.bool_], total: int
-) -> Sums:
-    """How many negatives and then how many positives each bin holds, [2 * total]."""
-    counts = [np.bincount(bins[own], minlength=total) for own in (negative, positive)]
+def _histograms(bins: NDArray[np.int64], owner: NDArray[np.int16 | np.bool_], total: int) -> Sums:
+    """How many places of the background (0) and then of objects (above 0) each bin holds, [2 * total]."""
+    counts = [np.bincount(bins[own], minlength=total) for own in (owner == 0, owner > 0)]
     return np.concatenate(counts).astype(np.float64)
 
 
@@ -119,7 +117,7 @@ def _judge(reading: Reading, asked: MappedScenes, encoder: str) -> Estimate | No
         scores.append(resized(plane.astype(np.float32))[..., 0])
     edges = np.quantile(np.stack(scores), np.linspace(0, 1, BINS + 1)[1:-1])
     parts = [
-        _histograms(np.searchsorted(edges, plane), truth == 0, truth > 0, BINS)
+        _histograms(np.searchsorted(edges, plane), truth, BINS)
         for plane, truth in zip(scores, asked.truths, strict=True)
     ]
     return estimate(np.asarray(parts)[None], area_under_curve)
