@@ -19,17 +19,17 @@ from pages import click, complaints, prefer, require_browser
 from PIL import Image
 
 from benchmark.browser import Browser, browser
-from megaregion.atlas import neighbours
+from megaregion.atlas import centers as of_centers
 from megaregion.atlas.build import Outcome, build_atlas
-from megaregion.atlas.cluster_map import ROOM, Places, make_map_tiles, place_clusters, principal_axes
-from megaregion.atlas.curated import CuratedSource
+from megaregion.atlas.centers import ROOM, find_neighbours, make_map_tiles, place_clusters, principal_axes
+from megaregion.atlas.crops import cut_tile
 from megaregion.atlas.groups import Members, by_chance, by_distance
 from megaregion.atlas.settings import AtlasSettings
-from megaregion.atlas.source import Rows, Source
+from megaregion.atlas.source import ROW, CuratedSource, Rows, Source
 from megaregion.atlas.synthetic import SyntheticSource
-from megaregion.atlas.tiles import cut_tile
 from megaregion.data.sample import SampleRecord, parse_sample
 from megaregion.errors import UserError
+from megaregion.files import locked
 
 SETTINGS = AtlasSettings(members=4, tile=64, samples=12)
 
@@ -54,6 +54,13 @@ def chunk(site: Path, name: str) -> object:
     assert match is not None
     assert match[1] == name
     return json.loads(match[2])
+
+
+def rows_of(label: np.ndarray, closeness: np.ndarray) -> Rows:
+    """A region of each sample."""
+    rows = np.zeros(len(label), ROW)
+    rows["label"], rows["sample"], rows["closeness"] = label, np.arange(len(label)), closeness
+    return rows
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,38 +94,34 @@ def window() -> Iterator[Browser]:
 def test_members_are_the_best_of_all_batches_whatever_their_cut() -> None:
     rng = np.random.default_rng(0)
     label, closeness = rng.integers(0, 30, 5000), rng.random(5000).astype(np.float32)
-    rows = Rows(label, np.arange(5000), np.zeros(5000, dtype=np.int64), closeness)
+    rows = rows_of(label, closeness)
     for cuts in ([5000], [1, 10, 700, 701, 5000]):
         members = Members(32, 6)
         for start, stop in zip([0, *cuts], cuts, strict=False):
-            part = Rows(
-                *(getattr(rows, name)[start:stop] for name in ("label", "sample", "region", "closeness"))
-            )
-            members.add(part, by_distance(part.closeness))
+            members.add(rows[start:stop], by_distance(rows[start:stop]))
         for group in range(30):
             own = np.flatnonzero(label == group)
-            assert members.sample[group].tolist() == own[np.argsort(-closeness[own])][:6].tolist()
-        assert (members.sample[30:] == -1).all()
+            assert members.table["sample"][group].tolist() == own[np.argsort(-closeness[own])][:6].tolist()
+        assert (members.table["sample"][30:] == -1).all()
 
 
 def test_random_members_change_with_the_seed_and_favour_nobody() -> None:
-    rows = Rows(
-        np.zeros(4000, dtype=np.int64), np.arange(4000), np.zeros(4000, dtype=np.int64), np.zeros(4000)
-    )
+    rows = rows_of(np.zeros(4000, dtype=np.int64), np.zeros(4000, dtype=np.float32))
     draws = []
     for seed in (0, 1):
         members = Members(1, 400)
         members.add(rows, by_chance(rows, seed))
-        draws.append(members.sample[0])
-        assert abs(members.sample[0].mean() - 2000) < 4 * 4000 / 12**0.5 / 400**0.5
+        draws.append(members.table["sample"][0])
+        assert abs(draws[-1].mean() - 2000) < 4 * 4000 / 12**0.5 / 400**0.5
     assert len(np.intersect1d(*draws)) < 100
 
 
-def test_neighbours_by_cells_are_nearly_those_of_all_pairs() -> None:
+def test_neighbours_by_cells_are_nearly_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     centers = SyntheticSource(6000).centers()
     axes = principal_axes(centers)
-    exact = neighbours.find_neighbours(centers, axes, 5, lambda done: None)
-    cells = neighbours.find_neighbours(centers, axes, 5, lambda done: None, exact=0)
+    exact = find_neighbours(centers, axes, 5, lambda done: None)
+    monkeypatch.setattr(of_centers, "EXACT", 0)
+    cells = find_neighbours(centers, axes, 5, lambda done: None)
     same = [len(np.intersect1d(a, b)) for a, b in zip(exact.cluster, cells.cluster, strict=True)]
     assert np.mean(same) / 5 > 0.9
     assert (exact.cluster != np.arange(6000)[:, None]).all()
@@ -130,16 +133,16 @@ def test_neighbours_by_cells_are_nearly_those_of_all_pairs() -> None:
 def test_every_cluster_has_one_seat_on_the_map_and_the_largest_sit_highest() -> None:
     rng = np.random.default_rng(1)
     position = np.concatenate([rng.random((3000, 2)), np.full((2500, 2), 0.25), [[0.0, 0.0], [1.0, 1.0]]])
-    places = Places(position.astype(np.float32), np.zeros(5502, dtype=np.uint8))
+    position = position.astype(np.float32)
     sizes = rng.integers(0, 1000, 5502)
-    tiles = make_map_tiles(places, sizes)
-    assert sorted(np.concatenate([tile.clusters for tile in tiles]).tolist()) == list(range(5502))
-    assert sorted(sizes[tiles[0].clusters]) == sorted(np.sort(sizes)[-ROOM:])
-    for tile in tiles:
-        level, x, y = (int(part) for part in tile.name.split("-"))
-        inside = places.position[tile.clusters] * 2**level
+    tiles = make_map_tiles(position, sizes)
+    assert sorted(np.concatenate(list(tiles.values())).tolist()) == list(range(5502))
+    assert sorted(sizes[tiles["0-0-0"]]) == sorted(np.sort(sizes)[-ROOM:])
+    for name, clusters in tiles.items():
+        level, x, y = (int(part) for part in name.split("-"))
+        inside = position[clusters] * 2**level
         assert ((inside >= [x, y]) & (inside <= [x + 1, y + 1])).all()
-        assert (np.diff(sizes[tile.clusters]) <= 0).all()
+        assert (np.diff(sizes[clusters]) <= 0).all()
 
 
 def test_a_map_of_two_channels_or_of_one_cluster_is_still_a_map() -> None:
@@ -167,13 +170,12 @@ def test_a_tile_shows_the_region_where_its_box_says() -> None:
 
 def test_pages_tell_what_the_shards_hold(site: Path, curation: Path) -> None:
     source = CuratedSource(curation)
-    rows = [batch.objects for batch in source.batches()]
-    label = np.concatenate([row.label for row in rows])
+    rows = np.concatenate([batch.objects for batch in source.batches()])
+    label, closeness = rows["label"], rows["closeness"]
     sizes = [
         size for first in range(0, CLUSTERS, 64) for size in chunk(site, f"clusters/{first // 64}")["size"]
     ]
     assert sizes == np.bincount(label, minlength=CLUSTERS).tolist()
-    closeness = np.concatenate([row.closeness for row in rows])
     assert np.isfinite(closeness).all()
     largest = int(np.argmax(sizes))
     nearest, random = chunk(site, f"clusters/{largest // 64}")["members"][largest % 64]
@@ -212,6 +214,12 @@ def test_a_build_that_fails_leaves_what_was_there(curation: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["atlas"]
 
 
+def test_a_place_where_another_process_builds_is_left_to_it(curation: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / ".atlas.lock"), pytest.raises(UserError, match="in use by another process"):
+        build(CuratedSource(curation), tmp_path / "atlas")
+    assert [path.name for path in tmp_path.iterdir()] == [".atlas.lock"]
+
+
 def test_a_label_that_has_no_class_is_refused(
     curation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +229,7 @@ def test_a_label_that_has_no_class_is_refused(
         read = real(record)
         return read._replace(regions=(read.regions[0]._replace(label=CLUSTERS), *read.regions[1:]))
 
-    monkeypatch.setattr("megaregion.atlas.curated.parse_sample", damaged)
+    monkeypatch.setattr("megaregion.atlas.source.parse_sample", damaged)
     with pytest.raises(UserError, match=f"has the object label {CLUSTERS}, but there are {CLUSTERS} classes"):
         build(CuratedSource(curation), tmp_path / "atlas")
     assert list(tmp_path.iterdir()) == []

@@ -179,7 +179,7 @@ def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: P
     metrics = read_metrics(file)
     assert metrics.curve("loss") == Curve((1, 2), (3.0, 2.5))
     assert not metrics.curve("loss_text")
-    assert metrics.last_step == 3
+    assert metrics.curve("step").steps == (1, 2, 3)
 
 
 @pytest.mark.parametrize(

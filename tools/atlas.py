@@ -26,7 +26,7 @@ def main() -> None:
         raise UserError("name the folder of a curation, or give --synthetic K; one of the two")
 
     from megaregion.atlas.build import build_atlas
-    from megaregion.atlas.curated import CuratedSource
+    from megaregion.atlas.source import CuratedSource
     from megaregion.atlas.synthetic import SyntheticSource
 
     source: Source = SyntheticSource(arguments.synthetic) if curated is None else CuratedSource(curated)

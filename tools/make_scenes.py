@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 from megaregion.bounds import Count, Folder, Seed, Workers, kind_of
 from megaregion.command_line import Parser, progress, run
 from megaregion.errors import UserError
-from megaregion.tables import aligned
 
 if TYPE_CHECKING:
     from megaregion.demo.assets import Part
-    from megaregion.demo.folder import PartSummary
 
 
 def main() -> None:
@@ -25,7 +23,7 @@ def main() -> None:
     import time
 
     from megaregion.demo.assets import load_library
-    from megaregion.demo.folder import identity, is_done, summarise, write_scenes
+    from megaregion.demo.folder import identity, is_done, summary, write_scenes
     from megaregion.demo.scenes import SceneSettings
 
     counts: dict[Part, int] = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
@@ -46,21 +44,7 @@ def main() -> None:
             write_scenes(arguments.out, library, settings, counts, arguments.workers, tick)
         seconds = time.perf_counter() - began
         print(f"{arguments.out}: {sum(counts.values())} scenes in {seconds:.1f} s")
-    print(_table(summarise(arguments.out)))
-
-
-def _table(summaries: dict[Part, PartSummary]) -> str:
-    parts = list(summaries.values())
-    classes = sorted({name for part in parts for name in part.objects})
-    counts = [
-        ("scenes", [part.scenes for part in parts]),
-        ("objects", [part.objects.total() for part in parts]),
-        *((f"  {name}", [part.objects[name] for part in parts]) for name in classes),
-        ("instances", [len(part.instances) for part in parts]),
-        ("words", [part.words for part in parts]),
-        ("  different", [len(part.texts) for part in parts]),
-    ]
-    return aligned([("", *summaries), *((name, *map(str, found)) for name, found in counts)])
+    print(summary(arguments.out))
 
 
 def _parser() -> Parser:

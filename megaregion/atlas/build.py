@@ -13,28 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from megaregion.atlas.cluster_map import (
+from megaregion.atlas.centers import (
     DENSITY,
-    MapTile,
-    Places,
     density,
+    find_neighbours,
     make_map_tiles,
     place_clusters,
     principal_axes,
 )
 from megaregion.atlas.crops import cut_crops, draw_samples, plan_crops
-from megaregion.atlas.groups import Counts, Groups, count_regions
-from megaregion.atlas.neighbours import Neighbours, find_neighbours
-from megaregion.atlas.pages import CHUNK, Pages, packed, permille
+from megaregion.atlas.groups import Groups, count_regions
+from megaregion.atlas.pages import Content, Pages, packed, permille
 from megaregion.atlas.settings import AtlasSettings, check_settings
 from megaregion.atlas.source import Floats, Source
-from megaregion.atlas.tiles import Spool
 from megaregion.errors import UserError
-from megaregion.files import locked, read_json, replace_folder
+from megaregion.files import locked, new_folder, read_json
 
 VERSION = 1
 """Goes up when the same source and settings would give another atlas."""
@@ -84,84 +82,77 @@ def build_atlas(
     if _is_done(out, identity):
         return None
     began = time.perf_counter()
-    with _replacing(out, identity) as folder:
-        atlas = _Atlas(source, settings, folder, bar, workers)
-        return atlas.build(began)
+    with _alone(out), new_folder(out) as site, TemporaryDirectory(dir=site) as scratch:
+        shutil.copytree(SITE, site, dirs_exist_ok=True)
+        content, regions = _read(source, settings, bar)
+        pages = Pages(site, Path(scratch), settings.tile, content)
+        browsed, damaged = _write(pages, content, source, settings, bar, workers)
+        pages.write_chunk("manifest", _manifest(source, settings, content, regions, browsed))
+        (site / MARK).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    clusters, tokens = len(content.clusters.sizes), len(content.tokens.sizes)
+    return Outcome(clusters, regions, tokens, browsed, damaged, time.perf_counter() - began)
 
 
-class _Atlas:
-    """One atlas while it is built."""
+def _read(source: Source, settings: AtlasSettings, bar: Bar) -> tuple[Content, int]:
+    """Read all regions once, and lay the clusters out; gives the number of regions, too."""
+    centers = _check_centers(source.centers())
+    with bar("regions", source.samples) as tick:
+        clusters, tokens, regions = count_regions(source, settings, len(centers), tick)
+    axes = principal_axes(centers)
+    places = place_clusters(axes, settings.map, settings.seed)
+    map_tiles = make_map_tiles(places.position, clusters.sizes)
+    with bar("neighbours", len(centers)) as tick:
+        near = find_neighbours(centers, axes, settings.neighbours, tick)
+    return Content(clusters, tokens, source.pieces(), places, map_tiles, near), regions
 
-    def __init__(self, source: Source, settings: AtlasSettings, folder: Path, bar: Bar, workers: int) -> None:
-        self._source, self._settings, self._bar, self._workers = source, settings, bar, workers
-        self._scratch, self._pages = folder / "scratch", Pages(folder / "site", settings.tile)
 
-    def build(self, began: float) -> Outcome:
-        centers = _check_centers(self._source.centers())
-        count = len(centers)
-        with self._bar("regions", self._source.samples) as tick:
-            counts = count_regions(self._source, self._settings, count, tick)
-        axes = principal_axes(centers)
-        places = place_clusters(axes, self._settings.map, self._settings.seed)
-        map_tiles = make_map_tiles(places, counts.clusters.sizes)
-        with self._bar("neighbours", count) as tick:
-            near = find_neighbours(centers, axes, self._settings.neighbours, tick)
-        browsed, damaged = self._write(counts, places, map_tiles, near)
-        self._pages.write_chunk("manifest", self._manifest(counts, places, map_tiles, browsed))
-        tokens = len(counts.tokens.sizes)
-        return Outcome(count, counts.regions, tokens, browsed, damaged, time.perf_counter() - began)
+def _write(
+    pages: Pages, content: Content, source: Source, settings: AtlasSettings, bar: Bar, workers: int
+) -> tuple[int, int]:
+    """Crop, and write all pages; gives the numbers of browsed and of damaged samples."""
+    drawn = draw_samples(source.samples, settings.samples, settings.seed)
+    wanted, tasks = plan_crops(content.clusters.wants(), content.tokens.wants(), drawn)
+    damaged, count = 0, len(content.clusters.sizes)
+    with bar("crops", wanted) as tick:
+        for found in cut_crops(source, tasks, settings.tile, workers):
+            pages.add(found)
+            damaged += found.damaged
+            tick(found.samples)
+    for step, write, total in (
+        ("clusters", pages.write_clusters, count),
+        ("lists", pages.write_orders, 3 * count),
+        ("map", pages.write_map, count),
+        ("tokens", pages.write_tokens, len(content.pieces)),
+    ):
+        with bar(step, total) as tick:
+            write(tick)
+    return pages.finish_samples(), damaged
 
-    def _write(
-        self, counts: Counts, places: Places, map_tiles: list[MapTile], near: Neighbours
-    ) -> tuple[int, int]:
-        """Crop, and write all pages; gives the numbers of browsed and of damaged samples."""
-        clusters, tokens = Spool(self._scratch / "clusters", CHUNK), Spool(self._scratch / "tokens", CHUNK)
-        covers = Spool(self._scratch / "covers", 1)
-        drawn = draw_samples(self._source.samples, self._settings.samples, self._settings.seed)
-        wanted, requests = plan_crops(counts.clusters.wants(), counts.tokens.wants(), drawn)
-        pages, damaged, count = self._pages, 0, len(counts.clusters.sizes)
-        with self._bar("crops", wanted) as tick:
-            for found in cut_crops(self._source, requests, self._settings.tile, self._workers):
-                clusters.add(found.clusters)
-                tokens.add(found.tokens)
-                for description, jpeg in found.browsed:
-                    pages.add_sample(description, jpeg)
-                damaged += len(found.damaged)
-                tick(found.samples)
-        browsed = pages.finish_samples()
-        with self._bar("clusters", count) as tick:
-            pages.write_clusters(counts.clusters, places, map_tiles, near, clusters, covers, tick)
-        with self._bar("lists", 3 * count) as tick:
-            pages.write_orders(counts.clusters, tick)
-        with self._bar("map", count) as tick:
-            pages.write_map(counts.clusters, map_tiles, places, covers, tick)
-        with self._bar("tokens", len(counts.tokens.sizes)) as tick:
-            pages.write_tokens(counts.tokens, self._source.pieces(), tokens, tick)
-        return browsed, damaged
 
-    def _manifest(
-        self, counts: Counts, places: Places, map_tiles: list[MapTile], browsed: int
-    ) -> dict[str, Any]:
-        clusters = counts.clusters
-        known = clusters.closeness[np.isfinite(clusters.closeness)]
-        return {
-            "title": self._source.title,
-            "clusters": len(clusters.sizes),
-            "regions": counts.regions,
-            "samples": self._source.samples,
-            "tokens": len(counts.tokens.sizes),
-            "usedTokens": int((counts.tokens.sizes > 0).sum()),
-            "browsed": browsed,
-            "cropped": int(clusters.cropped.sum()),
-            "sizes": _quantiles(clusters),
-            "closeness": permille(float(known.mean())) if len(known) else permille(float("nan")),
-            "knowsCloseness": self._source.knows_closeness,
-            "members": self._settings.members,
-            "projection": self._settings.map,
-            "tile": self._settings.tile,
-            "map": {part.name: len(part.clusters) for part in map_tiles},
-            "density": {"side": DENSITY, "cells": packed(density(places))},
-        }
+def _manifest(
+    source: Source, settings: AtlasSettings, content: Content, regions: int, browsed: int
+) -> dict[str, Any]:
+    """What the page knows before it loads anything else."""
+    clusters, tokens = content.clusters, content.tokens
+    known = clusters.closeness[np.isfinite(clusters.closeness)]
+    return {
+        "title": source.title,
+        "clusters": len(clusters.sizes),
+        "regions": regions,
+        "samples": source.samples,
+        "tokens": len(tokens.sizes),
+        "usedTokens": int((tokens.sizes > 0).sum()),
+        "browsed": browsed,
+        "cropped": int(clusters.cropped.sum()),
+        "sizes": _quantiles(clusters),
+        "closeness": permille(float(known.mean()) if len(known) else float("nan")),
+        "knowsCloseness": source.knows_closeness,
+        "members": settings.members,
+        "projection": settings.map,
+        "tile": settings.tile,
+        "map": {name: len(own) for name, own in content.map_tiles.items()},
+        "density": {"side": DENSITY, "cells": packed(density(content.places.position))},
+    }
 
 
 def _quantiles(clusters: Groups) -> dict[str, Any]:
@@ -215,29 +206,22 @@ def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _replacing(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Give a folder to build in; it takes its place when all went well, and is gone when not.
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the place of an atlas.
 
     Raises:
         UserError: Another process builds the same atlas, or the disk takes no more.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    lock = out.with_name(f".{out.name}.lock")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial / ".lock", wait=False) as free:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, wait=False) as free:
             if not free:
                 raise UserError(f"--out {out} is in use by another process; wait until it has ended")
             try:
-                site, scratch = partial / "site", partial / "scratch"
-                for folder in (site, scratch):
-                    shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(SITE, site)
-                scratch.mkdir()
-                yield partial
-                (site / MARK).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-                replace_folder(site, out)
+                yield
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"--out {out} cannot be written ({error.strerror}); make room, or name another folder"

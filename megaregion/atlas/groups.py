@@ -6,18 +6,24 @@ Shapes: K clusters, V tokens, r regions of a batch, G groups (clusters or tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.atlas.settings import AtlasSettings
-from megaregion.atlas.source import Floats, Integers, Rows, Source, mix
+from megaregion.atlas.source import Integers, Rows, Source, mix, rank_within
 
 Priority = NDArray[np.uint32]
 NOBODY = np.iinfo(np.uint32).max
 """Priority of an empty place."""
+MEMBER = np.dtype(
+    [("priority", np.uint32), ("sample", np.int64), ("region", np.int32), ("closeness", np.float32)]
+)
+WHOLE = np.dtype((np.void, MEMBER.itemsize))
+"""A member as plain bytes: numpy moves these three times as fast as field by field."""
+EMPTY = np.array((NOBODY, -1, 0, 0), MEMBER)
 
 
 class Members:
@@ -29,12 +35,8 @@ class Members:
     """
 
     def __init__(self, groups: int, wanted: int) -> None:
-        shape = (groups, wanted)
-        self._priority = np.full(shape, NOBODY, dtype=np.uint32)
-        self.sample = np.full(shape, -1, dtype=np.int64)
-        """Sample of each member, [G, n]; -1 in empty places, which come last."""
-        self.region = np.zeros(shape, dtype=np.int32)
-        self.closeness = np.zeros(shape, dtype=np.float32)
+        self.table = np.full((groups, wanted), EMPTY)
+        """The best first, [G, n] of :data:`MEMBER`; empty places come last."""
 
     def add(self, rows: Rows, priority: Priority) -> None:
         """Take in a batch.
@@ -43,77 +45,101 @@ class Members:
             rows: Regions, in the order of the dataset; of equal priorities the first one wins.
             priority: [r], lower is better.
         """
-        if not len(rows.label):
+        wanted = self.table.shape[1]
+        if not wanted:
             return
-        order = np.lexsort((priority, rows.label))
-        label = rows.label[order]
-        starts = np.flatnonzero(np.diff(label, prepend=-1))
-        rank = np.arange(len(label)) - np.repeat(starts, np.diff(starts, append=len(label)))
-        wanted = self.sample.shape[1]
-        chosen = rank < wanted
-        order, rank = order[chosen], rank[chosen]
-        groups, place = np.unique(rows.label[order], return_inverse=True)
-        news = np.full((len(groups), wanted), NOBODY, dtype=np.uint32)
-        news[place, rank] = np.minimum(priority[order], NOBODY - 1)
-        both = np.concatenate([self._priority[groups], news], axis=1)
-        best = np.argsort(both, axis=1, kind="stable")[:, :wanted]
-        for table, values in (
-            (self.sample, rows.sample),
-            (self.region, rows.region),
-            (self.closeness, rows.closeness),
-        ):
-            fresh = np.full((len(groups), wanted), -1, dtype=table.dtype)
-            fresh[place, rank] = values[order]
-            table[groups] = np.take_along_axis(np.concatenate([table[groups], fresh], axis=1), best, axis=1)
-        self._priority[groups] = np.take_along_axis(both, best, axis=1)
+        order = np.lexsort((priority, rows["label"]))
+        rank = rank_within(rows["label"][order])
+        order, rank = order[rank < wanted], rank[rank < wanted]
+        found = np.empty(len(order), MEMBER)
+        found["priority"] = np.minimum(priority[order], NOBODY - 1)
+        for name in ("sample", "region", "closeness"):
+            found[name] = rows[name][order]
+        groups, place = np.unique(rows["label"][order], return_inverse=True)
+        news = np.full((len(groups), wanted), EMPTY)
+        news[place, rank] = found
+        table = self.table.view(WHOLE)
+        both = np.concatenate([table[groups], news.view(WHOLE)], axis=1)
+        best = np.argsort(both.view(MEMBER)["priority"], axis=1, kind="stable")[:, :wanted]
+        table[groups] = np.take_along_axis(both, best, axis=1)
 
 
-def by_distance(closeness: Floats) -> Priority:
-    """Priority of the regions nearest to their center, from cosines [r]."""
-    cosine = np.clip(np.nan_to_num(closeness.astype(np.float64), nan=-1), -1, 1)
+def by_distance(rows: Rows) -> Priority:
+    """Priority of the regions nearest to their center."""
+    cosine = np.clip(np.nan_to_num(rows["closeness"].astype(np.float64), nan=-1), -1, 1)
     return ((1 - cosine) / 2 * (NOBODY - 1)).astype(np.uint32)
 
 
 def by_chance(rows: Rows, seed: int) -> Priority:
     """A priority that is a hash of seed, sample and region: the same draw in any order of reading."""
-    return (mix(rows.sample * 65_536 + rows.region, seed) >> np.uint64(32)).astype(np.uint32)
+    return (mix(rows["sample"] * 65_536 + rows["region"], seed) >> np.uint64(32)).astype(np.uint32)
 
 
-@dataclass(frozen=True)
 class Groups:
-    """The clusters, or the tokens: sizes, and members in two rows."""
+    """The clusters, or the tokens; what is told of them holds once all batches were added.
 
-    sizes: Integers
-    """Regions of each, [K]."""
-    closeness: NDArray[np.float64]
-    """Mean cosine of its regions to the center, [K]; NaN where it is not known."""
-    nearest: Members | None
-    """None where no cosine is known."""
-    random: Members
-    cropped: NDArray[np.bool_]
-    """Whether its members are cropped, [K]."""
+    Args:
+        groups: Their number, G.
+        settings: How many members to keep.
+        closeness: Whether cosines are known; without them no member is among the nearest.
+    """
+
+    def __init__(self, groups: int, settings: AtlasSettings, closeness: bool) -> None:
+        self._settings = settings
+        self._sums = np.zeros(groups, dtype=np.float64)
+        self._nearest = Members(groups, settings.members if closeness else 0)
+        self._random = Members(groups, settings.members)
+        self.sizes = np.zeros(groups, dtype=np.int64)
+        """Regions of each, [G]."""
+
+    def add(self, rows: Rows) -> None:
+        """Take in a batch."""
+        groups = len(self.sizes)
+        self.sizes += np.bincount(rows["label"], minlength=groups)
+        self._sums += np.bincount(rows["label"], weights=rows["closeness"], minlength=groups)
+        self._random.add(rows, by_chance(rows, self._settings.seed))
+        self._nearest.add(rows, by_distance(rows))
+
+    @property
+    def members(self) -> tuple[NDArray[np.void], NDArray[np.void]]:
+        """The nearest and random ones, each [G, n] of :data:`MEMBER`."""
+        return self._nearest.table, self._random.table
+
+    @cached_property
+    def closeness(self) -> NDArray[np.float64]:
+        """Mean cosine of each group's regions to the center, [G]; NaN where it is not known."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._sums / self.sizes
+
+    @cached_property
+    def cropped(self) -> NDArray[np.bool_]:
+        """Whether a group's members are cropped, [G]."""
+        cropped = np.zeros(len(self.sizes), dtype=bool)
+        cropped[np.argsort(-self.sizes, kind="stable")[: self._settings.sheets or None]] = True
+        return cropped & (self.sizes > 0)
 
     @cached_property
     def shown(self) -> Integers:
-        """How many of the nearest and of the random members are shown, [K, 2].
+        """How many of the nearest and of the random members are shown, [G, 2].
 
         A group so small that the nearest are all there are has no random ones beside them.
         """
-        wanted = self.random.sample.shape[1]
-        size = np.minimum(self.sizes, wanted)
-        if self.nearest is None:
-            return np.stack([np.zeros_like(size), size], axis=1)
-        return np.stack([size, size * (self.sizes > wanted)], axis=1)
+        nearest, random = (np.minimum(self.sizes, table.shape[1]) for table in self.members)
+        return np.stack([nearest, random * (self.sizes > nearest)], axis=1)
 
     def wants(self) -> Integers:
         """Every crop to make: sample, region, group, slot, [m, 4]; slots count the shown ones of a group."""
-        nearest, random = (self.shown * self.cropped[:, None]).T
-        rows = [] if self.nearest is None else [_listed(self.nearest, nearest, np.zeros_like(nearest))]
-        return np.concatenate([*rows, _listed(self.random, random, nearest)])
+        counts = (self.shown * self.cropped[:, None]).T
+        wants = []
+        for table, count, first in zip(self.members, counts, (0 * counts[0], counts[0]), strict=True):
+            group = np.repeat(np.arange(len(count)), count)
+            place = rank_within(group)
+            own = table[group, place]
+            wants.append(np.stack([own["sample"], own["region"], group, first[group] + place], axis=1))
+        return np.concatenate(wants)
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """The outcome of the pass."""
 
     clusters: Groups
@@ -133,45 +159,13 @@ def count_regions(
         clusters: Number of clusters, K.
         tick: Called with the number of samples that were read.
     """
-    objects = _Counter(clusters, settings, source.knows_closeness)
-    texts = _Counter(len(source.pieces()), settings, False)
+    objects = Groups(clusters, settings, source.knows_closeness)
+    texts = Groups(len(source.pieces()), settings, closeness=False)
     regions = 0
     for batch in source.batches():
         objects.add(batch.objects)
         texts.add(batch.texts)
-        regions += len(batch.objects.label) + len(np.unique(batch.texts.sample * 65_536 + batch.texts.region))
+        own = np.unique(batch.texts["sample"] * 65_536 + batch.texts["region"])
+        regions += len(batch.objects) + len(own)
         tick(batch.samples)
-    return Counts(objects.finish(), texts.finish(), regions)
-
-
-class _Counter:
-    def __init__(self, groups: int, settings: AtlasSettings, closeness: bool) -> None:
-        self._settings = settings
-        self._sizes = np.zeros(groups, dtype=np.int64)
-        self._sums = np.zeros(groups, dtype=np.float64)
-        self._nearest = Members(groups, settings.members) if closeness else None
-        self._random = Members(groups, settings.members)
-
-    def add(self, rows: Rows) -> None:
-        groups = len(self._sizes)
-        self._sizes += np.bincount(rows.label, minlength=groups)
-        self._sums += np.bincount(rows.label, weights=rows.closeness, minlength=groups)
-        self._random.add(rows, by_chance(rows, self._settings.seed))
-        if self._nearest is not None:
-            self._nearest.add(rows, by_distance(rows.closeness))
-
-    def finish(self) -> Groups:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = self._sums / self._sizes
-        limit = self._settings.sheets or len(self._sizes)
-        cropped = np.zeros(len(self._sizes), dtype=bool)
-        cropped[np.argsort(-self._sizes, kind="stable")[:limit]] = True
-        return Groups(self._sizes, means, self._nearest, self._random, cropped & (self._sizes > 0))
-
-
-def _listed(members: Members, count: Integers, start: Integers) -> NDArray[np.int64]:
-    """The first `count` members of each group, with slots from `start`."""
-    group = np.repeat(np.arange(len(count)), count)
-    place = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
-    columns = (members.sample[group, place], members.region[group, place], group, start[group] + place)
-    return np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
+    return Counts(objects, texts, regions)

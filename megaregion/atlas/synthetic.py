@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.atlas.source import Batch, Floats, Integers, Rows, Sample, mix
+from megaregion.atlas.source import ROW, Batch, Floats, Integers, Rows, Sample, mix
 from megaregion.data.sample import RegionRecord, SampleRecord
 
 VERSION = 1
@@ -63,23 +63,14 @@ class SyntheticSource:
         self.title = f"{clusters:,} synthetic clusters"
         self.identity = hashlib.sha256(f"synthetic {VERSION} {clusters}".encode()).hexdigest()
         self.samples = max(-(-clusters * PER_CLUSTER // OBJECTS), 16)
-        self._last: tuple[int, _Block] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
-
-    @cached_property
-    def _families(self) -> tuple[Floats, Floats]:
-        rng = np.random.Generator(np.random.Philox(key=1))
-        small = max(self._clusters // 400, 12)
-        return (
-            rng.standard_normal((24, CHANNELS)).astype(np.float32),
-            rng.standard_normal((small, CHANNELS)).astype(np.float32),
-        )
 
     def centers(self) -> Floats:
         """The centers, [K, C]."""
-        large, small = self._families
+        rng = np.random.Generator(np.random.Philox(key=1))
+        large, small = (
+            rng.standard_normal((families, CHANNELS)).astype(np.float32)
+            for families in (24, max(self._clusters // 400, 12))
+        )
         centers = np.empty((self._clusters, CHANNELS), dtype=np.float32)
         for start in range(0, self._clusters, 65_536):
             number = np.arange(start, min(start + 65_536, self._clusters))
@@ -108,34 +99,23 @@ class SyntheticSource:
         """All regions."""
         for start in range(0, self.samples, BLOCK):
             count = min(BLOCK, self.samples - start)
-            block = self._block(start // BLOCK)
-            number = np.arange(start, start + count)
-            objects = Rows(
-                block.labels[:count].ravel(),
-                np.repeat(number, OBJECTS),
-                np.tile(np.arange(OBJECTS), count),
-                block.closeness[:count].ravel(),
-            )
-            texts = Rows(
-                block.tokens[:count].ravel(),
-                np.repeat(number, TEXTS),
-                np.tile(np.arange(OBJECTS, OBJECTS + TEXTS), count),
-                np.full(count * TEXTS, np.nan, dtype=np.float32),
-            )
+            block = _block(self._clusters, start // BLOCK)
+            objects = _rows(start, 0, block.labels[:count], block.closeness[:count])
+            texts = _rows(start, OBJECTS, block.tokens[:count], np.float32(np.nan))
             yield Batch(count, objects, texts)
 
     def read(self, number: int) -> Sample:
         """Draw a sample."""
-        block, row = self._block(number // BLOCK), number % BLOCK
-        boxes = [(float(b[0]), float(b[1]), float(b[2]), float(b[3])) for b in block.boxes[row]]
-        regions = [
-            RegionRecord("object", box, label=int(label), score=0.9)
-            for box, label in zip(boxes, block.labels[row], strict=False)
-        ]
-        for box, token in zip(boxes[OBJECTS:], block.tokens[row], strict=True):
-            regions.append(
-                RegionRecord("text", box, tokens=(int(token),), text=self._words[int(token)], score=0.95)
-            )
+        block, row = _block(self._clusters, number // BLOCK), number % BLOCK
+        labels = [*block.labels[row].tolist(), *block.tokens[row].tolist()]
+        regions: list[RegionRecord] = []
+        for (x0, y0, x1, y1), label in zip(block.boxes[row].tolist(), labels, strict=True):
+            box = (x0, y0, x1, y1)
+            if len(regions) < OBJECTS:
+                regions.append(RegionRecord("object", box, label=label, score=0.9))
+            else:
+                word = self._words[label]
+                regions.append(RegionRecord("text", box, tokens=(label,), text=word, score=0.95))
         record = SampleRecord(WIDTH, HEIGHT, tuple(regions))
         return Sample(f"synthetic-{number:08d}", _draw(record, number), record)
 
@@ -143,16 +123,25 @@ class SyntheticSource:
     def _words(self) -> list[str]:
         return [piece.lstrip("\u2581") for piece in self.pieces()]
 
-    def _block(self, number: int) -> _Block:
-        if self._last is None or self._last[0] != number:
-            rng = np.random.Generator(np.random.Philox(key=np.array([3, number], dtype=np.uint64)))
-            rank = (rng.random((BLOCK, OBJECTS)) ** SKEW * self._clusters).astype(np.int64)
-            # The largest clusters shall not be those of the lowest numbers.
-            labels = rank * 2_654_435_761 % self._clusters
-            tokens = (rng.random((BLOCK, TEXTS)) ** 2 * TOKENS).astype(np.int64)
-            closeness = (0.45 + 0.5 * rng.beta(3, 2, (BLOCK, OBJECTS))).astype(np.float32)
-            self._last = (number, _Block(labels, tokens, closeness, _boxes(rng)))
-        return self._last[1]
+
+@lru_cache(maxsize=1)
+def _block(clusters: int, number: int) -> _Block:
+    rng = np.random.Generator(np.random.Philox(key=np.array([3, number], dtype=np.uint64)))
+    rank = (rng.random((BLOCK, OBJECTS)) ** SKEW * clusters).astype(np.int64)
+    # The largest clusters shall not be those of the lowest numbers.
+    labels = rank * 2_654_435_761 % clusters
+    tokens = (rng.random((BLOCK, TEXTS)) ** 2 * TOKENS).astype(np.int64)
+    closeness = (0.45 + 0.5 * rng.beta(3, 2, (BLOCK, OBJECTS))).astype(np.float32)
+    return _Block(labels, tokens, closeness, _boxes(rng))
+
+
+def _rows(sample: int, region: int, labels: Integers, closeness: Floats | np.float32) -> Rows:
+    """Rows of consecutive samples and regions that begin at these numbers, [s * n], of labels [s, n]."""
+    rows = np.empty(labels.shape, ROW)
+    rows["label"], rows["closeness"] = labels, closeness
+    rows["sample"] = sample + np.arange(labels.shape[0])[:, None]
+    rows["region"] = region + np.arange(labels.shape[1])
+    return rows.ravel()
 
 
 def _boxes(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -174,7 +163,8 @@ def _draw(record: SampleRecord, number: int) -> Image.Image:
         x0, y0, x1, y1 = region.box
         if region.label is None:
             draw.rounded_rectangle(region.box, 5, fill=(246, 244, 238))
-            draw.text((x0 + 4, (y0 + y1) / 2 - 7), region.text, fill=(30, 30, 40), font=_font())
+            font = ImageFont.load_default(13)
+            draw.text((x0 + 4, (y0 + y1) / 2 - 7), region.text, fill=(30, 30, 40), font=font)
             continue
         looks = int(mix(np.array([region.label]), 6)[0])
         color = (40 + looks % 200, 40 + looks // 256 % 200, 40 + looks // 65_536 % 200)
@@ -189,7 +179,3 @@ def _draw(record: SampleRecord, number: int) -> Image.Image:
             draw.regular_polygon(middle, 3 + looks // 2**28 % 4, rotation=looks // 2**32 % 90, fill=color)
         draw.circle(middle[:2], middle[2] * 0.4, fill=other)
     return image
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(13)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from megaregion.errors import UserError
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Item = TypeVar("Item")
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels; x1 and y1 exclusive."""
 
@@ -229,6 +230,11 @@ def _example(left_out: dict[Path, str]) -> str:
         return ""
     path, reason = next(iter(left_out.items()))
     return f" ({len(left_out)} left out, such as {path.name}: {reason})"
+
+
+def pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
+    """One of some items, all alike likely."""
+    return items[int(rng.integers(len(items)))]
 
 
 def split_names(names: Iterable[str]) -> dict[str, Part]:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,12 @@ from megaregion.demo.scenes import SceneMaker, SceneSettings
 from megaregion.errors import UserError
 from megaregion.files import new_folder, read_json
 from megaregion.processes import spread
+from megaregion.tables import aligned
 
 VERSION = 1
 """Goes up when the same settings would give other scenes than before."""
 CHUNK = 16
 """Scenes that a worker makes per task."""
-
-
-@dataclass
-class PartSummary:
-    """What the scenes of one part hold."""
-
-    scenes: int = 0
-    words: int = 0
-    objects: Counter[str] = field(default_factory=Counter)
-    """Objects of each class."""
-    instances: set[str] = field(default_factory=set)
-    texts: set[str] = field(default_factory=set)
-
-    def add(self, truth: Mapping[str, Any]) -> None:
-        """Count one line of truth.jsonl."""
-        self.scenes += 1
-        self.words += len(truth["words"])
-        self.objects.update(item["class"] for item in truth["objects"])
-        self.instances.update(item["instance"] for item in truth["objects"])
-        self.texts.update(word["text"].lower() for word in truth["words"])
 
 
 def identity(library: Library, settings: SceneSettings, counts: Mapping[Part, int]) -> dict[str, Any]:
@@ -67,6 +47,8 @@ def is_done(out: Path, wanted: Mapping[str, Any], force: bool) -> bool:
         return False
     try:
         found = read_json(out / "scenes.json")
+        if not isinstance(found, dict):
+            raise ValueError
     except (OSError, ValueError):
         raise UserError(f"{out} exists and holds no scenes of ours; name another folder with --out") from None
     if found == wanted:
@@ -120,15 +102,26 @@ def write_scenes(
         ) from None
 
 
-def summarise(out: Path) -> dict[Part, PartSummary]:
-    """Count what is in a folder of scenes."""
-    counts: dict[Part, int] = json.loads((out / "scenes.json").read_text(encoding="utf-8"))["scenes"]
-    summaries = {part: PartSummary() for part in counts}
-    for part, summary in summaries.items():
+def summary(out: Path) -> str:
+    """What a folder of scenes holds, as aligned lines with a column for each part."""
+    found = {}
+    for part in read_json(out / "scenes.json")["scenes"]:
+        scenes, objects, words = 0, [], []
         with (out / part / "truth.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                summary.add(json.loads(line))
-    return summaries
+            for truth in map(json.loads, lines):
+                scenes += 1
+                objects += [(item["class"], item["instance"]) for item in truth["objects"]]
+                words += [word["text"].lower() for word in truth["words"]]
+        found[part] = scenes, objects, words
+    classes = sorted({name for _, objects, _ in found.values() for name, _ in objects})
+    columns = [
+        ["", "scenes", "objects", *(f"  {name}" for name in classes), "instances", "words", "  different"]
+    ]
+    for part, (scenes, objects, words) in found.items():
+        each = Counter(name for name, _ in objects)
+        numbers = (scenes, len(objects), *(each[name] for name in classes), len(set(objects)), len(words))
+        columns.append([part, *map(str, numbers), str(len(set(words)))])
+    return aligned(list(zip(*columns, strict=True)))
 
 
 def _write_chunk(

@@ -26,6 +26,7 @@ from megaregion.demo.assets import (
     Library,
     Part,
     bounding_box,
+    pick,
     read_background,
     read_cutout,
 )
@@ -102,8 +103,7 @@ class SceneMaker:
         return Scene(buffer.getvalue(), _truth(f"{self._part}-{index:06d}", canvas))
 
     def _compose(self, rng: np.random.Generator) -> Canvas:
-        sizes = self._settings.sizes
-        canvas = Canvas(sizes[int(rng.integers(len(sizes)))])
+        canvas = Canvas(pick(rng, self._settings.sizes))
         lay_background(canvas, self._assets, rng)
         for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))):
             place_object(canvas, self._assets, rng)
@@ -119,13 +119,13 @@ def _generator(seed: int, part: Part, index: int, attempt: int) -> np.random.Gen
 
 def _truth(key: str, canvas: Canvas) -> dict[str, Any]:
     objects = []
-    for number, (placed, share) in enumerate(zip(canvas.placed, canvas.visible, strict=True), start=1):
+    for number, ((cutout, _), share) in enumerate(zip(canvas.placed, canvas.visible, strict=True), start=1):
         seen = canvas.owner == number
         mask = encode_mask(seen)
         objects.append(
             {
-                "class": placed.cutout.name,
-                "instance": placed.cutout.instance,
+                "class": cutout.name,
+                "instance": cutout.instance,
                 "box": list(bounding_box(seen)),
                 "mask": {"size": list(mask.size), "counts": list(mask.counts)},
                 "visible": round(share, 3),
@@ -139,29 +139,16 @@ def _truth(key: str, canvas: Canvas) -> dict[str, Any]:
     return {"key": key, "width": width, "height": height, "objects": objects, "words": words}
 
 
-class Placed(NamedTuple):
-    """An object in a scene."""
-
-    cutout: Cutout
-    area: int
-    """Pixels that it would have, were nothing hidden."""
-
-
-class Written(NamedTuple):
-    """A word in a scene; the box holds its letters."""
-
-    word: Lettering
-    box: Box
-
-
 class Canvas:
     """A scene while it is being composed."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.image = Image.new("RGB", size)
         self.owner: NDArray[np.uint8] = np.zeros((size[1], size[0]), np.uint8)
-        self.placed: list[Placed] = []
-        self.written: list[Written] = []
+        self.placed: list[tuple[Cutout, int]] = []
+        """Objects, and the pixels that each would have, were nothing hidden."""
+        self.written: list[tuple[Lettering, Box]] = []
+        """Words, and the boxes of their letters."""
         self.visible: list[float] = []
         """Visible share of each object so far."""
 
@@ -175,7 +162,7 @@ class Canvas:
         inside, window = _overlap(solid, left, top, self.size)
         self.owner[window][inside] = owner
         counts = np.bincount(self.owner.ravel(), minlength=WORD + 1)
-        self.visible = [float(counts[n + 1]) / placed.area for n, placed in enumerate(self.placed)]
+        self.visible = [float(counts[n]) / area for n, (_, area) in enumerate(self.placed, start=1)]
 
     def stays_visible(self, solid: NDArray[np.bool_], left: int, top: int) -> bool:
         """Whether all objects stay visible enough when a picture covers what is behind it."""
@@ -184,15 +171,15 @@ class Canvas:
         if hidden[WORD]:
             return False
         return all(
-            share - hidden[n + 1] / placed.area >= LEAST_VISIBLE
-            for n, (share, placed) in enumerate(zip(self.visible, self.placed, strict=True))
-            if hidden[n + 1]
+            share - hidden[n] / area >= LEAST_VISIBLE
+            for n, (share, (_, area)) in enumerate(zip(self.visible, self.placed, strict=True), start=1)
+            if hidden[n]
         )
 
 
 def lay_background(canvas: Canvas, assets: Assets, rng: np.random.Generator) -> None:
     """Fill the canvas with a random crop of a random background."""
-    picture = read_background(assets.backgrounds[int(rng.integers(len(assets.backgrounds)))])
+    picture = read_background(pick(rng, assets.backgrounds))
     width, height = canvas.size
     largest = min(picture.width / width, picture.height / height)
     scale = largest * float(rng.uniform(0.55, 1.0))
@@ -207,10 +194,8 @@ def lay_background(canvas: Canvas, assets: Assets, rng: np.random.Generator) -> 
 
 def place_object(canvas: Canvas, assets: Assets, rng: np.random.Generator) -> None:
     """Put one random cut-out in front of the others, if it finds a place where all stay visible enough."""
-    name = assets.classes[int(rng.integers(len(assets.classes)))]
-    instances = assets.cutouts[name]
-    views = instances[sorted(instances)[int(rng.integers(len(instances)))]]
-    cutout = views[int(rng.integers(len(views)))]
+    instances = assets.cutouts[pick(rng, assets.classes)]
+    cutout = pick(rng, instances[pick(rng, sorted(instances))])
     side = float(rng.uniform(*OBJECT_SIDES)) * min(canvas.size)
     for attempt in range(TRIES):
         if attempt % 8 == 0:
@@ -224,7 +209,7 @@ def place_object(canvas: Canvas, assets: Assets, rng: np.random.Generator) -> No
             continue
         _cast_shadow(canvas.image, picture, left, top, rng)
         canvas.image.paste(picture, (left, top), picture)
-        canvas.placed.append(Placed(cutout, area))
+        canvas.placed.append((cutout, area))
         canvas.cover(solid, left, top, len(canvas.placed))
         return
 
@@ -255,7 +240,7 @@ def write_word(canvas: Canvas, vocabulary: Vocabulary, rng: np.random.Generator)
         if canvas.stays_visible(solid, left, top):
             canvas.image.paste(word.picture, (left, top), word.picture)
             canvas.cover(solid, left, top, WORD)
-            canvas.written.append(Written(word, box))
+            canvas.written.append((word, box))
             return
 
 

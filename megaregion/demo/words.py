@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.demo.assets import Box, Part, split_names
+from megaregion.demo.assets import Box, Part, pick, split_names
 from megaregion.errors import UserError
 
 WORD_FILE = Path(__file__).with_name("words.txt")
@@ -52,8 +52,8 @@ class Vocabulary:
     def draw(self, rng: np.random.Generator) -> str:
         """A random word in the case in which a sign would have it, or a number."""
         if self.numbers and rng.random() < NUMBER_SHARE:
-            return self.numbers[int(rng.integers(len(self.numbers)))]
-        word = self.words[int(rng.integers(len(self.words)))]
+            return pick(rng, self.numbers)
+        word = pick(rng, self.words)
         return (word.upper(), word.capitalize(), word)[int(rng.choice(3, p=(0.5, 0.25, 0.25)))]
 
 
@@ -123,13 +123,13 @@ def draw_style(rng: np.random.Generator, heights: tuple[int, int], bright_ground
     low, high = heights
     inks, grounds = (LIGHT, DARK) if light_ink else (DARK, LIGHT)
     return WordStyle(
-        face=FACES[int(rng.integers(len(FACES)))],
+        face=pick(rng, FACES),
         height=round(low + (high - low) * float(rng.random()) ** 1.6),
         angle=float(rng.normal(0, 4) if rng.random() < 0.75 else rng.uniform(-22, 22)),
         plated=plated,
         outlined=not plated and bool(rng.random() < 0.7),
-        ink=inks[int(rng.integers(len(inks)))],
-        ground=grounds[int(rng.integers(len(grounds)))],
+        ink=pick(rng, inks),
+        ground=pick(rng, grounds),
     )
 
 

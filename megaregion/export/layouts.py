@@ -9,12 +9,11 @@ merger:
     visual.blocks.N.norm1.*  norm2.*  attn.qkv.* (3D, D)  attn.proj.*  mlp.fc1.*  mlp.fc2.*
 
 What that tower does was read in public copies of its model file (``RiceTransformer``, ``RiceAttention``) and
-in the key lists of conversion scripts for it: qkv's rows are all queries, then all keys, then all values;
-rotary angles, class token and norms are as in MLCDVisionModel; the last norm is not there, for only patches
-are read; ``visual.merger.*`` begins untrained. Not verified: no released folder of that project was at hand
-and none of its code was run. A test rebuilds our patch features from these keys by a forward pass of its own.
-Patches of an image arrive there in blocks of 2 x 2, which changes no weight and, as positions are looked up
-by place, no feature.
+in key lists of conversion scripts: qkv's rows are all queries, then all keys, then all values; rotary angles,
+class token and norms are as in MLCDVisionModel; the last norm is not there, for only patches are read; its
+patch merger begins untrained. Patches arrive in blocks of 2 x 2, which changes no weight and, as positions
+are looked up by place, no feature. Not verified: no released folder of that project was at hand and none of
+its code was run. A test rebuilds our patch features from these keys by a forward pass of its own.
 
 Shapes: D width, H heads, d head width.
 """

@@ -7,9 +7,8 @@
                  "chance_is": "most frequent class", "notes": {"pixels": "crops at 32 x 32, raw"},
                  "rows": {"trained": {"knn": {"mean": 0.5, "low": 0.4, "high": 0.6, "seeds": [0.5]}, ...}}}]}
 
-The dataclasses are the file: a field is a key, its type what the reader takes. Evaluation writes it, and the
-demo adds its times. The report, the comparison of runs and the model card read it; Markdown, text for a
-terminal and TensorBoard scalars are made of its tables here, so that all show the same numbers.
+The dataclasses are the file: a field is a key, its type what the reader takes. Markdown, text for a terminal
+and TensorBoard scalars are made of its tables here, so that all who read it show the same numbers.
 """
 
 from __future__ import annotations
@@ -132,10 +131,7 @@ class Evaluation:
 def summary_columns(split: str, region_chance: float | None, word_chance: float | None) -> tuple[Column, ...]:
     """Columns of the summary: each number of the held-out split beside that of the training scenes.
 
-    Args:
-        split: Name of the held-out split.
-        region_chance: Accuracy of always naming the most frequent class.
-        word_chance: Recall of always naming the most frequent tokens; None without text.
+    The chances are those of always naming the most frequent class, and the most frequent tokens.
     """
     groups = (
         ("region_knn", "region_knn_train", "Region 5-NN", region_chance),

@@ -63,11 +63,6 @@ class Metrics:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
     @property
-    def last_step(self) -> int:
-        """Greatest step that was logged."""
-        return max(self._lines)
-
-    @property
     def duration(self) -> float | None:
         """Seconds between the first and the last logged step; None without times."""
         times = self.curve("time").values
@@ -107,8 +102,7 @@ def read_evaluations(run: Path) -> dict[int, dict[str, Any]]:
 
 def step_times(run: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl that say when which step was logged, in their order."""
-    records = read_records(run / METRICS)
-    return [r for r in records if isinstance(r.get("time"), int | float) and "step" in r]
+    return _timed(run / METRICS, "step")
 
 
 class Events:
@@ -139,9 +133,11 @@ class Events:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """A run's events in the order of time; none if it has no such file."""
-    records = read_records(run / EVENTS)
-    timed = [r for r in records if isinstance(r.get("time"), int | float) and "event" in r]
-    return sorted(timed, key=lambda record: record["time"])
+    return sorted(_timed(run / EVENTS, "event"), key=lambda record: record["time"])
+
+
+def _timed(path: Path, key: str) -> list[dict[str, Any]]:
+    return [r for r in read_records(path) if isinstance(r.get("time"), int | float) and key in r]
 
 
 def process_start() -> float:

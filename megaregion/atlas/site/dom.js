@@ -1,7 +1,7 @@
 "use strict";
 // Small builders that every page uses. Text from data only ever becomes text, never markup.
 
-const COLUMNS = 6; // tiles in each row of a sheet, as tiles.py writes it
+const COLUMNS = 6; // tiles in each row of a sheet, as pages.py writes it
 const DIRECTORY = 256; // sheets of a folder, as pages.py writes it
 
 function element(tag, attributes = {}, ...children) {

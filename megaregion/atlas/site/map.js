@@ -1,7 +1,7 @@
 "use strict";
 // The map: a canvas that draws the density of all clusters, and the tiles of those that the view needs.
 
-const COVER = 48, COVER_COLUMNS = 16, COVERS = 256; // as tiles.py and pages.py write them
+const COVER = 48, COVER_COLUMNS = 16, COVERS = 256; // as crops.py and pages.py write them
 const DEEPER = 340; // pixels that a tile takes on the screen before the ones below it are drawn, too
 const SHEETS = 48; // sheets of covers in memory
 const COVERED = 360; // pixels of the view's left where the title stands
