@@ -27,10 +27,10 @@ help:
 demo: .venv/ready
 	@$(BIN)/python tools/demo.py
 
-# Two pytests share the suite (tests/sharing.py); each prints when it ends.
-test: lint types layers
+# Two pytests share the suite (tests/sharing.py), the second after the types; each prints when it ends.
+test: lint
 	@taken=$$(mktemp -d) || exit 1; \
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync TAKEN="$$taken" test-one test-other; \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync TAKEN="$$taken" test-one types layers test-other; \
 	code=$$?; \
 	[ $$(find "$$taken" -name '.whole-*' | wc -l) = 2 ] || { echo "a pytest ended before its last test"; code=1; }; \
 	rm -rf "$$taken"; exit $$code

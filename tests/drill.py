@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from launch import free_port, repository
+from launch import free_port, repository, tool
 from pretend_cluster import PretendCluster
 from toy import toy_dataset
 
@@ -70,14 +69,10 @@ class Drill:
     ) -> None:
         """The same training without SLURM, undisturbed to its end."""
         flags = [*TOY, f"--data.path={self.dataset}", f"--output={self.folder}", f"--name={name}", *settings]
-        done = subprocess.run(
-            [
-                sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
-                f"--master-port={free_port()}", "tools/pretrain.py", "--config", "configs/vit_b16_8gpu.yaml",
-                *flags,
-            ],
-            cwd=repository(), capture_output=True, text=True, timeout=seconds, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        done = tool(
+            "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}",
+            "tools/pretrain.py", "--config", "configs/vit_b16_8gpu.yaml", *flags,
+            environment={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=seconds,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
 

@@ -80,7 +80,7 @@ SMALLER = {
     ),
     "tools/pretrain.py report": Smaller(replaced=("NAME", "photos")),
     "tools/benchmark.py plan": Smaller(
-        "--model s16 --batch 1 --steps 2", ("--case all", "--case 1 2-tensor")
+        "--model s16 --batch 1 --steps 2 --threads 1", ("--case all", "--case 1 2-tensor")
     ),
 }
 """The longest beginning of a command that stands here names its recipe; others run as they are."""

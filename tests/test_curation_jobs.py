@@ -137,6 +137,12 @@ def test_the_status_tells_done_running_failed_and_what_is_left(
         recorded_run(tmp_path)
 
 
+def test_a_job_begins_without_torch_which_few_stages_need() -> None:
+    code = "import sys, megaregion.curation.runner.pipeline; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository(), capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_every_stage_waits_for_what_it_reads() -> None:
     lines = [line.split() for line in job_lines(settings_from(FEW))]
     order = ["list", *(name for name, _, _ in lines)]

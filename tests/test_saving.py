@@ -18,7 +18,9 @@ from megaregion.checkpoint.format import step_folder
 from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.checkpoint.saver import Retention, retire
 
-EVERY_OTHER = {"train__steps": 5, "checkpoint__every": 2, "parallel__tensor": 2}
+EVERY_OTHER = {
+    "train__steps": 5, "train__micro_batch": 4, "checkpoint__every": 2, "parallel__tensor": 2,
+}  # fmt: skip
 KINDS = {
     # ZeRO 0 gives live tensors, which the next step overwrites; ZeRO 3 gathers scattered ones.
     "zero0": {**EVERY_OTHER, "parallel__zero_stage": 0},

@@ -87,7 +87,7 @@ def race(
     Raises:
         UserError: A process died.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with ExitStack() as stack:
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in builds}
         try:
