@@ -58,7 +58,7 @@ def compare(heads, width, grids, packed, dtype):
     grads[2] = grads[2].transpose(2, 3).contiguous().transpose(2, 3)
     leading = [rotary._class_tokens(part, starts) for part in found[:2]]
     of_floats = [part.float() for part in (*grads, *leading)]
-    expected, expected_angle = rotary._join(*of_floats, cos, sin, starts, slots)
+    expected, expected_angle = rotary._join(*of_floats, cos, sin, slots)
     fused = rotary._empty_fused(grads[0])
     found_angle = join_and_turn_back(fused, grads, leading, cos, sin, slots)
     torch.testing.assert_close(fused.float(), expected, **bound)

@@ -136,9 +136,9 @@ def _join(
     class_key: Tensor,
     cos: Tensor,
     sin: Tensor,
-    starts: Tensor | None,
     slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    starts = None if slots is None else (slots >= 0).nonzero()[:, 0]
     grad = _empty_fused(grad_query)
     split = grad.permute(3, 0, 2, 1, 4)
     for part, own in enumerate((grad_query, grad_key)):
@@ -165,7 +165,7 @@ if find_spec("triton") is not None:
     def _(*operands: Any) -> tuple[Tensor, Tensor]:
         from megaregion.models.rotary_kernel import join_and_turn_back
 
-        grads, leading, (cos, sin, _, slots) = operands[:3], operands[3:5], operands[5:]
+        grads, leading, (cos, sin, slots) = operands[:3], operands[3:5], operands[5:]
         fused = _empty_fused(grads[0])
         return fused, join_and_turn_back(fused, grads, leading, cos, sin, slots)
 
@@ -199,7 +199,7 @@ def _empty_fused(query: Tensor) -> Tensor:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, _, cos, sin, starts, slots = inputs
     leading = [_class_tokens(part, starts) for part in output[:2]]
-    ctx.save_for_backward(*leading, cos, sin, starts, slots)
+    ctx.save_for_backward(*leading, cos, sin, slots)
 
 
 def _back(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
