@@ -252,6 +252,13 @@ def test_the_command_prints_tables_or_json_and_ends_with_one_line_on_a_mistake(t
     assert sum(told["plan"]["memory"]["kinds"].values()) == pytest.approx(told["plan"]["memory"]["peak"])
     assert sum(told["plan"]["time"]["phases"].values()) == pytest.approx(told["plan"]["time"]["step"])
     assert [one["cluster"]["gpus"] for one in told["scaling"]] == [8, 64]
+    demo = tool(
+        "tools/plan.py", "run", "--config=configs/demo.yaml", "--gpus=4", "--gpus-per-node=4", "--json",
+        "--choices=0", "--scaling", "--dry-run=3",
+    )  # fmt: skip
+    run = json.loads(demo.stdout)["dry_run"]
+    assert run["rank"] == 3
+    assert set(run["counted"]) == set(run["planned"]) > {"weights", "head", "activations", "gradients"}
     too_small = plan("--memory-gib=14", "--choices=1", "--scaling")
     assert too_small.returncode == 2
     assert "best of the legal choices" in too_small.stdout

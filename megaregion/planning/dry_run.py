@@ -237,21 +237,24 @@ def _planned(plan: Plan, rank: int, device: Literal["gpu", "processor"]) -> dict
 @contextmanager
 def _fake_group(rank: int, plan: Plan, device: torch.device) -> Iterator[Topology]:
     """The place of a rank among ranks that are not there."""
-    from deepspeed.runtime.zero import partitioned_param_coordinator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     local, ranks = plan.hardware.gpus_per_node, plan.hardware.gpus
     if not 0 <= rank < ranks:
         raise UserError(f"--dry-run must name a rank in [0, {ranks - 1}], got {rank}")
     told = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
-    # ZeRO 3 would compare notes with the others.
-    alone = patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None)
-    with alone, patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
+    # DeepSpeed would look for a device and say on stdout what it found.
+    environment = {**{name: str(value) for name, value in told.items()}, "DS_ACCELERATOR": "cpu"}
+    with patch.dict(os.environ, environment):
+        from deepspeed.runtime.zero import partitioned_param_coordinator
+
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        try:
-            yield dataclasses.replace(topology.join(plan.layout.tensor), device=device)
-        finally:
-            dist.destroy_process_group()
+        name = "assert_ints_same_as_other_ranks"  # By which ZeRO 3 would compare notes with the others.
+        with patch.object(partitioned_param_coordinator, name, lambda ints: None):
+            try:
+                yield dataclasses.replace(topology.join(plan.layout.tensor), device=device)
+            finally:
+                dist.destroy_process_group()
 
 
 class _Unmultiplied(TorchDispatchMode):
