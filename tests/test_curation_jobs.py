@@ -138,7 +138,7 @@ def test_the_status_tells_done_running_failed_and_what_is_left(
 
 
 def test_a_job_begins_without_torch_which_few_stages_need() -> None:
-    code = "import sys, megaregion.curation.runner.pipeline; print('torch' in sys.modules)"
+    code = "import sys, megaregion.curation.pipeline; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=repository(), capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

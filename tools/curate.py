@@ -30,7 +30,6 @@ def main() -> None:
 
 def _curate(arguments: argparse.Namespace) -> None:
     from megaregion.curation.pipeline import Share, curate, curate_share, job_lines
-    from megaregion.parallel.topology import leave
 
     settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
     check_settings(settings)
@@ -46,6 +45,8 @@ def _curate(arguments: argparse.Namespace) -> None:
         share = share or Share(0, 1)
         pieces, done = curate_share(*where, progress, arguments.stage, share, arguments.workers)
         if place:
+            from megaregion.parallel.topology import leave
+
             leave()
             if place.rank:
                 return

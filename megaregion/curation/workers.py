@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -30,9 +31,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-
-import torch
-import torch.distributed as dist
 
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage, writable
@@ -152,6 +150,9 @@ class Workers:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Let torch use as many threads here as there would be workers; ranks have theirs already."""
+    import torch
+    import torch.distributed as dist
+
     before = torch.get_num_threads()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         torch.set_num_threads(max(1, count))
@@ -204,7 +205,9 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
 def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
     began = time.monotonic()
     piece = task.piece
-    if dist.is_initialized() and dist.get_rank():
+    # Ranks have imported torch to meet; one process alone may do without it.
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_initialized() and dist.get_rank():
         # The first rank holds the piece, and writes it.
         stages[piece.stage].work(piece.number, Output(job.store.folder(piece), tick, task.key))
         return

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.embeddings import unit
 from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, write_bytes
@@ -105,6 +104,8 @@ def embed_squares(
     for start in range(0, len(crops), BATCH):
         batch = [resize(crop, side, side) for crop in crops[start : start + BATCH]]
         vectors.append(network(np.stack(batch)))
+    from megaregion.curation.embeddings import unit  # With torch, which proposing does without.
+
     return unit(np.concatenate(vectors))
 
 

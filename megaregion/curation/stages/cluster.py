@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.embeddings import Embeddings, rows_in
-from megaregion.curation.kmeans import Pass, SavedPass, cluster, label_rows
 from megaregion.curation.stages.regions import FEATURES
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 
 CENTERS = "centers.npy"
 LABELS, COSINES = "labels.npy", "cosines.npy"
 LOG = logging.getLogger("megaregion.curation")
+
+if TYPE_CHECKING:
+    # Torch takes seconds to import, and most jobs are of stages that do without it.
+    import torch
+
+    from megaregion.curation.kmeans import Pass
 
 
 class Cluster(Stage):
@@ -40,6 +43,9 @@ class Cluster(Stage):
 
     @override
     def work(self, number: int, output: Output) -> None:
+        from megaregion.curation.embeddings import Embeddings
+        from megaregion.curation.kmeans import SavedPass, cluster
+
         files = [self.path(piece, FEATURES) for piece in self.needs(number)]
         embeddings = Embeddings(files, self.job.settings.assign.chunk_memory, _device())
         saved = SavedPass(output.kept("passes.npz"), output.key)
@@ -58,6 +64,8 @@ def _tell(done: Pass) -> None:
 
 
 def _device() -> torch.device:
+    import torch
+
     gpu = torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
@@ -76,6 +84,11 @@ class Assign(Stage):
 
     @override
     def work(self, number: int, output: Output) -> None:
+        import torch
+
+        from megaregion.curation.embeddings import rows_in
+        from megaregion.curation.kmeans import label_rows
+
         features, clustered = self.needs(number)
         rows = self.job.store.load(features, FEATURES, mapped=True)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
