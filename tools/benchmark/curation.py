@@ -71,12 +71,14 @@ def _peaks(folder: Path, count: int, clusters: int) -> dict[str, int]:
         tokenizer=TokenizerSettings(vocab=384),
         pack=PackSettings(samples_per_shard=32),
     )
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        try:
-            return {stage: pool.submit(_peak, folder, settings, stage).result() for stage in (LIST, *NAMES)}
-        except BrokenProcessPool:
-            raise UserError("the process of a stage died, most likely of memory") from None
+    peaks = {}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for stage in (LIST, *NAMES):
+            try:
+                peaks[stage] = pool.submit(_peak, folder, settings, stage).result()
+            except BrokenProcessPool:
+                raise UserError(f"the process of stage {stage} died, most likely of memory") from None
+    return peaks
 
 
 def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
