@@ -67,7 +67,6 @@ def test_a_look_at_a_saved_step_measures_what_the_tool_measures(place: Path) -> 
     settings = EvaluateConfig(40, str(place / "scenes"), "test", 16)
     write_run(folder, dataset, read_info(dataset).text_classes, evaluate=settings)
     evaluate_step(folder, 40)
-    evaluate_step(folder, 40)
     assert list(read_evaluations(folder)) == [40]
     study = evaluate(open_run(folder), StudyConfig(place / "scenes", dataset, limit=16, measures=("region",)))
     expected = study.tables[0].rows["trained"]["knn"]
@@ -75,10 +74,11 @@ def test_a_look_at_a_saved_step_measures_what_the_tool_measures(place: Path) -> 
     assert read_evaluations(folder)[40]["region/knn"] == pytest.approx(expected.mean, abs=1e-4)
 
 
-def test_a_half_written_line_of_an_ended_look_is_left_out(tmp_path: Path) -> None:
+def test_of_two_looks_at_a_step_the_later_counts_and_a_half_written_line_is_left_out(tmp_path: Path) -> None:
     assert read_evaluations(tmp_path) == {}
-    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 3, "seconds": 1}) + '\n{"step": 6, "sec')
-    assert list(read_evaluations(tmp_path)) == [3]
+    looks = "".join(json.dumps({"step": 3, "seconds": seconds}) + "\n" for seconds in (1, 2))
+    (tmp_path / "evaluations.jsonl").write_text(looks + '{"step": 6, "sec')
+    assert read_evaluations(tmp_path) == {3: {"step": 3, "seconds": 2}}
 
 
 def test_a_run_that_is_stopped_leaves_no_look_behind(place: Path, tmp_path: Path) -> None:
