@@ -46,7 +46,7 @@ def _runs(dataset: str, output: str) -> None:
     train(toy_config(data, runs, "unguarded", **DP2_TP2, guard__enabled=False, train__slow_factor=0.0))
     faulty("slow", "slow:rank=2:step=2:seconds=0.2", train__steps=3)
     os.environ[VARIABLE] = "nan:rank=0:step=3:count=99"
-    with pytest.raises(UserError, match="went back 1 times"):
+    with pytest.raises(UserError, match=r"went back 1 times .*point at the settings: lower optimizer\.lr"):
         train(toy_config(data, runs, "hopeless", **WINDOW, guard__max_rollbacks=1))
 
 

@@ -71,6 +71,11 @@ def test_a_run_leaves_its_settings_metrics_logs_and_checkpoints(dataset: Path, t
     assert again.returncode == USER_ERROR_EXIT
     assert "holds checkpoints; use --resume auto" in again.stderr
 
+    before = (run / "config.yaml").read_bytes()
+    refused = pretrain(dataset, tmp_path, "--train.steps=3", "--resume=auto", "--model.depth=3")
+    assert refused.returncode == USER_ERROR_EXIT, refused.stderr
+    assert (run / "config.yaml").read_bytes() == before, "a refused start changed what the run says of itself"
+
     finished = pretrain(dataset, tmp_path, "--train.steps=3", "--resume=auto")
     assert finished.returncode == 0
     assert len(metrics(tmp_path)) == 3, "a finished run took another step"
