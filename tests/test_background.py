@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import free_port, repository
+from launch import free_port, tool
 from toy_scenes import write_run, write_scenes, write_shards
 
 from megaregion.checks import check_config
@@ -47,11 +45,7 @@ def test_a_run_on_two_ranks_is_evaluated_at_every_second_save_and_at_its_end(pla
         f"--data.path={place / 'shards'}", f"--output={place / 'runs'}",
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, *script],
-        cwd=repository(), capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = tool(*launcher, *script, environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     run = place / "runs" / "run"
     logs = "\n".join(file.read_text() for file in (run / "logs").glob("evaluation-*"))
