@@ -173,7 +173,8 @@ class HeadsConfig:
     0 takes the whole micro-step, so that the draw then depends on train.micro_batch and on the
     number of data-parallel ranks. Without a meaning where both heads' sample_rate is 1."""
     backend: HeadBackend = "auto"
-    """Kernel of the streaming loss: torch, triton (GPU), or auto (triton where it pays)."""
+    """How draws are scored: torch (one after the other), triton (all in a few kernels, on a GPU), or auto (a
+    GPU tries both when training starts and takes the faster one that is right)."""
     init: Literal["random", "centers"] = "random"
     """Start of the object centers: random, or the dataset's k-means centers."""
     hierarchical: Literal["auto", "on", "off"] = "auto"

@@ -9,6 +9,7 @@ from typing import Any  # noqa: E402
 
 from megaregion.config import (  # noqa: E402
     DataConfig,
+    HeadBackend,
     HeadConfig,
     HeadsConfig,
     ModelConfig,
@@ -34,7 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"packing": "native"},
     "1 draw": {"depth": 2, "draw_images": 640},
     "4 draws": {"depth": 2, "draw_images": 160},
-    "tiles": {"depth": 2, "draw_images": 640, "chunk_bytes": 2**20},
+    "draw after draw": {"depth": 2, "draw_images": 160, "backend": "torch"},
+    "tiles": {"depth": 2, "draw_images": 640, "chunk_bytes": 2**20, "backend": "torch"},
+    "all classes": {"depth": 2, "sample_rate": 1.0, "classes": 1_000_000, "dim": 64},
+    "several waves": {"depth": 2, "draw_images": 640, "chunk_bytes": 2**20},
 }
 
 
@@ -46,6 +50,10 @@ def count(
     packing: str = "square",
     draw_images: int = 320,
     chunk_bytes: int = 256 * 2**20,
+    sample_rate: float = 0.1,
+    classes: int = 100_000,
+    dim: int = 256,
+    backend: HeadBackend = "auto",
     **train: Any,
 ) -> dict[str, Any]:
     config = RunConfig(
@@ -56,16 +64,21 @@ def count(
         parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),
         train=TrainConfig(global_batch=640, micro_batch=10 * tensor, **train),
         head=HeadsConfig(
-            embedding_dim=256,
+            embedding_dim=dim,
+            backend=backend,
             draw_images=draw_images,
             chunk_bytes=chunk_bytes,
-            object=HeadConfig(sample_rate=0.1),
+            object=HeadConfig(sample_rate=sample_rate),
         ),
     )
-    plan = make_plan(config, load_hardware("h100x64"), Labels(100_000, 8_192))
+    plan = make_plan(config, load_hardware("h100x64"), Labels(classes, 8_192))
     ran = dry_run(plan, 13, gpu=True)
-    heads = sum(head_kernels(plan.layout).values())
-    return {**ran.values()["gpu_step"], "planned": plan.memory.activations, "head_kernels": heads}
+    planned = {
+        "planned": plan.memory.activations,
+        "head_kernels": sum(head_kernels(plan.layout).values()),
+        "scores": sum(head.rows * head.drawn for head in plan.layout.heads.values()),
+    }
+    return {**ran.values()["gpu_step"], **planned}
 
 
 if __name__ == "__main__":

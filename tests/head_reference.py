@@ -119,7 +119,11 @@ def drawn_of(targets: Targets, classes: int) -> list[set[int]]:
     """Each row's draw, for a head whose only rank holds all classes."""
     drawn = []
     for draw in targets.draws:
-        found = set(range(classes)) if draw.classes is None else set(draw.classes.tolist())
+        found = (
+            set(range(classes))
+            if targets.classes_of(draw) is None
+            else set(targets.classes_of(draw).tolist())
+        )
         drawn += [found] * (draw.rows.stop - draw.rows.start)
     return drawn
 

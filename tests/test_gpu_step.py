@@ -60,7 +60,20 @@ def test_the_plan_reckons_with_the_kernels_that_a_block_starts(steps: dict[str, 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["1 draw", "ZeRO 1", "4 draws", "tiles"])
+@pytest.mark.parametrize(
+    "case", ["1 draw", "ZeRO 1", "4 draws", "all classes", "several waves", "draw after draw", "tiles"]
+)
 def test_the_plan_reckons_with_the_kernels_of_the_heads(steps: dict[str, Any], case: str) -> None:
     counted = steps[case]["parts"]["heads"]["kernels"]
     assert steps[case]["head_kernels"] == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("case", [*CASES, "1 draw", "4 draws", "all classes"])
+def test_both_heads_start_few_kernels_however_many_draws_there_are(steps: dict[str, Any], case: str) -> None:
+    assert steps[case]["parts"]["heads"]["kernels"] <= 60
+    assert steps[case]["parts"]["heads"]["waits"] == []
+
+
+def test_a_score_moves_few_bytes(steps: dict[str, Any]) -> None:
+    """What rows and centers move besides grows with their width; where that is narrow it is little."""
+    assert steps["all classes"]["parts"]["heads"]["bytes"] / steps["all classes"]["scores"] <= 8

@@ -20,6 +20,7 @@ Shapes: r rows on this rank, R rows over all data ranks, E embedding width, N no
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,13 @@ class GatheredFeatures:
         self._unit, self._topology = _UnitRows.apply(features), topology
         self._gathering = GatheringRows(self._unit.detach(), topology.data_group, topology.node_groups)
         self._rows: Tensor | None = None
+        self.narrow = self._unit.is_cuda and self._unit.dtype == torch.bfloat16
+        """Whether the rows are bf16 ones on a GPU."""
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of each row, not finite where the row is not, [R]."""
+        return self.rows.detach().sum(1)
 
     @property
     def rows(self) -> Tensor:
@@ -100,21 +108,17 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        wide = _wide(rows)
-        scale = unit_scale(wide)
+        scale = unit_scale(rows)
         ctx.save_for_backward(rows, scale)
-        return (wide * scale).to(rows.dtype)
+        return torch.mul(rows, scale, out=torch.empty_like(rows))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         rows, scale = ctx.saved_tensors
-        unit, wide = _wide(rows) * scale, _wide(gradient)
-        along = (wide * unit).sum(1, keepdim=True)
-        return torch.addcmul(wide, along, unit, value=-1).mul_(scale).to(rows.dtype)
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows if rows.dtype == torch.float64 else rows.float()
+        unit = rows * scale
+        along = (unit * gradient).sum(1, keepdim=True)
+        across = torch.addcmul(gradient, along, unit, value=-1)
+        return torch.mul(across, scale, out=torch.empty_like(rows))
 
 
 class _GatherRows(torch.autograd.Function):
@@ -135,8 +139,12 @@ class _GatherRows(torch.autograd.Function):
 
 
 def unit_scale(rows: Tensor) -> Tensor:
-    """The factor that gives each row [R, E] length 1, [R, 1]: 0 for a row of zeros, NaN if not finite."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    tiny = torch.finfo(norm.dtype).tiny ** 0.5
+    """The factor that gives each row [R, E] length 1, [R, 1]: 0 for a row of zeros, NaN if not finite.
+
+    It is fp32 for rows of a narrower type.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+    tiny = torch.finfo(wide).tiny ** 0.5
     # norm - norm is 0, but NaN where the norm overflows: such a row must not pass as a row of zeros.
-    return torch.where(norm > tiny, norm.reciprocal(), 0.0) + (norm - norm)
+    return ((norm > tiny) + (norm - norm)) / norm.clamp_min(tiny)

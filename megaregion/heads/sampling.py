@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +118,11 @@ class DrawRule:
     min_negatives: int
     """Random negatives that are always drawn."""
 
+    @property
+    def draws_all(self) -> bool:
+        """Whether every draw has all classes."""
+        return self.rate >= 1.0 or self.classes <= self.min_negatives
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -124,26 +130,15 @@ class Draw:
 
     rows: slice
     """The group's rows among the head's rows."""
-    index: Tensor
-    """The group's rows in the micro-step's global order, int64 [rows]."""
-    valid: Tensor
-    """Which positives the rows have, on any rank, bool [rows, T]."""
-    classes: Tensor | None
-    """Rising class numbers within this rank's range, int64 [C]; None for the whole range."""
-    columns: Tensor
-    """Where each positive stands among those classes, -1 if not on this rank, int64 [rows, T]."""
-    size: int
-    """C."""
+    slots: slice
+    """Its classes among those of all draws."""
     typical_size: int
     """About C, and the same number on every rank."""
-    positives: Tensor
-    """Distinct positives of the rows on this rank, counted from its first class, int64."""
 
-    def to(self, device: torch.device) -> Draw:
-        """The draw on a device, without waiting for it."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: send(tensor, device) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+    @property
+    def size(self) -> int:
+        """C."""
+        return int(self.slots.stop - self.slots.start)
 
 
 @dataclass(frozen=True)
@@ -154,15 +149,39 @@ class Targets:
     """The head's rows in the micro-step's global order, int64 [R]."""
     labels: Tensor
     """Distinct positives of these rows, -1 padded, int64 [R, T]."""
+    columns: Tensor
+    """Where each positive stands among its draw's classes, -1 if not on this rank, int64 [R, T]."""
+    classes: Tensor | None
+    """The draws' classes one after the other, each draw's rising numbers within this rank's range, int64;
+    None if every draw, and so the only one, has the whole range."""
+    positives: Tensor
+    """Classes that are a positive of a draw, counted from this rank's first class, int64."""
+    count: Tensor
+    """R, 0-d int64."""
+    shares: Tensor
+    """Drawn classes, and those of them that are positives, on this rank as shares of all classes of all
+    draws; one over the number of positives, and one over R; float64 [4]."""
     draws: tuple[Draw, ...]
     """Groups of rows with their classes; together they are all rows."""
     step: int
     """Optimizer step."""
 
+    def classes_of(self, draw: Draw) -> Tensor | None:
+        """A draw's classes, [C]; None for the whole range."""
+        return None if self.classes is None else self.classes[draw.slots]
+
     def to(self, device: torch.device) -> Targets:
-        """The targets on a device, without waiting for it."""
-        draws = tuple(draw.to(device) for draw in self.draws)
-        return replace(self, index=send(self.index, device), labels=send(self.labels, device), draws=draws)
+        """The targets on a device, in one copy and without waiting for it."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device == self.index.device:
+            return self
+        sent = send(torch.cat([tensor.reshape(-1).view(torch.int64) for tensor in tensors.values()]), device)
+        parts = sent.split([tensor.numel() for tensor in tensors.values()])
+        moved: dict[str, Any] = {
+            name: part.view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+        }
+        return replace(self, **moved)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -193,14 +212,49 @@ def build_targets(
     chosen = labels[index]
     _check_labels(chosen, index, rule.name, rule.classes)
     chosen = _distinct(chosen)
-    group_of_row = (index + first_row) // (draw_rows or max(1, len(rows)))
-    groups, counts = group_of_row.unique_consecutive(return_counts=True)
-    draws, start = [], 0
-    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
-        part = slice(start, start + count)
-        draws.append(_draw(part, index[part], chosen[part], rule, step, group))
+    draws, slots, found = [], 0, []
+    for group, part in _groups(index + first_row, rule, draw_rows or max(1, len(rows))):
+        classes, columns, positives = _draw(chosen[part], rule, step, group)
+        size = len(rule.local) if classes is None else len(classes)
+        share = -(-rule.classes // rule.ranks)
+        if classes is not None:
+            missed = math.exp(-int((chosen[part] >= 0).sum()) / rule.classes)
+            share = math.ceil(share * (1 - (1 - rule.rate) * missed))
+        draws.append(Draw(part, slice(slots, slots + size), share))
+        slots += size
+        found.append((classes, columns, positives))
+    none = index[:0]
+    positives = torch.cat([none, *(each for _, _, each in found)])
+    whole = max(1, rule.classes * len(draws))
+    shares = (
+        max(slots / whole, 1e-30),  # a divisor
+        len(positives) / whole,
+        1 / max(1, int((chosen >= 0).sum())),
+        1 / max(1, len(index)),
+    )
+    return Targets(
+        index=index,
+        labels=chosen,
+        columns=torch.cat([chosen[:0], *(columns for _, columns, _ in found)]),
+        classes=None
+        if rule.draws_all
+        else torch.cat([none, *(each for each, _, _ in found if each is not None)]),
+        positives=positives,
+        count=torch.tensor(len(index), device=labels.device),
+        shares=torch.tensor(shares, dtype=torch.float64, device=labels.device),
+        draws=tuple(draws),
+        step=step,
+    )
+
+
+def _groups(places: Tensor, rule: DrawRule, draw_rows: int) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each draw, for rows at these places in the step; one where all classes are drawn."""
+    groups = torch.zeros_like(places) if rule.draws_all else places // draw_rows
+    numbers, counts = groups.unique_consecutive(return_counts=True)
+    start = 0
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        yield number, slice(start, start + count)
         start += count
-    return Targets(index, chosen, tuple(draws), step)
 
 
 def _check_labels(labels: Tensor, index: Tensor, name: str, classes: int) -> None:
@@ -227,28 +281,17 @@ def _distinct(labels: Tensor) -> Tensor:
     return ordered
 
 
-def _draw(rows: slice, index: Tensor, labels: Tensor, rule: DrawRule, step: int, group: int) -> Draw:
+def _draw(labels: Tensor, rule: DrawRule, step: int, group: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Classes, columns and positives of a draw for rows with these labels, as :class:`Targets` has them."""
     key, local = draw_key(rule.seed, rule.name, step, group), rule.local
     found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
-    valid, here = labels >= 0, (labels >= local.start) & (labels < local.stop)
+    here = (labels >= local.start) & (labels < local.stop)
     columns = labels - local.start
-    share = -(-rule.classes // rule.ranks)
-    if found is not None:
+    if found is not None and len(local):
         place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
-        columns = place[columns.masked_fill(~here, 0)] if len(local) else columns
-        share = min(share, int(share * rule.rate) + int(valid.sum()) // rule.ranks)
-    columns = columns.masked_fill(~here, -1)
-    return Draw(
-        rows=rows,
-        index=index,
-        valid=valid,
-        classes=found,
-        columns=columns,
-        size=len(local) if found is None else len(found),
-        typical_size=share,
-        positives=(labels[here] - local.start).unique(),
-    )
+        columns = place[columns.masked_fill(~here, 0)]
+    return found, columns.masked_fill(~here, -1), (labels[here] - local.start).unique()
 
 
 class SamplingWatch:

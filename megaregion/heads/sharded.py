@@ -21,12 +21,19 @@ from torch import Tensor
 
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.heads.centers import DeadClasses, find_doubles, given_centers, random_centers
+from megaregion.heads.centers import (
+    ClassGradient,
+    DeadClasses,
+    RowAdamW,
+    find_doubles,
+    given_centers,
+    random_centers,
+)
 from megaregion.heads.collectives import GatheredFeatures
-from megaregion.heads.optimizer import ClassGradient, RowAdamW
-from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets, send
-from megaregion.heads.streaming import RowSums, StreamSettings, fetch_centers, score_rows
-from megaregion.heads.tiles import Products, Scratch, choose_kernel
+from megaregion.heads.grouped import choose_draws
+from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets
+from megaregion.heads.streaming import HeadWork, score_rows
+from megaregion.heads.tiles import Scratch
 from megaregion.parallel.topology import Topology
 
 
@@ -75,7 +82,6 @@ class ClassShardedHead:
             raise UserError(f"head {kind} needs at least 1 class, got {classes}")
         self.config, self.classes, self.name = config.head.by_kind[kind], classes, kind
         self.dim, self.chunk_bytes = config.head.embedding_dim, config.head.chunk_bytes
-        self.kernel = choose_kernel(config.head.backend, topology.device)
         self.topology, self.world_group = topology, topology.world_group
         ranks, rank = self.world_group.size(), self.world_group.rank()
         share = -(-classes // ranks)
@@ -90,6 +96,7 @@ class ClassShardedHead:
         self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
         self.guard, self.sampling = FiniteGuard(kind), SamplingWatch(kind, rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
+        self.draws = choose_draws(kind, config, topology)
 
     @property
     def device(self) -> torch.device:
@@ -149,36 +156,29 @@ class ClassShardedHead:
         Raises:
             NonFiniteFeatures: On a processor, if a row of this head holds NaN or infinity.
         """
+        operand = self.operand or (torch.bfloat16 if features.narrow else self.weight.dtype)
+        group = self.world_group if self.world_group.size() > 1 else None
+        work = HeadWork(self.config, group, self.chunk_bytes, operand, self.scratch, targets, self.weight)
         # The rows may still be under way: what does not need them comes first.
-        ahead = fetch_centers(targets.draws[0], self.weight, self.scratch) if targets.draws else None
-        narrow = features.rows.is_cuda and features.rows.dtype == torch.bfloat16
-        operand = self.operand or (torch.bfloat16 if narrow else self.weight.dtype)
-        rows = features.rows.to(self.weight.dtype)
-        self.guard.watch(rows.detach(), targets.index)
-        settings = StreamSettings(
-            self.config, self.world_group, self.chunk_bytes, self.scratch, Products(operand), self.kernel
-        )
-        sums = score_rows(rows, targets, self.weight, self.gradient, settings, ahead)
+        draws = self.draws(work)
+        self.guard.watch(features.sums, targets.index)
+        loss, found = score_rows(features.rows, self.gradient, draws.score)
         if torch.is_grad_enabled():
-            for draw in targets.draws:
-                self.last_positive.index_fill_(0, draw.positives, targets.step)
-        return self._report(sums, targets)
+            self.last_positive.index_fill_(0, targets.positives, targets.step)
+        return self._report(loss, found, targets)
 
-    def _report(self, sums: RowSums, targets: Targets) -> HeadLoss:
+    def _report(self, loss: Tensor, found: Tensor, targets: Targets) -> HeadLoss:
         """Sums over the head's rows, the same on every rank, beside what this rank drew for them."""
-        device = sums.loss.device
-        draws = targets.draws
-        sizes = [sum(draw.size for draw in draws), sum(len(draw.positives) for draw in draws)]
-        drawn = send(torch.tensor(sizes, dtype=torch.float32), device)
+        drawn, positives = targets.shares.clone()[:2], targets.shares[2:]
         dist.all_reduce(drawn, group=self.world_group)
-        count = send(torch.tensor(len(targets.index)), device)
+        cosine, accuracy = found * positives
         metrics = {
-            "positive_cosine": sums.cosine / sums.positives.clamp_min(1),
-            "accuracy": sums.won / count.clamp_min(1),
-            "sample_rate": drawn[0] / max(1, self.classes * len(draws)),
-            "positive_share": drawn[1] / drawn[0].clamp_min(1),
+            "positive_cosine": cosine,
+            "accuracy": accuracy,
+            "sample_rate": drawn[0],
+            "positive_share": drawn[1] / drawn[0],
         }
-        return HeadLoss(sums.loss, count, metrics)
+        return HeadLoss(loss, targets.count, metrics)
 
     def grad_norm_squared(self) -> Tensor:
         """Squared norm of the centers' gradients over all ranks, 0-d.
@@ -262,10 +262,10 @@ class FiniteGuard:
         self.waits = False
         self._unasked: list[tuple[Tensor, Tensor]] = []
 
-    def watch(self, rows: Tensor, index: Tensor) -> None:
-        """Note the rows ``index`` [n] of a micro-step's features [R, E]."""
-        self._unasked.append((index, ~rows.sum(1).isfinite()[index]))
-        if rows.device.type == "cpu":
+    def watch(self, sums: Tensor, index: Tensor) -> None:
+        """Note the rows ``index`` [n] of a micro-step, whose features add up to ``sums`` [R]."""
+        self._unasked.append((index, sums))
+        if sums.device.type == "cpu":
             self.ask()
 
     def ask(self) -> None:
@@ -273,13 +273,14 @@ class FiniteGuard:
         if self.waits:
             return
         noted, self._unasked = self._unasked, []
-        for index, bad in noted:
+        for index, sums in noted:
+            bad = ~sums[index].isfinite()
             if bool(bad.any()):
                 raise NonFiniteFeatures(self._head, index[bad].tolist())
 
     def spoilt(self) -> list[list[int]]:
         """Rows that were not finite, for each :meth:`watch` since they were last forgotten."""
-        return [index[bad].tolist() for index, bad in self._unasked]
+        return [index[~sums[index].isfinite()].tolist() for index, sums in self._unasked]
 
     def forget(self) -> None:
         """Drop what was noted."""

@@ -20,6 +20,7 @@ embedding width, T positives of a row (padded).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,14 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import HeadConfig, LossName, MarginName
-from megaregion.heads.centers import inverse_norms, normalise
-from megaregion.heads.optimizer import ClassGradient
+from megaregion.heads.centers import ClassGradient, inverse_norms, normalise
 from megaregion.heads.sampling import Draw, Targets
 from megaregion.heads.tiles import (
-    Kernel,
     Products,
     Scratch,
     TileBuffer,
+    exponentiate,
     kind_of_device,
     own_places,
     plan_tiles,
@@ -129,17 +129,31 @@ def apply_margin(cosine: Tensor, kind: MarginName, margin: float) -> tuple[Tenso
     return value, slope
 
 
-class StreamSettings(NamedTuple):
-    """What all draws of a head have in common."""
+class HeadWork(NamedTuple):
+    """What a head's rows are scored with, and against what."""
 
     config: HeadConfig
-    group: dist.ProcessGroup
-    """All ranks; together they hold all classes."""
+    group: dist.ProcessGroup | None
+    """All ranks; together they hold all classes. None where this rank is alone."""
     chunk_bytes: int
     """Memory for scores."""
+    operand: torch.dtype
+    """Type of the operands of matrix products."""
     scratch: Scratch
-    products: Products
-    kernel: Kernel
+    targets: Targets
+    weight: Tensor
+    """Centers of this rank, of any length, [local classes, E]."""
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks that share the memory: while one's sums travel over the ranks the next is swept."""
+        return 1 if self.group is None else 2
+
+    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, wait: bool = True) -> dist.Work | None:
+        """Join a tensor over all ranks, in place; without ``wait`` it is under way on return."""
+        if self.group is None:
+            return None
+        return dist.all_reduce(tensor, op=op, group=self.group, async_op=not wait)
 
 
 @dataclass
@@ -172,32 +186,28 @@ class DrawStream:
     """The scores of one draw, seen one tile at a time."""
 
     def __init__(
-        self,
-        settings: StreamSettings,
-        draw: Draw,
-        features: Tensor,
-        centers: Tensor,
-        results: RowResults,
+        self, work: HeadWork, draw: Draw, features: Tensor, centers: Tensor, results: RowResults
     ) -> None:
         """Take a draw, unit rows of the micro-step [all rows, E], and this rank's centers of the draw [C, E].
 
         Centers are of length 1 where the draw has chosen classes, of any length where it has all.
         """
-        self._config, self._group, self._scratch = settings.config, settings.group, settings.scratch
+        self._work, self._config, self._scratch = work, work.config, work.scratch
         self._draw, self._features, self._results = draw, features, results
-        self._products, self._kernel = settings.products, settings.kernel
-        self._inverse = inverse_norms(centers) if draw.classes is None else None
+        targets = work.targets
+        self._index, self._columns = targets.index[draw.rows], targets.columns[draw.rows]
+        self._valid = targets.labels[draw.rows] >= 0
+        self._inverse = inverse_norms(centers) if targets.classes is None else None
         self._like = centers
-        self._centers = settings.products.narrow(centers)
-        self._unit = settings.config.scale * LOG2E
-        # While one block's sums travel the next is swept: two buffers share the budget.
-        self._in_flight = 2 if settings.group.size() > 1 else 1
+        self._products = Products(work.operand)
+        self._centers = self._products.narrow(centers)
+        self._unit = work.config.scale * LOG2E
         self._plan = plan_tiles(
-            rows=len(draw.index),
+            rows=len(self._index),
             classes=len(centers),
             typical_classes=draw.typical_size,
             itemsize=centers.element_size(),
-            budget=settings.chunk_bytes // self._in_flight,
+            budget=work.chunk_bytes // work.in_flight,
             device=kind_of_device(centers),
         )
         self._shift = self._row_maxima() if self._config.scale > BOUNDED_SCALE else None
@@ -207,11 +217,11 @@ class DrawStream:
 
         They are those of the unit centers, [C, E], over the centers' lengths if these were given as they are.
         """
-        buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._in_flight)]
+        buffers = [TileBuffer(self._plan, self._scratch, f"tiles {n}") for n in range(self._work.in_flight)]
         waiting: list[_Swept] = []
         for number, rows in enumerate(self._plan.blocks()):
-            waiting.append(self._sweep(rows, buffers[number % self._in_flight]))
-            if len(waiting) == self._in_flight:
+            waiting.append(self._sweep(rows, buffers[number % len(buffers)]))
+            if len(waiting) == len(buffers):
                 self._finish(waiting.pop(0), grad_centers)
         for swept in waiting:
             self._finish(swept, grad_centers)
@@ -219,7 +229,7 @@ class DrawStream:
     def _sweep(self, rows: slice, buffer: TileBuffer) -> _Swept:
         """Row sums of a block over this rank's classes; their sum over ranks is under way on return."""
         features = self._block(rows)
-        parts = self._like.new_zeros((len(features), self._draw.columns.shape[1] + 1))
+        parts = self._like.new_zeros((len(features), self._columns.shape[1] + 1))
         best = self._like.new_full((len(features),), float("-inf"))
         for number, tile in enumerate(self._plan.tiles()):
             scores = buffer.tile(number, len(features), tile)
@@ -228,8 +238,7 @@ class DrawStream:
             parts[:, -1] += sum_exp
             torch.maximum(best, top, out=best)
         self._results.best[self._draw.rows][rows] = best / self._unit
-        work = dist.all_reduce(parts, group=self._group, async_op=True)
-        return _Swept(rows, features, buffer, parts, work)
+        return _Swept(rows, features, buffer, parts, self._work.reduce(parts, wait=False))
 
     def _finish(self, swept: _Swept, grad_centers: Tensor | None) -> None:
         """Losses of a swept block, and the gradients from its tiles."""
@@ -242,7 +251,7 @@ class DrawStream:
         terms = row_terms(
             config.loss,
             scores=with_margin * config.scale,
-            valid=self._draw.valid[swept.rows],
+            valid=self._valid[swept.rows],
             sum_exp=swept.parts[:, -1],
             shift=cosines.new_zeros(()) if self._shift is None else self._shift[swept.rows],
         )
@@ -251,7 +260,7 @@ class DrawStream:
             pulled = self._pull(
                 swept, terms._replace(grad_positive=terms.grad_positive * slope), grad_centers
             )
-            results.grad_features.index_copy_(0, self._draw.index[swept.rows], pulled)
+            results.grad_features.index_copy_(0, self._index[swept.rows], pulled)
 
     def _pull(self, swept: _Swept, terms: RowTerms, grad_centers: Tensor) -> Tensor:
         """Turn a block's exponentials into gradients; return that of its unit rows, [r, E]."""
@@ -262,7 +271,7 @@ class DrawStream:
             if number >= self._plan.kept:
                 self._multiply(features, swept.rows, tile, scores)
                 self._exponentiate(scores, swept.rows, tile)
-            line, inside = own_places(self._draw.columns[swept.rows], tile)
+            line, inside = own_places(self._columns[swept.rows], tile)
             scores.mul_(terms.grad_negative)
             own = self._scaled(terms.grad_positive.T, tile, line)
             scores.scatter_add_(0, line, torch.where(inside, own, 0.0))
@@ -273,7 +282,7 @@ class DrawStream:
 
     def _block(self, rows: slice) -> Tensor:
         """Unit rows of a block, times what makes their products scores in units of log 2, [r, E]."""
-        chosen = self._features.index_select(0, self._draw.index[rows])
+        chosen = self._features.index_select(0, self._index[rows])
         return self._products.narrow(chosen.to(self._like.dtype).mul_(self._unit))
 
     def _scaled(self, values: Tensor, tile: slice, line: Tensor) -> Tensor:
@@ -288,7 +297,7 @@ class DrawStream:
         The positives' scores are added to ``positives`` [r, T].
         """
         self._products.multiply(self._centers[tile], features.T, out)
-        line, inside = own_places(self._draw.columns[rows], tile)
+        line, inside = own_places(self._columns[rows], tile)
         if positives is not None:
             positives += torch.where(inside, self._scaled(out.gather(0, line), tile, line), 0.0).T
         # Adding, where padding adds 0 to line 0, needs no list of pairs and so no size known to the host.
@@ -296,7 +305,7 @@ class DrawStream:
 
     def _exponentiate(self, products: Tensor, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
         shift = None if self._shift is None else self._shift[rows] * LOG2E
-        return self._kernel(products, None if self._inverse is None else self._inverse[tile], shift)
+        return exponentiate(products, None if self._inverse is None else self._inverse[tile], shift)
 
     def _row_maxima(self) -> Tensor:
         """What to subtract from each row's scores when exp alone could overflow, [R].
@@ -304,7 +313,7 @@ class DrawStream:
         The greatest negative; not below 0 for the separated loss, whose log(1 + ...) brings the 0 itself.
         """
         buffer = TileBuffer(self._plan, self._scratch, "tiles 0")
-        top = self._like.new_full((len(self._draw.index),), float("-inf"))
+        top = self._like.new_full((len(self._index),), float("-inf"))
         for rows in self._plan.blocks():
             features = self._block(rows)
             for number, tile in enumerate(self._plan.tiles()):
@@ -313,52 +322,85 @@ class DrawStream:
                 if self._inverse is not None:
                     scores.mul_(self._inverse[tile][:, None])
                 top[rows] = torch.maximum(top[rows], scores.amax(0))
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self._group)
+        self._work.reduce(top, dist.ReduceOp.MAX)
         floor = 0.0 if self._config.loss == "separated" else -self._config.scale
         return (top / LOG2E).clamp_min(floor)
 
 
 class RowSums(NamedTuple):
-    """Sums over the head's rows, 0-d each."""
+    """Sums over the head's rows."""
 
     loss: Tensor
-    cosine: Tensor
-    """Positives' cosines."""
-    positives: Tensor
-    won: Tensor
-    """Rows in which a positive beats all drawn negatives."""
+    """0-d."""
+    found: Tensor
+    """Sum of the positives' cosines, and rows in which a positive beats all drawn negatives, [2]."""
+    grad_features: Tensor | None
+    """Gradient of the unit rows of the micro-step, [all rows, E], but for the loss's factor."""
 
 
-def fetch_centers(draw: Draw, weight: Tensor, scratch: Scratch) -> Tensor:
-    """Centers of a draw's classes, [C, E], from this rank's; the same memory holds the next draw's.
+class StreamedDraws:
+    """A head's draws, one after the other."""
 
-    Chosen centers are copied, and as copies made unit ones: that is one pass over them instead of two over
-    the scores. Where all classes are drawn there is no copy, and they keep their lengths.
-    """
-    return weight if draw.classes is None else normalise(scratch.rows("centers", weight, draw.classes))
+    def __init__(self, work: HeadWork) -> None:
+        """Fetch the first draw's centers: the rows may still be under way."""
+        self._work = work
+        draws = work.targets.draws
+        self._ahead = self._fetch(draws[0]) if draws else None
+
+    def score(self, features: Tensor, gradient: ClassGradient | None) -> RowSums:
+        """Score unit rows of the micro-step, [all rows, E]; gradients are made where one is given."""
+        work, targets = self._work, self._work.targets
+        features = features.to(work.weight.dtype)
+        results = RowResults(
+            loss=torch.zeros((), dtype=torch.float64, device=features.device),
+            cosines=torch.zeros_like(targets.labels, dtype=features.dtype),
+            best=features.new_full((len(targets.index),), float("-inf")),
+            grad_features=None if gradient is None else torch.zeros_like(features),
+        )
+        for draw in targets.draws:
+            chosen = targets.classes_of(draw)
+            centers = self._fetch(draw) if self._ahead is None else self._ahead
+            self._ahead = None
+            room = None if gradient is None else gradient.buffer(chosen)
+            DrawStream(work, draw, features, centers, results).run(room)
+            if gradient is not None and room is not None:
+                gradient.accumulate(chosen, room)
+        found = torch.stack((results.cosines.sum(), self._won(results)))
+        return RowSums(results.loss.to(features.dtype), found, results.grad_features)
+
+    def _fetch(self, draw: Draw) -> Tensor:
+        """Centers of a draw's classes, [C, E]; the same memory holds the next draw's.
+
+        Chosen centers are copied, and as copies made unit ones: one pass over them instead of two over the
+        scores. Where all classes are drawn there is no copy, and they keep their lengths.
+        """
+        weight, chosen = self._work.weight, self._work.targets.classes_of(draw)
+        return weight if chosen is None else normalise(self._work.scratch.rows("centers", weight, chosen))
+
+    def _won(self, results: RowResults) -> Tensor:
+        """Rows in which a positive beats all drawn negatives, 0-d."""
+        self._work.reduce(results.best, dist.ReduceOp.MAX)
+        own = torch.where(self._work.targets.labels >= 0, results.cosines, -2.0)
+        won = (own.amax(1) > results.best).sum() if own.numel() else results.best.sum()
+        return won.to(results.best.dtype)
 
 
 def score_rows(
-    features: Tensor,
-    targets: Targets,
-    weight: Tensor,
-    gradient: ClassGradient,
-    settings: StreamSettings,
-    ahead: Tensor | None = None,
-) -> RowSums:
-    """Score unit rows against the targets' draws; the returned loss carries gradient.
+    features: Tensor, gradient: ClassGradient, score: Callable[[Tensor, ClassGradient | None], RowSums]
+) -> tuple[Tensor, Tensor]:
+    """Score unit rows against a head's draws.
 
     Args:
-        features: Unit rows of the micro-step, [R, E].
-        targets: Which of them the head scores, against what.
-        weight: Centers of this rank, of any length, [local classes, E].
+        features: Unit rows of the micro-step, [all rows, E].
         gradient: Receives the centers' gradients if ``features`` wants one.
-        settings: What all draws share.
-        ahead: Centers of the first draw, if they were fetched already.
+        score: ``score`` of a head's draws.
+
+    Returns:
+        The loss, which carries gradient, and what else was found, as in :class:`RowSums`.
     """
     learns = torch.is_grad_enabled() and features.requires_grad
-    wanted = gradient if learns else None
-    return RowSums(*_ScoreRows.apply(features, targets, weight, wanted, settings, ahead))
+    loss, found = _ScoreRows.apply(features, gradient if learns else None, score)
+    return loss, found
 
 
 class _ScoreRows(torch.autograd.Function):
@@ -366,45 +408,22 @@ class _ScoreRows(torch.autograd.Function):
     def forward(
         ctx: Any,
         features: Tensor,
-        targets: Targets,
-        weight: Tensor,
         gradient: ClassGradient | None,
-        settings: StreamSettings,
-        ahead: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        rows = len(targets.index)
-        results = RowResults(
-            loss=torch.zeros((), dtype=torch.float64, device=features.device),
-            cosines=torch.zeros_like(targets.labels, dtype=features.dtype),
-            best=features.new_full((rows,), float("-inf")),
-            grad_features=None if gradient is None else torch.zeros_like(features),
-        )
-        for draw in targets.draws:
-            chosen = draw.classes
-            centers = fetch_centers(draw, weight, settings.scratch) if ahead is None else ahead
-            ahead = None
-            room = None if gradient is None else gradient.buffer(chosen)
-            DrawStream(settings, draw, features, centers, results).run(room)
-            if gradient is not None and room is not None:
-                gradient.accumulate(chosen, room)
+        score: Callable[[Tensor, ClassGradient | None], RowSums],
+    ) -> tuple[Tensor, Tensor]:
+        # Nobody asks for a gradient of what was found: no zeros are made for it.
+        ctx.set_materialize_grads(False)
+        sums = score(features, gradient)
         if gradient is not None:
             gradient.expect_factor()
-            ctx.gradient, ctx.grad_features = gradient, results.grad_features
-        sums = (results.loss.to(features.dtype), *_count(results, targets, settings.group))
-        ctx.mark_non_differentiable(*sums[1:])
-        return sums
+            ctx.gradient, ctx.grad_features, ctx.narrow = gradient, sums.grad_features, features.dtype
+        ctx.mark_non_differentiable(sums.found)
+        return sums.loss, sums.found
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since this is its only use: a second backward is refused by take_factor's count.
         ctx.gradient.take_factor(grad_total)
-        return ctx.grad_features.mul_(grad_total), None, None, None, None, None
-
-
-def _count(results: RowResults, targets: Targets, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of positives' cosines, number of positives, rows won."""
-    dist.all_reduce(results.best, op=dist.ReduceOp.MAX, group=group)
-    valid = targets.labels >= 0
-    own = torch.where(valid, results.cosines, -2.0)
-    won = (own.amax(1) > results.best).sum() if own.numel() else valid.sum()
-    return results.cosines.sum(), valid.sum(), won
+        # In place where the type allows it, since this is its only use: finish refuses a second backward.
+        wide = ctx.grad_features
+        out = wide if wide.dtype == ctx.narrow else torch.empty_like(wide, dtype=ctx.narrow)
+        return torch.mul(wide, grad_total, out=out), None, None

@@ -17,19 +17,18 @@ E width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from megaregion.config import HeadBackend
-from megaregion.errors import UserError
 from megaregion.processor import product, takes_onednn
 
 MIN_ROWS = 128
 """Rows below which a matrix product spends its time on moving centers."""
+BLOCK_ROWS = 128
+"""Rows of a program of a GPU's kernels."""
 ELEMENTS = {"processor": 1 << 17, "gpu": 1 << 22}
 """Elements of centers, gradients and moments."""
 SCORES = {"processor": 1 << 19, "gpu": 1 << 23}
@@ -177,16 +176,10 @@ class Products:
             out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=factor)
 
 
-Kernel = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-"""(products [c, r], inverse [c] or None, shift [r] or None) -> (row sums [r], row maxima [r]); see
-exponentiate."""
-
-
 def exponentiate(products: Tensor, inverse: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Replace products by the exponentials of their scores, over the centers' lengths.
 
-    Plain torch passes over the tile five times (in the cache of a processor that is nearly free), the Triton
-    kernel for GPUs once; both give the same.
+    Five passes over the tile, nearly free in the cache of a processor.
 
     ``products[j, i]`` becomes ``inverse[j] * 2 ** (products[j, i] * inverse[j] - shift[i])``.
 
@@ -207,22 +200,3 @@ def exponentiate(products: Tensor, inverse: Tensor | None, shift: Tensor | None)
     if inverse is not None:
         products.mul_(inverse[:, None])
     return sum_exp, best
-
-
-def choose_kernel(backend: HeadBackend, device: torch.device) -> Kernel:
-    """The kernel of a backend; auto is torch, since the Triton one has not been timed on a GPU yet.
-
-    Raises:
-        UserError: Triton was asked for and is not installed, or the device is no GPU.
-    """
-    if backend != "triton":
-        return exponentiate
-    if device.type != "cuda":
-        raise UserError(
-            f"head.backend triton needs a GPU, and this rank computes on a {device.type}; use torch"
-        )
-    if find_spec("triton") is None:
-        raise UserError("head.backend triton needs the triton package, which is not installed; use torch")
-    from megaregion.heads.triton_kernel import exponentiate_fused
-
-    return exponentiate_fused

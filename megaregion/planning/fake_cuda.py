@@ -17,10 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megaregion.data import batch as pixels
-from megaregion.heads.optimizer import ClassGradient
+from megaregion.heads import grouped
+from megaregion.heads.centers import ClassGradient
 from megaregion.heads.sampling import GatheringLabels, Targets
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models import rotary
+from megaregion.planning.kernels import count_launch
 from megaregion.training.heads import KINDS
 
 DEVICE = torch.device("cuda", 0)
@@ -53,6 +55,9 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         return targets.to(DEVICE)
 
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        # Nothing can be tried here.
+        (grouped, "try_draws", lambda *_: grouped.GroupedDraws),
+        (grouped, "launch", count_launch),
         (F, "scaled_dot_product_attention", _attention),
         (Tensor, "pin_memory", lambda tensor, *device: tensor),
         (Tensor, "new_empty", _without_pinning(Tensor.new_empty)),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -24,7 +24,7 @@ READS_ROWS = frozenset({"index_select", "gather", "index", "embedding"})
 """Operations that read as much of their first operand as they return."""
 WRITES_ROWS = frozenset({"index_copy_", "index_add_", "scatter_add_", "index_put_"})
 """Operations that touch as much of their first operand as their last one holds."""
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "score", "pull_rows", "pull_centers"})
 HOUSE, ROOM = str(Path(__file__).parents[1]), str(Path(__file__).parent)
 
 
@@ -84,6 +84,20 @@ class KernelCounter(TorchDispatchMode):
                 args, kwargs = tuple(_tensors(args)), {}
             self.tally.flops += count(*args, **kwargs, out_val=out)
         return out
+
+
+def count_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Count the launch of a kernel of the heads, as ``heads.grouped.launch`` starts it.
+
+    A kernel's first operand is its largest; ``weigh`` touches as many of it as there are labels.
+    """
+    tensors, name = _tensors(arguments), kernel.__name__
+    moved = _size(tensors[1:]) if name == "weigh" else _size(tensors)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, KernelCounter) and all(grid):
+            mode.tally.kernels[name] += 1
+            mode.tally.moved[name] += moved
+            mode.tally.flops += 2 * tensors[0].numel() * constants["DIM"] if name in PRODUCTS else 0
 
 
 def count_nodes(loss: Tensor, name: str) -> int:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaregion.checks import batching
-from megaregion.config import HeadsConfig, ModelConfig, RunConfig
+from megaregion.config import ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
 from megaregion.errors import UserError
+from megaregion.heads.grouped import lay_waves
+from megaregion.heads.sampling import Draw
 from megaregion.heads.tiles import TilePlan, plan_tiles
 from megaregion.models.costs import Recompute, recompute_of_run
 from megaregion.parallel.zero import effective_stage
@@ -95,6 +97,8 @@ class HeadLayout:
     """How a draw's scores are cut on the rank that drew the most classes, for which the others wait."""
     sampled: bool
     """Whether a draw has only some classes."""
+    waves: int
+    """Parts of the rows of all draws, where a GPU scores all together; 0 where one draw follows the other."""
 
     @property
     def rows(self) -> float:
@@ -206,7 +210,7 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layou
     cut, regions = batching(config, data), config.data.regions_per_image
     draws = cut.micro_batch * data / cut.draw_images
     heads = {
-        kind: _head(config.head, kind, labels, ranks, draws, cut.draw_images * regions * share, device)
+        kind: _head(config, kind, labels, ranks, draws, cut.draw_images * regions * share, device)
         for kind, share in labels.shares.items()
         if labels.by_kind[kind] and config.head.by_kind[kind].weight
     }
@@ -215,17 +219,29 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layou
 
 
 def _head(
-    config: HeadsConfig, kind: str, labels: Labels, ranks: int, draws: float, rows: float, device: str
+    run: RunConfig, kind: str, labels: Labels, ranks: int, draws: float, rows: float, device: str
 ) -> HeadLayout:
     """One head, of whose rows each draw has so many."""
+    config = run.head
     settings, classes = config.by_kind[kind], labels.by_kind[kind]
     local, positives = -(-classes // ranks), rows * (TEXT_TOKENS if kind == "text" else 1)
     drawn, typical, most = float(local), local, local
     if sampled := settings.sample_rate < 1 and classes > settings.min_negatives:
         share = max(settings.sample_rate, settings.min_negatives / classes)
         drawn = local * (share - (1 - share) * math.expm1(-positives / classes))
-        typical = min(local, int(local * settings.sample_rate + positives / ranks))
+        missed = (1 - settings.sample_rate) * math.exp(-positives / classes)
+        typical = math.ceil(local * (1 - missed))
         most = min(local, round(drawn + 2 * math.sqrt(drawn)))
-    budget = config.chunk_bytes // (2 if ranks > 1 else 1)
-    cut = plan_tiles(max(1, round(rows)), max(1, most), typical, 4, budget, device)
-    return HeadLayout(local, draws, rows, drawn, cut, sampled)
+    else:
+        draws, rows = 1.0, draws * rows  # Draws of all classes are one.
+    flying = 2 if ranks > 1 else 1
+    cut = plan_tiles(max(1, round(rows)), max(1, most), typical, 4, config.chunk_bytes // flying, device)
+    waves = 0
+    if device == "gpu" and config.backend != "torch":
+        count = max(1, round(rows))
+        groups = tuple(
+            Draw(slice(begin, begin + count), slice(0, 0), typical)
+            for begin in range(0, max(1, round(draws)) * count, count)
+        )
+        waves = len(lay_waves(groups, config.chunk_bytes // run.train.value_bytes, flying))
+    return HeadLayout(local, draws, rows, drawn, cut, sampled, waves)

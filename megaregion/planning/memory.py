@@ -206,6 +206,15 @@ def _head_scratch(layout: Layout) -> float:
 
 def _scratch(head: HeadLayout, layout: Layout) -> float:
     row = layout.config.head.embedding_dim * 4
+    if head.waves:
+        narrow = layout.itemsize
+        held = 1 if head.waves == 1 or layout.ranks == 1 else 2
+        scores = narrow * head.rows * head.drawn * held / head.waves
+        drawn = head.draws * head.drawn
+        # Unit centers and their gradients, of all draws; those of all classes are the matrix.
+        several = head.local_classes if head.draws * layout.micro_steps > 1 else 0.0
+        gradients = row * ((drawn + several) if head.sampled else head.local_classes)
+        return scores + (drawn + head.rows) * row * narrow / 4 + gradients
     tiles = min(head.cut.kept + 1, head.tiles)
     buffers = min(2 if layout.ranks > 1 else 1, head.blocks)
     scores = 4 * buffers * tiles * head.cut.rows * head.cut.classes

@@ -24,9 +24,13 @@ from megaregion.planning.memory import LIVE_PARAMETERS
 KERNELS = {"forward": 11, "backward": 31, "sums": 11, "block of centers": 34}
 """Kernels of one block's forward and backward pass and of adding up its gradients in another type, and of
 updating some centers, as a dry run counts them."""
-HEAD_KERNELS = {"micro-step": 29, "head": 43, "draw": 16, "block": 39, "tile": 34, "tile again": 14}
-"""Kernels of the heads, as a dry run counts them: of a micro-step, beside them of each head, of each of its
-draws, of each block of rows and of each of its tiles. Drawing is the host's, beside the encoder's pass."""
+HEAD_KERNELS = {
+    "micro-step": 17, "grouped": 13, "wave": 8,
+    "head": 25, "draw": 12, "block": 39, "tile": 34, "tile again": 14,
+}  # fmt: skip
+"""Kernels of the heads, as a dry run counts them: of a micro-step, beside them of each head whose draws go
+together, of each of its waves; or of a head and of each of its draws, blocks of rows and tiles. Drawing is
+the host's, beside the encoder's pass."""
 CHEAP_SHARE = 0.03
 """What recomputing norms and activations alone costs, of a forward pass: about 1% of a step."""
 STATE_BYTES = 12
@@ -165,7 +169,8 @@ def head_kernels(layout: Layout) -> dict[str, float]:
     each, found = HEAD_KERNELS, dict[str, float]()
     for kind, head in layout.heads.items():
         block = each["block"] + head.tiles * each["tile"] + head.again * each["tile again"]
-        found[kind] = each["head"] + head.draws * (each["draw"] + head.blocks * block)
+        apart = each["head"] + head.draws * (each["draw"] + head.blocks * block)
+        found[kind] = each["grouped"] + head.waves * each["wave"] if head.waves else apart
         found[kind] += each["micro-step"] if len(found) == 1 else 0
     return found
 
@@ -175,7 +180,7 @@ def _heads(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     seconds = host = 0.0
     kernels = head_kernels(layout)
     for kind, head in layout.heads.items():
-        kept = 1 - head.again / head.tiles
+        kept = 1.0 if head.waves else 1 - head.again / head.tiles
         flops = head_flops(head.rows, head.drawn, layout.config.head.embedding_dim, kept)
         products = flops / (hardware.matrix_tflops * 1e12 * hardware.linear_share)
         passes = _score_bytes(head, layout, hardware) / (hardware.memory_gbytes * 1e9)
@@ -188,15 +193,24 @@ def _heads(layout: Layout, hardware: Hardware) -> tuple[float, float]:
 def _score_bytes(head: HeadLayout, layout: Layout, hardware: Hardware) -> float:
     """Bytes that one micro-step's scores, rows and centers move.
 
-    A score in fp32: written 4, maximum 4, exponential 8, sum 4, times its row's factor 8, read by two
-    products 8; narrow operands are written (6) and read (4) instead. On a processor tiles stay in the cache.
+    Of draws that go together a score is written once and read by two products, in the operands' type. Else it
+    is fp32: written 4, maximum 4, exponential 8, sum 4, times its row's factor 8, read by two products 8;
+    narrow operands are written (6) and read (4) instead. On a processor tiles stay in the cache.
     """
-    dim = layout.config.head.embedding_dim
-    score = 0 if hardware.device == "processor" else 38 if layout.itemsize == 2 else 36
-    rows = head.rows * dim * (4 * 6 + layout.itemsize * 4)
+    dim, narrow = layout.config.head.embedding_dim, layout.itemsize
+    drawn = head.draws * head.drawn * dim
+    if head.waves:
+        # Rows normalised, read by three kernels, weighed; their gradient cleared, written, scaled, sent back.
+        rows = head.rows * dim * (4 * 4 + narrow * 7)
+        # Fetched and made unit, read by a product, gradient written; of several draws collected in a matrix.
+        centers = drawn * (8 + 2 * narrow) + (
+            4 * (drawn + head.local_classes * dim) if head.draws > 1 else 0.0
+        )
+        return head.rows * head.drawn * 3 * narrow + rows + centers
+    score = 0 if hardware.device == "processor" else 38 if narrow == 2 else 36
+    rows = head.rows * dim * (4 * 6 + narrow * 4)
     # Fetched, made unit, gradient set to zero, added to, gathered.
-    centers = head.draws * head.drawn * dim * 4 * (9 if head.sampled else 2)
-    return head.rows * head.drawn * score + rows + centers
+    return head.rows * head.drawn * score + rows + drawn * 4 * (9 if head.sampled else 2)
 
 
 def _optimizer(layout: Layout, hardware: Hardware) -> float:
@@ -321,7 +335,7 @@ def _rows(layout: Layout, hardware: Hardware) -> list[Transfer]:
     features = layout.micro_rows * layout.config.head.embedding_dim * layout.itemsize
     labels = layout.micro_rows * (slots + 1) * 8
     sums = sum(head.rows * (slots + 2) * 4 for head in layout.heads.values())
-    blocks = sum(head.draws * head.blocks for head in layout.heads.values())
+    blocks = sum(2 * head.waves or head.draws * head.blocks for head in layout.heads.values())
     sent = steps * 2 * (world - 1) / world * sums
     return [
         _transfer(layout, hardware, "region rows", "data", ring * (features + labels), 2 * steps),

@@ -61,7 +61,11 @@ class Heads:
             for kind in KINDS
             if classes[kind] and settings[kind].weight
         }
-        self._weights = {kind: settings[kind].weight for kind in self.by_kind}
+        regions = config.train.global_batch * config.data.regions_per_image
+        self._factors = {
+            kind: torch.tensor(settings[kind].weight / regions, device=topology.device)
+            for kind in self.by_kind
+        }
         if config.head.init == "centers" and "object" in self.by_kind:
             # Mapped, so that a rank reads the centers of its own classes only.
             centers = np.load(dataset.folder / "centers.npy", mmap_mode="r", allow_pickle=False)
@@ -109,9 +113,7 @@ class Heads:
             kind: head.draw(marked[:, :-1], marked[:, -1] == KINDS[kind], step, first, draw_rows)
             for kind, head in self.by_kind.items()
         }
-        regions = self._config.train.global_batch * each
-        sums, counts, metrics = {}, {}, {}
-        total = torch.zeros((), device=leaf.device)
+        losses, sums, counts, metrics = [], {}, {}, {}
         for kind, head in self.by_kind.items():
             head.guard.waits = not refuse
             try:
@@ -120,10 +122,11 @@ class Heads:
                 for key in self._samples_of(error.rows, keys):
                     LOG.error("features of sample %s are not finite", key)
                 raise
-            total = total + result.sum * (self._weights[kind] / regions)
+            losses.append(result.sum)
             sums[kind], counts[kind] = result.sum.detach(), result.count
             metrics.update({f"{kind}/{name}": value for name, value in result.metrics.items()})
-        total.backward()
+        # Not by way of their weighted sum, which nobody looks at and whose parts are kernels each.
+        torch.autograd.backward(losses, [self._factors[kind] for kind in targets])
         assert leaf.grad is not None
         return HeadsLoss(leaf.grad, sums, counts, metrics)
 
