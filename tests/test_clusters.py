@@ -170,8 +170,7 @@ def test_no_more_rows_than_the_memory_setting_allows_are_worked_on_at_once(
 
     for module in ("embeddings", "kmeans"):
         monkeypatch.setattr(f"megaregion.curation.{module}.unit", watched)
-    for module in ("embeddings", "stages.cluster"):
-        monkeypatch.setattr(f"megaregion.curation.{module}.rows_in", lambda memory, channels: 50 * memory)
+    monkeypatch.setattr("megaregion.curation.embeddings.rows_in", lambda memory, channels: 50 * memory)
     # The sample of the first level is bounded by the number of cells.
     monkeypatch.setattr("megaregion.curation.kmeans.CELL_SAMPLE", 5)
     run(tmp_path / "a", chunk_memory=1)

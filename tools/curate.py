@@ -76,10 +76,10 @@ def _status(arguments: argparse.Namespace) -> None:
     import time
 
     from megaregion.curation.pipeline import open_job, recorded_run
-    from megaregion.curation.status import readprogress, table
+    from megaregion.curation.status import read_progress, table
 
     images, settings = recorded_run(arguments.out)
-    print(table(readprogress(open_job(images, arguments.out, settings), time.time())))
+    print(table(read_progress(open_job(images, arguments.out, settings), time.time())))
 
 
 def _report(arguments: argparse.Namespace) -> None:

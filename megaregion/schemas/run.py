@@ -63,6 +63,11 @@ class Metrics:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
     @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max(self._lines)
+
+    @property
     def duration(self) -> float | None:
         """Seconds between the first and the last logged step; None without times."""
         times = self.curve("time").values
