@@ -55,6 +55,20 @@ def test_a_missing_part_is_an_error_and_not_garbage(tmp_path: Path) -> None:
         reader.read("matrix")
 
 
+@pytest.mark.parametrize(("true", "false"), [(b'"shape": [7, 6]', b'"shape": [6, 7]'), (b'"F32"', b'"I32"')])
+def test_a_file_that_holds_another_tensor_than_the_manifest_says_is_damaged(
+    tmp_path: Path, true: bytes, false: bytes
+) -> None:
+    write(tmp_path, 5)
+    reader = CheckpointReader(step_folder(tmp_path, 5))
+    file = step_folder(tmp_path, 5) / reader.files()[0]
+    content = file.read_bytes()
+    assert content.count(true) == 1
+    file.write_bytes(content.replace(true, false))
+    with pytest.raises(DamagedCheckpoint, match=r"the manifest says F32 \[7, 6\]"):
+        reader.read("matrix")
+
+
 def test_flipped_bytes_are_recognised_and_the_older_checkpoint_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -262,7 +262,7 @@ class CheckpointReader:
             ]
             if any(a >= b for a, b in zip(starts, stops, strict=True)):
                 continue
-            part = self._read_part(piece, starts, stops)
+            part = self._read_part(piece, out.dtype, starts, stops)
             out[tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offset, strict=True))] = part
             missing -= part.numel()
         if missing:
@@ -275,10 +275,19 @@ class CheckpointReader:
         except KeyError:
             raise DamagedCheckpoint(f"{self.folder} holds no tensor {name}") from None
 
-    def _read_part(self, piece: dict[str, Any], starts: list[int], stops: list[int]) -> Tensor:
+    def _read_part(
+        self, piece: dict[str, Any], dtype: torch.dtype, starts: list[int], stops: list[int]
+    ) -> Tensor:
         box = tuple(slice(a - p, b - p) for a, b, p in zip(starts, stops, piece["offset"], strict=True))
         try:
             with safe_open(self.folder / piece["file"], framework="pt") as file:
-                return file.get_slice(piece["key"])[box] if box else file.get_tensor(piece["key"])
+                stored = file.get_slice(piece["key"])
+                found = stored.get_dtype(), stored.get_shape()
+                if found != (DTYPES[dtype], piece["shape"]):
+                    raise DamagedCheckpoint(
+                        f"{self.folder / piece['file']} holds {piece['key']} as {found[0]} {found[1]}, the "
+                        f"manifest says {DTYPES[dtype]} {piece['shape']}"
+                    )
+                return stored[box] if box else file.get_tensor(piece["key"])
         except (SafetensorError, OSError) as error:
             raise DamagedCheckpoint(f"{self.folder / piece['file']} cannot be read: {error}") from error
