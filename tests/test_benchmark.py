@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_an_entry_that_fails_is_named_and_the_list_goes_on() -> None:
     lines = report.table().splitlines()
     assert ["FAILED" in line for line in lines] == [False, True, True, False]
     assert not refused.holds
+
+
+def test_a_part_of_which_one_case_failed_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends_with_1(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        file = Path(command[-1].removeprefix("--json="))
+        Report({}, [Case("a", 1.0, 2.0, "s"), Case("b", 0, 0, "", failure="no kernel")]).write_json(file)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr("benchmark.gpu.subprocess.run", ends_with_1)
+    good, bad = run_entry("part", ("parity",), {"a": 1.5}, time.monotonic() + 9)
+    assert (good.case, good.goal, good.holds) == ("part, a", 1.5, True)
+    assert (bad.case, bad.failure) == ("part, b", "no kernel")
 
 
 def test_a_device_is_compared_with_a_processor_in_fp32_and_in_bf16(tmp_path: Path) -> None:

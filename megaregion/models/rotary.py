@@ -138,6 +138,7 @@ def _join(
     sin: Tensor,
     slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    # A GPU without Triton waits here for their number.
     starts = None if slots is None else (slots >= 0).nonzero()[:, 0]
     grad = _empty_fused(grad_query)
     split = grad.permute(3, 0, 2, 1, 4)
