@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ def _go_on(shards: str, output: str) -> None:
             train(toy_config(data, runs, "other", train__steps=3, **{key: value}), checkpoints)
         with (runs / "refused").open("a") as file:
             file.write(f"{key} {told.value}\n")
+    with pytest.raises(UserError, match=r"do not go on with model\.depth 3 -> 4"):
+        train(toy_config(data, runs, "run", model__depth=4), checkpoints)
+    shutil.copytree(checkpoints / "fence", runs / "fence-after-refusal")
     train(toy_config(data, runs, "run", **FREE_CHANGES), checkpoints)
     train(toy_config(data, runs, "run", **FREE_CHANGES | {"train__steps": 1}), checkpoints)
 
@@ -124,6 +128,10 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs")
     launch(_go_on, 1, str(toy_dataset(output / "shards")), str(output))
     return output
+
+
+def test_a_start_that_is_refused_takes_no_run_away_from_its_owner(gone_on: Path) -> None:
+    assert [file.name for file in (gone_on / "fence-after-refusal").iterdir()] == ["000001.json"]
 
 
 def test_another_model_is_refused_with_key_old_new_and_the_way_out(gone_on: Path) -> None:

@@ -10,15 +10,23 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megaregion.bounds import shown
-from megaregion.checkpoint.fence import Fence
-from megaregion.checkpoint.format import ENCODER, MANIFEST, Piece, step_folder, step_folders, step_of
+from megaregion.checkpoint.fence import Fence, refusal
+from megaregion.checkpoint.format import (
+    ENCODER,
+    MANIFEST,
+    Piece,
+    finished_folders,
+    step_folder,
+    step_folders,
+    step_of,
+)
 from megaregion.checkpoint.pretrained import FUNCTION
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, copy_again, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
@@ -323,6 +331,31 @@ def check_local(config: RunConfig, topology: Topology) -> None:
             f"checkpoint.local: {folder} cannot be written ({found[0]}); name a folder on every host's own "
             "disk, or leave it empty"
         )
+
+
+def check_newest(
+    config: RunConfig, dataset: DatasetInfo, placements: Mapping[str, Placement], topology: Topology
+) -> None:
+    """Refuse settings that the newest checkpoint does not fit, before the run is claimed; a collective.
+
+    Raises:
+        UserError: The run may not go on so; the text says why.
+    """
+    reason = ""
+    if topology.rank == 0:
+        try:
+            folders = finished_folders(Path(config.output) / config.name / "checkpoints")
+            for folder in (one for one in folders if refusal(one) is None):
+                with suppress(DamagedCheckpoint):  # Resuming says so, and takes an older one.
+                    reader = CheckpointReader(folder)
+                    position = int(reader.manifest["position"])
+                    ours = facts(config, position, dataset, topology.tensor_size, topology.data_size)
+                    check_fits(reader, ours, placements)
+                    break
+        except UserError as error:
+            reason = str(error)
+    if reason := all_gather_strings(reason, topology)[0]:
+        raise UserError(reason)
 
 
 def facts(config: RunConfig, position: int, dataset: DatasetInfo, tensor: int, data: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
 from megaregion.training.metrics import LOG, Meter, Metrics
 from megaregion.training.preflight import open_dataset
-from megaregion.training.state import TrainingState, check_local
+from megaregion.training.state import TrainingState, check_local, check_newest
 
 Values = dict[str, float | int | None]
 """Numbers of a log line by name; None where a step has no such value."""
@@ -123,8 +123,9 @@ class Trainer:
         )
 
     def _own_state(self) -> TrainingState:
-        """Claim the run; last, so that a start that fails over a mistake takes no run away from its owner."""
+        """Claim the run; last, so that a start that is refused takes no run away from its owner."""
         check_local(self.config, self.topology)
+        check_newest(self.config, self.dataset.info, self.engine.placements, self.topology)
         fence = claim_together(self.run_folder / "checkpoints", self.topology)
         self.events.write(
             "start", at=process_start(), incarnation=fence.number, token=fence.token,
