@@ -37,9 +37,10 @@ RECORD = SampleRecord(
     64,
     48,
     (
-        RegionRecord("object", (3.0, 5.0, 9.5, 20.0), 7, (), 0.93, "", encode_mask(MASK)),
+        RegionRecord("object", (3.0, 5.0, 9.5, 20.0), 7, (), 0.93, "", encode_mask(MASK), "dog"),
         RegionRecord("text", (0.0, 0.0, 30.0, 12.0), None, (5, 2, 5), 0.98, "AUSGANG «Ü»"),
     ),
+    "a dog by the door",
 )
 
 

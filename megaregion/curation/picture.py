@@ -144,6 +144,8 @@ class Proposal:
     """How sure the proposer is, 0..1; 1 where it does not say."""
     mask: RLE | None = None
     """The region's exact shape at the image's size, where the proposer knows it."""
+    source_class: str = ""
+    """Its class by the annotation that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -248,13 +250,15 @@ def _from_region(region: Proposal) -> dict[str, Any]:
     line: dict[str, Any] = {"box": _rounded(region.box), "score": round(region.score, 4)}
     if region.mask is not None:
         line["mask"] = {"size": region.mask.size, "counts": region.mask.counts}
+    if region.source_class:
+        line["class"] = region.source_class
     return line
 
 
 def _to_region(line: dict[str, Any]) -> Proposal:
     mask = line.get("mask")
     rle = None if mask is None else RLE(tuple(mask["size"]), tuple(mask["counts"]))
-    return Proposal(tuple(line["box"]), line["score"], rle)
+    return Proposal(tuple(line["box"]), line["score"], rle, line.get("class", ""))
 
 
 def _rounded(box: Box) -> list[float]:

@@ -48,6 +48,8 @@ class RegionRecord(NamedTuple):
     """The text itself; empty for objects."""
     mask: RLE | None = None
     """Exact shape of the region at the image's size, where it is known."""
+    source_class: str = ""
+    """Class that the annotation of an object names; nothing learns from it."""
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -61,6 +63,8 @@ class SampleRecord(NamedTuple):
     width: int
     height: int
     regions: tuple[RegionRecord, ...]
+    caption: str = ""
+    """The text that came with the image; nothing learns from it."""
 
     def to_json(self) -> bytes:
         """The content of KEY.json.
@@ -73,6 +77,8 @@ class SampleRecord(NamedTuple):
             "height": self.height,
             "regions": [_region_to_dict(region) for region in self.regions],
         }
+        if self.caption:
+            content["caption"] = self.caption
         return json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -95,7 +101,7 @@ def parse_sample(content: bytes) -> SampleRecord:
     # RecursionError: deeply nested brackets exhaust the JSON parser's stack.
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise BadSample(f"record cannot be read: {shown(error)}") from None
-    return SampleRecord(width, height, regions)
+    return SampleRecord(width, height, regions, str(record.get("caption", "")))
 
 
 def clip_regions(record: SampleRecord) -> tuple[SampleRecord, int]:
@@ -118,7 +124,7 @@ def clip_regions(record: SampleRecord) -> tuple[SampleRecord, int]:
             kept.append(region._replace(box=box))
     if record.regions and not kept:
         raise BadSample(f"record has no region with area inside its {width} x {height} image")
-    return SampleRecord(width, height, tuple(kept)), len(record.regions) - len(kept)
+    return record._replace(regions=tuple(kept)), len(record.regions) - len(kept)
 
 
 def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionRecord:
@@ -139,7 +145,8 @@ def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionReco
         if mask.size != (height, width):
             raise BadSample(f"mask of {rows} x {columns} in an image of {height} x {width} (rows x columns)")
     if kind == "object":
-        return RegionRecord("object", (x0, y0, x1, y1), _count(region["label"]), (), score, "", mask)
+        label, named = _count(region["label"]), str(region.get("source_class", ""))
+        return RegionRecord("object", (x0, y0, x1, y1), label, (), score, "", mask, named)
     if kind == "text":
         tokens = tuple(map(_count, region["tokens"]))
         if not tokens:
@@ -152,6 +159,8 @@ def _region_to_dict(region: RegionRecord) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": region.kind, "box": list(region.box)}
     if region.kind == "object":
         fields["label"] = region.label
+        if region.source_class:
+            fields["source_class"] = region.source_class
     else:
         fields |= {"text": region.text, "tokens": list(region.tokens)}
     fields["score"] = region.score

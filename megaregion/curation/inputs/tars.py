@@ -40,6 +40,8 @@ class Member(NamedTuple):
     image: Part
     annotation: Part | None
     """The JSON file of the same name, whatever it says."""
+    caption: Part | None = None
+    """The .txt file of the same name."""
 
 
 class Scan(NamedTuple):
@@ -60,7 +62,7 @@ class Scan(NamedTuple):
 def scan_tar(path: Path) -> Scan:
     """Read all headers of a tar."""
     images: dict[str, Part] = {}
-    texts: dict[str, Part] = {}
+    texts: dict[str, dict[str, Part]] = {".json": {}, ".txt": {}}
     rest: list[str] = []
     formats: Counter[str] = Counter()
     duplicates, damage = 0, ""
@@ -77,8 +79,8 @@ def scan_tar(path: Path) -> Scan:
                     formats[ending] += 1
                 else:
                     rest.append(stem)
-                    if ending == ".json":
-                        texts.setdefault(stem, part)
+                    if ending in texts:
+                        texts[ending].setdefault(stem, part)
             damage = _behind(path, tar.offset)
     except tarfile.ReadError as error:
         damage = f"truncated ({error})" if images or rest else _no_tar(path)
@@ -121,15 +123,15 @@ def _sample(stem: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _with_texts(images: dict[str, Part], texts: dict[str, Part]) -> list[Member]:
-    """Images with the JSON file of the same name, or of the same sample where that has no other image."""
+def _with_texts(images: dict[str, Part], texts: dict[str, dict[str, Part]]) -> list[Member]:
+    """Images with the texts of the same name, or of the same sample where that has no other image."""
     alone = Counter(map(_sample, images))
-    return [
-        Member(
-            stem, part, texts.get(stem) or (texts.get(_sample(stem)) if alone[_sample(stem)] == 1 else None)
-        )
-        for stem, part in images.items()
-    ]
+
+    def beside(stem: str, ending: str) -> Part | None:
+        found, sample = texts[ending], _sample(stem)
+        return found.get(stem) or (found.get(sample) if alone[sample] == 1 else None)
+
+    return [Member(stem, part, beside(stem, ".json"), beside(stem, ".txt")) for stem, part in images.items()]
 
 
 def _count_others(rest: list[str], images: dict[str, Part]) -> int:

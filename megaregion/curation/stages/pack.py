@@ -227,7 +227,7 @@ def read_images(
 
 
 def _object(region: Proposal, label: int) -> RegionRecord:
-    return RegionRecord("object", region.box, label=label, score=region.score, mask=region.mask)
+    return RegionRecord("object", region.box, label, (), region.score, "", region.mask, region.source_class)
 
 
 def _text(word: Word, tokens: tuple[int, ...]) -> RegionRecord:
