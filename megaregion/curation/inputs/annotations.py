@@ -3,7 +3,7 @@
     {"image": {...}, "annotations": [{"segmentation": {"size": [h, w], "counts": RLE}, "bbox": [x, y, w, h],
                                       "predicted_iou": 0.97, ...}, ...]}
 
-COCO writes the run lengths as a list or packed into text; both are read. A JSON file without such a list, as
+Polygons and run lengths of either kind are read. A JSON file without such a list, as
 img2dataset writes one beside every image, is no annotation.
 """
 
@@ -15,13 +15,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from megaregion.curation.picture import BadImage, Picture, Proposal
+from megaregion.data.coco import clipped, frame, mask_of
 from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
-
-MAX_SHIFT = 60
-"""Bits of a run length before its last character: no image has more pixels, and endless numbers cost time."""
 
 
 def read_annotations(content: bytes, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
@@ -124,70 +120,10 @@ def _region(row: dict[str, Any], turn: _Turn) -> Proposal | None:
         raise ValueError(f"predicted_iou is {score}")
     mask, box = None, None
     if row.get("segmentation"):
-        mask = _mask(row["segmentation"])
-        if mask.size != (turn.height, turn.width):
-            raise ValueError(f"a mask of {mask.size} on an image of {(turn.height, turn.width)}")
-        box = _frame(mask)
+        mask = mask_of(row["segmentation"], turn.height, turn.width)
+        box = frame(mask)
     else:
-        box = _clipped(row["bbox"], turn.width, turn.height)
+        box = clipped(row["bbox"], turn.width, turn.height)
     if box is None:
         return None
     return Proposal(turn.box(box), min(max(score, 0.0), 1.0), None if mask is None else turn.mask(mask))
-
-
-def _mask(segmentation: dict[str, Any]) -> RLE:
-    height, width = (int(side) for side in segmentation["size"])
-    counts = segmentation["counts"]
-    runs = _unpack(counts) if isinstance(counts, str) else [int(count) for count in counts]
-    return RLE((height, width), tuple(runs))
-
-
-def _unpack(text: str) -> list[int]:
-    """COCO's packed run lengths: 5 bits a character; from the third on, the change to the last but one.
-
-    Raises:
-        ValueError: The text ends within a number, or holds characters that do not occur.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > MAX_SHIFT:
-            raise ValueError(f"{character!r} is no part of packed run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("packed run lengths end within a number")
-    return runs
-
-
-def _frame(mask: RLE) -> Box | None:
-    """The box around a mask, from its runs; None if it is empty."""
-    height = mask.size[0]
-    ends = np.cumsum(np.asarray(mask.counts, dtype=np.int64))
-    starts, stops = ends[0::2][: len(ends) // 2], ends[1::2]
-    starts, stops = starts[stops > starts], stops[stops > starts]
-    if not len(starts):
-        return None
-    columns, last_columns = starts // height, (stops - 1) // height
-    # A run that goes on in the next column touches the lower edge here and the upper edge there.
-    wraps = last_columns > columns
-    tops = np.where(wraps, 0, starts % height)
-    bottoms = np.where(wraps, height - 1, (stops - 1) % height)
-    corners = (columns.min(), tops.min(), last_columns.max() + 1, bottoms.max() + 1)
-    x0, y0, x1, y1 = (float(corner) for corner in corners)
-    return x0, y0, x1, y1
-
-
-def _clipped(bbox: list[float], width: int, height: int) -> Box | None:
-    x, y, w, h = (float(value) for value in bbox)
-    if not all(map(math.isfinite, (x, y, w, h))):
-        raise ValueError(f"a box of {bbox}")
-    box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
-    return box if box[2] > box[0] and box[3] > box[1] else None
