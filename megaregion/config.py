@@ -219,6 +219,12 @@ class OptimizerConfig:
     """Term added to the root of the second moment."""
     clip_norm: Annotated[float, Real(0, 10**9)] = 1.0
     """Bound on the global gradient norm over body and heads together; 0 turns clipping off."""
+    layer_decay: Annotated[float, Real(0, 1, above=True)] = 1.0
+    """Factor of the learning rate from each block to the one below it, to spare the lower blocks of weights
+    that --init took over; 1 moves all alike."""
+    ema_decay: Annotated[float, Real(0, 1, below=True)] = 0.0
+    """Share that a step leaves of the moving average of the body's weights. Exports, evaluations and --init
+    then take the average, which is sharded as the moments are and lies in checkpoints; 0 keeps none."""
 
 
 @dataclass(frozen=True)

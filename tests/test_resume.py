@@ -41,7 +41,7 @@ FREE = {
     "head.text": _HEAD,
     "optimizer": (
         "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "head_weight_decay", "head_moments", "beta1",
-        "beta2", "eps", "clip_norm",
+        "beta2", "eps", "clip_norm", "layer_decay", "ema_decay",
     ),
     "parallel": ("tensor", "sequence", "zero_stage"),
     "train": (

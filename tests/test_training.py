@@ -17,7 +17,8 @@ from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
 from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.config import ParallelConfig, RunConfig, StageConfig
 
-FULL = {"head__object__sample_rate": 1.0}
+AVERAGED = {"optimizer__ema_decay": 0.3}
+FULL = {"head__object__sample_rate": 1.0, **AVERAGED}
 """Score every class, so that the dense reference needs no draw and AdamW moves every row."""
 
 # As many micro-steps for any number of tensor ranks: each costs dozens of collectives.
@@ -100,7 +101,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     from megaregion.data.shards import ShardedDataset
     from megaregion.data.transforms import Transform
     from megaregion.models.initialisation import initialise
-    from megaregion.models.vit import RegionEncoder, decays
+    from megaregion.models.vit import RegionEncoder, decays, learning_rate_factor
     from megaregion.training.trainer import learning_rate
 
     dataset = ShardedDataset(config.data.path)
@@ -113,16 +114,19 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         kind: torch.nn.Parameter(initial_centers(config, kind, classes))
         for kind, classes in (("object", OBJECT_CLASSES), ("text", TEXT_CLASSES))
     }
-    named = list(model.named_parameters())
+    settings = config.optimizer
+    of_body = [
+        {
+            "params": [parameter],
+            "weight_decay": settings.weight_decay if decays(name, parameter) else 0.0,
+            "rate": learning_rate_factor(name, config.model.depth, settings.layer_decay),
+        }
+        for name, parameter in model.named_parameters()
+    ]
+    of_heads = {"params": list(centers.values()), "weight_decay": settings.head_weight_decay, "rate": 1.0}
+    averages = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for n, p in named if decays(n, p)],
-                "weight_decay": config.optimizer.weight_decay,
-            },
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-            {"params": list(centers.values()), "weight_decay": config.optimizer.head_weight_decay},
-        ],
+        [*of_body, of_heads],
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps,
     )
@@ -136,14 +140,14 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
         total = torch.zeros(())
         for kind, code in (("object", OBJECT), ("text", TEXT)):
-            settings = getattr(config.head, kind)
+            head = getattr(config.head, kind)
             own, positive_ids = rows[kinds == code], labels[kinds == code]
             cosines = own @ torch.nn.functional.normalize(centers[kind], dim=-1).T
             positive = torch.zeros_like(cosines, dtype=torch.bool)
             for row, ids in enumerate(positive_ids.tolist()):
                 positive[row, [i for i in ids if i >= 0]] = True
-            up = (-settings.scale * (cosines - settings.margin)).masked_fill(~positive, -math.inf)
-            down = (settings.scale * cosines).masked_fill(positive, -math.inf)
+            up = (-head.scale * (cosines - head.margin)).masked_fill(~positive, -math.inf)
+            down = (head.scale * cosines).masked_fill(positive, -math.inf)
             zero = torch.zeros(len(own), 1)
             per_row = torch.cat([zero, up], 1).logsumexp(1) + torch.cat([zero, down], 1).logsumexp(1)
             total = total + per_row.sum() / np.prod(kinds.shape)
@@ -152,11 +156,16 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         parameters = [*model.parameters(), *centers.values()]
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step) * config.stage(step * batch_size).lr_scale
+            rate = group["rate"] * config.stage(step * batch_size).lr_scale
+            group["lr"] = learning_rate(config, step) * rate
         optimizer.step()
+        decay = min(settings.ema_decay, (2 + step) / (11 + step))
+        for name, parameter in model.named_parameters():
+            averages[name] = decay * averages[name] + (1 - decay) * parameter.detach()
         seen.append(float(total.detach()))
     loader.close()
     weights = {f"body.weight.{n}": p.detach() for n, p in model.named_parameters()}
+    weights.update({f"body.ema.{n}": average for n, average in averages.items()})
     weights.update({f"head.{kind}.weight": c.detach() for kind, c in centers.items()})
     return seen, weights
 
@@ -167,7 +176,7 @@ def initial_centers(config: RunConfig, kind: str, classes: int) -> torch.Tensor:
     return random_centers(config.seed, kind, range(classes), config.head.embedding_dim)
 
 
-TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2}
+TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2, **AVERAGED}
 
 # Each step has its own size of image and number of micro-steps.
 STAGES = (StageConfig(48, 16, 0.5, micro_batch=1), StageConfig(24, 32, 0.1, micro_batch=4))
@@ -187,6 +196,8 @@ VARIANTS = {
     "stages-zero2": {"stages": STAGES, "parallel__zero_stage": 2},
     "stages-tp2-zero3": {"stages": STAGES, **ZERO3, "parallel__tensor": 2},
     "within-memory": {"train__activation_gib": 1e-4},
+    "layers": {"optimizer__layer_decay": 0.5},
+    "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
 }
 
@@ -212,7 +223,7 @@ WHOLE = {
     "sampled-tp2": TP2,
     "sampled-tp4": TP4,
     "sampled-zero3": ZERO3,
-    "bf16-zero1": {"train__precision": "bf16"},
+    "bf16-zero1": {"train__precision": "bf16", "optimizer__ema_decay": 0.0},
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
     "stages-native": NATIVE_STAGES,
@@ -224,6 +235,7 @@ CONTINUED = {
     "same-zero3": ("sampled-zero3", ZERO3),
     "same-stages-native": ("stages-native", NATIVE_STAGES),
     "same-bf16": ("bf16-zero2", WHOLE["bf16-zero2"]),
+    "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
     "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
@@ -237,7 +249,7 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
     for name, changes in SUMMED.items():
         train(toy_config(data, runs, name, **changes))
     for name, changes in WHOLE.items():
-        train(toy_config(data, runs, name, **TWO_OF_FOUR, **changes))
+        train(toy_config(data, runs, name, **{**TWO_OF_FOUR, **changes}))
     for name, (whole, changes) in CONTINUED.items():
         # Only the checkpoint in the middle is there for the second run.
         middle = runs / f"{name}-middle"
@@ -245,7 +257,7 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
             step = "step-00000002"
             shutil.copytree(runs / whole / "checkpoints" / step, middle / step)
         torch.distributed.barrier()
-        train(toy_config(data, runs, name, **TWO_OF_FOUR, **changes), resume_from=middle)
+        train(toy_config(data, runs, name, **{**TWO_OF_FOUR, **changes}), resume_from=middle)
     if torch.distributed.get_rank() == 0:
         (runs / "modules").write_text("\n".join(sys.modules))
 
@@ -310,12 +322,44 @@ def test_resume_on_the_same_topology_is_bit_identical(name: str, dataset: Path, 
     assert set(differences(checkpoint(whole, 4), checkpoint(continued, 4)).values()) == {0.0}
 
 
-@pytest.mark.parametrize("name", [n for n in CONTINUED if not n.startswith("same")])
+@pytest.mark.parametrize("name", [n for n in CONTINUED if "-to-tp" in n])
 def test_resume_on_another_topology_agrees(name: str, dataset: Path, four_ranks: Path) -> None:
     whole, continued = (toy_config(dataset, four_ranks, run) for run in (CONTINUED[name][0], name))
     assert losses(continued) == pytest.approx(losses(whole)[2:], rel=1e-5)
     weights = differences(checkpoint(whole, 4), checkpoint(continued, 4), "body.weight")
     assert max(weights.values()) < 1e-4
+
+
+def test_an_average_begins_with_the_weights_that_a_run_goes_on_from(dataset: Path, four_ranks: Path) -> None:
+    config = toy_config(dataset, four_ranks, "begins-to-average")
+    ends, begins = (checkpoint(toy_config(dataset, four_ranks, "bf16-zero1"), step) for step in (4, 2))
+    for name in (n for n in begins.names() if n.startswith("body.weight.")):
+        average = checkpoint(config, 4).read(name.replace("weight", "ema", 1))
+        moved = (ends.read(name) - begins.read(name)).abs().max()
+        assert 0 < (average - ends.read(name)).abs().max() < moved, name
+
+
+def test_exports_evaluations_and_init_take_the_average(
+    dataset: Path, four_ranks: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    from megaregion.checkpoint.pretrained import open_pretrained
+    from megaregion.evaluation.network import open_run
+    from megaregion.export.huggingface import export_checkpoint
+    from megaregion.models import VisionTransformer
+
+    config = toy_config(dataset, four_ranks, "tp2-zero1")
+    run, reader = Path(config.output) / config.name, checkpoint(config, config.train.steps)
+    average = reader.read("body.ema.vit.class_embedding")
+    assert not torch.equal(average, reader.read("body.weight.vit.class_embedding"))
+    export_checkpoint(run, tmp_path / "hf")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(exported["vision_model.embeddings.class_embedding"], average)
+    assert torch.equal(open_run(run).trained().model.vit.class_embedding, average)
+    began = VisionTransformer(config.model)
+    open_pretrained(run).fill(began)
+    assert torch.equal(began.class_embedding, average)
 
 
 def test_no_rank_waits_for_torchs_compiler_to_be_imported(four_ranks: Path) -> None:

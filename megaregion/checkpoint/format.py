@@ -34,6 +34,8 @@ UNFINISHED = ".unfinished"
 """Begins the suffix of a folder that is being written."""
 ENCODER = "body.weight."
 """Begins the names of the trained network's weights."""
+AVERAGES = "body.ema."
+"""Begins the names of their moving averages, where the run keeps them."""
 BODY = ENCODER + "vit."
 """Begins the names of its transformer's weights."""
 

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaregion.bounds import shown
-from megaregion.checkpoint.format import BODY
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, open_checkpoint, run_config
 from megaregion.checks import check_config
 from megaregion.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -53,7 +52,9 @@ class Pretrained:
         if isinstance(self.source, EncoderFolder):
             return self.source.read(name)
         try:
-            return finite(self.source.read(f"{BODY}{name}").float(), f"{self.source.folder}: {name}")
+            return finite(
+                self.source.read(self.source.encoder(f"vit.{name}")).float(), f"{self.source.folder}: {name}"
+            )
         except DamagedCheckpoint as error:
             raise UserError(f"{error}; copy the checkpoint again") from error
 

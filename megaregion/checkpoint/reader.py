@@ -16,7 +16,9 @@ from tqdm import tqdm
 from megaregion.bounds import shown
 from megaregion.checkpoint.fence import refusal
 from megaregion.checkpoint.format import (
+    AVERAGES,
     DTYPES,
+    ENCODER,
     LATEST,
     MANIFEST,
     VERSION,
@@ -216,6 +218,11 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self.manifest["tensors"])
+
+    def encoder(self, name: str) -> str:
+        """The tensor that stands for a weight of the network: its moving average, if the run keeps one."""
+        average = AVERAGES + name
+        return average if average in self.manifest["tensors"] else ENCODER + name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""

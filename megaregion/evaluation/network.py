@@ -184,7 +184,7 @@ class TrainedRun:
         model = self._model()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                value = self._read(ENCODER + name)
+                value = self._read(self.reader.encoder(name))
                 if value.shape != parameter.shape:
                     raise UserError(
                         f"{self.reader.folder}: {ENCODER}{name} has the shape {list(value.shape)}, its "

@@ -107,7 +107,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
 
     def tensors(names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            yield from layout.tensors(name, read(ENCODER + name), config.model)
+            yield from layout.tensors(name, read(reader.encoder(name)), config.model)
 
     shapes = tensors(names, lambda name: torch.empty(reader.shape(name), device="meta"))
     planned = [(key, tensor.shape) for key, tensor in shapes]

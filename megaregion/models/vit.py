@@ -432,6 +432,17 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and not name.endswith("class_pos_emb")
 
 
+def learning_rate_factor(name: str, depth: int, decay: float) -> float:
+    """Factor of a parameter's learning rate: ``decay`` to the number of blocks above it.
+
+    What comes before the blocks counts as one more below them; norms and projections behind them have 1.
+    """
+    before, _, rest = name.partition("blocks.")
+    if rest:
+        return float(decay ** (depth - 1 - int(rest.partition(".")[0])))
+    return 1.0 if before.startswith(("projection", "vit.post_norm")) else float(decay**depth)
+
+
 Cut = Literal["column", "row"]
 CUTS: dict[str, Cut] = {"qkv": "column", "out": "row", "fc1": "column", "fc2": "row"}
 """How ranks may share a linear. column: each holds some outputs (rows of the weight, and their biases); row:

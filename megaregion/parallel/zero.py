@@ -26,7 +26,7 @@ from megaregion.checks import batching
 from megaregion.config import RunConfig
 from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
-from megaregion.parallel.zero_stages import MOMENTS, STAGES
+from megaregion.parallel.zero_stages import STAGES
 
 REDUCE_BUCKET = 50_000_000
 """Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
@@ -80,6 +80,7 @@ class ZeroEngine:
         topology: Topology,
         decays: Callable[[str, nn.Parameter], bool],
         reducing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        rate: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """Wrap the model.
 
@@ -90,6 +91,7 @@ class ZeroEngine:
             topology: This rank's place.
             decays: Whether a named parameter has weight decay.
             reducing: Opened around what is left of the gradients' reduction behind a backward pass.
+            rate: Factor of a named parameter's learning rate.
         """
         self.placements = dict(placements)
         self.stage = effective_stage(config, topology.data_size)
@@ -98,10 +100,14 @@ class ZeroEngine:
         self._clip_norm = config.optimizer.clip_norm
         self._topology = topology
         self._norm = torch.zeros((), device=topology.device)
-        self._engine, self._optimizer = _start(model, config, topology, decays, self.settings)
+        groups = _groups(model, config, decays, rate)
+        self._engine, self._optimizer = _start(model, config, topology, groups, self.settings)
         self.parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
         """This rank's parameters of the body, by name."""
-        self._adapter = STAGES[self.stage](self._optimizer, self.parameters, self.placements, topology)
+        self._decay, self._steps = config.optimizer.ema_decay, 0
+        self._adapter = STAGES[self.stage](
+            self._optimizer, self.parameters, self.placements, topology, self._decay > 0
+        )
         self._adapter.make_moments(0)
         self._time_reduction(reducing)
 
@@ -129,9 +135,12 @@ class ZeroEngine:
     def update(self, lr: float) -> None:
         """Clip by the last :meth:`norm`, which is finite, and move parameters and moments."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self._adapter.before_update(self.clip_coefficient(self._norm))
         self._engine.step()
+        self._steps += 1
+        if self._decay:
+            self._adapter.average(1 - average_decay(self._decay, self._steps))
 
     def drop(self) -> None:
         """Forget the gradients; neither parameter nor moment changes."""
@@ -151,12 +160,13 @@ class ZeroEngine:
         ranks can go on from any other.
 
         Yields:
-            Name ("weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"), place in the full tensor, fp32 value.
+            Name ("weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME", with an average "ema.NAME"), place in the
+            full tensor, fp32 value.
         """
         for name, parameter in self.parameters.items():
             place = self.placements[name]
             yield f"weight.{name}", place, self._adapter.get(parameter, None).view(place.shape)
-            for key in MOMENTS:
+            for key in self._adapter.kept:
                 yield f"{key}.{name}", place, self._adapter.get(parameter, key).view(place.shape)
 
     def load(self, read: Callable[[str, Placement], Tensor], step: int) -> None:
@@ -166,10 +176,11 @@ class ZeroEngine:
         correction.
         """
         self._adapter.make_moments(step)
+        self._steps = step
         for name, parameter in self.parameters.items():
             place = self.placements[name]
             self._adapter.set(parameter, read(f"weight.{name}", place).to(self._topology.device), None)
-            for key in MOMENTS:
+            for key in self._adapter.kept:
                 self._adapter.set(parameter, read(f"{key}.{name}", place).to(self._topology.device), key)
 
     def held(self) -> dict[str, list[Tensor]]:
@@ -183,7 +194,9 @@ class ZeroEngine:
                 *(parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")),
             ],
             "masters": [master for master in self._adapter.masters() if id(master) not in own],
-            "moments": [state[key] for state in self._adapter.adamw().state.values() for key in MOMENTS],
+            "moments": [
+                state[key] for state in self._adapter.adamw().state.values() for key in self._adapter.kept
+            ],
             "gradients": self._adapter.gradients(),
         }
 
@@ -201,11 +214,36 @@ class ZeroEngine:
         self._engine.allreduce_gradients = timed
 
 
+def average_decay(decay: float, step: int) -> float:
+    """Share of the moving average that this step leaves: less at first, when there is little to average."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def _groups(
+    model: nn.Module,
+    config: RunConfig,
+    decays: Callable[[str, nn.Parameter], bool],
+    rate: Callable[[str], float],
+) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters: one for each pair of weight decay and learning rate."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        groups[not decays(name, parameter), -rate(name)].append(parameter)
+    return [
+        {
+            "params": groups[spared, low],
+            "rate": -low,
+            "weight_decay": 0.0 if spared else config.optimizer.weight_decay,
+        }
+        for spared, low in sorted(groups)
+    ]
+
+
 def _start(
     model: nn.Module,
     config: RunConfig,
     topology: Topology,
-    decays: Callable[[str, nn.Parameter], bool],
+    groups: list[dict[str, Any]],
     settings: dict[str, Any],
 ) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer around the model."""
@@ -214,14 +252,6 @@ def _start(
 
     if config.train.bf16:
         model = model.to(torch.bfloat16)
-    named = list(model.named_parameters())
-    groups = [
-        {
-            "params": [p for n, p in named if decays(n, p)],
-            "weight_decay": config.optimizer.weight_decay,
-        },
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
     optimizer = torch.optim.AdamW(
         groups,
         lr=config.optimizer.lr,

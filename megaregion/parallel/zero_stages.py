@@ -24,6 +24,8 @@ VERSION = "0.19.8"
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state kept per parameter."""
+AVERAGE = "ema"
+"""The moving average of a master, if the run keeps one; AdamW leaves it alone among its own state."""
 
 
 class Stage(ABC):
@@ -35,6 +37,7 @@ class Stage(ABC):
         parameters: Mapping[str, nn.Parameter],
         placements: Mapping[str, Placement],
         topology: Topology,
+        averages: bool = False,
     ) -> None:
         import deepspeed
 
@@ -47,6 +50,8 @@ class Stage(ABC):
         self._parameters = parameters
         self._placements = placements
         self._topology = topology
+        self.kept: tuple[str, ...] = (*MOMENTS, AVERAGE) if averages else MOMENTS
+        """Names of the state that each master has."""
 
     @abstractmethod
     def norm(self, heads_norm_squared: Tensor) -> Tensor:
@@ -83,8 +88,14 @@ class Stage(ABC):
         """Gradients that wait for the next micro-step or for the update."""
         return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Move the masters' averages by this share of the way to the masters."""
+        masters = self.masters()
+        torch._foreach_lerp_([self.adamw().state[one][AVERAGE] for one in masters], masters, share)
+
     def make_moments(self, step: int) -> None:
-        """Create AdamW's state after some steps, moments zero.
+        """Create AdamW's state after some steps, moments zero, and averages that are the masters.
 
         Left to itself AdamW makes it in its first step. DeepSpeed would then link only the first parameter
         group's state to the parameters, and there would be nothing to load into.
@@ -94,6 +105,8 @@ class Stage(ABC):
                 "step": torch.tensor(float(step), dtype=torch.float32, device=master.device),
                 **{key: torch.zeros_like(master) for key in MOMENTS},
             }
+            if AVERAGE in self.kept:
+                self.adamw().state[master][AVERAGE] = master.detach().clone()
 
 
 class Stage0(Stage):

@@ -83,7 +83,8 @@ def _at_rest(layout: Layout) -> dict[str, float]:
     return {
         "weights": weights,
         "masters": 4 * owned if stage else 0.0,
-        "moments": 8 * owned,
+        # The moving average lies among them.
+        "moments": (12 if layout.config.optimizer.ema_decay else 8) * owned,
         # The steps that a center has seen and its last positive are 4 bytes each.
         "head": float(sum(head.local_classes * (dim * center + 8) for head in layout.heads.values())),
     }

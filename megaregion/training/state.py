@@ -19,6 +19,7 @@ from torch import Tensor
 from megaregion.bounds import shown
 from megaregion.checkpoint.fence import Fence, refusal
 from megaregion.checkpoint.format import (
+    AVERAGES,
     ENCODER,
     MANIFEST,
     Piece,
@@ -272,7 +273,10 @@ class TrainingState:
         self._losses = []
 
         def read(name: str, place: Placement) -> Tensor:
-            return reader.read(f"body.{name}", place.offset, place.shape)
+            key = f"body.{name}"
+            if key.startswith(AVERAGES) and key not in reader.names():
+                key = ENCODER + key.removeprefix(AVERAGES)  # The average begins here.
+            return reader.read(key, place.offset, place.shape)
 
         self._engine.load(read, reader.step)
         self._heads.load(reader)

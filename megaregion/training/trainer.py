@@ -33,6 +33,7 @@ from megaregion.models.vit import (
     RegionEncoder,
     VisionTransformer,
     decays,
+    learning_rate_factor,
     partial_gradients,
     tensor_parallel_plan,
 )
@@ -119,8 +120,9 @@ class Trainer:
         self.clock.faults.spoil(model)
         model.to(self.topology.device)
         return ZeroEngine(
-            model, placements, config, self.topology, decays, lambda: self.clock.span("communication")
-        )
+            model, placements, config, self.topology, decays, lambda: self.clock.span("communication"),
+            lambda name: learning_rate_factor(name, config.model.depth, config.optimizer.layer_decay),
+        )  # fmt: skip
 
     def _own_state(self) -> TrainingState:
         """Claim the run; last, so that a start that is refused takes no run away from its owner."""
