@@ -274,6 +274,20 @@ def test_a_program_that_ends_without_closing_does_not_hang(folder: Path, tmp_pat
     assert done.returncode == 5, (tmp_path / "stderr").read_text()
 
 
+def test_training_reads_the_ramp_of_a_sixteen_bit_png_in_a_shard(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(48, 0)
+    stream = io.BytesIO()
+    Image.fromarray(ramp).save(stream, "PNG")
+    folder = write(tmp_path, {"ramp": (stream.getvalue(), one_object())})
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+    [batch] = take(folder, [[0]], **whole)
+    assert batch.found.bad == 0
+    assert batch.pixels.dtype == torch.uint8
+    row = batch.pixels[0].float().mean(dim=(0, 1))
+    expected = torch.from_numpy(np.interp(np.linspace(0, 1, len(row)), [0, 1], [0, 255])).float()
+    assert (row - expected).abs().max() < 3
+
+
 def test_bad_samples_are_replaced_counted_and_named(damaged: Path) -> None:
     positions = [range(p, p + 8) for p in range(0, 40, 8)]
     batches = take(damaged, positions, max_bad_share=1.0)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from megaregion.data.image import FORMATS, to_rgb
-from megaregion.data.sample import RLE, Box
+from megaregion.data.image import is_plain, open_any, to_rgb
+from megaregion.data.sample import RLE, BadSample, Box
 
 Boxes = NDArray[np.float64]
 """[R, 4]"""
@@ -55,6 +55,8 @@ class Picture:
     """The file's own bytes if they are an upright JPEG of these pixels; else None."""
     orientation: int = 1
     """How the file's pixels were turned to these, as EXIF numbers it; 1 is not at all."""
+    several: bool = False
+    """Whether the file holds further frames or pages; the first one counts."""
 
     @property
     def height(self) -> int:
@@ -86,7 +88,7 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
         with warnings.catch_warnings():
             # Our own limit, below, decides; Pillow's refusal beyond twice its limit still stands.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = open_any(content)
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage("decompression bomb")
@@ -95,10 +97,14 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise BadImage("image too elongated")
             orientation = int(image.getexif().get(ORIENTATION, 1))
-            kept = image.format == "JPEG" and orientation == 1
-            return Picture(_upright(image), content if kept else None, orientation)
+            kept = image.format == "JPEG" and orientation == 1 and is_plain(image)
+            frames = _several(image)
+            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+            return Picture(pixels, content if kept else None, orientation, frames)
     except BadImage:
         raise
+    except BadSample as missing:
+        raise BadImage(str(missing)) from None
     except Image.DecompressionBombError:
         raise BadImage("decompression bomb") from None
     except UnidentifiedImageError:
@@ -124,14 +130,9 @@ def crop(pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
     return pixels[y0:y1, x0:x1]
 
 
-def _upright(image: Image.Image) -> Pixels:
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data and not upright.mode.startswith("I"):
-        # Whatever colour hides under transparent pixels was never meant to be seen.
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-    return np.asarray(to_rgb(upright))
+def _several(image: Image.Image) -> bool:
+    # Cameras put a preview or a map of depths behind the picture, in what Pillow calls an MPO.
+    return image.format != "MPO" and bool(getattr(image, "is_animated", False))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Encoded images and crops of them: opened with suspicion, decoded no larger than needed.
 
-Whatever a damaged or hostile file provokes in the decoder becomes a :class:`BadSample`. Rotation notes
-(EXIF) are ignored: boxes are in pixels as stored.
+Curation and training read the same pixels: whatever a file stores (16 bits, floats, ink, a palette, a wide
+gamut) becomes sRGB here, over white where it is transparent. Whatever a damaged or hostile file provokes in
+the decoder becomes a :class:`BadSample`. Rotation notes (EXIF) are ignored: boxes are in pixels as stored.
 
 A JPEG is decoded by libjpeg-turbo at N eighths of its size, by a smaller inverse DCT of each block, where
 that still gives the crop as many pixels as are wanted; what is left is a scaling by less than two. Both
@@ -12,25 +13,40 @@ Shapes: R regions. Boxes are x0, y0, x1, y1 in pixels of the stored image, [R, 4
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from megaregion.data.sample import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Decoders that are tried; the fewer, the less a hostile file can reach."""
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000")
+"""Decoders that are tried, and HEIC's where its package is installed; the fewer, the less a hostile file can
+reach."""
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What stands in a HEIC file after its length and ``ftyp``."""
+COLOR_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Pillow's mode for what a color profile (ICC) describes."""
+SEEN = 8
+"""Levels of 255 by which a color profile must change some color to matter: all that call themselves sRGB, and
+grey of gamma 2.2, differ by less."""
+BRIGHTEST = 99.5
+"""Percentile of an image's values that becomes white where they go beyond 1: highlights may be far above."""
 LINEAR_UP_TO = 1.5
 """Greatest reduction by linear interpolation, which reads two pixels a side; beyond it detail would turn into
 false patterns, and Pillow's antialiased bicubic filter takes over."""
+JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xDA)
+"""Markers at which the head of a JPEG is over."""
 JPEG_BLOCK = 8
 """Side of a JPEG's blocks, in pixels."""
 CROP_TRIES = 10
@@ -162,13 +178,41 @@ def open_image(content: bytes) -> Image.Image | Jpeg:
         with warnings.catch_warnings():
             # Up to twice the limit Pillow only warns.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(content), formats=FORMATS)
+            return open_any(content)
+    except BadSample:
+        raise
     except UnidentifiedImageError:
         # Its text is an address in memory.
         raise BadSample(f"image cannot be opened (no {', '.join(FORMATS)} file)") from None
     # Decoders raise nearly anything (struct.error, SyntaxError, KeyError ...) on a damaged file.
     except Exception as error:
         raise BadSample(f"image cannot be opened ({type(error).__name__}: {error})") from None
+
+
+def open_any(content: bytes) -> Image.Image:
+    """Read the header of an encoded image of any kind by Pillow, for :func:`to_rgb`.
+
+    Raises:
+        BadSample: It needs a package that is not installed.
+        Exception: Anything, for it is damaged or hostile; UnidentifiedImageError where it is no image.
+    """
+    formats: tuple[str, ...] = FORMATS
+    if content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS and b"avif" not in content[12:64]:
+        _learn_heic()
+        formats = ("HEIF", *FORMATS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError:
+        floats = _open_floats(content)
+        if floats is None:
+            raise
+        return floats
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        # Adobe stores ink as 255 - ink and leaves its mark; Pillow takes every file for one of Adobe's.
+        image.tile = [tile._replace(args=("CMYK", "")) for tile in image.tile]
+    if not all(image.size):
+        raise UnidentifiedImageError("an image without pixels")
+    return image
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -182,11 +226,87 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image, decoded, as RGB; 16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits."""
+    """An image, decoded, as sRGB: what is transparent lies over white, and a profile that matters is applied.
+
+    16-bit grey, which Pillow cuts off at 255, keeps its upper eight bits; other numbers are scaled.
+    """
     image.load()  # Its file may be closed when the pixels are asked for.
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    profile = image.info.get("icc_profile") or b""
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_levels(np.asarray(image)))
+    elif image.has_transparency_data:
+        # Whatever colour hides under transparent pixels was never meant to be seen.
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    if image.mode not in COLOR_SPACES.values():
+        image = image.convert("RGB")
+    if profile and (transform := _to_srgb(profile, image.mode)) is not None:
+        return transform.apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether a stored image is grey or RGB of eight bits that needs no color profile."""
+    profile = image.info.get("icc_profile") or b""
+    return image.mode in ("L", "RGB") and not (profile and _to_srgb(profile, image.mode))
+
+
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What turns pixels of a color profile into sRGB; None where nothing would be seen, or it is damaged."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if COLOR_SPACES.get(source.profile.xcolor_space.strip()) != mode:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    steps = np.arange(0, 256, 17, dtype=np.uint8)
+    colors = np.stack(np.meshgrid(*[steps] * len(mode)), axis=-1)
+    probe = Image.frombytes(mode, (len(steps), len(steps) ** (len(mode) - 1)), colors.tobytes())
+    change = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert("RGB"), int)
+    return transform if np.abs(change).max() > SEEN else None
+
+
+def _levels(values: NDArray[Any]) -> Pixels:
+    """Numbers of another range as 0..255.
+
+    Whole ones are of 16 bits, and floats reach from 0 to 1; where they are greater, the image's own brightest
+    values decide.
+    """
+    if values.dtype.kind in "iu" and values.max() <= 0xFFFF:
+        return (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
+    values = values.astype(np.float32)
+    finite = values[np.isfinite(values)]
+    white = max(1.0, float(np.percentile(finite, BRIGHTEST))) if finite.max(initial=0) > 1 else 1.0
+    return np.round(np.nan_to_num(values.clip(0, white)) * (255 / white)).astype(np.uint8)
+
+
+def _learn_heic() -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise BadSample("HEIC needs a package; pip install pillow_heif") from None
+    pillow_heif.register_heif_opener()
+
+
+def _open_floats(content: bytes) -> Image.Image | None:
+    """A TIFF of three or four floats a pixel, which Pillow does not know, decoded; None if it is none."""
+    if content[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    file = io.BytesIO(content)
+    header = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+    file.seek(header.next)
+    header.load(file)
+    width, height = (header.get(tag, 0) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
+    if set(header.get(TiffImagePlugin.SAMPLEFORMAT, ())) != {3}:
+        return None
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim != 3:
+        return None
+    return Image.fromarray(_levels(pixels[..., 2::-1]))
 
 
 def decode_crop(
@@ -251,7 +371,22 @@ def _read_header(content: bytes) -> Jpeg | None:
         return None
     if colors not in ("YCbCr", "RGB", "Gray") or width * height > (Image.MAX_IMAGE_PIXELS or np.inf):
         return None
+    if (profile := _profile(content)) and _to_srgb(profile, "L" if colors == "Gray" else "RGB") is not None:
+        return None
     return Jpeg(content, width, height)
+
+
+def _profile(content: bytes) -> bytes:
+    """The color profile that stands before a JPEG's frame, or nothing; Pillow takes far longer."""
+    parts, place = [], 2
+    with contextlib.suppress(IndexError):
+        while content[place] == 0xFF and (kind := content[place + 1]) not in JPEG_FRAMES:
+            end = place + 2 + (content[place + 2] << 8 | content[place + 3])
+            if kind == 0xE2 and content.startswith(b"ICC_PROFILE\0", place + 4):
+                parts.append(content[place + 16 : end])
+            place = end
+    # Each begins with its number and their number.
+    return b"".join(part[2:] for part in sorted(parts)) if parts else b""
 
 
 class _Scratch(threading.local):
@@ -293,8 +428,9 @@ def _decode(image: Image.Image | Jpeg, eighths: int) -> tuple[Pixels | Image.Ima
 def _decode_by_pillow(image: Image.Image | Jpeg) -> Image.Image:
     try:
         if isinstance(image, Jpeg):
-            image = Image.open(io.BytesIO(image.content), formats=FORMATS)
-        image.load()
+            image = open_any(image.content)
         return to_rgb(image)
+    except BadSample:
+        raise
     except Exception as error:
         raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from None

@@ -118,7 +118,7 @@ class Pack(Stage):
 
     name = "pack"
     reads = ("embed", "assign", "ocr")
-    version = 2
+    version = 3
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)

@@ -62,7 +62,7 @@ class Propose(Stage):
     """
 
     name = "propose"
-    version = 3
+    version = 4
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Embed(Stage):
 
     name = "embed"
     reads = ("propose", "ocr")
-    version = 2
+    version = 3
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Ocr(Stage):
     """Writes words.jsonl."""
 
     name = "ocr"
-    version = 2
+    version = 3
 
     @override
     def settings(self) -> dict[str, Any]:
