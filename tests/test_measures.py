@@ -33,9 +33,9 @@ from megaregion.evaluation.measures.correspondence import (
 )
 from megaregion.evaluation.measures.images import image_table, read_image_folder
 from megaregion.evaluation.measures.reading import is_exact, judged, prior_share
-from megaregion.evaluation.measures.recognition import Labelled, draw_scenes, recognise, recognition_table
+from megaregion.evaluation.measures.recognition import Named, draw_scenes, recognise, recognition_table
 from megaregion.evaluation.measures.retrieval import DEPTHS, retrieval_table
-from megaregion.evaluation.measures.segmentation import confusion, mean_iou, segmentation_table
+from megaregion.evaluation.measures.segmentation import mean_iou, overlaps, segmentation_table
 from megaregion.evaluation.measures.separation import (
     area_under_curve,
     best_colour,
@@ -162,7 +162,8 @@ def test_what_cannot_be_said_is_none_and_not_a_number() -> None:
 def test_sums_give_the_textbook_values() -> None:
     matrix = np.array([[50, 0, 0], [10, 30, 0], [0, 0, 0]], float)
     # Background 50 of 60, the one class that occurs 30 of 40; the class that never occurs does not count.
-    assert mean_iou(matrix.ravel()) == pytest.approx((50 / 60 + 30 / 40) / 2)
+    sums = np.concatenate([matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)])
+    assert mean_iou(sums) == pytest.approx((50 / 60 + 30 / 40) / 2)
     negative, positive = np.array([3, 1, 0, 0], float), np.array([0, 1, 1, 2], float)
     pairs = (3 * 4 + 1 * 0.5 + 1 * 3) / 16
     assert area_under_curve(np.concatenate([negative, positive])) == pytest.approx(pairs)
@@ -220,9 +221,8 @@ def features_of(scenes: list[Scene], knows: bool, seed: int) -> NDArray[np.float
     return features.astype(np.float32)
 
 
-def labelled(scenes: list[Scene], knows: bool, seed: int) -> Labelled:
-    table = Truth(scenes).objects
-    return Labelled(features_of(scenes, knows, seed), table.names, table.instances, table.scene)
+def labelled(scenes: list[Scene], knows: bool, seed: int) -> Named:
+    return features_of(scenes, knows, seed), Truth(scenes).objects
 
 
 def encoded(scenes: list[Scene], seed: int) -> EncodedScenes:
@@ -251,11 +251,11 @@ def test_one_seed_takes_the_whole_gallery_and_more_take_four_fifths_of_its_scene
     assert all(each.sum() == 16 for each in drawn)
     assert len({each.tobytes() for each in drawn}) > 1
     known, asked = labelled(make_scenes(9, 1), True, 1), labelled(make_scenes(5, 2), False, 2)
-    by_hand = vote(nearest(asked.features, known.features), known.names)
-    everything = (np.ones(len(known.names), bool), np.ones(len(asked.names), bool))
+    by_hand = vote(nearest(asked[0], known[0]), known[1].names)
+    everything = (np.ones(len(known[1]), bool), np.ones(len(asked[1]), bool))
     found = recognise(known, asked, [everything])["knn"]
     assert found is not None
-    assert found.mean == pytest.approx(np.mean(np.asarray(by_hand) == asked.names))
+    assert found.mean == pytest.approx(np.mean(np.asarray(by_hand) == asked[1].names))
 
 
 def test_retrieval_counts_matches_in_other_scenes_only_and_leaves_out_who_has_none() -> None:
@@ -333,7 +333,7 @@ def test_a_map_that_shows_the_classes_is_segmented_and_a_blind_one_is_not(
 
 def test_places_under_words_are_not_counted() -> None:
     true = np.array([[0, -1], [1, 1]], np.int16)
-    assert confusion(np.array([[0, 1], [1, 0]]), true, 2).tolist() == [1, 0, 1, 1]
+    assert overlaps(np.array([[0, 1], [1, 0]]), true, 2).tolist() == [1, 1, 1, 2, 2, 1]
 
 
 def test_colours_that_show_objects_separate_them_and_the_blind_do_not(

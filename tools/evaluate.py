@@ -3,28 +3,35 @@
 python tools/evaluate.py runs/demo --scenes data/scenes
 python tools/evaluate.py runs/demo --scenes data/scenes --images photos --compare openai/clip-vit-base-patch16
 python tools/evaluate.py runs/demo --scenes data/scenes --measures all --seeds 10
+python tools/evaluate.py facebook/dinov2-base --annotations instances_val2017.json --images val2017
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megaregion.bounds import Choice, Count, Folder, Images, PositiveInt, Seed, Text, Whole, Workers
+from megaregion.bounds import Choice, Count, File, Folder, Images, PositiveInt, Seed, Text, Whole, Workers
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.files import write_text
 from megaregion.schemas.evaluation import (
+    ANNOTATED,
+    EVALUATION,
     FOOTNOTE,
     MEASURES,
     QUICK,
+    Evaluation,
+    Table,
     markdown,
     text,
+    with_other_data,
     write_board,
     write_evaluation,
 )
@@ -35,14 +42,25 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from megaregion.curation.picture import Pixels
+    from megaregion.evaluation.annotated import Annotated
     from megaregion.evaluation.encoders import Encoder
+    from megaregion.evaluation.encoding import Batches
 
+SCENE_OBJECTS = 4000
+"""Objects of scenes in the gallery, where nobody asks for another number."""
 STRIDE = 32
 """Pixels along each side of a place of the curation encoder's map."""
 
 
 def main() -> None:
     arguments = _parser().parse_args()
+    if arguments.scenes:
+        _evaluate_on_scenes(arguments)
+    else:
+        _evaluate_on_images(arguments)
+
+
+def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megaregion.evaluation.network import open_run
@@ -50,12 +68,19 @@ def main() -> None:
     from megaregion.evaluation.report import write_report
     from megaregion.evaluation.study import StudyConfig, evaluate
 
+    if arguments.annotations:
+        raise UserError(
+            "--scenes and --annotations are two evaluations; evaluate twice, both sets of tables stay"
+        )
     began = time.perf_counter()
-    opened = open_run(arguments.run, arguments.checkpoint)
+    opened = open_run(Path(arguments.run), arguments.checkpoint)
     device = _device(arguments.device)
     names = {field.name for field in fields(StudyConfig)}
     asked = {name: value for name, value in vars(arguments).items() if name in names}
     asked |= {"device": device, "dataset": arguments.dataset or Path(opened.config.data.path)}
+    asked |= {"images": arguments.folder_dataset or arguments.images}
+    asked |= {"limit": SCENE_OBJECTS if arguments.limit is None else arguments.limit}
+    asked |= {"measures": _chosen(arguments.measures or ",".join(QUICK), MEASURES)}
     config = StudyConfig(**asked)
     others = _others(arguments, device, opened.config.model.grid)
     with tqdm(unit="image", disable=None) as bar:
@@ -63,18 +88,13 @@ def main() -> None:
         study = evaluate(opened, config, others, progress)
         visuals = visualise(study, arguments.frames, arguments.map_side, progress)
     study.seconds["total"] = time.perf_counter() - began
-    suffix = "" if config.split == "test" else f"_{config.split}"
-    numbers, tables, page = (
-        opened.folder / name.format(suffix)
-        for name in ("evaluation{}.json", "evaluation{}.md", "report{}.html")
-    )
-    evaluation = study.evaluation()
-    write_evaluation(numbers, evaluation)
-    title = f"# {evaluation.run} after step {evaluation.step:,}, {evaluation.split} split"
-    write_text(tables, f"{title}\n\n{markdown(evaluation.tables)}")
-    write_board(opened.folder / "tensorboard", opened.step, study.tables)
-    save_pictures(visuals, opened.folder / f"pictures{suffix}")
-    write_report(study, visuals, opened.folder / "metrics.jsonl", page)
+    out, suffix = arguments.out or opened.folder, "" if config.split == "test" else f"_{config.split}"
+    evaluation = with_other_data(study.evaluation(), out / f"evaluation{suffix}.json")
+    files = _write(evaluation, out, suffix)
+    write_board(out / "tensorboard", opened.step, study.tables)
+    save_pictures(visuals, out / f"pictures{suffix}")
+    page = out / f"report{suffix}.html"
+    write_report(study, visuals, opened.folder / "metrics.jsonl", page, evaluation.tables[1:])
     print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
     if study.missing:
         print(f"\nnot measured, for the scenes lack masks or words: {', '.join(study.missing)}")
@@ -82,7 +102,132 @@ def main() -> None:
         print(f"\n{study.vocabulary.unreadable:,} samples of the training shards cannot be read")
     if study.tables:
         print(f"\n{text(study.tables)}\n\n{FOOTNOTE}")
-    print(f"\n{numbers}\n{tables}\n{page}")
+    print("", *files, page, sep="\n")
+
+
+def _write(evaluation: Evaluation, out: Path, suffix: str = "") -> list[Path]:
+    """Write the numbers, and all tables as Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    numbers, tables = (out / f"evaluation{suffix}.{ending}" for ending in ("json", "md"))
+    write_evaluation(numbers, evaluation)
+    when = f" after step {evaluation.step:,}" if evaluation.step else ""
+    write_text(tables, f"# {evaluation.run}{when}, {evaluation.split} split\n\n{markdown(evaluation.tables)}")
+    return [numbers, tables]
+
+
+# ---- images of people ------------------------------------------------------------------------------
+
+
+def _evaluate_on_images(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from megaregion.evaluation.annotated import read_annotated
+    from megaregion.evaluation.encoding import Batches
+    from megaregion.evaluation.harness import score_regions
+    from megaregion.evaluation.measures.images import image_table, read_image_folder
+    from megaregion.evaluation.report import write_tables
+
+    began = time.perf_counter()
+    measures = _chosen(arguments.measures or "all", ANNOTATED)
+    folder, data = arguments.folder_dataset, None
+    if arguments.annotations:
+        if arguments.images is None:
+            raise UserError("--annotations needs the folder of its images; name it with --images")
+        data = read_annotated(
+            arguments.annotations, arguments.images, arguments.train_annotations, arguments.train_images,
+            arguments.limit or 0, arguments.seed,
+        )  # fmt: skip
+    else:
+        folder = folder or arguments.images
+    if data is None and folder is None:
+        raise UserError(
+            "nothing to evaluate on; name --scenes, --annotations with --images, or --folder-dataset"
+        )
+    photos = read_image_folder(folder) if folder else None
+    name, step, out, encoders = _encoders(arguments)
+    out, tables = arguments.out or out, list[Table]()
+    with tqdm(unit="image", disable=None) as bar:
+        batches = Batches(arguments.batch, arguments.workers, progress=partial(_show_progress, bar))
+        if data is not None:
+            tables += score_regions(encoders, data, measures, batches)
+            if "proposals" in measures:
+                tables.append(_proposals(data, batches))
+        if photos is not None:
+            table = image_table(
+                photos, [own for own in encoders if hasattr(own, "images")], arguments.seeds, batches
+            )
+            tables.append(replace(table, key=f"{folder.name}/image", title=f"{table.title}, {folder.name}"))
+    batches.seconds["total"] = time.perf_counter() - began
+    known, asked = (data.known.objects, data.asked.objects) if data else ((), ())
+    evaluation = Evaluation(
+        run=name, step=step, split="test", tables=tuple(tables), test_regions=len(asked), test_words=0,
+        gallery_regions=len(known), gallery_words=0, gallery_scenes=len(data.known.scenes) if data else 0,
+        classes=len(set(data.known.objects.names)) if data else 0, seconds=batches.seconds,
+    )  # fmt: skip
+    page = out / f"report_{data.name if data else folder.name}.html"
+    files = _write(with_other_data(evaluation, out / EVALUATION), out)
+    write_tables(evaluation, page)
+    write_board(out / "tensorboard", step, tables)
+    for table in tables:
+        print(f"{text([table])}\n\n{fill(table.told, 100)}\n")
+    made = {table.key.rpartition("/")[2] for table in tables}
+    if data and (missing := [own for own in measures if own not in made]):
+        reason = "for the file lacks masks or frequencies, or no encoder has maps"
+        print(f"not measured, {reason}: {', '.join(missing)}\n")
+    print(f"{FOOTNOTE}\n", *files, page, sep="\n")
+
+
+def _encoders(arguments: argparse.Namespace) -> tuple[str, int, Path, list[Any]]:
+    """Name, step and folder of what is evaluated, and all encoders, it first."""
+    from megaregion.checkpoint.format import MANIFEST
+    from megaregion.evaluation.encoders import (
+        PIXELS,
+        CropEncoder,
+        HuggingFaceEncoder,
+        crops_of,
+        load_huggingface,
+        raw_pixels,
+    )
+    from megaregion.evaluation.network import open_run
+
+    device, path = _device(arguments.device), Path(arguments.run)
+    pixels = CropEncoder(PIXELS, raw_pixels)
+    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+        opened = open_run(path, arguments.checkpoint)
+        trained = opened.trained(device, arguments.projected)
+        crops = crops_of(trained.name, trained.images)
+        own = [trained, trained.pooled(), crops, opened.untrained(device, arguments.projected), pixels]
+        others = _others(arguments, device, opened.config.model.grid)
+        found = opened.config.name, opened.step, opened.folder
+    else:
+        model = load_huggingface(arguments.run, device, arguments.trust_remote_code)
+        own = [model, model.crops(), pixels]
+        others = _others(arguments, device, 1)
+        found = model.name, 0, path if path.is_dir() else Path(f"evaluation-{model.name}")
+    models = [own for own in (*own, *others) if isinstance(own, HuggingFaceEncoder)]
+    encoders = [*own, *others, *(tokens for model in models if (tokens := model.tokens()))]
+    names = [encoder.name for encoder in encoders]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two rows would be called {name}; give the folder of a model another name")
+    if arguments.without_crops:
+        encoders = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
+    return *found, encoders
+
+
+def _proposals(data: Annotated, batches: Batches) -> Table:
+    import numpy as np
+
+    from megaregion.curation.engines import load_proposer
+    from megaregion.curation.settings import ProposeSettings
+    from megaregion.evaluation.measures.proposals import proposals_table
+
+    proposer = load_proposer(ProposeSettings())
+
+    def propose(image: Pixels) -> NDArray[np.float64]:
+        return np.asarray([found.box for found in proposer.propose(image)], np.float64)
+
+    return proposals_table(data, "selective search", propose, batches)
 
 
 def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Encoder]:
@@ -102,7 +247,7 @@ def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Enco
 
         others.append(CropEncoder("curation", embedder.embed, max(1, arguments.workers), see))
     for name in arguments.compare:
-        model = load_huggingface(name, device)
+        model = load_huggingface(name, device, arguments.trust_remote_code)
         others += [model, model.crops()]
     names = [other.name for other in others]
     for name in names:
@@ -111,41 +256,61 @@ def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Enco
     return others
 
 
-def _measures(text: str) -> tuple[str, ...]:
-    names = MEASURES if text == "all" else text.split(",")
+def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = known if text == "all" else text.split(",")
     chosen = tuple(name for name in names if name not in ("", "none"))
     for name in chosen:
-        if name not in MEASURES:
-            raise UserError(f"--measures knows {', '.join(MEASURES)}, all and none, got {name!r}")
+        if name not in known:
+            raise UserError(f"--measures knows {', '.join(known)}, all and none, got {name!r}")
     return chosen
 
 
 def _parser() -> Parser:
     parser = Parser(
-        description="Measure a run's encoder on scenes with known truth, beside the same network untrained, "
-        "raw pixels and the curation encoder. Prints a table; RUN gets evaluation.json, evaluation.md, "
-        "TensorBoard scalars and report.html.",
+        description="Measure an encoder on scenes with known truth, on annotated images or on folders of "
+        "classes, beside the same network untrained, raw pixels and the curation encoder. Prints tables; "
+        "RUN gets evaluation.json, evaluation.md, TensorBoard scalars and a page.",
     )
     add = parser.add_flag
-    add("run", Folder, None, "the run's folder, with its checkpoints and metrics.jsonl", metavar="RUN")
-    add("--scenes", Folder, None, "scene set of tools/make_scenes.py, with its truth", required=True)
+    add("run", Text("RUN_OR_MODEL"), None, "a run's folder, with its checkpoints and metrics.jsonl; without "
+        "--scenes also a vision encoder in HuggingFace form, folder or hub id")  # fmt: skip
+    add("--scenes", Folder, None, "scene set of tools/make_scenes.py, with its truth")
+    add("--annotations", File, None, "JSON of COCO, LVIS or Objects365: score boxes and masks of its images")
+    add("--train-annotations", File, None, "JSON of other images to learn from; by default a hash of the "
+        "image ids halves the one file")  # fmt: skip
+    add("--train-images", Folder, None, "folder of those images; by default that of --images")
+    add("--folder-dataset", Folder, None, "name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
+        "FOLDER/val/CLASS")  # fmt: skip
+    add("--out", Folder, None, "where the results go; by default the run's or the model's folder")
     add("--dataset", Folder, None, "shards that the run was trained on; by default the run's data.path")
     add("--split", Choice(("test", "val")), "test", "held-out split to ask about; tune on val only (it "
         "writes evaluation_val.json), never on test")  # fmt: skip
     add("--checkpoint", Count, None, "evaluate this step instead of the newest", metavar="STEP")
-    add("--limit", Count, 4000, "training objects in the gallery; 0 takes all")
+    add("--limit", Count, None, f"objects of whole images to learn from, by default {SCENE_OBJECTS} of "
+        "scenes and all of annotations, where as many are asked about; 0 takes all")  # fmt: skip
     add("--batch", Images, 32, "images that go through an encoder at once")
     add("--workers", Workers, 2, "threads that read and crop-embed images", metavar="THREADS")
     add("--device", Text("NAME"), "auto", "where the network computes: auto, cpu, cuda, cuda:1 ...")
     add("--curation", Choice(("lite0", "none")), "lite0", "curation encoder to compare with")
-    add("--measures", _measures, ",".join(QUICK),
-        f"tables with means over seeds and intervals: {', '.join(MEASURES)}; or all, or none",
-        metavar="NAME[,NAME ...]")  # fmt: skip
+    add("--measures", Text("NAME[,NAME ...]"), None, f"tables: {', '.join(MEASURES)} of scenes (by default "
+        f"{', '.join(QUICK)}), {', '.join(ANNOTATED)} of annotations (by default all); or all, "
+        "or none")  # fmt: skip
     add("--seeds", PositiveInt, 5, "galleries, splits and pairs drawn behind a mean")
-    add("--images", Folder, None, "also name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
-        "FOLDER/test/CLASS")  # fmt: skip
+    add("--images", Folder, None, "images of --annotations; without it, as --folder-dataset")
     add("--compare", Text("MODEL"), [], "a vision transformer in HuggingFace form, folder or hub id, as "
         "further rows; repeatable", action="append")  # fmt: skip
+    add(
+        "--without-crops",
+        bool,
+        False,
+        "leave out the rows that encode every region's crop, which costs a pass each",
+    )
+    add(
+        "--trust-remote-code",
+        bool,
+        False,
+        "run the code beside a model's weights: region tokens of our exports",
+    )
     add("--frames", Folder, None, "image or folder of frames whose features the report paints; by default "
         "held-out scenes", metavar="PATH")  # fmt: skip
     add("--map-side", Whole(0, 16_384, "PX"), 0,

@@ -152,12 +152,18 @@ class EvalTransform:
             BadSample: The image cannot be decoded.
         """
         crop = Crop(0, 0, image.width, image.height)
+        visible = self.visible(image.size, boxes, masks)
+        pixels = torch.from_numpy(decode_crop(image, crop, self.width, self.height).transpose(2, 0, 1).copy())
+        return normalise(pixels, self.data.mean, self.data.std), torch.from_numpy(visible.copy())
+
+    def visible(
+        self, size: tuple[int, int], boxes: Sequence[Box], masks: Sequence[RLE | None] = ()
+    ) -> NDArray[np.bool_]:
+        """Which region sees which patch of an image of this width and height, bool [R, P]."""
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         rows, columns = self.height // self.patch, self.width // self.patch
         shapes = masks or [None] * len(corners)
-        visible = visibility(corners, shapes, crop, rows, columns, self.data.patch_coverage)
-        pixels = torch.from_numpy(decode_crop(image, crop, self.width, self.height).transpose(2, 0, 1).copy())
-        return normalise(pixels, self.data.mean, self.data.std), torch.from_numpy(visible.copy())
+        return visibility(corners, shapes, Crop(0, 0, *size), rows, columns, self.data.patch_coverage)
 
 
 def check_size(image: Image.Image | Jpeg, record: SampleRecord) -> None:

@@ -1,18 +1,21 @@
-"""Two ways to name a region after others: by its nearest neighbours, and by a linear probe.
+"""Three ways to name a region after others: by its nearest neighbours, by a linear and by an attentive probe.
 
 The probe is multinomial logistic regression on frozen features. They are standardised and, where they are
 wide, turned onto their first principal directions, both fitted on the training rows. Its weight decay is
 chosen on training rows held out by group (cut-outs, images), never on the test. The problem is convex, so a
-seed changes the rows, not the optimum.
+seed changes the rows, not the optimum. The attentive probe reads a region's patches by the attention of one
+learned query. It begins as the linear probe of their mean, so what it gains is owed to the attention.
 
-Shapes: Q queries, G gallery regions, C feature width, K neighbours or classes, R training rows, D width after
-the turn.
+Shapes: P patches, Q queries, G gallery regions, C feature width, K neighbours or classes, R training rows,
+D width after the turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
@@ -26,13 +29,19 @@ from megaregion.evaluation.encoders import Floats
 NEIGHBOURS = 5
 """Neighbours that vote."""
 BLOCK_ROWS = 1024
-"""Queries whose similarities to the whole gallery are in memory at once."""
+"""Queries whose similarities to the whole gallery are in memory at once, where the gallery is small."""
+MOST_SIMILARITIES = 2**26
+"""Of a large one, so many similarities are."""
+BLOCK_FITTED = 32_768
+"""Training rows whose scores are in memory at once."""
 DECAYS = (1.0, 0.1, 0.01, 0.001)
 """Weight decays tried, strongest first; times half the squared norm of the weights."""
 WIDEST = 384
 """Most directions kept; wider features are turned onto as many, which keeps nearly all their variance."""
 ITERATIONS = 60
 """Most steps of L-BFGS."""
+BLOCK_ATTENDED = 1024
+"""Regions whose patches are turned and read at once."""
 HELD_OUT = 0.25
 """Share of the groups of each class on which the weight decay is chosen."""
 
@@ -66,8 +75,9 @@ def nearest(
     queries, gallery = unit(queries), unit(gallery)
     index = np.full((len(queries), neighbours), -1, np.int64)
     similarity = np.full((len(queries), neighbours), -np.inf, np.float32)
-    for start in range(0, len(queries), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
+    block = min(BLOCK_ROWS, max(1, MOST_SIMILARITIES // max(1, len(gallery))))
+    for start in range(0, len(queries), block):
+        rows = slice(start, start + block)
         cosine = queries[rows] @ gallery.T
         if query_group is not None and gallery_group is not None:
             cosine[query_group[rows, None] == gallery_group[None]] = -np.inf
@@ -166,8 +176,8 @@ def hold_out(names: Sequence[str], groups: Sequence[str], seed: int) -> NDArray[
     rng = np.random.Generator(np.random.Philox(key=seed))
     drawn: set[tuple[str, str]] = set()
     pairs = list(zip(names, groups, strict=True))
-    for name in sorted(set(names)):
-        own = sorted({pair for pair in pairs if pair[0] == name})
+    for _, found in groupby(sorted(set(pairs)), key=itemgetter(0)):
+        own = list(found)
         if len(own) > 1:
             count = max(1, int(HELD_OUT * len(own)))
             drawn.update(own[place] for place in rng.permutation(len(own))[:count])
@@ -214,12 +224,99 @@ def _descend(inputs: Tensor, label: Tensor, classes: int, decay: float) -> Tenso
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        scores = inputs @ weight[:-1] + weight[-1]
-        value = F.cross_entropy(scores, label) + decay / len(inputs) * weight[:-1].square().sum() / 2
-        value.backward()
-        return value
+        total = torch.zeros(())
+        # The scores of all rows at once can be larger than all that is learned from.
+        for rows, classes_of in zip(inputs.split(BLOCK_FITTED), label.split(BLOCK_FITTED), strict=True):
+            value = F.cross_entropy(rows @ weight[:-1] + weight[-1], classes_of) * (len(rows) / len(inputs))
+            value = value + decay / len(inputs) * weight[:-1].square().sum() / 2 * (len(rows) / len(inputs))
+            value.backward()
+            total += value.detach()
+        return total
 
     optimizer.step(loss)
     fitted = weight.detach().clone()
     fitted[:-1] /= length
     return fitted
+
+
+# ---- attentive probe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Some of the patches that each region covers."""
+
+    features: NDArray[np.float16]
+    """[R, P, C]."""
+    real: NDArray[np.bool_]
+    """[R, P]; the others pad."""
+
+    def means(self) -> Floats:
+        """Mean over the real patches, [R, C]."""
+        total = np.einsum("rpc,rp->rc", self.features, self.real, dtype=np.float32)
+        return np.divide(total, np.maximum(self.real.sum(axis=1, keepdims=True), 1), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class AttentiveProbe:
+    """A linear probe of what a query [D] reads of a region's patches."""
+
+    linear: Probe
+    query: Tensor
+
+    @torch.inference_mode()
+    def predict(self, patches: Patches) -> list[str]:
+        """Most likely class of each of Q regions."""
+        named: list[str] = []
+        for start in range(0, len(patches.real), BLOCK_ATTENDED):
+            rows, real = _turned(self.linear, patches, start)
+            scores = _read(rows, real, self.query) @ self.linear.weight[:-1] + self.linear.weight[-1]
+            named += [self.linear.classes[place] for place in scores.argmax(dim=1).tolist()]
+        return named
+
+
+def fit_attentive(patches: Patches, names: Sequence[str], decay: float) -> AttentiveProbe:
+    """Fit query and classes together on R training regions, given their classes and a weight decay."""
+    linear = fit_probe(patches.means(), names, decay)
+    label = torch.tensor([linear.classes.index(name) for name in names])
+    starts = range(0, len(label), BLOCK_ATTENDED)
+    blocks = [_turned(linear, patches, start) for start in starts]
+    query = torch.zeros(linear.turn.shape[1], requires_grad=True)
+    # As for the linear probe: the number of directions must not set the scale.
+    length = linear.turn.shape[1] ** 0.5
+    scale = torch.tensor([length] * (len(linear.weight) - 1) + [1.0])[:, None]
+    weight = (linear.weight * scale).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [query, weight], max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = weight[:-1].square().sum() + query.square().sum()
+        total = decay / len(label) * penalty / 2
+        total.backward()
+        total = total.detach()
+        for (rows, real), own in zip(blocks, label.split(BLOCK_ATTENDED), strict=True):
+            scores = _read(rows, real, query) / length @ weight[:-1] + weight[-1]
+            value = F.cross_entropy(scores, own) * (len(own) / len(label))
+            value.backward()
+            total += value.detach()
+        return total
+
+    optimizer.step(loss)
+    return AttentiveProbe(
+        Probe(linear.classes, linear.mean, linear.turn, weight.detach() / scale), query.detach().clone()
+    )
+
+
+def _turned(probe: Probe, patches: Patches, start: int) -> tuple[Tensor, Tensor]:
+    """A block of regions: their patches as the probe turns features, [B, P, D], and which are real."""
+    rows = slice(start, start + BLOCK_ATTENDED)
+    features = torch.from_numpy(patches.features[rows].astype(np.float32))
+    return (features - probe.mean) @ probe.turn, torch.from_numpy(patches.real[rows])
+
+
+def _read(rows: Tensor, real: Tensor, query: Tensor) -> Tensor:
+    """What a query reads of each region's patches, [B, P, D] to [B, D]."""
+    scores = (rows @ query / query.numel() ** 0.5).masked_fill(~real, -torch.inf)
+    return (scores.softmax(dim=1)[:, None] @ rows)[:, 0]

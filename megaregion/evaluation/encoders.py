@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from megaregion.config import DataConfig, ModelConfig
+from megaregion.data.sample import RLE, decode_mask
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
 
@@ -45,6 +46,8 @@ class BoxedImage:
     """RGB."""
     boxes: Floats
     """[n, 4] in pixels of the image, x1 and y1 exclusive."""
+    masks: Sequence[RLE | None] = ()
+    """Exact shapes of the regions, where they are known; a region with one is judged by it."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,27 @@ class Features:
     """[R, C], compared by cosine."""
     embedding: Floats | None = None
     """[R, E], what the heads classify; None for an encoder without heads."""
+    maps: Sequence[Floats] | None = None
+    """Feature map of each image, stretched to a square, [h, w, C], where the regions were read from it."""
 
 
-class Encoder(Protocol):
-    """An encoder of regions, of whole images, and perhaps of every place of an image."""
+class EncodesRegions(Protocol):
+    """An encoder of regions; all that is asked for a score on annotated images."""
 
     @property
     def name(self) -> str:
         """Name of its rows."""
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether a mask changes what it sees of a region."""
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Encode all regions of a batch of images, image by image."""
+
+
+class Encoder(EncodesRegions, Protocol):
+    """An encoder of regions, of whole images, and perhaps of every place of an image."""
 
     @property
     def text_centers(self) -> Floats | None:
@@ -71,9 +87,6 @@ class Encoder(Protocol):
     @property
     def names_images(self) -> bool:
         """Whether it is asked about whole images; not where another encoder would answer the same."""
-
-    def encode(self, images: Sequence[BoxedImage]) -> Features:
-        """Encode all regions of a batch of images, image by image."""
 
     def images(self, images: Sequence[Image.Image]) -> Floats:
         """Encode whole images, [B, C]."""
@@ -97,6 +110,7 @@ class CropEncoder:
     see: Callable[[Pixels], Floats] | None = None
     """From a whole image, RGB [h, w, 3], to its feature map."""
     names_images: bool = True
+    sees_masks: ClassVar[bool] = False
     text_centers: ClassVar[Floats | None] = None
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
@@ -165,9 +179,46 @@ def as_array(values: Tensor) -> Floats:
     return values.float().cpu().numpy()
 
 
+def pooled_patches(
+    maps: Sequence[Floats], images: Sequence[BoxedImage], transform: EvalTransform
+) -> Features:
+    """Mean feature of the patches that each region covers, by the map of each image, [h, w, C]."""
+    regions = []
+    for item, own in zip(images, maps, strict=True):
+        seen = transform.visible(item.image.size, item.boxes.tolist(), item.masks).astype(np.float32)
+        regions.append(seen @ own.reshape(-1, own.shape[-1]) / seen.sum(axis=1, keepdims=True))
+    return Features(np.concatenate(regions), maps=maps)
+
+
+@dataclass(frozen=True)
+class PooledEncoder:
+    """Regions as the mean of the patches that they cover, of a network that has another way of its own."""
+
+    name: str
+    see: Callable[[Sequence[Image.Image]], list[Floats]]
+    """From images to their feature maps, [h, w, C] each."""
+    transform: EvalTransform
+    """Cuts an image into the map's patches."""
+    sees_masks: ClassVar[bool] = True
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Mean feature of the patches that each region covers."""
+        return pooled_patches(self.see([item.image for item in images]), images, self.transform)
+
+
+def crops_of(name: str, images: Callable[[Sequence[Image.Image]], Floats]) -> CropEncoder:
+    """An encoder of whole images, asked about each region's crop, as the curation encoder is."""
+
+    def embed(crops: Sequence[Pixels]) -> Floats:
+        whole = [Image.fromarray(crop) for crop in crops]
+        return np.concatenate([images(whole[i : i + BATCH]) for i in range(0, len(whole), BATCH)])
+
+    return CropEncoder(f"{name}/crops", embed, names_images=False)
+
+
 @dataclass(frozen=True)
 class HuggingFaceEncoder:
-    """Regions as the mean of the patches that their box covers; whole images are encoded once."""
+    """Regions as the mean of the patches that they cover; whole images are encoded once."""
 
     name: str
     model: Any
@@ -176,16 +227,12 @@ class HuggingFaceEncoder:
     """Resizes whole images, as the model expects them."""
     device: str = "cpu"
     names_images: ClassVar[bool] = True
+    sees_masks: ClassVar[bool] = True
     text_centers: ClassVar[None] = None
 
     def encode(self, images: Sequence[BoxedImage]) -> Features:
         """Mean feature of the patches that each region covers."""
-        maps = self.maps([item.image for item in images])
-        regions = []
-        for item, own in zip(images, maps, strict=True):
-            seen = self.transform(item.image, item.boxes.tolist())[1].numpy().astype(np.float32)
-            regions.append(seen @ own.reshape(-1, own.shape[-1]) / seen.sum(axis=1, keepdims=True))
-        return Features(np.concatenate(regions))
+        return pooled_patches(self.maps([item.image for item in images]), images, self.transform)
 
     def images(self, images: Sequence[Image.Image]) -> Floats:
         """Pooled feature of each whole image, [B, C]."""
@@ -196,12 +243,12 @@ class HuggingFaceEncoder:
         return list(self._encode(images)[1])
 
     def crops(self) -> CropEncoder:
-        """The same model asked about each region's crop, as the curation encoder is."""
-        return CropEncoder(f"{self.name}/crops", self._embed, names_images=False)
+        """The same model asked about each region's crop."""
+        return crops_of(self.name, self.images)
 
-    def _embed(self, crops: Sequence[Pixels]) -> Floats:
-        images = [Image.fromarray(crop) for crop in crops]
-        return np.concatenate([self.images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+    def tokens(self) -> TokenEncoder | None:
+        """The same model by its own region tokens; None where it has none."""
+        return TokenEncoder(self) if hasattr(self.model, "get_region_features") else None
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[Image.Image]) -> tuple[Floats, Floats]:
@@ -219,8 +266,59 @@ class HuggingFaceEncoder:
         return as_array(image), as_array(patches.unflatten(1, (rows, columns)))
 
 
-def load_huggingface(path: str, device: str = "cpu") -> HuggingFaceEncoder:
+@dataclass(frozen=True)
+class TokenEncoder:
+    """The region tokens of an export of ours (`--regions`), by its own code."""
+
+    whole: HuggingFaceEncoder
+    names_images: ClassVar[bool] = False
+    sees_masks: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Name of its rows."""
+        return f"{self.whole.name}/token"
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Normed region tokens, [R, C]; those with a mask are asked for apart from those without."""
+        transform = self.whole.transform
+        pixels = pixels_of([item.image for item in images], transform, self.whole.device)
+        masked = [
+            [bool(item.masks) and item.masks[n] is not None for n in range(len(item.boxes))]
+            for item in images
+        ]
+        boxes = [
+            item.boxes[~np.asarray(own, np.bool_)]
+            * np.tile([transform.width / item.image.width, transform.height / item.image.height], 2)
+            for item, own in zip(images, masked, strict=True)
+        ]
+        by_box = self.whole.model.get_region_features(pixels, boxes=boxes, projected=False)
+        found = [by_box]
+        if any(map(any, masked)):
+            masks = [self._resized(item) for item in images]
+            found.append(self.whole.model.get_region_features(pixels, masks=masks, projected=False))
+        rows = []
+        for place, own in enumerate(masked):
+            parts = [iter(part[place]) for part in found]
+            rows += [next(parts[has_mask]) for has_mask in own]
+        return Features(as_array(torch.stack(rows)))
+
+    def _resized(self, item: BoxedImage) -> Tensor:
+        """Masks of those regions that have one, at the network's size, bool [n, H, W]."""
+        transform = self.whole.transform
+        rows, columns = (
+            ((np.arange(side) + 0.5) / side * edge).astype(np.int64)
+            for side, edge in ((transform.height, item.image.height), (transform.width, item.image.width))
+        )
+        own = [decode_mask(mask)[np.ix_(rows, columns)] for mask in item.masks if mask is not None]
+        return torch.from_numpy(np.stack(own)) if own else torch.zeros(0, len(rows), len(columns)).bool()
+
+
+def load_huggingface(path: str, device: str = "cpu", trust: bool = False) -> HuggingFaceEncoder:
     """Load a folder that save_pretrained wrote, or a model by its hub id, from safetensors alone.
+
+    Code that lies beside the weights runs only where it is trusted.
 
     Raises:
         UserError: It cannot be loaded, or is no vision transformer.
@@ -231,17 +329,20 @@ def load_huggingface(path: str, device: str = "cpu") -> HuggingFaceEncoder:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(path)
+        model = AutoModel.from_pretrained(
+            path, use_safetensors=True, dtype=torch.float32, trust_remote_code=trust
+        )
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         advice = "name a folder that save_pretrained wrote or a hub id"
-        raise UserError(f"--compare {path} cannot be loaded ({reason}); {advice}") from None
-    model = getattr(model, "vision_model", model)
+        raise UserError(f"{path} cannot be loaded ({reason}); {advice}") from None
+    if not hasattr(model, "get_region_features"):
+        model = getattr(model, "vision_model", model)
     side, patch = (getattr(model.config, key, None) for key in ("image_size", "patch_size"))
     if not isinstance(side, int) or not isinstance(patch, int):
         missing = "its config has no image_size and patch_size in pixels"
-        raise UserError(f"--compare {path} is no vision transformer: {missing}")
+        raise UserError(f"{path} is no vision transformer: {missing}")
     data = DataConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std))
     transform = EvalTransform(data, ModelConfig(image_size=side, patch_size=patch))
     return HuggingFaceEncoder(Path(path).name or path, model.to(device).eval(), transform, device)

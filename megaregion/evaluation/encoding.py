@@ -181,10 +181,10 @@ def map_scenes(encoded: EncodedScenes, encoders: Sequence[Encoder], batches: Bat
     return MappedScenes(masked, list(truths.values()), maps, regions)
 
 
-def resized(scores: Floats) -> Floats:
-    """Scores [h, w, K] at the truth's cells, [T, T, K], bilinear between cell middles."""
+def resized(scores: Floats, side: int = TRUTH) -> Floats:
+    """Scores [h, w, K] at the truth's cells or those of another side, [T, T, K], bilinear between middles."""
     planes = torch.from_numpy(np.ascontiguousarray(scores)).permute(2, 0, 1)[None]
-    larger = F.interpolate(planes, size=(TRUTH, TRUTH), mode="bilinear", align_corners=False)
+    larger = F.interpolate(planes, size=(side, side), mode="bilinear", align_corners=False)
     return larger[0].permute(1, 2, 0).numpy()
 
 

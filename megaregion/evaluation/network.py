@@ -28,7 +28,14 @@ from megaregion.config import DataConfig, RunConfig
 from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import BoxedImage, Features, Floats, as_array, pixels_of
+from megaregion.evaluation.encoders import (
+    BoxedImage,
+    Features,
+    Floats,
+    PooledEncoder,
+    as_array,
+    pixels_of,
+)
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
 
@@ -47,6 +54,7 @@ class NetworkEncoder:
     text_centers: Floats | None = None
     """Weight of the text head, [V, E]; None without one."""
     names_images: ClassVar[bool] = True
+    sees_masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
@@ -72,7 +80,9 @@ class NetworkEncoder:
         """Features [R, D] (or embeddings, if so asked) and embeddings [R, E]; an image is encoded once."""
         counts = torch.tensor([len(item.boxes) for item in images])
         real = torch.arange(max(1, int(counts.max()))) < counts[:, None]
-        pixels, seen = zip(*(self.transform(item.image, item.boxes.tolist()) for item in images), strict=True)
+        pixels, seen = zip(
+            *(self.transform(item.image, item.boxes.tolist(), item.masks) for item in images), strict=True
+        )
         # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
         visible = torch.ones(*real.shape, seen[0].shape[-1], dtype=torch.bool)
         visible[real] = torch.cat(seen)
@@ -92,6 +102,10 @@ class NetworkEncoder:
     def maps(self, images: Sequence[Image.Image]) -> list[Floats]:
         """Patch features of each image at the training size, [h, w, D] each; see :func:`patch_map`."""
         return list(as_array(patch_map(self.model, pixels_of(images, self.transform, self.device))))
+
+    def pooled(self) -> PooledEncoder:
+        """The same network without its region tokens: regions as the mean of their patches."""
+        return PooledEncoder(f"{self.name}/pooled", self.maps, self.transform)
 
 
 def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int]:

@@ -69,8 +69,18 @@ MOST_CLASSES = 40
 """Classes that the chart has room for; the most frequent ones are pictures."""
 
 
-def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> None:
-    """Write the page of a study and its pictures; without metrics.jsonl, it says so in the curves' place."""
+def write_tables(evaluation: Evaluation, path: Path) -> None:
+    """Write a page of an evaluation's tables alone, for what has neither scenes nor curves."""
+    write_page(path, "tables.html", title=evaluation.run, evaluation=evaluation)
+
+
+def write_report(
+    study: Study, visuals: Visuals, metrics: Path, path: Path, tables: Sequence[Table] | None = None
+) -> None:
+    """Write the page of a study and its pictures; without metrics.jsonl, it says so in the curves' place.
+
+    The tables shown are the study's measures, unless others are given.
+    """
     queries, seed = study.queries, study.config.seed
     try:
         logged, reason = read_metrics(metrics), ""
@@ -87,6 +97,7 @@ def write_report(study: Study, visuals: Visuals, metrics: Path, path: Path) -> N
         "report.html",
         title=study.run.config.name,
         study=study,
+        tables=study.tables if tables is None else tables,
         duration=_duration(logged),
         visuals=visuals,
         pictures=pictures,

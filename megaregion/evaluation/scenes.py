@@ -63,6 +63,8 @@ class Scene:
     height: int
     objects: tuple[TrueRegion, ...]
     words: tuple[TrueRegion, ...]
+    unclear: tuple[RLE, ...] = ()
+    """What counts for nothing: crowds, whose single objects nobody outlined."""
 
     @property
     def regions(self) -> tuple[TrueRegion, ...]:
@@ -77,16 +79,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class RegionTable:
-    """Regions of many scenes as columns; row r is a box of scene ``scene[r]``."""
+    """Regions of many scenes as columns, or whole images, each its own scene."""
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     """Class of each object or text of each word, R of them."""
-    boxes: NDArray[np.float32]
-    """[R, 4] in pixels."""
+    instances: Sequence[str]
+    """The thing that each shows (a cut-out, an image): what must not be asked about itself."""
     scene: NDArray[np.int64]
-    """[R], the scene's place in the list that the table was made from."""
-    instances: tuple[str, ...]
-    """The cut-out that each object shows, R of them."""
+    """[R], the scene's place in the list that the table was made from: what is drawn as a whole."""
+    boxes: NDArray[np.float32]
+    """[R, 4] in pixels; [0, 4] where nobody cuts them out."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,21 +117,30 @@ def _table(rows: Sequence[Sequence[TrueRegion]]) -> RegionTable:
     flat = [region for regions in rows for region in regions]
     return RegionTable(
         names=tuple(region.name for region in flat),
-        boxes=np.asarray([region.box for region in flat], np.float32).reshape(-1, 4),
-        scene=np.repeat(np.arange(len(rows), dtype=np.int64), [len(regions) for regions in rows]),
         instances=tuple(region.instance for region in flat),
+        scene=np.repeat(np.arange(len(rows), dtype=np.int64), [len(regions) for regions in rows]),
+        boxes=np.asarray([region.box for region in flat], np.float32).reshape(-1, 4),
     )
 
 
-def truth_map(scene: Scene) -> NDArray[np.int16] | None:
-    """The owner of each place of a scene, [T, T]; None if an object of it has no mask.
+def unboxed(names: Sequence[str], instances: Sequence[str], scene: NDArray[np.int64]) -> RegionTable:
+    """A table of what nobody cuts out: whole images, masks."""
+    return RegionTable(names, instances, scene, np.zeros((0, 4), np.float32))
 
-    It is 0 on the background, 1 + the object's place in the scene on an object, IGNORED under words.
+
+def truth_map(scene: Scene, cells: tuple[int, int] = (TRUTH, TRUTH)) -> NDArray[np.int16] | None:
+    """The owner of each place of a scene, at these rows and columns; None if an object of it has no mask.
+
+    It is 0 on the background, 1 + the object's place in the scene on an object, IGNORED under words and
+    where nothing is clear.
     """
     rows, columns = (
-        ((np.arange(TRUTH) + 0.5) / TRUTH * edge).astype(np.int64) for edge in (scene.height, scene.width)
+        ((np.arange(count) + 0.5) / count * edge).astype(np.int64)
+        for count, edge in zip(cells, (scene.height, scene.width), strict=True)
     )
-    owner = np.zeros((TRUTH, TRUTH), np.int16)
+    owner = np.zeros(cells, np.int16)
+    for mask in scene.unclear:
+        owner[decode_mask(mask)[np.ix_(rows, columns)]] = IGNORED
     for word in scene.words:
         x0, y0, x1, y1 = word.box
         owner[np.ix_((rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1))] = IGNORED
@@ -141,7 +152,7 @@ def truth_map(scene: Scene) -> NDArray[np.int16] | None:
 
 
 def class_map(scene: Scene, owner: NDArray[np.int16], classes: Sequence[str]) -> NDArray[np.int16]:
-    """The class of each place, [T, T]: 0 background, 1 + place in ``classes``, IGNORED for any other."""
+    """The class of each place: 0 background, 1 + place in ``classes``, IGNORED for any other."""
     numbers = {name: number for number, name in enumerate(classes, start=1)}
     table = [0, *(numbers.get(item.name, IGNORED) for item in scene.objects), IGNORED]
     return np.asarray(table, np.int16)[owner]

@@ -35,6 +35,8 @@ MEASURES = ("region", "retrieval", "ocr", "correspondence", "segmentation", "sep
 """Keys of the tables that are made when they are asked for, in the order in which they are shown."""
 QUICK = ("region", "retrieval", "ocr", "separation")
 """Those that cost little beside encoding the regions."""
+ANNOTATED = ("region", "frequency", "retrieval", "segmentation", "proposals")
+"""Those of annotated images, in this order; their tables' keys are NAME/KEY, with the file's name."""
 FOOTNOTE = "Percent; in brackets the 95% interval over seeds and over the groups of test data."
 DIGITS = 5
 """Decimals of a share in the file: finer than one region in ten thousand."""
@@ -143,6 +145,24 @@ def summary_columns(split: str, region_chance: float | None, word_chance: float 
         for asked, known, group, chance in groups
         for column in (Column(asked, split, chance, group), Column(known, "train", None, group))
     )
+
+
+def with_other_data(evaluation: Evaluation, path: Path) -> Evaluation:
+    """An evaluation with the tables that the file at a path holds of other data, at the same step.
+
+    What a scene set says stands before annotated images, and the file keeps its counts.
+    """
+    try:
+        old = read_evaluation(path)
+    except UserError:
+        return evaluation
+    if (old.run, old.step, old.split) != (evaluation.run, evaluation.step, evaluation.split):
+        return evaluation
+    own = {table.key.rpartition("/")[0] for table in evaluation.tables}
+    kept = [table for table in old.tables if table.key.rpartition("/")[0] not in own]
+    tables = sorted((*kept, *evaluation.tables), key=lambda table: "/" in table.key)
+    counts = old if any("/" not in table.key for table in kept) else evaluation
+    return replace(counts, tables=tuple(tables), seconds={**old.seconds, **evaluation.seconds})
 
 
 # ---- rendering -------------------------------------------------------------------------------------

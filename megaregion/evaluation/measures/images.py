@@ -20,13 +20,12 @@ from megaregion.evaluation.encoders import Encoder
 from megaregion.evaluation.encoding import Batches
 from megaregion.evaluation.measures.recognition import (
     Draw,
-    Labelled,
     class_columns,
     draw_scenes,
     majority_share,
     recognise,
 )
-from megaregion.evaluation.scenes import IMAGE_ENDINGS, read_image
+from megaregion.evaluation.scenes import IMAGE_ENDINGS, read_image, unboxed
 from megaregion.schemas.evaluation import Table
 
 ASKED_SPLITS = ("test", "val")
@@ -98,7 +97,7 @@ def image_table(folder: ImageFolder, encoders: Sequence[Encoder], seeds: int, ba
         told += f" {_left_out(folder.others)}."
     rows, paths = {}, [str(path) for path in folder.paths]
     for name, own in features.items():
-        images = Labelled(np.concatenate(own), folder.names, paths, np.arange(len(names)))
+        images = np.concatenate(own), unboxed(folder.names, paths, np.arange(len(names)))
         rows[name] = recognise(images, images, draws, tuning=~asked)
     chances = [majority_share(names[~asked].tolist(), names[asked].tolist()) for _, asked in draws]
     columns = class_columns(float(np.mean(chances)))

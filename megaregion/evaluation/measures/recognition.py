@@ -7,7 +7,6 @@ to which scenes were composed. Shapes: Q test objects, G gallery objects, R any,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from megaregion.evaluation.classifiers import NEIGHBOURS, choose_decay, fit_prob
 from megaregion.evaluation.encoders import Floats
 from megaregion.evaluation.encoding import EncodedScenes
 from megaregion.evaluation.measures import share
+from megaregion.evaluation.scenes import RegionTable
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 GALLERY_SHARE = 0.8
@@ -25,18 +25,8 @@ Draw = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 """Rows of a seed's gallery, [G], and the rows that it asks about, [Q]."""
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Named features of one split."""
-
-    features: Floats
-    """[R, C]."""
-    names: Sequence[str]
-    """Class of each, R of them."""
-    instances: Sequence[str]
-    """The thing that each shows (a cut-out, an image): what must not be asked about itself."""
-    scenes: NDArray[np.int64]
-    """[R], what is drawn as a whole."""
+Named = tuple[Floats, RegionTable]
+"""Features of one split, [R, C], and what they are of."""
 
 
 def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) -> Table:
@@ -50,11 +40,7 @@ def recognition_table(known: EncodedScenes, asked: EncodedScenes, seeds: int) ->
     every = np.ones(len(queries), np.bool_)
     draws = [(draw_scenes(gallery.scene, seed, seeds), every) for seed in range(seeds)]
     rows = {
-        name: recognise(
-            Labelled(known.features[name].objects, gallery.names, gallery.instances, gallery.scene),
-            Labelled(own.objects, queries.names, queries.instances, queries.scene),
-            draws,
-        )
+        name: recognise((known.features[name].objects, gallery), (own.objects, queries), draws)
         for name, own in asked.features.items()
     }
     columns = class_columns(majority_share(gallery.names, queries.names))
@@ -67,22 +53,23 @@ def class_columns(chance: float) -> tuple[Column, ...]:
 
 
 def recognise(
-    known: Labelled, asked: Labelled, draws: Sequence[Draw], tuning: NDArray[np.bool_] | slice = slice(None)
+    known: Named, asked: Named, draws: Sequence[Draw], tuning: NDArray[np.bool_] | slice = slice(None)
 ) -> dict[str, Estimate | None]:
     """Accuracy of one encoder by k-NN and by a linear probe, with what regions show as groups.
 
     The probe's weight decay is chosen on the rows ``tuning`` of what is known.
     """
-    names, true, instances = (np.asarray(column) for column in (known.names, asked.names, known.instances))
-    decay = choose_decay(known.features[tuning], names[tuning].tolist(), instances[tuning].tolist())
+    (seen, gallery), (features, queries) = known, asked
+    names, true, instances = map(np.asarray, (gallery.names, queries.names, gallery.instances))
+    decay = choose_decay(seen[tuning], names[tuning].tolist(), instances[tuning].tolist())
     right = np.zeros((2, len(draws), len(true)))
-    for seed, (gallery, queries) in enumerate(draws):
-        features, labels = known.features[gallery], names[gallery].tolist()
-        by_neighbours = vote(nearest(asked.features[queries], features), labels)
-        by_probe = fit_probe(features, labels, decay).predict(asked.features[queries])
-        right[:, seed, queries] = np.stack([by_neighbours, by_probe]) == true[queries]
-    counted = np.stack([queries for _, queries in draws])
-    knn, linear = (share(verdicts, asked.instances, counted) for verdicts in right)
+    for seed, (drawn, rows) in enumerate(draws):
+        labels = names[drawn].tolist()
+        by_neighbours = vote(nearest(features[rows], seen[drawn]), labels)
+        by_probe = fit_probe(seen[drawn], labels, decay).predict(features[rows])
+        right[:, seed, rows] = np.stack([by_neighbours, by_probe]) == true[rows]
+    counted = np.stack([rows for _, rows in draws])
+    knn, linear = (share(verdicts, queries.instances, counted) for verdicts in right)
     return {"knn": knn, "linear": linear}
 
 

@@ -6,47 +6,63 @@ the k most similar; a query without any match elsewhere is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.evaluation.classifiers import nearest
+from megaregion.evaluation.encoders import Floats
 from megaregion.evaluation.encoding import EncodedScenes
 from megaregion.evaluation.measures import share
+from megaregion.evaluation.scenes import RegionTable
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 DEPTHS = (1, 5, 10)
 """Values of k."""
+TITLES = {"class": "same class", "cutout": "same cut-out"}
 
 
 def retrieval_table(asked: EncodedScenes) -> Table:
     """Measure every encoder."""
     objects = asked.truth.objects
-    kinds = (("class", "same class", objects.names), ("cutout", "same cut-out", objects.instances))
-    matches = {kind: _matches(labels, objects.scene) for kind, _, labels in kinds}
-    columns = tuple(
-        Column(f"{kind}_at_{depth}", f"{title} @{depth}", _chance(matches[kind], objects.scene, depth))
-        for kind, title, _ in kinds
+    kinds = {"class": objects.names, "cutout": objects.instances}
+    columns = retrieval_columns(objects.scene, kinds)
+    told = (
+        f"{asking(objects.scene, objects.names).sum():,} held-out objects ask for another one of their class "
+        f"and {asking(objects.scene, objects.instances).sum():,} for their own cut-out, among all held-out "
+        "objects of other scenes: recall among the nearest 1, 5 and 10."
+    )
+    rows = {name: recalled(own.objects, objects, kinds) for name, own in asked.features.items()}
+    return Table("retrieval", "Finding regions again", told, columns, rows, "random order")
+
+
+def retrieval_columns(scene: NDArray[np.int64], kinds: Mapping[str, Sequence[str]]) -> tuple[Column, ...]:
+    """The columns that :func:`recalled` fills, given the labels of each kind."""
+    return tuple(
+        Column(f"{kind}_at_{depth}", f"{TITLES[kind]} @{depth}", _chance(matches, scene, depth))
+        for kind, matches in ((kind, _matches(labels, scene)) for kind, labels in kinds.items())
         for depth in DEPTHS
     )
-    told = (
-        f"{np.count_nonzero(matches['class']):,} held-out objects ask for another one of their class and "
-        f"{np.count_nonzero(matches['cutout']):,} for their own cut-out, among all held-out objects of other "
-        "scenes: recall among the nearest 1, 5 and 10."
-    )
-    cutouts = np.asarray(objects.instances)
-    rows: dict[str, dict[str, Estimate | None]] = {name: {} for name in asked.features}
-    for name, features in asked.features.items():
-        own = features.objects
-        found = nearest(own, own, objects.scene, objects.scene, neighbours=max(DEPTHS))
-        for kind, _, labels in kinds:
-            label, asking = np.asarray(labels), matches[kind] > 0
-            hit = (label[found.index] == label[:, None]) & (found.index >= 0)
-            for depth in DEPTHS:
-                recalled = hit[asking, :depth].any(axis=1)
-                rows[name][f"{kind}_at_{depth}"] = share(recalled, cutouts[asking].tolist())
-    return Table("retrieval", "Finding regions again", told, columns, rows, "random order")
+
+
+def recalled(
+    features: Floats, objects: RegionTable, kinds: Mapping[str, Sequence[str]]
+) -> dict[str, Estimate | None]:
+    """Recall of one encoder's features [Q, C], with what objects show as groups."""
+    found = nearest(features, features, objects.scene, objects.scene, neighbours=max(DEPTHS))
+    groups, row = np.asarray(objects.instances), dict[str, "Estimate | None"]()
+    for kind, labels in kinds.items():
+        label, asks = np.unique(np.asarray(labels), return_inverse=True)[1], asking(objects.scene, labels)
+        hit = (label[found.index] == label[:, None]) & (found.index >= 0)
+        for depth in DEPTHS:
+            row[f"{kind}_at_{depth}"] = share(hit[asks, :depth].any(axis=1), groups[asks])
+    return row
+
+
+def asking(scene: NDArray[np.int64], labels: Sequence[str]) -> NDArray[np.bool_]:
+    """Which objects have another one of their label in another scene, [Q]."""
+    return _matches(labels, scene) > 0
 
 
 def _matches(labels: Sequence[str], scene: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,8 +20,8 @@ from megaregion.evaluation.classifiers import Probe, choose_decay, fit_probe
 from megaregion.evaluation.encoders import Floats
 from megaregion.evaluation.encoding import MappedScenes, pooled, resized
 from megaregion.evaluation.measures import Sums, estimate
-from megaregion.evaluation.measures.recognition import Labelled, draw_scenes
-from megaregion.evaluation.scenes import TRUTH, class_map
+from megaregion.evaluation.measures.recognition import Named, draw_scenes
+from megaregion.evaluation.scenes import TRUTH, class_map, unboxed
 from megaregion.schemas.evaluation import Column, Estimate, Table
 
 BACKGROUND = "(background)"
@@ -41,7 +41,7 @@ def segmentation_table(known: MappedScenes, asked: MappedScenes, seeds: int) -> 
     return Table("segmentation", "Naming every place", told, columns, rows, "all background")
 
 
-def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
+def mask_rows(known: MappedScenes, encoder: str) -> Named:
     """Mean features under every true mask, and under the background of each quarter of a scene.
 
     A background's cut-out is its scene.
@@ -60,20 +60,20 @@ def mask_rows(known: MappedScenes, encoder: str) -> Labelled:
                 names.append(name)
                 instances.append(instance)
                 places.append(place)
-    return Labelled(np.stack(features), names, instances, np.asarray(places, np.int64))
+    return np.stack(features), unboxed(names, instances, np.asarray(places, np.int64))
 
 
 def _row(encoder: str, known: MappedScenes, asked: MappedScenes, seeds: int) -> dict[str, Estimate | None]:
-    rows = mask_rows(known, encoder)
-    decay = choose_decay(rows.features, rows.names, rows.instances)
+    features, rows = mask_rows(known, encoder)
+    decay = choose_decay(features, rows.names, rows.instances)
     classes = sorted(set(rows.names))
     truths = [class_map(*own, classes[1:]) for own in zip(asked.scenes, asked.truths, strict=True)]
     parts = []
     for seed in range(seeds):
-        drawn = np.flatnonzero(draw_scenes(rows.scenes, seed, seeds)).tolist()
-        fitted = fit_probe(rows.features[drawn], [rows.names[row] for row in drawn], decay)
+        drawn = np.flatnonzero(draw_scenes(rows.scene, seed, seeds)).tolist()
+        fitted = fit_probe(features[drawn], [rows.names[row] for row in drawn], decay)
         named = (_named_places(fitted, own, classes) for own in asked.maps[encoder])
-        parts.append([confusion(*pair, len(classes)) for pair in zip(named, truths, strict=True)])
+        parts.append([overlaps(*pair, len(classes)) for pair in zip(named, truths, strict=True)])
     joined = np.asarray(parts)
     return {"miou": estimate(joined, mean_iou), "object_miou": estimate(joined, partial(mean_iou, first=1))}
 
@@ -84,21 +84,20 @@ def _named_places(fitted: Probe, own: Floats, classes: Sequence[str]) -> NDArray
     return np.asarray([classes.index(name) for name in fitted.classes])[resized(scores).argmax(axis=-1)]
 
 
-def confusion(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> Sums:
-    """How often each true class was given each name, [K * K], truth first; places below 0 do not count."""
+def overlaps(predicted: NDArray[np.int64], true: NDArray[np.int16], classes: int) -> Sums:
+    """Places of each class that are named right, that are true and that are named, [3 * K]; none below 0."""
     counted = true >= 0
-    pairs = true[counted].astype(np.int64) * classes + predicted[counted]
-    return np.bincount(pairs, minlength=classes**2).astype(np.float64)
+    predicted, true = predicted[counted], true[counted]
+    parts = predicted[predicted == true], true, predicted
+    return np.concatenate([np.bincount(part, minlength=classes) for part in parts]).astype(np.float64)
 
 
 def mean_iou(sums: Sums, first: int = 0) -> Sums:
-    """Mean intersection over union of the classes from the first on that occur, [..., K * K] to [...]."""
-    classes = round(sums.shape[-1] ** 0.5)
-    matrix = sums.reshape(*sums.shape[:-1], classes, classes)
-    hits, true = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1)
+    """Mean intersection over union of the classes from the first on that occur, [..., 3 * K] to [...]."""
+    hits, true, named = np.split(sums, 3, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         # A class without a true pixel in the draw says nothing of the class.
-        shares = np.where(true > 0, hits / (true + matrix.sum(axis=-2) - hits), np.nan)[..., first:]
+        shares = np.where(true > 0, hits / (true + named - hits), np.nan)[..., first:]
         return np.divide(np.nansum(shares, axis=-1), np.isfinite(shares).sum(axis=-1))
 
 

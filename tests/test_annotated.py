@@ -1,0 +1,451 @@
+"""Scores on annotated images: coloured shapes on noise, in COCO's JSON with every kind of row."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from export_runs import convert
+from launch import repository
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+from readme import FENCE
+from test_evaluation import run_tool
+from toy_scenes import MODEL, write_run
+
+from megaregion.config import DataConfig
+from megaregion.data.transforms import EvalTransform
+from megaregion.errors import UserError
+from megaregion.evaluation.annotated import Annotated, open_scene, read_annotated
+from megaregion.evaluation.classifiers import Patches, fit_attentive, fit_probe
+from megaregion.evaluation.encoders import (
+    BoxedImage,
+    CropEncoder,
+    Features,
+    PooledEncoder,
+    pixel_map,
+    raw_pixels,
+)
+from megaregion.evaluation.encoding import Batches
+from megaregion.evaluation.harness import score_regions
+from megaregion.evaluation.measures.proposals import overlap_of, proposals_table
+from megaregion.evaluation.mteb import mteb_model
+from megaregion.schemas.evaluation import Table, read_evaluation
+
+SIDE = 64
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220)}
+Shape = tuple[str, NDArray[np.bool_], Any]
+
+
+def write_set(folder: Path, count: int = 40, seed: int = 0, diagonal: bool = False) -> Path:
+    """Images of two shapes each, as a polygon and as run lengths of either kind; every tenth has a crowd.
+
+    With ``diagonal``, two thirds of a shape's box have any colour: only its mask tells its class.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rng, rows, files = np.random.default_rng(seed), [], []
+    for number in range(count):
+        pixels = rng.integers(90, 160, (SIDE, SIDE, 3), dtype=np.uint8)
+        for x in (8, 40):
+            name = list(COLOURS)[rng.integers(3)]
+            mask = np.zeros((SIDE, SIDE), bool)
+            mask[8:32, x : x + 24] = True
+            if diagonal:
+                pixels[mask] = rng.integers(0, 256, 3)
+                for step in (0, 8, 16):
+                    mask[8 + step : 16 + step, x : x + 24] = False
+                    mask[8 + step : 16 + step, x + step : x + step + 8] = True
+            pixels[mask] = COLOURS[name]
+            rows.append(_row(number, name, mask, len(rows) % 3, x))
+        if number % 10 == 0:
+            mask = np.zeros((SIDE, SIDE), bool)
+            mask[40:60, 4:60] = True
+            pixels[mask] = COLOURS["red"]
+            rows.append(_row(number, "red", mask, 1, 4) | {"iscrowd": 1})
+        Image.fromarray(pixels).save(images / f"{number:04d}.png")
+        files.append({"id": number, "file_name": f"{number:04d}.png", "width": SIDE, "height": SIDE})
+    # What cannot be asked about.
+    files.append({"id": 998, "file_name": "absent.png", "width": SIDE, "height": SIDE})
+    rows += [
+        rows[0] | {"image_id": 998},
+        rows[0] | {"category_id": 77},
+        rows[0] | {"bbox": [1], "segmentation": 0},
+    ]
+    names = enumerate(COLOURS, start=1)
+    frequency = {"red": "f", "green": "c", "blue": "r"}
+    categories = [{"id": place, "name": name, "frequency": frequency[name]} for place, name in names]
+    file = folder / "shapes.json"
+    file.write_text(json.dumps({"images": files, "annotations": rows, "categories": categories}))
+    return file
+
+
+def _row(image: int, name: str, mask: NDArray[np.bool_], kind: int, x: int) -> dict[str, Any]:
+    packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    full = mask[8:32, x : x + 24].all()
+    corners = [x, 8, x + 24, 8, x + 24, 32, x, 32]
+    segmentation: Any = {"size": [SIDE, SIDE], "counts": packed["counts"].decode()}
+    if kind == 0 and full:
+        segmentation = [corners]
+    elif kind == 1:
+        flat = mask.ravel(order="F")
+        ends = [*(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
+        segmentation = {"size": [SIDE, SIDE], "counts": np.diff(ends, prepend=0).tolist()}
+    box = coco_mask.toBbox(packed).tolist()
+    number = list(COLOURS).index(name) + 1
+    return {"image_id": image, "category_id": number, "bbox": box, "segmentation": segmentation}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(scope="module")
+def data(shapes: Path) -> Annotated:
+    return read_annotated(shapes, shapes.parent / "images")
+
+
+def patches_of(name: str, cells: int = 8) -> PooledEncoder:
+    """Raw pixels of each of 8 x 8 patches, pooled as a network's are."""
+    model = dataclasses.replace(MODEL, image_size=SIDE, patch_size=SIDE // cells)
+    return PooledEncoder(
+        name,
+        lambda images: [pixel_map(np.asarray(image), cells) for image in images],
+        EvalTransform(DataConfig(), model),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Sees the same everywhere."""
+
+    name: str = "constant"
+    sees_masks: bool = True
+
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        maps = [np.ones((4, 4, 3), np.float32) for _ in images]
+        return Features(np.ones((sum(len(own.boxes) for own in images), 3), np.float32), maps=maps)
+
+
+def mean(table: Table, row: str, column: str) -> float:
+    cell = table.rows[row][column]
+    assert cell is not None
+    assert cell.low <= cell.mean <= cell.high
+    return cell.mean
+
+
+@pytest.fixture(scope="module")
+def tables(data: Annotated) -> dict[str, Table]:
+    found = score_regions([patches_of("oracle"), Constant()], data, batches=Batches(7, workers=2))
+    return {table.key: table for table in found}
+
+
+def test_every_kind_of_row_becomes_a_region_and_what_is_left_out_is_counted(data: Annotated) -> None:
+    scenes = (*data.known.scenes, *data.asked.scenes)
+    assert sorted(int(scene.key) for scene in scenes) == list(range(40))
+    assert all(len(scene.objects) == 2 for scene in scenes)
+    assert all(item.mask is not None and sum(item.mask.counts[1::2]) == 24 * 24
+               for scene in scenes for item in scene.objects)  # fmt: skip
+    assert data.left_out == {"crowd": 4, "image is not there": 1, "unknown class": 1, "bad annotation": 1}
+    assert sum(len(scene.unclear) for scene in scenes) == 4
+    assert data.frequency == {"red": "f", "green": "c", "blue": "r"}
+
+
+def test_the_split_is_a_function_of_the_image_id_and_a_second_file_takes_its_place(
+    shapes: Path, data: Annotated, tmp_path: Path
+) -> None:
+    content = json.loads(shapes.read_text())
+    content["images"] = content["images"][::-1][:30]
+    shorter = tmp_path / "shapes.json"
+    shorter.write_text(json.dumps(content))
+    again = read_annotated(shorter, shapes.parent / "images")
+    asked = {scene.key for scene in data.asked.scenes}
+    assert {scene.key for scene in again.asked.scenes} < asked
+    assert not asked & {scene.key for scene in again.known.scenes}
+    other = write_set(tmp_path / "train", count=5, seed=9)
+    both = read_annotated(shapes, shapes.parent / "images", other, other.parent / "images")
+    assert (len(both.asked.scenes), len(both.known.scenes)) == (40, 5)
+    few = read_annotated(shapes, shapes.parent / "images", limit=6)
+    assert (len(few.asked.objects), len(few.known.objects)) == (6, 6)
+
+
+def test_features_that_tell_the_class_score_100_and_a_constant_scores_chance(
+    tables: dict[str, Table],
+) -> None:
+    region = tables["shapes/region"]
+    for form in ("boxes", "masks"):
+        for classifier in ("knn", "linear", "attentive"):
+            assert mean(region, "oracle", f"{form}_{classifier}") == 1.0
+        assert mean(region, "constant", f"{form}_linear") == region.columns[0].chance
+        assert mean(region, "constant", f"{form}_knn") < 0.6
+        assert mean(tables["shapes/retrieval"], "oracle", f"{form}_class_at_1") == 1.0
+    for frequency in ("rare", "common", "frequent"):
+        assert mean(tables["shapes/frequency"], "oracle", f"{frequency}_linear") == 1.0
+    assert "crowd 4" in region.told
+
+
+def test_places_are_named_by_patches_and_crowds_do_not_count(tables: dict[str, Table]) -> None:
+    places = tables["shapes/segmentation"]
+    # Shapes end where patches do; what is lost is lost where scores are drawn between the patches' middles.
+    assert mean(places, "oracle", "object_miou") > 0.75
+    chance = places.columns[0].chance
+    assert chance is not None
+    assert mean(places, "constant", "miou") == pytest.approx(chance, abs=1e-6)
+    assert 0.15 < chance < 0.25
+
+
+def test_who_looks_inside_the_mask_sees_more_than_who_looks_at_the_box(tmp_path: Path) -> None:
+    file = write_set(tmp_path, count=30, diagonal=True)
+    striped = read_annotated(file, file.parent / "images")
+    [table] = score_regions([patches_of("pixels")], striped, ("region",), Batches(8))
+    for classifier in ("knn", "linear"):
+        assert mean(table, "pixels", f"masks_{classifier}") == 1.0
+    assert mean(table, "pixels", "boxes_knn") < 0.9
+
+
+def test_the_same_numbers_come_from_any_batch_and_number_of_threads(
+    data: Annotated, tables: dict[str, Table]
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = score_regions([patches_of("oracle"), Constant()], data, batches=Batches(32))
+    finally:
+        torch.set_num_threads(threads)
+    assert [str(table.rows) for table in again] == [str(tables[table.key].rows) for table in again]
+
+
+def test_probes_of_hard_data_print_the_same_digits_on_any_number_of_threads() -> None:
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    middles = 0.15 * rng.standard_normal((12, 48))
+    label = rng.integers(12, size=1500)
+    features = (middles[label][:, None] + rng.standard_normal((1500, 4, 48))).astype(np.float16)
+    names = [f"{number:02d}" for number in label]
+    patches = (
+        Patches(features[:1000], np.ones((1000, 4), bool)),
+        Patches(features[1000:], np.ones((500, 4), bool)),
+    )
+    shares = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        linear = fit_probe(patches[0].means(), names[:1000], 0.1).predict(patches[1].means())
+        attentive = fit_attentive(patches[0], names[:1000], 0.1).predict(patches[1])
+        shares.append(
+            [round(100 * np.mean(np.asarray(own) == names[1000:]), 1) for own in (linear, attentive)]
+        )
+    torch.set_num_threads(threads)
+    assert shares[0] == shares[1]
+    assert 25 < min(shares[0]) < 95
+
+
+def test_attention_finds_the_patch_that_tells_the_class_where_the_mean_does_not() -> None:
+    rng = np.random.default_rng(1)
+    label = rng.integers(2, size=400)
+    features = rng.normal(0, 3, (400, 8, 6))
+    features[:, :, 5] = 0
+    for row, place in enumerate(rng.integers(8, size=400)):
+        # One patch of eight is marked, and says the class; all others say noise.
+        features[row, place] = [0, 0, 0, 0, 4 * label[row] - 2, 6]
+    names = ["ab"[own] for own in label]
+    known, asked = (
+        Patches(part.astype(np.float16), np.ones((200, 8), bool)) for part in np.split(features, 2)
+    )
+    linear = fit_probe(known.means(), names[:200], 0.1).predict(asked.means())
+    attentive = fit_attentive(known, names[:200], 0.1).predict(asked)
+    right = [np.mean(np.asarray(own) == names[200:]) for own in (linear, attentive)]
+    assert right[0] < 0.85
+    assert right[1] > 0.95
+
+
+def test_proposals_are_scored_by_the_objects_that_they_frame(data: Annotated) -> None:
+    exact = np.array([[8, 8, 32, 32], [0, 0, 9, 9]], float)
+    table = proposals_table(data, "half", lambda image: exact, Batches(8))
+    # One of the two objects of each image is striped.
+    for column in ("recall_50", "recall_75", "average"):
+        assert mean(table, "half", column) == 0.5
+    assert [column.chance for column in table.columns] == [0, 0, 0]
+    none = proposals_table(data, "none", lambda image: np.zeros((0, 4)), Batches(8))
+    assert mean(none, "none", "recall_50") == 0
+    boxes = np.array([[0, 0, 2, 2]], np.float32)
+    assert overlap_of(boxes, np.array([[1, 0, 3, 2.0]])) == pytest.approx(1 / 3)
+
+
+def test_an_image_that_exif_turns_is_read_as_its_annotations_speak_of_it(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), (200, 0, 0)).save(tmp_path / "a.jpg", exif=exif)
+    row = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 8, 8]}
+    for number, (width, height) in enumerate(((40, 20), (20, 40), (30, 40)), start=1):
+        image = {"id": 1, "file_name": "gone/a.jpg", "width": width, "height": height}
+        content = {"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "x"}]}
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(content))
+    both = read_annotated(tmp_path / "1.json", tmp_path, tmp_path / "2.json")
+    for truth in (both.known, both.asked):
+        [scene] = truth.scenes
+        assert open_scene(scene).size == (scene.width, scene.height)
+    with pytest.raises(UserError, match=r"image has another size: 1"):
+        read_annotated(tmp_path / "3.json", tmp_path)
+
+
+# ---- the tool -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "toy"
+    write_run(folder, folder.parent / "shards", text_classes=0)
+    return folder
+
+
+def test_a_run_is_scored_by_tokens_patches_and_crops(
+    run: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--images", shapes.parent / "images", "--limit", 24, "--workers", 1)
+    assert run_tool(run, "--annotations", shapes, *options) == 0
+    found = read_evaluation(run / "evaluation.json")
+    region = found.table("shapes/region")
+    assert list(region.rows) == [
+        "trained", "trained/pooled", "trained/crops", "untrained", "pixels", "curation",
+    ]  # fmt: skip
+    for name, cells in region.rows.items():
+        assert (cells["masks_knn"] is None) == (name in ("trained/crops", "pixels", "curation"))
+        assert (cells["boxes_attentive"] is None) == (name != "trained/pooled")
+    assert list(found.table("shapes/segmentation").rows) == ["trained"]
+    assert list(found.table("shapes/proposals").rows) == ["selective search"]
+    assert "Naming every place, shapes" in (run / "report_shapes.html").read_text()
+    assert "## Naming regions, shapes" in (run / "evaluation.md").read_text()
+    assert "shapes" in capsys.readouterr().out
+    # Another file's tables stand beside them.
+    other = write_set(run.parent / "other", count=12, seed=3).rename(run.parent / "other" / "more.json")
+    options = ("--images", other.parent / "images", "--measures", "retrieval", "--without-crops")
+    assert run_tool(run, "--annotations", other, *options) == 0
+    keys = [table.key for table in read_evaluation(run / "evaluation.json").tables]
+    assert keys[0] == "shapes/region"
+    assert keys[-1] == "more/retrieval"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(
+    run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool(run) == 2
+    assert run_tool(run, "--annotations", shapes) == 2
+    assert run_tool(run, "--annotations", shapes, "--images", tmp_path) == 2
+    assert run_tool(run, "--annotations", shapes, "--images", tmp_path, "--measures", "ocr") == 2
+    assert run_tool(run, "--annotations", tmp_path / "no.json", "--images", tmp_path) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 5, lines
+    assert all(line.startswith("megaregion: ") for line in lines)
+    assert "image is not there: 41" in lines[2]
+
+
+def test_an_export_and_any_model_are_scored_without_a_run(
+    run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, model = tmp_path / "photos-regions", tmp_path / "clip"
+    assert convert("to-hf", run, export, "--regions") == 0
+    _save_clip(model)
+    options = (
+        "--images",
+        shapes.parent / "images",
+        "--curation",
+        "none",
+        "--measures",
+        "region,segmentation",
+    )
+    assert run_tool(export, "--annotations", shapes, *options, "--compare", model, "--trust-remote-code") == 0
+    rows = read_evaluation(export / "evaluation.json").table("shapes/region").rows
+    assert list(rows) == [
+        "photos-regions", "photos-regions/crops", "pixels", "clip", "clip/crops", "photos-regions/token",
+    ]  # fmt: skip
+    # The export's own region tokens are the run's; masks are drawn at the network's size.
+    of_run = read_evaluation(run / "evaluation.json").table("shapes/region").rows["trained"]
+    assert rows["photos-regions/token"]["boxes_knn"] == of_run["boxes_knn"]
+    assert rows["photos-regions/token"]["masks_knn"] is not None
+    assert list(read_evaluation(export / "evaluation.json").table("shapes/segmentation").rows) == [
+        "photos-regions", "clip",
+    ]  # fmt: skip
+    photos = tmp_path / "photos"
+    for split, number in itertools.product(("train", "val"), range(3)):
+        for name, colour in COLOURS.items():
+            (photos / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), colour).save(photos / split / name / f"{number}.png")
+    options = ("--folder-dataset", photos, "--curation", "none", "--out", tmp_path / "out", "--seeds", 1)
+    assert run_tool(model, *options) == 0
+    table = read_evaluation(tmp_path / "out" / "evaluation.json").table("photos/image")
+    assert list(table.rows) == ["clip", "pixels"]
+    assert mean(table, "pixels", "knn") == 1.0
+    assert "photos-regions" in capsys.readouterr().out
+
+
+def _save_clip(folder: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionModel(CLIPVisionConfig(**size, image_size=32, patch_size=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+
+
+def test_the_readmes_example_of_the_harness_runs(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (repository() / "megaregion" / "evaluation" / "README.md").read_text()
+    [code] = [block for language, block in FENCE.findall(page) if language == "py"]
+    shutil.copy(shapes, tmp_path / "instances_val2017.json")
+    (tmp_path / "val2017").symlink_to(shapes.parent / "images")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("colour"))
+    assert line.split()[1] == "100.0"
+    assert line.split()[-1] == "-"
+
+
+def test_mteb_takes_an_encoder_for_its_image_tasks() -> None:
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed")
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import Image as ImageFeature
+    from mteb.abstasks.classification import AbsTaskClassification
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    rng = np.random.default_rng(0)
+
+    def part(count: int) -> Dataset:
+        label = [number % 3 for number in range(count)]
+        colours = list(COLOURS.values())
+        images = [
+            Image.fromarray((rng.integers(0, 40, (32, 32, 3)) + np.array(colours[own]) // 2).astype(np.uint8))
+            for own in label
+        ]
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(COLOURS))})
+        return Dataset.from_dict({"image": images, "label": label}, features=features)
+
+    class Colours(AbsTaskClassification):
+        metadata = TaskMetadata(
+            name="Colours", description="Colours.", reference=None, type="ImageClassification",
+            category="i2c", modalities=["image"], eval_splits=["test"], eval_langs=["eng-Latn"],
+            main_score="accuracy",
+            dataset={"path": "colours", "revision": "1"}, date=None, domains=None, task_subtypes=None,
+            license=None, annotations_creators=None, dialect=None, sample_creation=None, bibtex_citation="",
+        )  # fmt: skip
+        input_column_name = "image"
+        samples_per_label = 4
+        n_experiments = 2
+
+        def load_data(self, *_: Any, **__: Any) -> None:
+            self.dataset = DatasetDict(train=part(24), test=part(12))
+            self.data_loaded = True
+
+    model = mteb_model(CropEncoder("pixels", raw_pixels))
+    [result] = mteb.evaluate(model, [Colours()], cache=None).task_results
+    assert result.get_score() == 1.0
