@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from curation_scenes import WORDS, run, scene
 from launch import tool
 
+from benchmark.kmeans import gaussian_features
 from megaregion.curation.report import nmi
-from megaregion.curation.stages.pack import keep_evenly
+from megaregion.curation.stages import balance
+from megaregion.curation.stages.balance import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 
@@ -103,6 +106,69 @@ def test_a_cap_keeps_exactly_so_many_regions_of_a_cluster_all_over_the_run(
     ]
     assert touched != []
     assert {key for key in touched if key < "s-5"} not in (set(), set(touched)), "one end of the run lost all"
+
+
+def test_what_is_left_out_adds_up_in_the_report_and_does_not_depend_on_what_is_held_at_once(
+    curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image lies there three times, with other bytes behind its end."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in (curated / "images").iterdir():
+        (images / file.name).write_bytes(file.read_bytes())
+    for number in (1, 2):
+        (images / f"t-{number}.jpg").write_bytes((images / "s-3.jpg").read_bytes() + bytes(number))
+    balanced = {**FEW, "near_duplicates": 0.995, "cluster_temperature": 0.3, "cluster_cap": 6}
+    summary = run(images, tmp_path / "out", **balanced)
+    done = tool("tools/curate.py", "report", "--out", tmp_path / "out", warns=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    told, clusters = found["balancing"], found["clusters"]
+    assert told["before"] == clusters["regions"]
+    assert told["before"] - told["after"] == sum(told["left_out"].values())
+    assert told["after"] == sum(map(len, _labels(tmp_path / "out" / "shards").values()))
+    assert {f"dropped: {why}": count for why, count in told["left_out"].items() if count} == {
+        name: count for name, count in summary.counts.items() if name[9:] in told["left_out"]
+    }
+    assert all(sum(counts) == 4 for counts in zip(*told["histogram"].values(), strict=True))
+    assert told["left_out"]["near-duplicate"] >= 2
+    assert any(kept.startswith("s-3 ") and "t-1 " in first for kept, first, _ in told["examples"])
+    assert summary.counts["images near-duplicate"] >= 2
+    for line in ("regions that are packed", "near-duplicate", "before > after"):
+        assert line in done.stdout
+    folder = tmp_path / "out" / "stages" / "balance" / "00000"
+    fates = (folder / "fates.npy").read_bytes()
+    (folder / "manifest.json").unlink()
+    monkeypatch.setattr(balance, "SORTED", 5)
+    monkeypatch.setattr("megaregion.curation.embeddings.rows_in", lambda memory, channels: 3)
+    run(images, tmp_path / "out", "balance", **balanced)
+    assert (folder / "fates.npy").read_bytes() == fates
+
+
+@pytest.mark.parametrize(("block", "tile"), [(1024, 2**16), (7, 3)])
+def test_of_near_duplicates_the_first_stays_whatever_the_blocks(
+    block: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(balance, "BLOCK", block)
+    monkeypatch.setattr(balance, "TILE", tile)
+    vectors = gaussian_features(300, 8, 40, 0.3)
+    cosines, right = vectors @ vectors.T, np.full(300, -1)
+    for row in range(300):
+        near = np.flatnonzero((cosines[row, :row] >= 0.95) & (right[:row] < 0))
+        right[row] = near[0] if len(near) else -1
+    assert 100 < (right >= 0).sum() < 250
+    assert np.array_equal(balance.find_twins(torch.from_numpy(vectors), 0.95), right)
+    parts = [balance.find_twins(torch.from_numpy(part), 0.95) for part in np.split(vectors, [100])]
+    both = balance.twins_within(torch.from_numpy(vectors), [100, 0, 200], 0.95)
+    assert np.array_equal(both, [*parts[0], *np.where(parts[1] < 0, -1, parts[1] + 100)])
+
+
+def test_a_temperature_draws_large_clusters_down_to_a_power_of_their_size() -> None:
+    sizes = np.array([0, 1, 10, 10, 1000, 100_000])
+    assert (balance.kept_shares(sizes, 1) == 1).all()
+    assert np.allclose(sizes * balance.kept_shares(sizes, 0), [0, 1, 10, 10, 10, 10])
+    assert np.allclose(sizes * balance.kept_shares(sizes, 0.5), [0, 1, 10, 10, 100, 1000])
+    assert (balance.kept_shares(np.zeros(3, dtype=np.int64), 0.5) == 1).all()
 
 
 def test_keeping_evenly_does_not_depend_on_how_the_run_is_cut() -> None:

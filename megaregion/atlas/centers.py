@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megaregion.atlas.settings import MapKind
-from megaregion.atlas.source import Floats, Integers, mix, rank_within
+from megaregion.atlas.source import Floats, Integers, rank_within
+from megaregion.data.order import mix
 
 BLOCK = 65_536
 """Centers that are held in memory at once."""

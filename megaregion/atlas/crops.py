@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from megaregion.atlas.source import Integers, Sample, Source, mix
+from megaregion.atlas.source import Integers, Sample, Source
+from megaregion.data.order import mix
 from megaregion.data.sample import BadSample, Box
 from megaregion.processes import spread
 

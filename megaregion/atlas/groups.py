@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.atlas.settings import AtlasSettings
-from megaregion.atlas.source import Integers, Rows, Source, mix, rank_within
+from megaregion.atlas.source import Integers, Rows, Source, rank_within
+from megaregion.data.order import mix
 
 Priority = NDArray[np.uint32]
 NOBODY = np.iinfo(np.uint32).max

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.atlas.source import ROW, Batch, Floats, Integers, Rows, Sample, mix
+from megaregion.atlas.source import ROW, Batch, Floats, Integers, Rows, Sample
+from megaregion.data.order import mix
 from megaregion.data.sample import RegionRecord, SampleRecord
 
 VERSION = 1

@@ -99,6 +99,7 @@ class Pipeline:
         self._workers = Workers(job, workers)
         # Digests only: a manifest is a kilobyte, and there may be a hundred thousand of them.
         self._done: dict[Piece, str] = {}
+        self._recipes: dict[str, dict[str, str]] = {}
 
     def run(self, name: str) -> tuple[range, int]:
         """Do the pieces of a stage that are missing or stale; gives the share's pieces, and how many it did.
@@ -129,7 +130,7 @@ class Pipeline:
     def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
         """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""
         for name, stage in self._stages.items():
-            recipes = recipes_of(name, self._stages)
+            recipes = self._recipes_of(name)
             if all(manifest is not None and manifest.recipes == recipes for manifest in self._read(stage)):
                 yield name, (manifest for manifest in self._read(stage) if manifest is not None)
 
@@ -153,7 +154,7 @@ class Pipeline:
                     f"done for these images and settings; run --stage {first.stage} or --stage all first"
                 )
             if self._digest(piece) is None:
-                tasks.append(Task(piece, key, recipes_of(stage.name, self._stages)))
+                tasks.append(Task(piece, key, self._recipes_of(stage.name)))
         return tasks
 
     def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
@@ -167,8 +168,9 @@ class Pipeline:
             manifest = self.job.store.read(piece, thorough=not (brief and wide))
             if manifest is None:
                 return None
-            recipes = recipes_of(stage.name, self._stages)
-            if brief and stage.whole:
+            recipes = self._recipes_of(stage.name)
+            if brief and wide:
+                # Nor at what such a piece read: its recipes tell that it is made from what there is now.
                 if manifest.recipes != recipes:
                     return None
             elif manifest.key != self._key(stage, piece.number):
@@ -178,6 +180,11 @@ class Pipeline:
                 self.job.store.write(piece, replace(manifest, recipes=recipes))
             self._done[piece] = manifest.digest
         return self._done[piece]
+
+    def _recipes_of(self, name: str) -> dict[str, str]:
+        if name not in self._recipes:
+            self._recipes[name] = recipes_of(name, self._stages)
+        return self._recipes[name]
 
     def _key(self, stage: Stage, number: int) -> str | None:
         digests = [self._digest(need, stage) for need in stage.needs(number)]

@@ -130,6 +130,10 @@ class PackSettings:
     """Images that go into one shard, before those without a region."""
     cluster_cap: Count = 0
     """Most regions of one cluster that are packed, evenly over the images; 0 packs all."""
+    cluster_temperature: Annotated[float, Real(0, 1, "T")] = 1.0
+    """Of a cluster of n regions about n^T are drawn, all up to the median size; 1 packs all, 0 evens out."""
+    near_duplicates: Annotated[float, Real(0, 1, "COSINE")] = 0.0
+    """Cosine from which a region nearly equals an earlier one of its cluster and is left out; 0 packs all."""
 
 
 @dataclass(frozen=True)

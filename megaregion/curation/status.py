@@ -82,12 +82,13 @@ def _progress(job: Job, stage: Stage, recipes: dict[str, str], now: float) -> Pr
         piece, size = Piece(stage.name, number), stage.count(number)
         progress.images += size
         manifest = job.store.read(piece, thorough=False)
-        note = read_note(job.store.folder(piece).parent, number)
         if manifest is not None and manifest.recipes == recipes:
             progress.done += 1
             progress.images_done += size
             progress.seconds += manifest.seconds
-        elif note is not None and note.failure:
+            continue
+        note = read_note(job.store.folder(piece).parent, number)
+        if note is not None and note.failure:
             progress.failed[number] = note.failure
         elif note is not None:
             progress.running += 1

@@ -5,6 +5,7 @@ Text labels are the distinct tokens of a region's text, by the same rule for sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,25 +145,29 @@ def read_info(folder: Path) -> DatasetInfo:
 
 def _check_types(info: DatasetInfo) -> None:
     """See that numbers are whole and names are names of files beside dataset.json; raises TypeError."""
-    parts: list[DatasetInfo | ShardEntry] = [info, *info.shards]
-    kinds = {
-        kind: [(field.name, str(field.type)) for field in fields(kind)] for kind in (DatasetInfo, ShardEntry)
-    }
-    for part in parts:
-        for name, wanted in kinds[type(part)]:
-            value = getattr(part, name)
-            if wanted == "int" and (type(value) is not int or not -1 <= value < 2**63):
-                raise TypeError(f"{name} must be a whole number, got {shown(value)}")
-            if wanted in ("str", "str | None") and not isinstance(
-                value, str if wanted == "str" else str | None
-            ):
-                raise TypeError(f"{name} must be text, got {shown(value)}")
-            if name == "name" and (not value.isprintable() or "/" in value or value[:1] in ("", ".")):
-                raise TypeError(f"{name} must be the name of a file, got {shown(value)}")
+    parts: tuple[tuple[Any, Sequence[Any]], ...] = ((DatasetInfo, [info]), (ShardEntry, info.shards))
+    for kind, rows in parts:
+        for field in fields(kind):
+            name, wanted = field.name, str(field.type)
+            values = [getattr(row, name) for row in rows]
+            if wanted == "int":
+                wrong = [value for value in values if type(value) is not int or not -1 <= value < 2**63]
+                _refuse(wrong, f"{name} must be a whole number")
+            elif wanted in ("str", "str | None"):
+                right = str if wanted == "str" else str | None
+                _refuse([value for value in values if not isinstance(value, right)], f"{name} must be text")
+            if name == "name":
+                wrong = [v for v in values if not v.isprintable() or "/" in v or v[:1] in ("", ".")]
+                _refuse(wrong, f"{name} must be the name of a file")
     if info.shards and min(info.shard_sizes) < 1:
         raise TypeError("samples must be 1 or more in every shard")
     if max(info.object_classes, info.text_classes) >= 2**31:
         raise TypeError("more classes than a label can name")
+
+
+def _refuse(wrong: list[Any], why: str) -> None:
+    if wrong:
+        raise TypeError(f"{why}, got {shown(wrong[0])}")
 
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:

@@ -67,6 +67,15 @@ def _words(seed: int, purpose: Purpose, *numbers: int) -> NDArray[np.uint64]:
     return np.array([seed % 2**64, purpose, *counter], dtype=np.uint64)
 
 
+def mix(numbers: Indices, seed: int) -> NDArray[np.uint64]:
+    """Hash numbers, [r], with a seed: splitmix64's finisher, each bit of which depends on each of theirs."""
+    with np.errstate(over="ignore"):
+        word = numbers.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(word ^ (word >> np.uint64(31)), dtype=np.uint64)
+
+
 class SampleOrder:
     """Which sample of the dataset stands at which position of the stream.
 

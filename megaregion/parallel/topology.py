@@ -130,7 +130,7 @@ def all_gather_strings(text: str, topology: Topology) -> list[str]:
     gathered = own.new_empty(topology.world_size * longest)
     dist.all_gather_single(gathered, padded, group=group)
     rows = gathered.view(topology.world_size, longest).cpu()
-    return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, sizes.tolist(), strict=True)]
+    return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, sizes.tolist(), strict=True)]
 
 
 def leave() -> None:

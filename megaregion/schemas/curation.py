@@ -14,7 +14,7 @@ DROPPED = "dropped: "
 
 REASONS = (
     "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
-    "not embedded", "over the cap", "bad annotation", "outside the image",
+    "not embedded", "near-duplicate", "drawn out", "over the cap", "bad annotation", "outside the image",
 )  # fmt: skip
 
 NAMED = 10

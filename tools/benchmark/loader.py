@@ -82,7 +82,7 @@ def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatc
     """Read the same crops of all images in three ways."""
     folder, workers = Path(data.path), data.workers
     dataset = ShardedDataset(folder)
-    order, transform = _read_as_trained(dataset, data)
+    order, transform = read_as_trained(dataset, data)
     steps = len(dataset) // batch
     positions: dict[str, int] = {}
     encoded: Share = []
@@ -118,7 +118,7 @@ def _compare_resume(data: DataConfig, batch: int) -> Iterator[Case]:
     """Start at a far position and count what is read for the first batch."""
     began = time.perf_counter()
     dataset = CountedReads(Path(data.path))
-    reader = RegionLoader(dataset, *_read_as_trained(dataset, data), data)
+    reader = RegionLoader(dataset, *read_as_trained(dataset, data), data)
     (first,) = reader.batches([range(FAR, FAR + batch)])
     seconds = time.perf_counter() - began
     reader.close()
@@ -141,7 +141,8 @@ class CountedReads(ShardedDataset):
         return super().read(index)
 
 
-def _read_as_trained(dataset: ShardedDataset, data: DataConfig) -> tuple[SampleOrder, Transform]:
+def read_as_trained(dataset: ShardedDataset, data: DataConfig) -> tuple[SampleOrder, Transform]:
+    """Order and transform of a run over a dataset."""
     order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
     return order, Transform(data, MODEL, SEED)
 

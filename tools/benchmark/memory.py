@@ -38,7 +38,7 @@ class PeakMemory:
         gc.collect()
         if self._cuda:
             return int(self._cuda.memory_allocated(self._device))
-        return _status_bytes("VmRSS")
+        return status_bytes("VmRSS")
 
     def reset(self) -> None:
         """Start counting anew."""
@@ -58,7 +58,7 @@ class PeakMemory:
         """Greatest number of bytes since ``reset``."""
         if self._cuda:
             return int(self._cuda.max_memory_allocated(self._device))
-        return _status_bytes("VmHWM")
+        return status_bytes("VmHWM")
 
 
 def peak_until_end(process: subprocess.Popen[Any]) -> int:
@@ -87,8 +87,11 @@ def _shared_size(process: psutil.Process) -> int:
         return 0
 
 
-def _status_bytes(key: str) -> int:
-    if not STATUS.exists():
+def status_bytes(key: str, process: int | str = "self") -> int:
+    """A figure of a process in bytes, 0 without Linux: VmRSS, VmHWM ..."""
+    path = Path(f"/proc/{process}/status")
+    if not path.exists():
         return 0
-    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024
+    # A process that has ended without being waited for has no memory.
+    lines = [line for line in path.read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0

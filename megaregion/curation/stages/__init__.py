@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from megaregion.curation.stages.balance import Balance
 from megaregion.curation.stages.cluster import Assign, Cluster
-from megaregion.curation.stages.pack import Balance, Pack, Publish
+from megaregion.curation.stages.pack import Pack, Publish
 from megaregion.curation.stages.regions import Embed, Propose
 from megaregion.curation.stages.stage import Job, Stage
 from megaregion.curation.stages.text import Ocr, Tokenizer

@@ -6,7 +6,7 @@ Shapes: r regions of a piece, K clusters or centers, C channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,9 +107,11 @@ def read_labels(job: Job) -> Iterator[NDArray[np.int64]]:
         yield job.store.load(Piece("assign", number), LABELS)
 
 
-def cluster_sizes(job: Job) -> NDArray[np.int64]:
-    """Regions of each cluster in the whole run, [K]."""
+def cluster_sizes(job: Job, labels: Iterable[NDArray[np.int64]] | None = None) -> NDArray[np.int64]:
+    """Regions of each cluster in the whole run, [K]; by these labels of its slices, if given."""
     sizes = np.zeros(job.settings.cluster.clusters, dtype=np.int64)
-    for labels in read_labels(job):
-        sizes += np.bincount(labels[labels >= 0], minlength=len(sizes))
+    for own in read_labels(job) if labels is None else labels:
+        # A slice knows few of a million clusters: counting all of them for each would take hours.
+        clusters, counts = np.unique(own[own >= 0], return_counts=True)
+        sizes[clusters] += counts
     return sizes

@@ -1,9 +1,6 @@
-"""Stages balance, pack and publish: what is packed of large clusters, a shard from each slice, the dataset.
+"""Stages pack and publish: a shard from each slice of the images, and the dataset.
 
-Of a cluster with more regions than the cap, exactly as many as the cap are kept, spread evenly over the run.
-Labels are read piece by piece; memory grows with the number of clusters only.
-
-Shapes: n regions of the whole run, r of a piece, K clusters.
+Shapes: r regions of a slice.
 """
 
 from __future__ import annotations
@@ -28,7 +25,8 @@ from megaregion.curation.picture import (
     read_regions,
     read_words,
 )
-from megaregion.curation.stages.cluster import CENTERS, LABELS, cluster_sizes, read_labels
+from megaregion.curation.stages.balance import FATE_NAMES, FATES, STARTS, TWIN, Balance
+from megaregion.curation.stages.cluster import CENTERS, LABELS
 from megaregion.curation.stages.regions import REGIONS
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 from megaregion.curation.stages.text import MODEL, WORDS
@@ -46,67 +44,6 @@ from megaregion.errors import UserError
 from megaregion.schemas.curation import DROPPED
 
 ENTRY = "entry.json"
-KEPT, STARTS = "kept.npy", "starts.npy"
-
-CAPPED = -2
-"""In place of a label: the region's cluster is full."""
-
-
-class Balance(Stage):
-    """Writes kept.npy, bool [n], and starts.npy, int64 [slices + 1]: where each slice's regions begin there.
-
-    Without a cap there is nothing to do.
-    """
-
-    name = "balance"
-    reads = ("assign",)
-    whole = True
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"cluster_cap": self.job.settings.pack.cluster_cap}
-
-    @override
-    def pieces(self) -> int:
-        return int(self.job.settings.pack.cluster_cap > 0)
-
-    @override
-    def work(self, number: int, output: Output) -> None:
-        sizes = cluster_sizes(self.job)
-        labelled = (self.job.store.load(piece, LABELS, mapped=True) for piece in self.needs(number))
-        starts = np.cumsum([0, *map(len, labelled)], dtype=np.int64)
-        output.save(STARTS, starts)
-        caps = np.minimum(sizes, self.job.settings.pack.cluster_cap)
-        seen = np.zeros_like(sizes)
-        with output.file(KEPT) as file:
-            header = {"descr": "|b1", "fortran_order": False, "shape": (int(starts[-1]),)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for labels in read_labels(self.job):
-                file.write(keep_evenly(labels, seen, sizes, caps).tobytes())
-        output.counts["clusters capped"] = int((sizes > caps).sum())
-        output.counts["regions over the cap"] = int((sizes - caps).sum())
-        output.tick()
-
-
-def keep_evenly(
-    labels: NDArray[np.int64], seen: NDArray[np.int64], sizes: NDArray[np.int64], caps: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Choose the regions of a piece that stay, by cluster, -1 for none: every size/cap-th of each cluster.
-
-    Given of each cluster the regions in the pieces before, counted on here, those in the whole run, and how
-    many of them stay. Over all pieces exactly caps[k] of cluster k are True.
-    """
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    clusters = labels[order]
-    firsts = np.flatnonzero(np.diff(clusters, prepend=-1))
-    lengths = np.diff(firsts, append=len(clusters))
-    place = seen[clusters] + np.arange(len(clusters)) - np.repeat(firsts, lengths)
-    kept = np.zeros(len(labels), dtype=bool)
-    share, whole = caps[clusters], np.maximum(sizes[clusters], 1)
-    kept[order] = (place + 1) * share // whole > place * share // whole
-    seen[clusters[firsts]] += lengths
-    return kept
 
 
 class Pack(Stage):
@@ -122,14 +59,15 @@ class Pack(Stage):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        capped = job.settings.pack.cluster_cap > 0
-        self.reads_whole = ("balance", "tokenizer") if capped else ("tokenizer",)
+        self._balanced = Balance(job).pieces() > 0
+        self.reads_whole = ("balance", "tokenizer") if self._balanced else ("tokenizer",)
 
     @override
     def settings(self) -> dict[str, Any]:
         settings = self.job.settings
-        confidence = {"min_confidence": settings.tokenizer.min_confidence}
-        return plain(settings.pack, settings.image) | confidence
+        # What else is said of packing enters through the stage balance.
+        own = {name: plain(settings.pack)[name] for name in ("samples_per_shard", "cluster_cap")}
+        return own | plain(settings.image) | {"min_confidence": settings.tokenizer.min_confidence}
 
     @override
     def pieces(self) -> int:
@@ -181,7 +119,9 @@ class Pack(Stage):
             texts = [(word, token_set(tokenizer, word.text)) for word in words]
             output.counts["words without token"] += sum(not tokens for _, tokens in texts)
             output.counts["tokens"] += sum(len(tokens) for _, tokens in texts)
-            output.counts[DROPPED + "over the cap"] += labels.count(CAPPED)
+            for fate, why in FATE_NAMES.items():
+                output.counts[DROPPED + why] += labels.count(fate)
+            output.counts["images near-duplicate"] += {*labels} == {TWIN}
             objects = [
                 _object(r, label) for r, label in zip(found.regions, labels, strict=True) if label >= 0
             ]
@@ -206,13 +146,13 @@ class Pack(Stage):
             yield image, *row
 
     def _labels(self, piece: int) -> NDArray[np.int64]:
-        """Labels of a slice's regions; those over the cap have none."""
+        """Labels of a slice's regions, or what those that are not packed have in their place."""
         labels: NDArray[np.int64] = self.job.store.load(Piece("assign", piece), LABELS)
-        if self.job.settings.pack.cluster_cap:
+        if self._balanced:
             balance = Piece("balance", 0)
             first, last = self.job.store.load(balance, STARTS)[piece : piece + 2]
-            kept = self.job.store.load(balance, KEPT, mapped=True)[first:last]
-            labels[~kept & (labels >= 0)] = CAPPED
+            fates = self.job.store.load(balance, FATES, mapped=True)[first:last]
+            labels = np.where(fates < 0, fates, labels)
         return labels
 
 
