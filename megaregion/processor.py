@@ -1,4 +1,4 @@
-"""What a processor needs to be as fast as it can: matrix products by the right library, and kept memory.
+"""What a processor needs to be as fast as it can: products by the right library, threads, and kept memory.
 
 Torch multiplies fp32 with MKL, which uses the 512-bit units of Intel alone: where others have
 them it reaches half their rate. oneDNN, which torch brings as well, asks the processor what it can do; torch
@@ -14,14 +14,18 @@ Shapes: R rows, I input width, O output width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PROCESSOR = Path("/proc/cpuinfo")
+Outcome = TypeVar("Outcome")
 
 # Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -114,3 +118,17 @@ def _set(parameters: dict[int, int]) -> None:
     if hasattr(library, "mallopt"):
         for parameter, value in parameters.items():
             library.mallopt(parameter, value)
+
+
+def in_order(work: Callable[[int], Outcome], items: Sequence[int]) -> list[Outcome]:
+    """Work on items, each on one of torch's threads; the outcomes keep the items' order."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    # A thread that torch meets for the first time takes the number that is set then.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)

@@ -134,6 +134,18 @@ def test_the_loader_benchmark_runs_and_reads_nothing_in_vain(tmp_path: Path) -> 
     assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
 
 
+def test_the_metadata_benchmark_runs_at_a_thousandth_of_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    sizes = ["--tars=45", "--tar-images=9", "--clusters=1000", "--channels=8", "--ranks=9", "--workers=0"]
+    done = tool("tools/benchmark.py", "metadata", *sizes, f"--folder={tmp_path}", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    cases = {case["case"]: case for case in json.loads(file.read_text())["cases"]}
+    assert len(cases) == 14
+    (looking,) = (case for name, case in cases.items() if name.startswith("ranks that look at files, of 9 "))
+    assert looking["ours"] == 2, "of two hosts"
+    assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
+
+
 def test_an_entry_that_fails_is_named_and_the_list_goes_on() -> None:
     later = time.monotonic() + 300
     (refused,) = run_entry("one", ("step", "--nonsense"), {}, later)

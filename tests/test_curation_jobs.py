@@ -68,6 +68,21 @@ def test_shares_in_any_order_give_the_dataset_of_one_run(images: Path, at_once: 
         share(images, out, "assign", 0, 3, clusters=3)
 
 
+def test_a_share_that_reads_all_pieces_of_a_stage_looks_at_none_before_them(
+    images: Path, at_once: Path, tmp_path: Path
+) -> None:
+    """Else whoever clusters or publishes a billion regions would hash what all stages have left."""
+    out = shutil.copytree(at_once, tmp_path / "out")
+    for path in out.glob("stages/*/*/candidates.jsonl"):
+        path.write_bytes(b"x" * path.stat().st_size)
+    for stage in ("cluster", "publish"):
+        shutil.rmtree(out / "stages" / stage)
+        assert share(images, out, stage, 0, 1) == (1, 1)
+    assert contents(out / "shards") == contents(at_once / "shards")
+    with pytest.raises(UserError, match="needs piece 0 of stage propose"):
+        share(images, out, "embed", 0, 3)
+
+
 def test_a_share_needs_a_stage_and_pieces_are_held_by_one_process(
     images: Path, at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

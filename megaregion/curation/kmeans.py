@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megaregion.curation.embeddings import Embeddings, evenly, unit
-from megaregion.curation.nearest import ROUNDING, Nearest, dot, in_order, nearest, scan
+from megaregion.curation.nearest import ROUNDING, Nearest, dot, nearest, scan
 from megaregion.curation.settings import ClusterSettings
 from megaregion.errors import UserError
 from megaregion.files import new_file
+from megaregion.processor import in_order
 
 FLAT = 512
 """Most centers that are guessed at in one cell."""

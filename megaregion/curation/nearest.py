@@ -7,14 +7,12 @@ precision, blocks, threads, device or library. Shapes: n vectors and K centers o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megaregion.processor import product
+from megaregion.processor import in_order, product
 
 TILE = {"cpu": (1024, 2048), "cuda": (16_384, 32_768)}
 """Vectors and centers that are scored at once; a processor's scores stay in its cache."""
@@ -22,8 +20,6 @@ LADDER = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.f
 """Precisions of the products, rising."""
 ROUNDING = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """How far two scores of unit vectors may be off from each other: closer ones are scored again, or equal."""
-
-Outcome = TypeVar("Outcome")
 
 
 class Nearest(NamedTuple):
@@ -91,17 +87,3 @@ def _first(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu":
         return torch.from_numpy(scores.numpy().argmax(1))
     return scores.to(torch.uint8).argmax(1) if scores.dtype == torch.bool else scores.argmax(1)
-
-
-def in_order(work: Callable[[int], Outcome], items: Sequence[int]) -> list[Outcome]:
-    """Work on items, each on one of torch's threads; the outcomes keep the items' order."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(items) < 2:
-        return [work(item) for item in items]
-    # A thread that torch meets for the first time takes the number that is set then.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, items))
-    finally:
-        torch.set_num_threads(threads)

@@ -19,10 +19,10 @@ from benchmark.scenes import scene_features
 from megaregion.bounds import COUNT, Choice, File, Positive, PositiveInt, Whole
 from megaregion.curation.embeddings import Embeddings, unit
 from megaregion.curation.kmeans import Pass, cluster, find_centers
-from megaregion.curation.nearest import in_order, nearest
+from megaregion.curation.nearest import nearest
 from megaregion.curation.settings import AssignSettings, ClusterSettings
 from megaregion.errors import UserError
-from megaregion.processor import keep_freed_memory, product
+from megaregion.processor import in_order, keep_freed_memory, product
 
 Vectors = NDArray[np.float32]
 

@@ -179,7 +179,7 @@ def _runs(sizes: Integers, most: int) -> list[range]:
 
 def twins_within(vectors: Tensor, lengths: Sequence[int], threshold: float) -> Integers:
     """What :func:`find_twins` finds in each of some clusters that follow one another, on torch's threads."""
-    from megaregion.curation.nearest import in_order
+    from megaregion.processor import in_order
 
     parts, starts = vectors.split(list(lengths)), np.cumsum([0, *lengths])
     found = in_order(lambda cluster: find_twins(parts[cluster], threshold), range(len(parts)))
@@ -193,6 +193,8 @@ def find_twins(vectors: Tensor, threshold: float) -> Integers:
 
     Gives its row, int64 [m], or -1 for a vector that stays itself.
     """
+    from megaregion.processor import product
+
     twins = np.full(len(vectors), -1, dtype=np.int64)
     for start in range(0, len(vectors), BLOCK):
         block = vectors[start : start + BLOCK]
@@ -200,10 +202,10 @@ def find_twins(vectors: Tensor, threshold: float) -> Integers:
         kept = np.flatnonzero(twins[:start] < 0)
         for first in range(0, len(kept), TILE):
             some = kept[first : first + TILE]
-            near = (block @ vectors[some].T >= threshold).numpy()
+            near = (product(block, vectors[some]) >= threshold).numpy()
             new = near.any(axis=1) & (own < 0)
             own[new] = some[near[new].argmax(axis=1)]
-        inside = np.tril((block @ block.T >= threshold).numpy(), -1)
+        inside = np.tril((product(block, block) >= threshold).numpy(), -1)
         for row in np.flatnonzero(inside.any(axis=1) & (own < 0)).tolist():
             before = np.flatnonzero(inside[row, :row] & (own[:row] < 0))
             if len(before):
