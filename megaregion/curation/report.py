@@ -24,10 +24,10 @@ from megaregion.curation.embeddings import evenly, unit
 from megaregion.curation.kmeans import find_centers, label_rows
 from megaregion.curation.picture import Word, as_array, iou, read_regions, read_words
 from megaregion.curation.pipeline import Pipeline
-from megaregion.curation.stages.balance import EXAMPLES, FATE_NAMES, SIZES, STARTS, Balance
+from megaregion.curation.stages.balance import Balancing, effective_clusters, read_balancing
 from megaregion.curation.stages.cluster import CENTERS, COSINES, cluster_sizes, read_labels
 from megaregion.curation.stages.pack import read_images
-from megaregion.curation.stages.regions import CANDIDATES, FEATURES, REGIONS
+from megaregion.curation.stages.regions import CANDIDATES, FEATURES
 from megaregion.curation.stages.stage import Job, Piece
 from megaregion.curation.stages.text import MODEL, WORDS
 from megaregion.curation.status import summarise
@@ -93,24 +93,6 @@ class ClusterQuality:
     """NMI of two k-means over a sample that differ in the seed alone."""
     stability_clusters: int
     """Centers of these two."""
-
-
-@dataclass(frozen=True)
-class Balancing:
-    """What the stage balance left out of the clusters."""
-
-    before: int
-    """Labelled regions."""
-    after: int
-    """Those that are packed."""
-    left_out: dict[str, int]
-    """Regions that are not, by reason."""
-    effective: float
-    """As that of all labels, of those that are packed."""
-    histogram: dict[str, tuple[int, int]]
-    """Clusters before and after, by the least number of their regions; the next bin's is twice as large."""
-    examples: list[tuple[str, str, int]]
-    """A region that stays, the first that nearly equals it, and how many do, as "KEY [x0, y0, x1, y1]"."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +180,7 @@ def report(job: Job, pipeline: Pipeline, truth: Mapping[str, Any] | None = None)
             f"{job.store.root} is not finished: stage {missing[0]} is not done; run tools/curate.py on"
         )
     against = None if truth is None else truth_quality(job, truth)
-    balanced = _balancing(job) if "balance" in summary.seconds else None
+    balanced = read_balancing(job) if "balance" in summary.seconds else None
     found = QualityReport(summary, cluster_quality(job), text_quality(job), against, balanced)
     write_bytes(job.store.root / REPORT, json.dumps(asdict(found), indent=1).encode())
     return found
@@ -226,7 +208,7 @@ def cluster_quality(job: Job) -> ClusterQuality:
         empty=int((sizes == 0).sum()),
         sizes={f"p{q}": float(np.percentile(sizes, q)) for q in QUANTILES},
         gini=_gini(ordered),
-        effective=_effective(sizes),
+        effective=effective_clusters(sizes),
         largest_percent=float(ordered[-max(1, round(len(sizes) / 100)) :].sum() / max(1, total)),
         distance=distance / max(1, total),
         near_duplicates=_near_duplicates(job, sample),
@@ -234,40 +216,6 @@ def cluster_quality(job: Job) -> ClusterQuality:
         stability=nmi(one, other),
         stability_clusters=count,
     )
-
-
-def _balancing(job: Job) -> Balancing | None:
-    """What a finished stage balance did; None where its settings ask for nothing."""
-    done, manifest = Piece(Balance.name, 0), job.store.read(Piece(Balance.name, 0), thorough=False)
-    if not Balance(job).pieces() or manifest is None:
-        return None
-    before, after = cluster_sizes(job), job.store.load(done, SIZES)
-    bins = [np.bincount(np.frexp(sizes)[1], minlength=64) for sizes in (before, after)]
-    examples = job.store.load(done, EXAMPLES).tolist() if job.settings.pack.near_duplicates else []
-    return Balancing(
-        before=int(before.sum()),
-        after=int(after.sum()),
-        left_out={why: manifest.counts.get(f"regions {why}", 0) for why in FATE_NAMES.values()},
-        effective=_effective(after),
-        histogram={
-            str(2**place // 2): (int(old), int(new))
-            for place, (old, new) in enumerate(zip(*bins, strict=True))
-            if old or new
-        },
-        examples=[(_named(job, kept), _named(job, other), count) for kept, other, count in examples],
-    )
-
-
-def _named(job: Job, region: int) -> str:
-    """Key and box of a region, by its number in the run."""
-    starts = job.store.load(Piece(Balance.name, 0), STARTS)
-    number = int(np.searchsorted(starts, region, side="right")) - 1
-    place = region - int(starts[number])
-    for image in read_regions([job.store.folder(Piece("embed", number)) / REGIONS]):
-        if place < len(image.regions):
-            return f"{image.key} {[round(side) for side in image.regions[place].box]}"
-        place -= len(image.regions)
-    raise UserError(f"{job.store.root} was changed while it was read; run again")
 
 
 class _Sample(NamedTuple):
@@ -434,10 +382,6 @@ def nmi(some: NDArray[np.int64], others: NDArray[np.int64]) -> float:
     shared = float((joint * np.log(joint / cells)).sum())
     mean = (_entropy(first) + _entropy(second)) / 2
     return shared / mean if mean > 0 else 1.0
-
-
-def _effective(sizes: NDArray[np.int64]) -> float:
-    return float(np.exp(_entropy(sizes[sizes > 0] / max(1, int(sizes.sum())))))
 
 
 def _entropy(shares: NDArray[np.float64]) -> float:

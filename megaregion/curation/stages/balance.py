@@ -13,16 +13,19 @@ Shapes: n regions of the whole run, r of a slice, K clusters, m regions of a clu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from megaregion.curation.picture import read_regions
 from megaregion.curation.stages.cluster import cluster_sizes, read_labels
-from megaregion.curation.stages.regions import FEATURES
+from megaregion.curation.stages.regions import FEATURES, REGIONS
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage
 from megaregion.data.order import mix
+from megaregion.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,3 +244,65 @@ def keep_evenly(labels: Integers, seen: Integers, sizes: Integers, caps: Integer
     kept[order] = (place + 1) * share // whole > place * share // whole
     seen[clusters[firsts]] += lengths
     return kept
+
+
+# What it did
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """What the stage balance left out of the clusters."""
+
+    before: int
+    """Labelled regions."""
+    after: int
+    """Those that are packed."""
+    left_out: dict[str, int]
+    """Regions that are not, by reason."""
+    effective: float
+    """Clusters that would be as hard to guess from if all were equal."""
+    histogram: dict[str, tuple[int, int]]
+    """Clusters before and after, by the least number of their regions; the next bin's is twice as large."""
+    examples: list[tuple[str, str, int]]
+    """A region that stays, the first that nearly equals it, and how many do, as "KEY [x0, y0, x1, y1]"."""
+
+
+def read_balancing(job: Job) -> Balancing | None:
+    """What a finished stage balance did; None where its settings ask for nothing."""
+    done = Piece(Balance.name, 0)
+    manifest = job.store.read(done, thorough=False) if Balance(job).pieces() else None
+    if manifest is None:
+        return None
+    before, after = cluster_sizes(job), job.store.load(done, SIZES)
+    bins = [np.bincount(np.frexp(sizes)[1], minlength=64) for sizes in (before, after)]
+    examples = job.store.load(done, EXAMPLES).tolist() if job.settings.pack.near_duplicates else []
+    return Balancing(
+        before=int(before.sum()),
+        after=int(after.sum()),
+        left_out={why: manifest.counts.get(f"regions {why}", 0) for why in FATE_NAMES.values()},
+        effective=effective_clusters(after),
+        histogram={
+            str(2**place // 2): (int(old), int(new))
+            for place, (old, new) in enumerate(zip(*bins, strict=True))
+            if old or new
+        },
+        examples=[(_named(job, kept), _named(job, other), count) for kept, other, count in examples],
+    )
+
+
+def _named(job: Job, region: int) -> str:
+    """Key and box of a region, by its number in the run."""
+    starts = job.store.load(Piece(Balance.name, 0), STARTS)
+    number = int(np.searchsorted(starts, region, side="right")) - 1
+    place = region - int(starts[number])
+    for image in read_regions([job.store.folder(Piece("embed", number)) / REGIONS]):
+        if place < len(image.regions):
+            return f"{image.key} {[round(side) for side in image.regions[place].box]}"
+        place -= len(image.regions)
+    raise UserError(f"{job.store.root} was changed while it was read; run again")
+
+
+def effective_clusters(sizes: Integers) -> float:
+    """The exponential of the entropy of regions over clusters, given their sizes, [K]."""
+    shares = sizes[sizes > 0] / max(1, int(sizes.sum()))
+    return float(np.exp(-(shares * np.log(shares)).sum()))
