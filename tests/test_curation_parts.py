@@ -18,7 +18,7 @@ from paddle_models import save_paddle_models
 from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.engines import load_embedder, load_reader
-from megaregion.curation.engines.boxes import Objectness, SelectiveSearch
+from megaregion.curation.engines.boxes import Objectness, SelectiveSearch, objectness
 from megaregion.curation.kmeans import find_centers
 from megaregion.curation.nearest import nearest
 from megaregion.curation.picture import Proposal, crop, iou
@@ -50,7 +50,7 @@ def test_each_proposal_that_goes_is_counted_under_its_reason() -> None:
         "kept": (20, 70, 80, 130), "duplicate": (21, 71, 80, 130),
     }  # fmt: skip
     proposals = [Proposal(box, 1.0) for box in boxes.values()]
-    ranked, dropped = rank(proposals, pixels, Objectness(), ProposeSettings())
+    ranked, dropped = rank(proposals, pixels.shape[:2], Objectness().maps(pixels), ProposeSettings())
     assert len(ranked) == 1
     assert dropped == {"too small": 1, "too large": 1, "too elongated": 1, "duplicate": 1}
 
@@ -76,14 +76,16 @@ def test_a_box_around_an_object_is_more_object_like_than_background() -> None:
     judge = Objectness()
     wins = 0
     for number in range(6):
-        scores = judge.score(np.asarray(scene(number)), np.array([[15, 72, 75, 135], [70, 0, 130, 62.0]]))
+        pixels = np.asarray(scene(number))
+        boxes = np.array([[15, 72, 75, 135], [70, 0, 130, 62.0]])
+        scores = objectness(judge.maps(pixels), pixels.shape[:2], boxes)
         wins += bool(scores[0] > scores[1])
     assert wins >= 5
 
 
 def test_selective_search_proposes_boxes_inside_the_image() -> None:
     pixels = np.asarray(scene(3, 200))[:150]
-    boxes = np.array([proposal.box for proposal in SelectiveSearch((160, 96)).propose(pixels)])
+    boxes = np.array([proposal.box for proposal in SelectiveSearch((160, 96)).view(pixels)])
     assert len(boxes) > 5
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] <= [200, 150]).all()
@@ -91,10 +93,10 @@ def test_selective_search_proposes_boxes_inside_the_image() -> None:
 
 
 def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
-    from megaregion.curation.engines.pretrained import SamProposer
+    from megaregion.curation.engines.sam import load_sam
 
     pixels = np.asarray(scene(2, 100))[:70]
-    found = SamProposer(sam, grid=3, min_iou=-np.inf, min_stability=0.0).propose(pixels)
+    found = load_sam(sam, grid=3, min_iou=-np.inf, min_stability=0.0).propose(pixels)
     assert 0 < len(found) <= 27
     for proposal in found:
         assert proposal.mask is not None
@@ -103,16 +105,16 @@ def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
         x0, y0, x1, y1 = map(int, proposal.box)
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
         assert all(edge.any() for edge in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
-    assert SamProposer(sam, grid=2, min_iou=2.0).propose(pixels) == []
+    assert load_sam(sam, grid=2, min_iou=2.0).propose(pixels) == []
 
 
 def test_prompts_in_batches_of_any_size_give_the_same_masks(
     sam: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megaregion.curation.engines import pretrained as room
+    from megaregion.curation.engines import sam as room
 
     pixels = np.asarray(scene(4, 96))
-    proposer = room.SamProposer(sam, grid=4, min_iou=-np.inf, min_stability=0.5)
+    proposer = room.load_sam(sam, grid=4, min_iou=-np.inf, min_stability=0.5)
     found = proposer.propose(pixels)
     assert found
     for points in (1, 5):
@@ -150,7 +152,7 @@ def test_missing_weights_are_a_clear_mistake(tmp_path: Path, sam: Path) -> None:
         load_embedder("clip", tmp_path)
     with pytest.raises(UserError, match=r"lacks .* weights of CLIPVisionModel|holds no CLIPVisionModel"):
         load_embedder("clip", sam)
-    with pytest.raises(UserError, match="must be lite0 or clip"):
+    with pytest.raises(UserError, match="must be lite0, hf or clip"):
         load_embedder("dino")
 
 

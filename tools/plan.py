@@ -2,6 +2,7 @@
 
 python tools/plan.py run --config configs/vit_l14_64gpu.yaml --cluster h100x64
 python tools/plan.py run --config configs/vit_bigg14_64gpu.yaml --dry-run 5
+python tools/plan.py curate --images 400000000 --regions 5 --cluster h100x64
 python tools/plan.py goodput --gpus 64 1024 --save 0.5 --write 20 --detection 45 --restart 120
 """
 
@@ -19,6 +20,7 @@ from megaregion.errors import UserError
 from megaregion.planning import faults
 from megaregion.planning.faults import FaultModel
 from megaregion.planning.hardware import GIB, Hardware, Ranks, check_hardware, load_hardware
+from megaregion.planning.load import Load
 
 if TYPE_CHECKING:
     from megaregion.planning.plan import Plan
@@ -81,6 +83,27 @@ def _check_memory(worst: Plan, first: Plan) -> None:
     )
 
 
+def plan_curate(flags: argparse.Namespace) -> int:
+    # Torch asks who answers for CUDA when it is imported.
+    from megaregion.planning.cuda_guard import load_guard
+
+    load_guard()
+    from megaregion.curation import costs
+    from megaregion.planning import curation
+
+    load = changed_settings(flags, Load())
+    hardware = changed_settings(flags, load_hardware(flags.cluster))
+    check_hardware(hardware)
+    counts = curation.count(lambda device: costs.networks(load.encoder, load.sam, load.grid, device))
+    host = costs.measure()
+    plans = curation.plan_stages(load, hardware, counts, host)
+    if flags.json:
+        print(json.dumps(curation.values(plans, counts, host), indent=2))
+    else:
+        print(curation.text(load, hardware, plans, host))
+    return 0
+
+
 def plan_goodput(flags: argparse.Namespace) -> int:
     model = changed_settings(flags, FaultModel())
     rows = [
@@ -97,6 +120,11 @@ def _parser() -> Parser:
     _add_run(parts.add_parser(
         "run", help="memory, time, traffic, cost, best choices and scaling of a config on a cluster",
         description="What a run will need and take on a cluster. Every setting of a run may be given.",
+    ))  # fmt: skip
+    _add_curate(parts.add_parser(
+        "curate", help="hours of curation's stages on a cluster",
+        description="Hours of each stage of curation on a cluster. Networks are counted on fake CUDA "
+        "tensors, which needs g++; what processors do is measured here, about 5 s.",
     ))  # fmt: skip
     _add_goodput(parts.add_parser(
         "goodput", help="share of the wall time that steps get, under faults",
@@ -120,6 +148,15 @@ def _add_run(parser: Parser) -> None:
     parser.add_settings_files()
     parser.add_settings(RunConfig())
     parser.set_defaults(command=plan_run)
+
+
+def _add_curate(parser: Parser) -> None:
+    add = parser.add_flag
+    add("--cluster", Text("NAME"), "h100x64", "preset of configs/clusters/, or a YAML file of such fields")
+    add("--json", bool, False, "print JSON instead of a table")
+    parser.add_settings(Hardware(), flat=True, without=("name", "device"))
+    parser.add_settings(Load(), flat=True)
+    parser.set_defaults(command=plan_curate)
 
 
 def _add_goodput(parser: Parser) -> None:

@@ -39,7 +39,7 @@ class ProposeSettings:
     proposer: Literal["selective-search", "sam"] = "selective-search"
     """Who proposes."""
     sam: Folder = ""
-    """Folder with SAM's weights, as transformers saves them."""
+    """Folder with the weights of SAM, SAM 2 or another of transformers' AutoModelForMaskGeneration."""
     sam_grid: Annotated[int, Whole(1, 256)] = 16
     """SAM: points along each side of the prompt grid (its paper: 32)."""
     proposal_sides: tuple[Annotated[int, Whole(32, 4096, "PX")], ...] = (256, 160)
@@ -66,8 +66,10 @@ class EmbedSettings:
     """Proposals less likely to be an object are background."""
     text_overlap: Iou = 0.5
     """Proposals with a greater IoU with a word are text, not objects."""
-    embedder: Literal["lite0", "clip"] = "lite0"
-    """Who embeds: EfficientNet-Lite0 or CLIP."""
+    embedder: Literal["lite0", "hf", "clip"] = "lite0"
+    """Who embeds: EfficientNet-Lite0, the vision encoder of a HuggingFace folder, or CLIP of one."""
+    encoder: Folder = ""
+    """Hf: folder of any vision encoder that transformers' AutoModel loads, also of an export of our own."""
     clip: Folder = ""
     """Folder with CLIP's weights, as transformers saves them."""
     crop_side: Annotated[int, Whole(32, 1024, "PX", multiple=32)] = 128
@@ -164,6 +166,7 @@ def check_settings(settings: CurationSettings) -> None:
         )
     for who, chosen, flag, path in (
         ("--proposer sam", settings.propose.proposer == "sam", "--sam", settings.propose.sam),
+        ("--embedder hf", settings.embed.embedder == "hf", "--encoder", settings.embed.encoder),
         ("--embedder clip", settings.embed.embedder == "clip", "--clip", settings.embed.clip),
         ("--ocr paddleocr", settings.reader.ocr == "paddleocr", "--paddle", settings.reader.paddle),
     ):

@@ -1,4 +1,6 @@
-"""The processes that do the pieces, started once for a run, each on one CPU core, and what they hold.
+"""The processes that do the pieces, each on one CPU core or one GPU, and what they hold.
+
+A stage whose network runs on a GPU gets one process a GPU, and its share of the others to decode for it.
 
 concurrent.futures would not do: there a process that dies takes the pool with it, and nobody knows which
 piece it was at. Here it is replaced, and its piece done again. Locks end with their process:
@@ -26,7 +28,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,6 +41,8 @@ from megaregion.files import locked, new_file, read_json
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Read by the numeric libraries when they are loaded."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Environment variable that names the GPUs of a process."""
 LOG = logging.getLogger("megaregion.curation")
 
 MAX_DEATHS = 3
@@ -64,11 +68,15 @@ class Task(NamedTuple):
 
 
 class Workers:
-    """Does pieces in parallel, in so many processes; with 0 of them in this one."""
+    """Does pieces in parallel, in so many processes; with 0 of them in this one.
+
+    They stay from stage to stage, until a stage needs a GPU, or needs none any more.
+    """
 
     def __init__(self, job: Job, count: int) -> None:
         self._job, self._count = job, count
-        self._processes: dict[Connection, BaseProcess] = {}
+        self._processes: dict[Connection, tuple[BaseProcess, str]] = {}
+        """Each with the name of its GPU, empty for none."""
 
     def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
         """Do tasks, in any order; ``tick`` is called in this process for every image that is done.
@@ -84,9 +92,8 @@ class Workers:
             return
         waiting, deaths = list(reversed(tasks)), Counter[Piece]()
         busy: dict[Connection, Task] = {}
-        while len(self._processes) < min(self._count, len(tasks)):
-            self._start()
-        idle = list(self._processes)
+        on_gpu = any(stages[task.piece.stage].on_gpu() for task in tasks)
+        idle = self._crew(gpus() if on_gpu else [], len(tasks))
         while waiting or busy:
             while waiting and idle:
                 pipe = idle.pop()
@@ -101,9 +108,9 @@ class Workers:
                 except (EOFError, OSError):
                     task = busy.pop(pipe)
                     deaths[task.piece] += 1
-                    self._bury(pipe, task.piece, deaths[task.piece])
+                    gpu = self._bury(pipe, task.piece, deaths[task.piece])
                     waiting.append(task)
-                    idle.append(self._start())
+                    idle.append(self._start(gpu))
                     continue
                 if isinstance(message, Exception):
                     raise message
@@ -115,27 +122,42 @@ class Workers:
 
     def close(self) -> None:
         """End the processes, also in the middle of a piece: it counts as not done."""
-        for process in self._processes.values():
+        for process, _ in self._processes.values():
             process.terminate()
-        for pipe, process in self._processes.items():
+        for pipe, (process, _) in self._processes.items():
             process.join()
             pipe.close()
         self._processes.clear()
 
-    def _start(self) -> Connection:
+    def _crew(self, names: Sequence[str], tasks: int) -> list[Connection]:
+        """Workers for so many tasks, one for each GPU of these names, or as many as there may be."""
+        if any(bool(gpu) != bool(names) for _, gpu in self._processes.values()):
+            self.close()
+        held = [gpu for _, gpu in self._processes.values()]
+        missing = [name for name in names if name not in held] if names else [""] * (self._count - len(held))
+        for gpu in missing[: max(0, tasks - len(held))]:
+            self._start(gpu)
+        return list(self._processes)
+
+    def _start(self, gpu: str = "") -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
-        with _environment(ONE_THREAD):
+        job, seen = self._job, {}
+        if gpu:
+            # All libraries find their GPU as the first one.
+            job, seen = replace(job, decoders=max(1, self._count // len(gpus()))), {VISIBLE: gpu}
+        # A process with decoders of its own must not be a daemon.
+        process = context.Process(target=_serve, args=(theirs, job, os.getpid()), daemon=not gpu)
+        with _environment({**ONE_THREAD, **seen}):
             process.start()
         # Only the worker may hold its end, or its death would not be seen here.
         theirs.close()
-        self._processes[ours] = process
+        self._processes[ours] = process, gpu
         return ours
 
-    def _bury(self, pipe: Connection, piece: Piece, deaths: int) -> None:
-        """Raises UserError where the dead worker's piece has killed too many."""
-        process = self._processes.pop(pipe)
+    def _bury(self, pipe: Connection, piece: Piece, deaths: int) -> str:
+        """Gives the GPU of a dead worker; raises UserError where its piece has killed too many."""
+        process, gpu = self._processes.pop(pipe)
         process.join()
         pipe.close()
         died = (
@@ -145,6 +167,16 @@ class Workers:
         if deaths >= MAX_DEATHS:
             raise UserError(f"{died} {deaths} times; run again to continue, perhaps with fewer --workers")
         LOG.warning("%s; the piece is done again", died)
+        return gpu
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get(VISIBLE)
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 @contextmanager
@@ -197,7 +229,10 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
         except (UserError, OSError, MemoryError) as error:
             # A line says enough of them.
             answer = error
-        except Exception:
+        except Exception as error:
+            if "DataLoader worker" in str(error):
+                # A decoder that died takes its worker along: it will be replaced, and the piece done again.
+                os._exit(1)
             answer = RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
         pipe.send(answer)
 

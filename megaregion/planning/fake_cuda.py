@@ -84,6 +84,22 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def fake_gpu() -> Iterator[None]:
+    """The same for networks that only infer."""
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (F, "scaled_dot_product_attention", _attention),
+        (Tensor, "new_empty", _without_pinning(Tensor.new_empty)),
+        (nn.Module, "_apply", _apply),
+        (torch.cuda, "Event", _Stream),
+    )
+    with ExitStack() as stack:
+        for place, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(place, name, stand_in))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
 class _Stream:
     """A stream or an event that has nothing to wait for."""
 

@@ -10,7 +10,8 @@ Shapes: R boxes, g x k cells of a feature map, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from megaregion.curation.engines.lite0 import FeatureMaps, Lite0
 from megaregion.curation.picture import Boxes, Pixels, Proposal, area, resize
+
+Item = TypeVar("Item")
 
 SIDE = 448
 """Side, in pixels, of the square to which the image is scaled: 14 x 14 coarse cells."""
@@ -50,7 +53,13 @@ class SelectiveSearch:
     def __init__(self, sides: Sequence[int], scales: Sequence[int] = (150,)) -> None:
         self._sides, self._scales = tuple(sides), tuple(scales)
 
-    def propose(self, image: Pixels) -> list[Proposal]:
+    def stream(
+        self, images: Iterable[tuple[Item, list[Proposal] | None]]
+    ) -> Iterator[tuple[Item, list[Proposal]]]:
+        """What was found already, see :class:`megaregion.curation.engines.Proposer`."""
+        return ((item, found or []) for item, found in images)
+
+    def view(self, image: Pixels) -> list[Proposal]:
         """Propose boxes; each occurs once."""
         longest = max(image.shape[:2])
         sides = dict.fromkeys(min(side, longest) for side in self._sides)
@@ -85,29 +94,34 @@ class SelectiveSearch:
 
 
 class Objectness:
-    """Scores boxes between 0 (background) and 1 (surely an object)."""
+    """Sees in an image what tells boxes on background, 0, from those that are surely an object, 1."""
 
     def __init__(self) -> None:
         self._network = Lite0()
 
-    def score(self, pixels: Pixels, boxes: Boxes) -> NDArray[np.float64]:
-        """Probability that each box frames an object, [R], 0..1.
+    def maps(self, pixels: Pixels) -> FeatureMaps:
+        """What the boxes of an image, RGB uint8 [h, w, 3], are judged by."""
+        return self._network.maps(resize(pixels, SIDE, SIDE))
 
-        Args:
-            pixels: The whole image, RGB uint8 [h, w, 3].
-            boxes: In its pixels, [R, 4], each of positive area.
-        """
-        if not len(boxes):
-            return np.zeros(0)
-        height, width = pixels.shape[:2]
-        edges = np.array([0.0, 0.0, width, height])
-        odds = BIAS + TOUCH * (np.abs(boxes - edges) <= 1).sum(axis=1)
-        maps = self._network.maps(resize(pixels, SIDE, SIDE))
-        for name, values in _contrasts(maps, boxes / np.tile(edges[2:], 2)).items():
-            odds = odds + WEIGHTS[name] * np.log(np.maximum(values, FLOOR))
-        sides = boxes[:, 2:] - boxes[:, :2]
-        odds = odds + WEIGHTS["aspect"] * np.log(sides.max(axis=1) / sides.min(axis=1))
-        return 1 / (1 + np.exp(-odds))
+
+def objectness(maps: FeatureMaps, size: tuple[int, int], boxes: Boxes) -> NDArray[np.float64]:
+    """Probability that each box frames an object, [R], 0..1.
+
+    Args:
+        maps: Of the whole image.
+        size: Height and width of it.
+        boxes: In its pixels, [R, 4], each of positive area.
+    """
+    if not len(boxes):
+        return np.zeros(0)
+    height, width = size
+    edges = np.array([0.0, 0.0, width, height])
+    odds = BIAS + TOUCH * (np.abs(boxes - edges) <= 1).sum(axis=1)
+    for name, values in _contrasts(maps, boxes / np.tile(edges[2:], 2)).items():
+        odds = odds + WEIGHTS[name] * np.log(np.maximum(values, FLOOR))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    odds = odds + WEIGHTS["aspect"] * np.log(sides.max(axis=1) / sides.min(axis=1))
+    return 1 / (1 + np.exp(-odds))
 
 
 def _contrasts(maps: FeatureMaps, unit: Boxes) -> dict[str, NDArray[np.float64]]:

@@ -13,11 +13,11 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, write_bytes
+
+Item = TypeVar("Item")
 
 WIDTH = 1280
 """Channels of the embedding."""
@@ -85,28 +87,24 @@ class Lite0Embedder:
     dim = WIDTH
 
     def __init__(self, side: int = 224) -> None:
-        self._side = side
+        self.side = side
         self._network = Lite0()
 
+    def stream(
+        self, images: Iterable[tuple[Item, Sequence[Pixels]]]
+    ) -> Iterator[tuple[Item, NDArray[np.float32]]]:
+        """Embed the crops of image after image, see :class:`megaregion.curation.engines.Embedder`."""
+        return ((item, self.embed(crops)) for item, crops in images)
+
     def embed(self, crops: Sequence[Pixels]) -> NDArray[np.float32]:
-        """Embed crops, see :class:`megaregion.curation.engines.Embedder`."""
-        return embed_squares(crops, self._side, self.dim, self._network.embed)
+        """Embed crops, BATCH of them at once, see :class:`megaregion.curation.engines.Embedder`."""
+        vectors = [np.zeros((0, self.dim), dtype=np.float32)]
+        for start in range(0, len(crops), BATCH):
+            batch = [resize(crop, self.side, self.side) for crop in crops[start : start + BATCH]]
+            vectors.append(self._network.embed(np.stack(batch)))
+        from megaregion.curation.embeddings import unit  # With torch, which proposing does without.
 
-
-def embed_squares(
-    crops: Sequence[Pixels],
-    side: int,
-    width: int,
-    network: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
-) -> NDArray[np.float32]:
-    """Unit vectors, [n, width], of crops squeezed to squares of a side, BATCH of them at once."""
-    vectors = [np.zeros((0, width), dtype=np.float32)]
-    for start in range(0, len(crops), BATCH):
-        batch = [resize(crop, side, side) for crop in crops[start : start + BATCH]]
-        vectors.append(network(np.stack(batch)))
-    from megaregion.curation.embeddings import unit  # With torch, which proposing does without.
-
-    return unit(np.concatenate(vectors))
+        return unit(np.concatenate(vectors))
 
 
 def fingerprint() -> str:

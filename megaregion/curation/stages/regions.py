@@ -8,22 +8,31 @@ Shapes: R proposals of one image; r kept regions of a piece, in the order of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from megaregion.curation.engines import Embedder, Proposer, lite0, load_embedder, load_proposer
-from megaregion.curation.engines.boxes import Objectness
+from megaregion.curation.engines import (
+    Embedder,
+    Proposer,
+    lite0,
+    load_embedder,
+    load_proposer,
+    load_view,
+    weights_of,
+)
+from megaregion.curation.engines.boxes import Objectness, objectness
+from megaregion.curation.engines.lite0 import FeatureMaps
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import (
-    BadImage,
     Boxes,
     ImageRegions,
     Picture,
@@ -36,6 +45,7 @@ from megaregion.curation.picture import (
     iou,
     read_regions,
     read_words,
+    resize,
     write_regions,
 )
 from megaregion.curation.settings import EmbedSettings, ProposeSettings
@@ -46,6 +56,8 @@ from megaregion.schemas.curation import DROPPED
 
 CANDIDATES, REGIONS, FEATURES = "candidates.jsonl", "regions.jsonl", "features.npy"
 
+Squares = list[Pixels]
+"""Crops at the size that the embedder reads."""
 MAX_CANDIDATES = 500
 """Best proposals that are compared with each other; the cost grows with their square."""
 CROWDING = 1.0
@@ -53,6 +65,19 @@ CROWDING = 1.0
 points. More of it trades boxes that fit for boxes elsewhere."""
 INSIDE_WORD = 0.7
 """A proposal with at least this share of its area inside a word is a piece of text."""
+
+
+class Seen(NamedTuple):
+    """What a proposer and its judge need of an image, or the regions that came with it."""
+
+    size: tuple[int, int]
+    """Height and width of the image."""
+    annotated: tuple[list[Proposal], Counter[str]] | None
+    """Regions that came with it, and those that were dropped, by reason."""
+    view: Any = None
+    """What the proposer needs of it."""
+    maps: FeatureMaps | None = None
+    """By which proposals are judged."""
 
 
 class Propose(Stage):
@@ -78,31 +103,50 @@ class Propose(Stage):
         lite0.convert()
 
     @override
-    def work(self, number: int, output: Output) -> None:
-        with output.file(CANDIDATES) as file:
-            for image, picture in self.pictures(number, output):
-                record = ImageRegions(image.key)
-                if picture is not None:
-                    try:
-                        regions = self._candidates(image, picture, output.counts)
-                        record = ImageRegions(image.key, picture.width, picture.height, regions)
-                    except BadImage as bad:
-                        output.bad[image.path] = str(bad)
-                write_regions(file, record)
+    def on_gpu(self) -> bool:
+        return self.job.settings.propose.proposer == "sam"
 
-    def _candidates(self, image: ImageFile, picture: Picture, counts: Counter[str]) -> list[Proposal]:
-        """Raises BadImage: its annotation cannot be read."""
+    @override
+    def look(self, image: ImageFile, picture: Picture, wanted: Any) -> Seen:
+        size = picture.height, picture.width
         content = self.job.source.annotation(image)
         annotated = None if content is None else read_annotations(content, picture)
-        if annotated is None:
-            found, dropped = self._proposer.propose(picture.pixels), Counter[str]()
-        else:
-            found, dropped = annotated
+        if annotated is not None:
+            return Seen(size, annotated)
+        view = self._view(picture.pixels)
+        # Where nothing was found, there is nothing to judge.
+        return Seen(size, None, view, None if view == [] else self._objectness.maps(picture.pixels))
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        images = self.looks(((image, None) for image in self.images(number)), output)
+        with output.file(CANDIDATES) as file:
+            for (image, seen), found in self._proposed(images):
+                record = ImageRegions(image.key)
+                if seen is not None:
+                    regions = self._candidates(seen, found, output.counts)
+                    record = ImageRegions(image.key, seen.size[1], seen.size[0], regions)
+                write_regions(file, record)
+
+    def _proposed(
+        self, images: Iterator[tuple[ImageFile, Seen | None]]
+    ) -> Iterator[tuple[tuple[ImageFile, Seen | None], list[Proposal]]]:
+        """Each image with its proposals; the first one that needs a proposer has it loaded."""
+        for image, seen in images:
+            if seen is None or seen.view is None:
+                yield (image, seen), []
+                continue
+            rest = ((each, None if each[1] is None else each[1].view) for each in images)
+            yield from self._proposer.stream(chain([((image, seen), seen.view)], rest))
+
+    def _candidates(self, seen: Seen, found: list[Proposal], counts: Counter[str]) -> list[Proposal]:
+        dropped = Counter[str]()
+        if seen.annotated is not None:
+            found, dropped = seen.annotated
             counts["images with annotations"] += 1
-        objectness = self._objectness if annotated is None else None
         counts["images used"] += 1
         counts["proposed"] += len(found) + dropped.total()
-        ranked, misfits = rank(found, picture.pixels, objectness, self.job.settings.propose)
+        ranked, misfits = rank(found, seen.size, seen.maps, self.job.settings.propose)
         counts.update({DROPPED + why: number for why, number in (dropped + misfits).items()})
         return ranked
 
@@ -111,26 +155,39 @@ class Propose(Stage):
         return load_proposer(self.job.settings.propose)
 
     @cached_property
+    def _view(self) -> Callable[[Pixels], Any]:
+        return load_view(self.job.settings.propose)
+
+    @cached_property
     def _objectness(self) -> Objectness:
         return Objectness()
 
 
 def rank(
-    proposals: Sequence[Proposal], pixels: Pixels, objectness: Objectness | None, settings: ProposeSettings
+    proposals: Sequence[Proposal],
+    size: tuple[int, int],
+    maps: FeatureMaps | None,
+    settings: ProposeSettings,
 ) -> tuple[list[Proposal], Counter[str]]:
     """Drop proposals of the wrong shape and near-equal ones; order the rest, the most object-like first.
 
-    The proposer's own score only breaks ties, for selective search has none; without an objectness it judges.
+    The proposer's own score only breaks ties, for selective search has none; without feature maps it judges.
+
+    Args:
+        proposals: Of one image.
+        size: Its height and width.
+        maps: By which objectness is judged.
+        settings: Which shapes may be objects.
 
     Returns:
         Candidates, whose score is the objectness, 0..1, and how many proposals were dropped, by reason.
     """
     boxes = as_array([proposal.box for proposal in proposals])
-    reasons = _misshapen(boxes, pixels.shape[0], pixels.shape[1], settings)
+    reasons = _misshapen(boxes, *size, settings)
     dropped = Counter(reason for reason in reasons if reason)
     kept = [proposal for proposal, reason in zip(proposals, reasons, strict=True) if not reason]
-    if objectness is not None:
-        scores = objectness.score(pixels, as_array([proposal.box for proposal in kept]))
+    if maps is not None:
+        scores = objectness(maps, size, as_array([proposal.box for proposal in kept]))
         kept = [replace(proposal, score=float(score)) for proposal, score in zip(kept, scores, strict=True)]
     best = sorted(kept, key=lambda proposal: -proposal.score)[:MAX_CANDIDATES]
     sure = np.clip([proposal.score for proposal in best], 1e-6, 1 - 1e-6)
@@ -196,8 +253,9 @@ class Embed(Stage):
         settings = self.job.settings.embed
         values = plain(settings, self.job.settings.image)
         values["min_confidence"] = self.job.settings.tokenizer.min_confidence
-        if settings.embedder == "clip":
-            values["clip"] = describe(Path(settings.clip))
+        del values["encoder"]
+        if folder := weights_of(settings):
+            values[settings.embedder] = describe(Path(folder))
         else:
             values["lite0"] = lite0.fingerprint()
         return values
@@ -208,34 +266,48 @@ class Embed(Stage):
             lite0.convert()
 
     @override
+    def on_gpu(self) -> bool:
+        return self.job.settings.embed.embedder != "lite0"
+
+    @override
+    def look(self, image: ImageFile, picture: Picture, wanted: tuple[Sequence[Box], int]) -> Squares:
+        boxes, side = wanted
+        return [resize(crop(picture.pixels, box), side, side) for box in boxes]
+
+    @override
     def work(self, number: int, output: Output) -> None:
+        features = [np.zeros((0, self._embedder.dim), dtype=np.float16)]
+        boxes = self._chosen(number, output)
+        seen = self.looks(((image, (own, self._embedder.side)) for image, own in boxes), output)
+        for _, vectors in self._embedder.stream((image, crops or ()) for image, crops in seen):
+            lost = ~np.isfinite(vectors).all(axis=1)
+            vectors[lost] = 0
+            output.counts[DROPPED + "not embedded"] += int(lost.sum())
+            output.counts["kept"] -= int(lost.sum())
+            features.append(vectors.astype(np.float16))
+        output.save(FEATURES, np.concatenate(features))
+
+    def _chosen(self, number: int, output: Output) -> list[tuple[ImageFile, list[Box]]]:
+        """Writes the regions that are kept of a piece's images; gives their boxes."""
         candidates, words = self.needs(number)
-        images = read_regions([self.path(candidates, CANDIDATES)])
+        found = read_regions([self.path(candidates, CANDIDATES)])
         texts = read_words([self.path(words, WORDS)])
         confidence = self.job.settings.tokenizer.min_confidence
-        features = [np.zeros((0, self._embedder.dim), dtype=np.float16)]
+        boxes = []
         with output.file(REGIONS) as file:
-            for _, picture in self.pictures(number, output):
-                found, read = next(images), next(texts)
-                boxes = [word.box for word in read.above(confidence)]
-                chosen, dropped = choose(found.regions, boxes, self.job.settings.embed)
-                write_regions(file, replace(found, regions=chosen))
+            for image, own, read in zip(self.images(number), found, texts, strict=True):
+                signs = [word.box for word in read.above(confidence)]
+                chosen, dropped = choose(own.regions, signs, self.job.settings.embed)
+                write_regions(file, replace(own, regions=chosen))
                 output.counts["kept"] += len(chosen)
                 output.counts.update({DROPPED + why: n for why, n in dropped.items()})
-                if picture is None or not chosen:
-                    continue
-                vectors = self._embedder.embed([crop(picture.pixels, region.box) for region in chosen])
-                lost = ~np.isfinite(vectors).all(axis=1)
-                vectors[lost] = 0
-                output.counts[DROPPED + "not embedded"] += int(lost.sum())
-                output.counts["kept"] -= int(lost.sum())
-                features.append(vectors.astype(np.float16))
-        output.save(FEATURES, np.concatenate(features))
+                boxes.append((image, [region.box for region in chosen]))
+        return boxes
 
     @cached_property
     def _embedder(self) -> Embedder:
         settings = self.job.settings.embed
-        return load_embedder(settings.embedder, settings.clip or None, settings.crop_side)
+        return load_embedder(settings.embedder, weights_of(settings) or None, settings.crop_side)
 
 
 def choose(

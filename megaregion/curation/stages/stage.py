@@ -20,12 +20,12 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ WEIGHTS = (".json", ".safetensors", ".onnx", ".yml", ".yaml", ".txt")
 """Endings of the files that make up a model."""
 VERSION = 1
 """Version of the manifest's layout."""
+LOOKAHEAD = 8
+"""Images that each decoder has ready."""
 _IN_THE_WAY = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
@@ -204,6 +206,8 @@ class Job:
     settings: CurationSettings
     source: Source
     store: Store
+    decoders: int = 0
+    """Processes beside a worker that decode images for it; with 0 it does so itself."""
 
     @property
     def shards(self) -> Path:
@@ -288,20 +292,93 @@ class Stage(ABC):
         """Where a file of a finished piece lies."""
         return self.job.store.folder(piece) / name
 
-    def pictures(self, number: int, output: Output) -> Iterator[tuple[ImageFile, Picture | None]]:
-        """Each image of a piece, decoded; a bad one is counted, named, and given without its picture."""
-        for image in self.job.source.between(*self.span(number)):
-            picture = None
-            try:
-                picture = self.job.read(image)
-            except BadImage as bad:
-                output.bad[image.path] = str(bad)
-            yield image, picture
+    def on_gpu(self) -> bool:
+        """Whether its network runs on a GPU, if there is one: then one process a GPU does its pieces."""
+        return False
+
+    def look(self, image: ImageFile, picture: Picture, wanted: Any) -> Any:
+        """What :meth:`work` needs of an image; may be asked in another process. Raises BadImage."""
+        raise NotImplementedError
+
+    def looks(
+        self, wanted: Iterable[tuple[ImageFile, Any]], output: Output
+    ) -> Iterator[tuple[ImageFile, Any]]:
+        """Each image with its :meth:`look`, in order; a bad one is counted, named, and given with None."""
+        images = list(wanted)
+        for (image, _), seen in zip(images, self._feed(images), strict=True):
+            if isinstance(seen, UserError):
+                raise seen
+            if isinstance(seen, BadImage):
+                output.bad[image.path] = str(seen)
+            yield image, None if isinstance(seen, BadImage) else seen
             output.tick()
+
+    def images(self, number: int) -> Iterator[ImageFile]:
+        """The images of a piece."""
+        return self.job.source.between(*self.span(number))
+
+    @cached_property
+    def _feed(self) -> Feed:
+        return Feed(type(self), self.job)
 
     @cached_property
     def _origin(self) -> list[Any]:
         return [self.name, self.version, json.dumps(self.settings(), sort_keys=True)]
+
+
+class Feed:
+    """Looks at images in order; where a job has decoders, they do it and run ahead.
+
+    As a data set of torch it lies in each of these processes, and as a sampler it says what they do next.
+    """
+
+    def __init__(self, kind: type[Stage], job: Job) -> None:
+        self._kind, self._job = kind, job
+        self._next: Sequence[tuple[ImageFile, Any]] = ()
+
+    def __call__(self, images: Sequence[tuple[ImageFile, Any]]) -> Iterable[Any]:
+        """What is seen in each image, or why it cannot be used."""
+        if not self._job.decoders:
+            return map(self.__getitem__, images)
+        self._next = images
+        return self._loader
+
+    def __iter__(self) -> Iterator[tuple[ImageFile, Any]]:
+        return iter(self._next)
+
+    def __len__(self) -> int:
+        return len(self._next)
+
+    def __getitem__(self, item: tuple[ImageFile, Any]) -> Any:
+        """What the stage sees in an image; a mistake is handed on, since torch would wrap it in its own."""
+        image, wanted = item
+        try:
+            return self._stage.look(image, self._job.read(image), wanted)
+        except (BadImage, UserError) as error:
+            return error
+
+    @cached_property
+    def _stage(self) -> Stage:
+        return self._kind(self._job)
+
+    @cached_property
+    def _loader(self) -> Iterable[Any]:
+        from torch.utils.data import DataLoader
+
+        return DataLoader(
+            cast("Any", Feed(self._kind, self._job)),
+            batch_size=None,
+            sampler=self,
+            collate_fn=_as_it_is,
+            num_workers=self._job.decoders,
+            persistent_workers=True,
+            prefetch_factor=LOOKAHEAD,
+            multiprocessing_context="spawn",
+        )
+
+
+def _as_it_is(seen: Any) -> Any:
+    return seen
 
 
 def _hash(content: list[Any]) -> str:

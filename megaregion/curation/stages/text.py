@@ -20,7 +20,8 @@ from typing import Any
 from typing_extensions import override
 
 from megaregion.curation.engines import Reader, load_reader
-from megaregion.curation.picture import ImageWords, read_words, write_words
+from megaregion.curation.inputs.source import ImageFile
+from megaregion.curation.picture import ImageWords, Picture, Pixels, read_words, write_words
 from megaregion.curation.stages.stage import Output, Stage, describe, plain
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
@@ -53,10 +54,22 @@ class Ocr(Stage):
     @override
     def work(self, number: int, output: Output) -> None:
         with output.file(WORDS) as file:
-            for image, picture in self.pictures(number, output):
-                words = [] if picture is None else self._reader.read(picture.pixels)
+            for image, pixels in self.looks(((image, None) for image in self.images(number)), output):
+                words = [] if pixels is None else self._reader.read(pixels)
                 write_words(file, ImageWords(image.key, words))
                 output.counts["words found"] += len(words)
+
+    @override
+    def on_gpu(self) -> bool:
+        if self.job.settings.reader.ocr == "none":
+            return False
+        from megaregion.curation.engines.ocr import offers_gpu
+
+        return offers_gpu()
+
+    @override
+    def look(self, image: ImageFile, picture: Picture, wanted: Any) -> Pixels:
+        return picture.pixels
 
     @cached_property
     def _reader(self) -> Reader:
