@@ -8,7 +8,7 @@
 #
 #   MEGAREGION_SHARES=64                     tasks of an array; the outcome is the same for any number
 #   MEGAREGION_CURATE="--cpus-per-task=8"    options of every sbatch; a task uses as many workers as it has CPUs
-#   MEGAREGION_CURATE_embed="--gpus=1"       options of one stage's sbatch, after the others
+#   MEGAREGION_CURATE_embed="--gpus=1"       options of one stage's sbatch, after the others; CPUs decode for the GPU
 #   MEGAREGION_CURATE_cluster="--ntasks=8 --gpus-per-task=1"    ranks that share k-means, one job
 set -euo pipefail
 

@@ -1,13 +1,19 @@
-"""Expected goodput: the simulation against the closed form, and against what the eye can check."""
+"""Expected goodput against the closed form and what the eye can check; hours of curation."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from launch import tool
 
 from megaregion.planning.faults import LLAMA3_FAULTS, FaultModel, best_interval, expected, simulate, young
+from megaregion.planning.hardware import Hardware
+from megaregion.planning.load import Load
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])
@@ -40,6 +46,48 @@ def test_more_faults_and_slower_restarts_cost_goodput() -> None:
     assert simulate(FaultModel(1024, faults_per_gpu_day=10 * LLAMA3_FAULTS), 600) < usual
     assert simulate(FaultModel(1024, restart=3600.0), 600) < usual
     assert simulate(FaultModel(64), 600) > usual
+
+
+@pytest.fixture(scope="module")
+def curation() -> dict[str, Any]:
+    if shutil.which("g++") is None:
+        assert "CI" not in os.environ, "CI must install g++"
+        pytest.skip("no g++ to build the library that answers for CUDA")
+    found: dict[str, Any] = json.loads(tool("tools/plan.py", "curate", "--json").stdout)
+    return found
+
+
+def test_no_batch_of_curations_networks_waits_for_the_gpu(curation: dict[str, Any]) -> None:
+    assert {name: count["waits"] for name, count in curation["counts"].items()} == {"crop": 0, "image": 0}
+
+
+def test_400_million_images_pass_clip_and_sam_on_64_gpus_in_the_hours_that_were_promised(
+    curation: dict[str, Any],
+) -> None:
+    # A ViT-L/14 takes 162 GFLOP for 224 px: twice 81 billion multiply-adds.
+    crop = curation["counts"]["crop"]
+    assert crop["flops"] + crop["attention"] == pytest.approx(162e9, rel=0.02)
+    seconds = {stage["stage"]: stage["gpu"] for stage in curation["stages"]}
+    assert 0 < seconds["embed"] * 4e8 / 64 / 3600 <= 5
+    assert 0 < seconds["propose"] * 4e8 / 64 / 3600 <= 48
+    assert all(stage["hours"] > 0 for stage in curation["stages"])
+
+
+def test_a_stage_of_curation_waits_for_the_slowest_of_gpus_cores_and_storage() -> None:
+    from megaregion.planning.curation import Count, plan_stages
+
+    counts = dict.fromkeys(("crop", "image"), Count(1e9, 0, 0, 1, 0, 768))
+    host = {"decode": 1e-3, "view": 0.0, "objectness": 0.0, "ocr": 0.5, "crop": 0.0}
+    hardware = Hardware(matrix_tflops=1, linear_share=1, launch_us=0, read_gbytes=1000)
+
+    def bound(cluster: Hardware, cores: int) -> dict[str, tuple[str, float]]:
+        load = Load(images=3600 * 64, regions=1, cores=cores)
+        return {plan.stage: (plan.bound, plan.hours) for plan in plan_stages(load, cluster, counts, host)}
+
+    assert bound(hardware, 10)["propose"] == ("gpu", pytest.approx(1e-3))
+    assert bound(hardware, 10)["ocr"] == ("cores", pytest.approx(0.0501))
+    assert bound(replace(hardware, gpus=128), 10)["ocr"][1] == pytest.approx(0.02505)
+    assert bound(replace(hardware, read_gbytes=1e-3), 10)["embed"] == ("storage", pytest.approx(6.4))
 
 
 def test_the_command_prints_both_sizes_and_the_same_numbers_for_the_same_seed() -> None:

@@ -22,6 +22,7 @@ from benchmark.scenes import CROP_SIDE, ComposedScene, compose
 from megaregion.bounds import COUNT, PositiveInt, Whole
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
 from megaregion.curation.engines.ocr import RapidReader
+from megaregion.curation.engines.pretrained import CLIP_STATISTICS, PretrainedEmbedder, normaliser
 from megaregion.curation.picture import Pixels, crop, resize
 from megaregion.curation.pipeline import LIST, Share, curate, curate_share
 from megaregion.curation.report import READABLE
@@ -124,6 +125,57 @@ def embed(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     for peer in ("torch", "crop by crop"):
         case = f"Lite0, {len(crops)} crops at {side} px, batches / {peer}"
         yield Case(case, each["batches"], each[peer], "ms")
+
+
+@part(
+    ("--scenes", PositiveInt, 60, "scenes to cut crops from, about 3 each"),
+    (
+        "--width",
+        Whole(64, 4096, multiple=64),
+        384,
+        "of a CLIP tower of 12 blocks with random weights, 224 px",
+    ),
+    ("--repeats", PositiveInt, 2, "timed passes; the fastest counts"),
+    CLOCK,
+)
+def encoder(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """CLIP's crops in batches of one shape over many images, beside image by image.
+
+    Milliseconds a crop, on one thread as in a worker without a GPU; the ratio is peer / ours. A GPU, with
+    --device cuda, is where it counts: there a batch is as large as memory allows, in bf16.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.set_num_threads(1)
+    where = watch.device
+    size = {"hidden_size": options.width, "intermediate_size": 4 * options.width, "patch_size": 32}
+    model = CLIPVisionModel(CLIPVisionConfig(**size, num_attention_heads=options.width // 64, image_size=224))
+    model = model.eval().to(where, torch.bfloat16 if where.type == "cuda" else torch.float32)
+    embedder = PretrainedEmbedder(model, where, CLIP_STATISTICS, 224)
+    images = [
+        [resize(crop(scene.pixels, tuple(item["box"])), 224, 224) for item in scene.truth["objects"]]
+        for scene in compose(options.scenes, 256)
+    ]
+    normalise = normaliser(CLIP_STATISTICS, where, model.dtype)
+
+    def alone(crops: Sequence[Pixels]) -> torch.Tensor:
+        with torch.inference_mode():
+            pixels = normalise(torch.from_numpy(np.stack(crops)).to(where))
+            return model(pixel_values=pixels).pooler_output.float().cpu()
+
+    seconds = watch.fastest(
+        {
+            "batches": lambda: list(embedder.stream(enumerate(images))),
+            "image by image": lambda: [alone(crops) for crops in images if crops],
+        },
+        options.repeats,
+    )
+    count = sum(map(len, images))
+    each = {name: 1000 * taken / count for name, taken in seconds.items()}
+    case = (
+        f"CLIP of width {options.width}, {count} crops, batches of {embedder.batches.rows} / image by image"
+    )
+    yield Case(case, each["batches"], each["image by image"], "ms")
 
 
 def _in_torch(network: Any, crops: Sequence[Pixels], side: int) -> torch.Tensor:
