@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from curation_scenes import scene
+from curation_scenes import save_tiny_sam, scene
 from launch import free_port, repository
 from toy_scenes import write_run, write_scenes, write_shards
 
@@ -106,6 +106,8 @@ ELSEWHERE = {
     "tools/benchmark.py step": "test_the_step_benchmark_runs_at_any_size",
     "tools/benchmark.py curation": "test_the_benchmarks_of_curation_run_at_any_size",
     "tools/benchmark.py convert": "test_the_conversion_benchmark_runs_at_any_size",
+    "$python tools/plan.py curate": "test_no_batch_of_curations_networks_waits_for_the_gpu",
+    "tools/plan.py curate": "test_no_batch_of_curations_networks_waits_for_the_gpu",
     "tools/curate.py report --truth": "test_the_report_has_every_number_of_the_labels",
 }
 """Commands that need a cluster, a whole demo or a form of their own, and the test that runs them."""
@@ -188,6 +190,7 @@ def _write_encoders(folder: Path) -> None:
     rice, clip = folder / "rice-vit-large-patch14-560", folder / "openai" / "clip-vit-base-patch16"
     MLCDVisionModel(MLCDVisionConfig(**size, image_size=56, patch_size=14)).save_pretrained(rice)
     CLIPVisionModel(CLIPVisionConfig(**size, image_size=32, patch_size=16)).save_pretrained(clip)
+    save_tiny_sam(folder / "sam2-small")
     for where, side in ((rice, 56), (clip, 32)):
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(where)
 
