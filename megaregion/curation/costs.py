@@ -15,7 +15,7 @@ from torch import nn
 
 from megaregion.curation.engines.boxes import Objectness
 from megaregion.curation.engines.ocr import RapidReader
-from megaregion.curation.engines.pretrained import CLIP_STATISTICS, PretrainedEmbedder, told
+from megaregion.curation.engines.pretrained import CLIP_STATISTICS, PretrainedEmbedder, loading
 from megaregion.curation.engines.sam import SamProposer, fitted
 from megaregion.curation.picture import crop, read_picture, resize
 from megaregion.curation.settings import MAX_PIXELS, OcrSettings
@@ -40,7 +40,7 @@ def networks(
     """
     import transformers as hub
 
-    with told(Path(encoder or sam), "settings of a model"):
+    with loading(Path(encoder or sam), "settings of a model"):
         seen = hub.AutoConfig.from_pretrained(encoder, local_files_only=True) if encoder else _clip_l()
         masks = hub.AutoConfig.from_pretrained(sam, local_files_only=True) if sam else hub.SamConfig()
         seen = getattr(seen, "vision_config", seen)

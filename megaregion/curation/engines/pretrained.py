@@ -236,7 +236,7 @@ def _encoder(folder: Path) -> tuple[Any, Any]:
     """Class and settings of a folder's vision part; code of a folder is never run, nor of our exports."""
     from transformers import MODEL_MAPPING, AutoConfig
 
-    with told(folder, "vision encoder"):
+    with loading(folder, "vision encoder"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         vision = getattr(config, "vision_config", config)
         return MODEL_MAPPING[type(vision)], vision
@@ -275,7 +275,7 @@ def device() -> torch.device:
 
 
 @contextmanager
-def told(folder: Path, what: str) -> Iterator[None]:
+def loading(folder: Path, what: str) -> Iterator[None]:
     """Turn what transformers says of a folder that it cannot load into one line."""
     from transformers.utils import logging
 
@@ -295,7 +295,7 @@ def load_model(kind: Any, folder: Path, config: Any = None) -> tuple[Any, torch.
     """
     where = device()
     options: dict[str, Any] = {"config": config} if config is not None else {}
-    with told(folder, kind.__name__):
+    with loading(folder, kind.__name__):
         model, report = kind.from_pretrained(
             folder,
             dtype=torch.bfloat16 if where.type == "cuda" else torch.float32,

@@ -27,9 +27,9 @@ from megaregion.curation.engines.pretrained import (
     Statistics,
     fitting_rows,
     load_model,
+    loading,
     normaliser,
     read_processor,
-    told,
 )
 from megaregion.curation.picture import Pixels, Proposal, resize
 from megaregion.data.sample import RLE
@@ -181,7 +181,7 @@ def load_view(folder: Path) -> Callable[[Pixels], View]:
     """What makes a proposer's views; raises UserError where the folder has no settings of SAM."""
     from transformers import AutoConfig
 
-    with told(folder, "settings of SAM"):
+    with loading(folder, "settings of SAM"):
         return _view(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
