@@ -340,7 +340,9 @@ def test_the_llava_layout_gives_our_patch_features(
     with torch.no_grad():
         expected = vit(images).image[:, 1:]
     torch.testing.assert_close(llava_patches(weights, config, images), expected, atol=1e-5, rtol=1e-5)
-    assert "patch merger" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for told in ("patch merger", "multiples of 32 work", "Set `text_hidden_size` there"):
+        assert told in card, told
     capsys.readouterr()
     for flag in ("--regions", "--check"):
         flags = ("--format", "llava-onevision-1.5", flag)
@@ -349,6 +351,27 @@ def test_the_llava_layout_gives_our_patch_features(
     write_run(tmp_path / "other", config=dataclasses.replace(MODEL, rope_theta=100.0))
     with pytest.raises(UserError, match=r"model.rope_theta 100 .* cannot be written"):
         export_checkpoint(tmp_path / "other", tmp_path / "x", ExportOptions(layout="llava-onevision-1.5"))
+
+
+def test_the_llava_layout_fits_the_llm_that_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    llm = tmp_path / "llm.json"
+    flags = ("--format", "llava-onevision-1.5", "--llm", llm)
+    for number, content in enumerate(({"hidden_size": 96}, {"text_config": {"hidden_size": 96}})):
+        llm.write_text(json.dumps(content))
+        out = tmp_path / f"out{number}"
+        assert convert("to-hf", tmp_path / "run", out, *flags) == 0
+        assert json.loads((out / "config.json").read_text())["text_hidden_size"] == 96
+        assert "feeds an LLM of width 96" in (out / "README.md").read_text()
+    assert convert("to-hf", tmp_path / "run", tmp_path / "x", *flags[2:]) == 2
+    assert "--llm is not for --format mlcd" in capsys.readouterr().err
+    for content in ("{}", "[]", "{", '{"hidden_size": "wide"}'):
+        llm.write_text(content)
+        assert convert("to-hf", tmp_path / "run", tmp_path / "x", *flags) == 2
+        assert "llm.json says no hidden_size" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 SHAPES = {

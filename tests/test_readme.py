@@ -80,6 +80,6 @@ def test_a_command_of_the_readme_runs(command: str, how: Smaller, place: tuple[P
 
 def test_the_code_for_regions_gives_a_row_for_each_box(place: tuple[Path, dict[str, str]]) -> None:
     folder, _ = place
-    (code,) = python_blocks()
+    code, _ = python_blocks()  # The other is run by tests/test_exported_model.py.
     (folder / "regions.py").write_text(code + "\nprint(tuple(regions.shape))")
     assert run("$python regions.py", place).endswith("(2, 16)\n")

@@ -129,4 +129,5 @@ def test_the_cards_region_code_runs_as_it_stands(tmp_path: Path, monkeypatch: py
     exec(load, scope)
     exec(regions, scope)
     assert scope["regions"].shape == (1, 32)
-    assert scope["whole"].shape == (1, 3, 64, 64)
+    # 96 x 80 within the 16 patches of training: 4 columns, 3 rows.
+    assert scope["inputs"]["pixel_values"].shape == (1, 3, 48, 64)

@@ -46,6 +46,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         license=arguments.license,
         shard_bytes=max(1, int(arguments.shard_gb * 1e9)),
         evaluation=arguments.evaluation,
+        llm=arguments.llm,
     )
     exported = export_checkpoint(arguments.checkpoint, arguments.out, options)
     print(f"{'checkpoint':<12}{exported.checkpoint}")
@@ -142,6 +143,8 @@ def _add_to_hf(add: Callable[..., None]) -> None:
     add("checkpoint", Folder, None, _OURS, metavar="CHECKPOINT")
     add("out", Folder, None, "folder to write; must be absent or empty", metavar="OUT")
     add("--format", Choice(tuple(LAYOUTS)), "mlcd", "whose names and settings to write")
+    add("--llm", File, None, "config.json of the LLM that --format llava-onevision-1.5 will feed",
+        metavar="CONFIG")  # fmt: skip
     add("--dtype", Choice(("fp32", "bf16")), "fp32", "type of the written weights")
     add("--regions", bool, False, "add get_region_features: the projection, region tokens' own weights and a "
         "class that AutoModel loads with trust_remote_code")  # fmt: skip

@@ -158,7 +158,9 @@ class EncoderFolder:
         if not isinstance(vision, dict):
             raise UserError(f"{folder}/config.json: vision_config must be an object, got {shown(vision)}")
         self.model = _model(folder, vision)
-        self.data = _normalisation(folder)
+        self.of_regions = tuple(key for key in ("region_layers", "region_weights") if key in vision)
+        """Settings of region tokens that the folder says, as one with the region class does."""
+        self.data = _data(folder, vision)
         self._places = _places(folder)
         with torch.device("meta"):
             parameters = VisionTransformer(self.model).named_parameters()
@@ -324,12 +326,20 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
     return model
 
 
-def _normalisation(folder: Path) -> DataConfig:
-    """Mean and deviation of preprocessor_config.json; CLIP's if there is none."""
+def _data(folder: Path, vision: dict[str, Any]) -> DataConfig:
+    """Mean and deviation of preprocessor_config.json, CLIP's if there is none; coverage of config.json."""
+    usual = DataConfig()
+    try:
+        usual = read_settings(
+            usual, {key: vision[key] for key in ("patch_coverage",) if key in vision}, "data"
+        )
+        check(usual, "data")
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from None
     file = folder / "preprocessor_config.json"
     if not file.exists():
-        return DataConfig()
-    settings, usual = _json(file), DataConfig()
+        return usual
+    settings = _json(file)
     parts = [settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)]
     if not all(isinstance(part, (list, tuple)) and len(part) == 3 for part in parts):
         raise UserError(f"{file}: image_mean and image_std must be three numbers each, got {shown(parts)}")

@@ -5,6 +5,7 @@ layouts               the formats that it is written in
 card                  the model card that goes with it, from card.md.jinja
 folder                a folder that appears complete or not at all, and its weights
 modeling_megaregion   the class with region features that is copied beside weights and runs alone
+image_processing_megaregion   the image processor that keeps shapes, copied too
 parity                how far two encoders' features are apart
 """
 

@@ -38,7 +38,15 @@ from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.export.card import evaluation_section, model_card
 from megaregion.export.folder import filled, grouped, refuse_taken, write_json, write_weights
-from megaregion.export.layouts import LAYOUTS, REGION_CODE, region_config
+from megaregion.export.layouts import (
+    ASPECT,
+    ASPECT_CODE,
+    LAYOUTS,
+    REGION_CODE,
+    aspect_processor,
+    region_config,
+    text_config,
+)
 from megaregion.models import RegionEncoder
 
 GROUP = 256 * 2**20
@@ -61,6 +69,8 @@ class ExportOptions:
     """Most bytes of weights in one file."""
     evaluation: Path | None = None
     """evaluation.json for the card; the run's own if None."""
+    llm: Path | None = None
+    """config.json of the LLM that the layout's patch merger will feed, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,11 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     layout = LAYOUTS[options.layout]
     if options.regions and not layout.regions:
         raise UserError(f"--regions is not for --format {options.layout}; leave one of them out")
+    if options.llm and layout.merged == 1:
+        raise UserError(
+            f"--llm is not for --format {options.layout}, which has no patch merger; leave it out"
+        )
+    text = {} if options.llm is None else text_config(options.llm)
     refuse_taken(out)
     reader = open_checkpoint(checkpoint)
     config = run_config(reader)
@@ -112,12 +127,13 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     shapes = tensors(names, lambda name: torch.empty(reader.shape(name), device="meta"))
     planned = [(key, tensor.shape) for key, tensor in shapes]
     parameters = sum(shape.numel() for _, shape in planned)
-    settings = layout.settings(config.model, options.dtype)
+    settings = layout.settings(config.model, options.dtype) | text
     if options.regions:
         settings |= region_config(config, projected=PROJECTION in names)
     card = model_card(
         name=out.name, config=config, manifest=reader.manifest, step=reader.step, parameters=parameters,
-        layout=options.layout, regions=options.regions, license=options.license,
+        layout=options.layout, multiple=config.model.patch_size * layout.merged, text=text,
+        regions=options.regions, license=options.license,
         evaluation=evaluation_section(reader.folder, options.evaluation),
     )  # fmt: skip
     try:
@@ -126,12 +142,21 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
             write_json(folder / "preprocessor_config.json", layout.processor(config.model, config.data))
             (folder / "README.md").write_text(card, encoding="utf-8")
             if options.regions:
-                shutil.copyfile(REGION_CODE, folder / REGION_CODE.name)
+                _write_code(folder, config)
             given = tensors(tqdm(names, desc="write", unit="tensor", disable=None), reader.read)
             size = write_weights(folder, planned, given, options.dtype, options.shard_bytes)
     except DamagedCheckpoint as error:
         raise copy_again(error) from error
     return Exported(reader.folder, reader.step, config.model, parameters, size)
+
+
+def _write_code(folder: Path, config: RunConfig) -> None:
+    """The region class and the processor that keeps shapes, with its settings."""
+    for code in (REGION_CODE, ASPECT_CODE):
+        shutil.copyfile(code, folder / code.name)
+    (folder / ASPECT).mkdir()
+    settings = aspect_processor(config.model, config.data)
+    write_json(folder / ASPECT / "preprocessor_config.json", settings)
 
 
 def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[str]:
@@ -197,9 +222,11 @@ def write_start(source: Path, out: Path, image_size: int | None = None) -> tuple
         facts = {"step": 0, "position": 0, "config": dataclasses.asdict(run), "dataset": {}}
         publish(unfinished, step_folder(checkpoints, 0), facts)
         needed = {
-            "model": {key: getattr(model, key) for key in ("image_size", *FUNCTION)},
+            "model": {key: getattr(model, key) for key in ("image_size", *FUNCTION, *theirs.of_regions)},
             "data": {"mean": list(run.data.mean), "std": list(run.data.std)},
         }
+        if theirs.of_regions:
+            needed["data"]["patch_coverage"] = run.data.patch_coverage
         (folder / "model.yaml").write_text(
             "# Give it as a last --config to tools/pretrain.py, with --init and this folder.\n"
             + yaml.safe_dump(needed, sort_keys=False)

@@ -31,9 +31,17 @@ from torch import Tensor
 from megaregion.checkpoint.pretrained import PREFIX, PROJECTION, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
+from megaregion.files import read_json
 
 REGION_CODE = Path(__file__).with_name("modeling_megaregion.py")
 """The class with ``get_region_features``; a copy goes beside the weights."""
+ASPECT_CODE = Path(__file__).with_name("image_processing_megaregion.py")
+"""The image processor that keeps shapes; a copy goes beside it."""
+ASPECT = "aspect"
+"""Folder of that processor's settings in an export."""
+NO_CLIP = "none: this is an MLCD tower, whose rotary positions CLIP's class would drop"
+"""Value of ``projection_dim`` in config.json. MLCD has no such setting; CLIP's class of transformers 5 wants
+a number there, and so refuses a folder that it would else fill with a random position table."""
 
 MERGED_SIDE = 2
 """Patches along one side of the square that the merger joins into one token."""
@@ -57,6 +65,9 @@ class Layout:
     """Content of preprocessor_config.json."""
     regions: bool
     """Whether it has a place for the region part."""
+    merged: int = 1
+    """Patches along a side of the square that its patch merger joins; 1 without a merger. Sides of images are
+    multiples of so many patches, and what the merger gives is as wide as an LLM's tokens."""
 
 
 def mlcd_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -77,6 +88,7 @@ def mlcd_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "layer_norm_eps": config.norm_eps,
         "attention_dropout": 0.0,
         "rope_parameters": {"rope_type": "axial", "rope_theta": config.rope_theta},
+        "projection_dim": NO_CLIP,
     }
 
 
@@ -92,6 +104,18 @@ def mlcd_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     }
 
 
+def aspect_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Content of aspect/preprocessor_config.json: the patches of training, the image's own shape."""
+    return {
+        "image_processor_type": "AspectImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{ASPECT_CODE.stem}.AspectImageProcessor"},
+        "patch_size": model.patch_size,
+        "max_patches": (model.image_size // model.patch_size) ** 2,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+    }
+
+
 def region_config(run: RunConfig, projected: bool) -> dict[str, Any]:
     """What config.json holds besides where the region part comes along, with a projection or without."""
     return {
@@ -99,7 +123,7 @@ def region_config(run: RunConfig, projected: bool) -> dict[str, Any]:
         "region_layers": run.model.region_layers,
         "region_weights": run.model.region_weights,
         "patch_coverage": run.data.patch_coverage,
-        "projection_dim": run.head.embedding_dim if projected else None,
+        "region_dim": run.head.embedding_dim if projected else None,
     }
 
 
@@ -153,6 +177,23 @@ def llava_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def text_config(file: Path) -> dict[str, Any]:
+    """What config.json holds besides for the merger to fit an LLM, of that LLM's config.json.
+
+    Raises:
+        UserError: It says no width.
+    """
+    try:
+        content = read_json(file)
+        text = content.get("text_config", content)
+        width = text["hidden_size"]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        width = None
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise UserError(f"--llm: {file} says no hidden_size; give the config.json of a language model")
+    return {"text_hidden_size": width}
+
+
 def llava_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     """Content of preprocessor_config.json: any size whose sides whole squares of patches fill."""
     return {
@@ -180,6 +221,6 @@ def _pixels(data: DataConfig) -> dict[str, Any]:
 
 LAYOUTS = {
     "mlcd": Layout(_mlcd_tensors, mlcd_config, mlcd_processor, regions=True),
-    "llava-onevision-1.5": Layout(_llava_tensors, llava_config, llava_processor, regions=False),
+    "llava-onevision-1.5": Layout(_llava_tensors, llava_config, llava_processor, False, MERGED_SIDE),
 }
 """Formats by the name that the command line knows."""

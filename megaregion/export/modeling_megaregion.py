@@ -11,31 +11,94 @@ of any image, D width, E width of the projection, d head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MLCDVisionConfig, MLCDVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mlcd.modeling_mlcd import MLCDEncoderLayer
 
 TOLERANCE = 1e-9
 """Rounding must not decide whether a patch that is covered by exactly the threshold is visible."""
 
 
+@dataclass
+class RegionOutput(BaseModelOutputWithPooling):
+    """What MLCDVisionModel gives, and the regions."""
+
+    region_features: Tensor | None = None
+    """[B, M, E], or [B, M, D] without the projection."""
+
+
 class RegionVisionModel(MLCDVisionModel):
-    """MLCDVisionModel with region features; ``forward`` is that of the plain class."""
+    """MLCDVisionModel with region features; ``forward`` without regions is that of the plain class."""
 
     def __init__(self, config: MLCDVisionConfig) -> None:
         super().__init__(config)
         own = getattr(config, "region_weights", "shared") == "separate"
         layers = [MLCDEncoderLayer(config) for _ in range(config.region_layers)] if own else []
         self.region_layers = nn.ModuleList(layers)
-        width = getattr(config, "projection_dim", None)
+        width = getattr(config, "region_dim", None)
         self.projection = nn.Linear(config.hidden_size, width, bias=False) if width else None
         self.post_init()
 
-    @torch.no_grad()
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+        visible: Tensor | None = None,
+        projected: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The plain class's output, with ``region_features`` if there are boxes, masks or ``visible``.
+
+        Tensors only, so that it can be compiled, exported and wrapped for training on many GPUs; images with
+        fewer regions than others are padded with any boxes.
+
+        Args:
+            pixel_values: Normalised images, [B, 3, H, W]; the patch divides H and W.
+            boxes: x0, y0, x1, y1 in pixels of ``pixel_values``, [B, M, 4].
+            masks: Bool [B, M, H, W]; regions are then judged by them and not by boxes.
+            visible: Which patches each region sees, bool [B, M, P], in place of boxes and masks.
+            projected: As of :meth:`get_region_features`.
+            **kwargs: Those of the plain class.
+
+        Raises:
+            ValueError: There is no projection to apply, or the patch does not divide the images.
+        """
+        if pixel_values is None or (boxes is None and masks is None and visible is None):
+            return super().forward(pixel_values, **kwargs)
+        if projected and self.projection is None:
+            raise ValueError("this folder has no projection; use projected=False")
+        height, width = pixel_values.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"the patch of {patch} px does not divide images of {height} x {width} px")
+        if visible is None:
+            visible = self._visible(boxes, masks, height, width)
+        asked = kwargs.pop("output_hidden_states", None)
+        asked = self.config.output_hidden_states if asked is None else asked
+        as_object = kwargs.pop("return_dict", None)
+        as_object = getattr(self.config, "return_dict", True) if as_object is None else as_object
+        plain = super().forward(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
+        tokens = self._region_tokens(plain.hidden_states, visible, height // patch, width // patch)
+        features = self._body.post_layernorm(tokens.to(plain.pooler_output.device))
+        if self.projection is not None and projected is not False:
+            features = self.projection(features)
+        output = RegionOutput(
+            last_hidden_state=plain.last_hidden_state,
+            pooler_output=plain.pooler_output,
+            hidden_states=plain.hidden_states if asked else None,
+            attentions=plain.attentions,
+            region_features=features,
+        )
+        return output if as_object else output.to_tuple()
+
     def get_region_features(
         self,
         pixel_values: Tensor,
@@ -46,7 +109,8 @@ class RegionVisionModel(MLCDVisionModel):
         """One feature for each region of each image; images may have different numbers, also none.
 
         A patch belongs to a region that covers at least ``config.patch_coverage`` of it; a region that
-        covers no patch so far sees the one nearest to its center.
+        covers no patch so far sees the one nearest to its center. Gradients reach all weights; use
+        ``torch.no_grad()`` where nobody trains.
 
         Args:
             pixel_values: Normalised images, [B, 3, H, W]; the patch divides H and W.
@@ -62,82 +126,111 @@ class RegionVisionModel(MLCDVisionModel):
         Raises:
             ValueError: Boxes and masks do not fit the images, or there is no projection to apply.
         """
-        if projected and self.projection is None:
-            raise ValueError("this folder has no projection; use projected=False")
         height, width = pixel_values.shape[-2:]
-        patch = self.config.patch_size
-        if height % patch or width % patch:
-            raise ValueError(f"the patch of {patch} px does not divide images of {height} x {width} px")
-        seen = [
-            self._visible(*region, height, width)
-            for region in _regions(boxes, masks, len(pixel_values), height, width)
-        ]
+        regions = _regions(boxes, masks, len(pixel_values), height, width)
+        seen = [self._visible(*region, height, width) for region in regions]
         counts = [len(each) for each in seen]
         # A padding region sees the whole image: any would do, but one that sees nothing has no softmax.
-        visible = torch.ones(len(seen), max(counts), (height // patch) * (width // patch), dtype=torch.bool)
+        patches = (height // self.config.patch_size) * (width // self.config.patch_size)
+        visible = torch.ones(len(seen), max(counts), patches, dtype=torch.bool)
         for row, each in zip(visible, seen, strict=True):
             row[: len(each)] = each
-        tokens = self._region_tokens(pixel_values, visible.to(pixel_values.device))
-        features = self._body.post_layernorm(tokens)
-        if self.projection is not None and projected is not False:
-            features = self.projection(features)
-        return [each[:count] for each, count in zip(features, counts, strict=True)]
+        visible = visible.to(pixel_values.device)
+        output = self(pixel_values, visible=visible, projected=projected, return_dict=True)
+        found = zip(output.region_features, counts, strict=True)
+        return [each[:count] for each, count in found]
 
     @property
     def _body(self) -> Any:
         """What holds the layers: transformers 4 wraps it, 5 does not."""
         return getattr(self, "vision_model", self)
 
-    def _visible(self, boxes: Tensor, masks: Tensor | None, height: int, width: int) -> Tensor:
-        """Which patches each region sees, bool [N, P]."""
-        patch = self.config.patch_size
-        share, middle = _covered_by_boxes(boxes, patch, height, width)
-        if masks is not None:
-            share, center = _covered_by_masks(masks, patch)
-            # An empty mask has no center; its box has one, if it was given.
-            empty = (share.sum((1, 2), keepdim=True) == 0)[:, :, 0]
-            middle = torch.where(empty, middle, center) if len(middle) == len(center) else center
-        least = getattr(self.config, "patch_coverage", 0.5)
-        visible = (share >= least - TOLERANCE) & (share > 0)
-        rows, columns = height // patch, width // patch
-        for n in torch.nonzero(~visible.flatten(1).any(1)).flatten().tolist():
-            x, y = (middle[n] / patch).floor().long().tolist()
-            visible[n, min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)] = True
-        return visible.flatten(1)
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or convert all tensors, but keep the rotary frequencies right.
 
-    def _region_tokens(self, pixels: Tensor, visible: Tensor) -> Tensor:
-        """Region tokens before the last norm, [B, M, D]; ``visible`` is bool [B, M, P]."""
+        They are no weights: half() would round them, and to_empty() after the meta device fill them with
+        whatever lies in memory.
+        """
+        super()._apply(*args, **kwargs)
+        rotary = self._body.vision_rotary_embedding
+        for name, buffer in rotary.named_buffers():
+            if name.endswith("inv_freq") and buffer.device.type != "meta":
+                setattr(rotary, name, self._frequencies(buffer.device))
+        return self
+
+    def _visible(self, boxes: Tensor | None, masks: Tensor | None, height: Any, width: Any) -> Tensor:
+        """Which patches each region sees, bool [..., N, P], of boxes [..., N, 4] or masks [..., N, H, W]."""
+        patch = self.config.patch_size
+        if boxes is not None and masks is None:
+            share, middle = _covered_by_boxes(boxes, patch, height, width)
+        else:
+            assert masks is not None
+            share, middle = _covered_by_masks(masks, patch)
+            if boxes is not None and boxes.shape[-2] == masks.shape[-3]:
+                # An empty mask has no center; its box has one, if it was given.
+                empty = share.sum((-2, -1)) == 0
+                middle = torch.where(empty[..., None], _middle(boxes, height, width), middle)
+        least = getattr(self.config, "patch_coverage", 0.5)
+        visible = ((share >= least - TOLERANCE) & (share > 0)).flatten(-2)
+        rows, columns = height // patch, width // patch
+        x, y = (middle / patch).floor().long().unbind(-1)
+        nearest = y.clamp(min=0).clamp(max=rows - 1) * columns + x.clamp(min=0).clamp(max=columns - 1)
+        places = torch.arange(rows * columns, device=visible.device)
+        return visible | ((places == nearest[..., None]) & ~visible.any(-1, keepdim=True))
+
+    def _region_tokens(self, states: Sequence[Tensor], visible: Tensor, rows: Any, columns: Any) -> Tensor:
+        """Region tokens before the last norm, [B, M, D].
+
+        Args:
+            states: What enters each block and leaves the last, [B, 1 + P, D] each.
+            visible: Bool [B, M, P].
+            rows: Rows of patches.
+            columns: Columns of patches.
+        """
         count = self.config.region_layers
-        states = self(pixel_values=pixels, output_hidden_states=True).hidden_states[-count - 1 :]
-        rows, columns = (side // self.config.patch_size for side in pixels.shape[-2:])
-        cos, sin = self._angles(rows, columns, pixels.device)
-        mask = torch.zeros(len(visible), 1, visible.shape[1], 1 + visible.shape[2], device=pixels.device)
-        mask[:, 0, :, 0] = -torch.inf
-        mask[:, 0, :, 1:].masked_fill_(~visible, -torch.inf)
+        states = states[-count - 1 :]
+        seen = F.pad(visible, (1, 0))[:, None]
+        angles = self._angles(rows, columns, states[0].device)
         tokens = states[0][:, :1].expand(-1, visible.shape[1], -1)
-        for index, layer in enumerate(self._body.encoder.layers[-count:]):
-            if len(self.region_layers):
-                # Own weights read what the block has written.
-                tokens = _read(self.region_layers[index], tokens, states[index + 1], cos, sin, mask)
-            else:
-                tokens = _read(layer, tokens, states[index], cos, sin, mask)
+        # Own weights read what the block has written.
+        own = bool(len(self.region_layers))
+        layers = self.region_layers if own else self._body.encoder.layers[-count:]
+        for layer, image in zip(layers, states[own : count + own], strict=True):
+            read = partial(_read, layer)
+            if self.training and layer.gradient_checkpointing:
+                read = partial(layer._gradient_checkpointing_func, read)
+            tokens = read(*(given.to(_device(layer)) for given in (tokens, image, *angles, seen)))
         return tokens
 
-    def _angles(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _angles(self, rows: Any, columns: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine of all tokens' angles, class token first, [1 + P, d]."""
-        class_angle = self._body.class_pos_emb.float()
-        pairs = class_angle.shape[-1]
-        theta = (getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-        frequencies = 1.0 / theta ** (torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs)
+        frequencies = self._frequencies(device)
         y = torch.arange(rows, dtype=torch.float32, device=device)[:, None, None] * frequencies
         x = torch.arange(columns, dtype=torch.float32, device=device)[None, :, None] * frequencies
         grid = torch.cat((y.expand(-1, columns, -1), x.expand(rows, -1, -1)), dim=-1).flatten(0, 1)
-        angles = torch.cat((class_angle, grid)).repeat(1, 2)
+        angles = torch.cat((self._body.class_pos_emb.to(device).float(), grid)).repeat(1, 2)
         return angles.cos(), angles.sin()
 
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """Of rows or columns, float32 [d / 4]."""
+        pairs = self.config.hidden_size // self.config.num_attention_heads // 2
+        theta = (getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
+        steps = torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs
+        return 1.0 / theta**steps
 
-def _read(layer: Any, tokens: Tensor, image: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    """Pass region tokens through one block: they read the image's tokens, nobody reads them."""
+
+def _device(layer: Any) -> torch.device:
+    """Where a block computes; of one that accelerate keeps elsewhere, its hook says it."""
+    where = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    found: torch.device = layer.layer_norm1.weight.device if where is None else torch.device(where)
+    return found
+
+
+def _read(layer: Any, tokens: Tensor, image: Tensor, cos: Tensor, sin: Tensor, seen: Tensor) -> Tensor:
+    """Pass region tokens through one block: they read the image's tokens, nobody reads them.
+
+    By torch's attention whatever the image's is: kernels of flash attention take no mask.
+    """
     attention = layer.self_attn
     heads, width = attention.num_heads, attention.head_dim
     normed, source = layer.layer_norm1(tokens), layer.layer_norm1(image)
@@ -145,7 +238,7 @@ def _read(layer: Any, tokens: Tensor, image: Tensor, cos: Tensor, sin: Tensor, m
     key = _turn(attention.k_proj(source).unflatten(-1, (heads, width)), cos, sin)
     value = attention.v_proj(source).unflatten(-1, (heads, width))
     read = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask.to(query.dtype)
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=seen
     )
     tokens = tokens + attention.out_proj(read.transpose(1, 2).flatten(2))
     out: Tensor = tokens + layer.mlp(layer.layer_norm2(tokens))
@@ -182,24 +275,36 @@ def _regions(
     return regions
 
 
-def _covered_by_boxes(boxes: Tensor, patch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Share of each patch that each box covers, [N, rows, columns], and the boxes' centers (x, y), [N, 2]."""
+def _covered_by_boxes(boxes: Tensor, patch: int, height: Any, width: Any) -> tuple[Tensor, Tensor]:
+    """Share of each patch that each box covers, [..., N, rows, columns], and the boxes' centers."""
+    boxes = boxes.to(_exact(boxes))
     shares = []
     for low, high, side in ((1, 3, height), (0, 2, width)):
-        edges = torch.arange(0, side + 1, patch, dtype=torch.float64)
-        start = torch.maximum(edges[:-1], boxes[:, low, None])
-        end = torch.minimum(edges[1:], boxes[:, high, None])
+        edges = torch.arange(0, side + 1, patch, device=boxes.device).to(boxes.dtype)
+        start = torch.maximum(edges[:-1], boxes[..., low, None])
+        end = torch.minimum(edges[1:], boxes[..., high, None])
         shares.append((end - start).clamp(min=0) / patch)
-    limits = boxes.new_tensor([width, height, width, height])
-    middle = torch.minimum(boxes.clamp(min=0), limits).reshape(-1, 2, 2).mean(1)
-    return shares[0][:, :, None] * shares[1][:, None, :], middle
+    return shares[0][..., :, None] * shares[1][..., None, :], _middle(boxes, height, width)
+
+
+def _middle(boxes: Tensor, height: Any, width: Any) -> Tensor:
+    """Centers (x, y) of what lies in the image of boxes, [..., N, 2]."""
+    x0, y0, x1, y1 = boxes.to(_exact(boxes)).clamp(min=0).unbind(-1)
+    x, y = (x0.clamp(max=width) + x1.clamp(max=width)) / 2, (y0.clamp(max=height) + y1.clamp(max=height)) / 2
+    return torch.stack((x, y), dim=-1)
 
 
 def _covered_by_masks(masks: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """The same of masks; their centers are those of their area."""
-    share = F.avg_pool2d(masks.double()[:, None], patch)[:, 0]
-    total = share.sum((1, 2)).clamp(min=TOLERANCE)
-    y = (torch.arange(share.shape[1], dtype=torch.float64) + 0.5) * patch
-    x = (torch.arange(share.shape[2], dtype=torch.float64) + 0.5) * patch
-    middle = torch.stack(((share.sum(1) * x).sum(1), (share.sum(2) * y).sum(1)), dim=1) / total[:, None]
-    return share, middle
+    """The same of masks [..., N, H, W]; their centers are those of their area."""
+    pixels = masks.to(_exact(masks)).flatten(0, -3)[:, None]
+    share = F.avg_pool2d(pixels, patch)[:, 0].unflatten(0, masks.shape[:-2])
+    total = share.sum((-2, -1)).clamp(min=TOLERANCE)
+    rows, columns = (torch.arange(side, device=share.device).to(share.dtype) for side in share.shape[-2:])
+    y = (share.sum(-1) * (rows + 0.5)).sum(-1) * patch / total
+    x = (share.sum(-2) * (columns + 0.5)).sum(-1) * patch / total
+    return share, torch.stack((x, y), dim=-1)
+
+
+def _exact(given: Tensor) -> torch.dtype:
+    """The finest floats of a device: Apple's GPUs have no float64."""
+    return torch.float32 if given.device.type == "mps" else torch.float64
