@@ -192,6 +192,13 @@ def test_a_probe_learns_what_is_linear_also_of_features_wider_than_they_are_many
     assert np.mean(np.asarray(fitted.predict(features[200:])) == names[200:]) > 0.95
 
 
+@pytest.mark.parametrize("rows", [600, 2000])
+def test_a_probe_of_features_that_are_all_alike_names_the_most_frequent_class(rows: int) -> None:
+    features = np.tile(np.random.default_rng(0).standard_normal(900).astype(np.float32), (rows, 1))
+    names = ["cat", "dog", "cat"] * (rows // 3) + ["cat"] * (rows % 3)
+    assert set(fit_probe(features, names, 0.1).predict(features)) == {"cat"}
+
+
 def test_weight_decay_is_strong_where_labels_are_noise_and_weak_where_they_are_not() -> None:
     rng = np.random.default_rng(1)
     features = rng.standard_normal((240, 40)).astype(np.float32)

@@ -198,7 +198,9 @@ def _fit_each(features: Floats, names: Sequence[str], decays: Sequence[float]) -
 def _whiten(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [C], and the map [C, D] that scales to unit deviation and turns onto the principal directions."""
     mean = features.mean(0)
-    scale = 1 / features.std(0, correction=0).clamp(min=1e-6)
+    deviation = features.std(0, correction=0)
+    # What is the same in all rows says nothing: rounding, blown up, would be all that is left of it.
+    scale = torch.where(deviation < 1e-6, 0, 1 / deviation)
     width = features.shape[1]
     if width <= WIDEST:
         return mean, torch.diag(scale)
