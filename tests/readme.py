@@ -68,6 +68,13 @@ SMALLER = {
         "--train.precision fp32 --train.steps 1 --train.global_batch 2 --train.micro_batch 2 "
         "--optimizer.warmup_steps 1"
     ),
+    "$python tools/pretrain.py --config configs/vit_b16_1gpu.yaml": Smaller(
+        "--data.workers 0 --head.draw_images 0 --head.embedding_dim 16 --train.precision fp32 "
+        "--train.steps 1 --train.global_batch 2 --train.micro_batch 2 --optimizer.warmup_steps 1"
+    ),
+    "$python tools/convert_checkpoint.py from-hf openai/clip-vit-base-patch16 start/own": Smaller(
+        replaced=("--image-size 224", "--image-size 32")
+    ),
     "$python tools/pretrain.py --config RUN.yaml --data": Smaller("--name packed"),
     "$python tools/pretrain.py --config RUN.yaml --train": Smaller("--name budget"),
     "$python tools/pretrain.py --config RUN.yaml --profile": Smaller("--name profile"),
@@ -114,10 +121,14 @@ ELSEWHERE = {
 
 
 def pages() -> list[Path]:
-    """Every README file, the top one first; settings.py writes and tests the one in configs/."""
+    """Every page that people write, the top one first; config_reference.py writes the one in configs/."""
     root = repository()
     rooms = ("slurm", "tools", "tools/benchmark", "megaregion", *sorted(_rooms(root)))
-    return [root / "README.md", *(root / room / "README.md" for room in rooms)]
+    return [
+        root / "README.md",
+        root / "configs/own_images.md",
+        *(root / room / "README.md" for room in rooms),
+    ]
 
 
 def _rooms(root: Path) -> Iterator[str]:

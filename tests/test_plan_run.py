@@ -36,7 +36,10 @@ from megaregion.planning.report import efficiency
 
 MODEL = ModelConfig(image_size=64, patch_size=8, width=256, depth=6, heads=8, mlp_width=1024, region_layers=2)
 LABELS = Labels(50_000, 5_000)
-CONFIGS = [("vit_b16_8gpu", "h100x8"), ("vit_l14_64gpu", "h100x64"), ("vit_bigg14_64gpu", "h100x64")]
+CONFIGS = [
+    ("vit_b16_1gpu", "h100x8", 1), ("vit_b16_8gpu", "h100x8", 8), ("vit_l14_64gpu", "h100x64", 64),
+    ("vit_bigg14_64gpu", "h100x64", 64),
+]  # fmt: skip
 
 
 def small(
@@ -122,10 +125,12 @@ def test_a_dry_run_refuses_a_rank_that_is_not_there_and_a_plan_that_is_off() -> 
         built.check()
 
 
-@pytest.mark.parametrize(("name", "cluster"), CONFIGS)
-def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(name: str, cluster: str) -> None:
+@pytest.mark.parametrize(("name", "cluster", "gpus"), CONFIGS)
+def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(
+    name: str, cluster: str, gpus: int
+) -> None:
     config = settings_of(["--config", f"{repository()}/configs/{name}.yaml"])
-    plans = stage_plans(config, load_hardware(cluster), Labels())
+    plans = stage_plans(config, load_hardware(cluster).sized(gpus), Labels())
     page = (repository() / "configs" / f"{name}.yaml").read_text()
     assert all(plan.fits for plan in plans)
     assert f"{sum(plan.days for plan in plans) * 24:.0f} hours" in page
