@@ -198,6 +198,12 @@ def test_mutual_information_is_one_for_renamed_labels_and_zero_for_independent_o
         ("embed", ["--scenes=2", "--repeats=1", "--crop-side=64"], [0, 0]),
         ("ocr", ["--scenes=1"], [0, 0, 1.0]),
         pytest.param("curation", ["--images=8", "--factor=2", "--clusters=4"], None, marks=pytest.mark.drill),
+        pytest.param(
+            "scale",
+            ["--images=40", "--tar-images=10", "--piece-images=2", "--clusters=8", "--folder=/tmp"],
+            None,
+            marks=pytest.mark.drill,
+        ),
     ],
 )
 def test_the_benchmarks_of_curation_run_at_any_size(
