@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from curation_scenes import run
 from PIL import Image, ImageChops, ImageCms
 
 from megaregion.curation.picture import BadImage, read_picture
@@ -235,3 +237,18 @@ def test_a_gigantic_image_of_any_kind_is_refused_before_it_is_decoded(
         read_picture(content, SIDE * SIDE // 3)
     with pytest.raises(BadSample, match="DecompressionBomb"):
         open_image(content)
+
+
+def test_a_curation_takes_images_of_new_endings_and_counts_those_of_several_frames(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    moving = of(PHOTO, "GIF", save_all=True, append_images=[GREY.convert("RGB")])
+    for name, content in {
+        "a.gif": moving,
+        "b.tif": KINDS["float.tif"][0],
+        "c.avif": KINDS["color.avif"][0],
+    }.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    summary = run(tmp_path / "in", tmp_path / "out", "propose")
+    assert (summary.files, summary.unusable, summary.counts["images used"]) == (3, {}, 3)
+    assert summary.counts["first of several frames"] == 1
+    assert "several frames" in summary.table()

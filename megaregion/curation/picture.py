@@ -27,11 +27,13 @@ Boxes = NDArray[np.float64]
 """[R, 4]"""
 Pixels = NDArray[np.uint8]
 """RGB, uint8 [h, w, 3]."""
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif")
-"""Files that are taken for images, in lower or upper case."""
+ENDINGS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k",
+    ".jp2", ".tif", ".tiff",
+)  # fmt: skip
+"""Files that are taken for images, in lower or upper case; what they are is told by their content."""
 OTHER_FORMATS = (
-    ".avif", ".bmp", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef",
-    ".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff",
+    ".cr2", ".dng", ".exr", ".hdr", ".ico", ".jxl", ".nef", ".pgm", ".ppm", ".psd", ".svg", ".tga",
 )  # fmt: skip
 """Images that are not read, but counted by their ending."""
 ORIENTATION = 0x0112

@@ -17,6 +17,9 @@ REASONS = (
     "not embedded", "near-duplicate", "drawn out", "over the cap", "bad annotation", "outside the image",
 )  # fmt: skip
 
+SEVERAL = "first of several frames"
+"""Name of the count of images whose file holds more frames or pages."""
+
 NAMED = 10
 """Unusable images that the table names."""
 
@@ -67,6 +70,7 @@ class Summary:
             ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
             ("  damaged tars and links", self.damaged, "what could be read of a tar counts above"),
             ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
+            ("  several frames", count[SEVERAL], "the first one counts"),
         ]
         rows = [
             ("images", self.files - sum(self.unusable.values()) - self.duplicates, "usable"),

@@ -44,7 +44,7 @@ from megaregion.files import file_sha256, read_json, write_bytes
 
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Files that are looked into; one that is compressed is named with the way out."""
-SCAN = 2
+SCAN = 3
 """Raised when the same tar would be found to hold something else: old lists of tars are not believed then."""
 NAMED = 1000
 """Damaged tars and links that are named; more are counted alone."""

@@ -52,7 +52,7 @@ from megaregion.curation.settings import EmbedSettings, ProposeSettings
 from megaregion.curation.stages.stage import Output, Stage, describe, plain
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
-from megaregion.schemas.curation import DROPPED
+from megaregion.schemas.curation import DROPPED, SEVERAL
 
 CANDIDATES, REGIONS, FEATURES = "candidates.jsonl", "regions.jsonl", "features.npy"
 
@@ -78,6 +78,8 @@ class Seen(NamedTuple):
     """What the proposer needs of it."""
     maps: FeatureMaps | None = None
     """By which proposals are judged."""
+    several: bool = False
+    """Whether its file holds further frames."""
 
 
 class Propose(Stage):
@@ -112,10 +114,11 @@ class Propose(Stage):
         content = self.job.source.annotation(image)
         annotated = None if content is None else read_annotations(content, picture)
         if annotated is not None:
-            return Seen(size, annotated)
+            return Seen(size, annotated, several=picture.several)
         view = self._view(picture.pixels)
         # Where nothing was found, there is nothing to judge.
-        return Seen(size, None, view, None if view == [] else self._objectness.maps(picture.pixels))
+        maps = None if view == [] else self._objectness.maps(picture.pixels)
+        return Seen(size, None, view, maps, picture.several)
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -145,6 +148,7 @@ class Propose(Stage):
             found, dropped = seen.annotated
             counts["images with annotations"] += 1
         counts["images used"] += 1
+        counts[SEVERAL] += seen.several
         counts["proposed"] += len(found) + dropped.total()
         ranked, misfits = rank(found, seen.size, seen.maps, self.job.settings.propose)
         counts.update({DROPPED + why: number for why, number in (dropped + misfits).items()})
