@@ -76,6 +76,7 @@ SMALLER = {
         replaced=("--image-size 224", "--image-size 32")
     ),
     "$python tools/pretrain.py --config RUN.yaml --data": Smaller("--name packed"),
+    "$python tools/pretrain.py --config RUN.yaml --name annotated": Smaller(),
     "$python tools/pretrain.py --config RUN.yaml --train": Smaller("--name budget"),
     "$python tools/pretrain.py --config RUN.yaml --profile": Smaller("--name profile"),
     "$python tools/pretrain.py ...": Smaller(
@@ -168,6 +169,7 @@ def furnish(folder: Path) -> dict[str, str]:
         kind = folder / "photos" / ("garden", "street")[number % 2]
         kind.mkdir(parents=True, exist_ok=True)
         scene(number + 1).save(kind / f"{number:02d}.jpg", quality=90)
+    _annotate(folder / "photos", folder / "coco.json")
     shutil.copy(folder / "photos" / "garden" / "00.jpg", folder / "photo.jpg")
     shutil.copytree(folder / "photos" / "garden", folder / "video")
     scenes = write_scenes(folder / "data" / "demo" / "scenes")
@@ -186,6 +188,20 @@ def furnish(folder: Path) -> dict[str, str]:
         "PET_MASTER_PORT": str(free_port()),
         "python": sys.executable,
     }
+
+
+def _annotate(photos: Path, path: Path) -> None:
+    """Boxes of two classes in every photo, as COCO writes them."""
+    names = sorted(photo.relative_to(photos).as_posix() for photo in photos.rglob("*.jpg"))
+    images = [{"id": n, "file_name": name, "width": 192, "height": 192} for n, name in enumerate(names)]
+    boxes = [(1, [12, 70, 70, 70]), (2, [110, 90, 70, 70])]
+    rows = [
+        {"id": 2 * n + kind, "image_id": n, "category_id": kind, "bbox": box, "area": 4900, "iscrowd": 0}
+        for n in range(len(names))
+        for kind, box in boxes
+    ]
+    classes = [{"id": 1, "name": "left"}, {"id": 2, "name": "right"}]
+    path.write_text(json.dumps({"images": images, "annotations": rows, "categories": classes}))
 
 
 def _write_encoders(folder: Path) -> None:

@@ -178,17 +178,18 @@ def test_masks_that_came_with_images_are_kept_without_proposing(
     found = {}
     for folder in (loose, packed):
         out = tmp_path / f"out-{folder.name}"
-        summary = run(folder, out, clusters=4, vocab=384, piece_images=2)
-        assert list(summary.bad.values()) == ["its JSON file cannot be read"]
+        summary = run(folder, out, clusters=4, vocab=384, piece_images=2, annotations="only")
+        assert summary.bad == {}
         counts = summary.counts
+        assert counts["annotation files that cannot be read"] == 1
         assert (counts["images with annotations"], counts["proposed"]) == (3, 30)
-        dropped = [counts[f"dropped: {why}"] for why in ("bad annotation", "outside the image", "duplicate")]
-        assert dropped == [12, 9, 3]
+        reasons = ("bad annotation", "outside the image", "no area", "duplicate")
+        assert [counts[f"dropped: {why}"] for why in reasons] == [12, 3, 6, 3]
         dataset = ShardedDataset(out / "shards")
         samples = [dataset.read(index) for index in range(len(dataset))]
         found[folder.name] = [sample.record for sample in samples]
         assert [sample.key for sample in samples] == [
-            name if folder == loose else f"sa_000000_{name}" for name in names
+            name if folder == loose else f"sa_000000_{name}" for name in (*names, "sa_4")
         ]
     assert found["loose"] == found["packed"]
     regions = [region for region in parse_sample(found["loose"][0]).regions if region.kind == "object"]

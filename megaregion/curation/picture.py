@@ -161,6 +161,8 @@ class Word:
     """x0, y0, x1, y1 in pixels of the image; the upright box around the line, whatever its angle."""
     score: float
     """Confidence of the recognition, 0..1."""
+    direction: str = ""
+    """How it runs where it was not read from left to right: downwards, upwards, upside down or stacked."""
 
 
 def as_array(boxes: Sequence[Box]) -> Boxes:
@@ -227,14 +229,21 @@ def read_regions(paths: Iterable[Path]) -> Iterator[ImageRegions]:
 
 def write_words(file: BinaryIO, image: ImageWords) -> None:
     """Append one image."""
-    words = [{"text": w.text, "box": _rounded(w.box), "score": round(w.score, 4)} for w in image.words]
+    words = [
+        {
+            "text": w.text, "box": _rounded(w.box), "score": round(w.score, 4),
+            **({"direction": w.direction} if w.direction else {}),
+        }
+        for w in image.words
+    ]  # fmt: skip
     _write(file, {"key": image.key, "words": words})
 
 
 def read_words(paths: Iterable[Path]) -> Iterator[ImageWords]:
     """Read the images of several pieces, one after the other."""
     for line in _lines(paths):
-        yield ImageWords(line["key"], [Word(w["text"], tuple(w["box"]), w["score"]) for w in line["words"]])
+        words = [Word(w["text"], tuple(w["box"]), w["score"], w.get("direction", "")) for w in line["words"]]
+        yield ImageWords(line["key"], words)
 
 
 def _write(file: BinaryIO, line: dict[str, Any]) -> None:

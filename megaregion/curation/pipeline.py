@@ -57,7 +57,8 @@ def curate(
     Raises UserError where the user can mend something; what is done stays done.
     """
     with folder_held(out), writable(out):
-        source = find_images(images, out / "stages", out, settings.image.piece_images, workers)
+        size = settings.image.piece_images
+        source = find_images(images, out / "stages", out, size, workers, settings.annotation)
         record_run(out, images, settings)
         with closing(Pipeline(Job(settings, source, Store(out)), bar, workers)) as pipeline:
             for name in _names(stage):

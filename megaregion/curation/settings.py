@@ -33,6 +33,21 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
+class AnnotationSettings:
+    """Boxes, masks and texts that came with the images."""
+
+    annotations: Literal["prefer", "only", "ignore"] = "prefer"
+    """Propose only where no annotation of an image is usable, nowhere, or everywhere."""
+    annotations_file: Annotated[str, Text("FILE")] = ""
+    """The JSON or CSV file of annotations, if it lies elsewhere; no other one is read then."""
+    annotated_pixels: Literal["auto", "stored", "upright"] = "auto"
+    """What boxes are of, where EXIF turns an image; auto goes by the size that the annotation names, and
+    takes the stored pixels where that does not tell."""
+    captions: bool = False
+    """Keep the text beside an image, or of an annotation, in its record."""
+
+
+@dataclass(frozen=True)
 class ProposeSettings:
     """Boxes that may hold an object, and how object-like each is."""
 
@@ -143,6 +158,7 @@ class CurationSettings:
     """One curation run."""
 
     image: ImageSettings = field(default_factory=ImageSettings)
+    annotation: AnnotationSettings = field(default_factory=AnnotationSettings)
     propose: ProposeSettings = field(default_factory=ProposeSettings)
     embed: EmbedSettings = field(default_factory=EmbedSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)

@@ -28,6 +28,9 @@ MAX_SHIFT = 60
 FAR = 10
 """Sides of its image that a polygon may lie away from it: its outline costs memory by its length."""
 
+MAX_OUTLINE = 2**20
+"""Pixels along all edges of a shape's polygons, of which each costs pycocotools 80 bytes."""
+
 Row = dict[str, Any]
 
 
@@ -176,6 +179,9 @@ def _filled(polygons: list[Any], height: int, width: int) -> RLE:
         # Four numbers would be taken for a box.
         if len(shape) < 6 or len(shape) % 2 or not all(abs(value) <= most for value in shape):
             raise ValueError("a polygon needs three points near its image")
+    corners = [np.reshape(shape, (-1, 2)) for shape in shapes]
+    if sum(np.abs(each - np.roll(each, 1, axis=0)).max(axis=1).sum() for each in corners) > MAX_OUTLINE:
+        raise ValueError("polygons with an outline without end")
     union = coco_mask.merge(coco_mask.frPyObjects(shapes, height, width))
     return RLE((height, width), tuple(unpack(union["counts"].decode())))
 

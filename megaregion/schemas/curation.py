@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from megaregion.tables import aligned
 
@@ -15,11 +16,13 @@ DROPPED = "dropped: "
 REASONS = (
     "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
     "not embedded", "near-duplicate", "drawn out", "over the cap", "bad annotation", "outside the image",
+    "no area", "crowd", "of an image of another size",
 )  # fmt: skip
 
 SEVERAL = "first of several frames"
 """Name of the count of images whose file holds more frames or pages."""
 
+ALL_UNUSABLE = "images whose annotations are all unusable"
 NAMED = 10
 """Unusable images that the table names."""
 
@@ -61,12 +64,18 @@ class Summary:
     outputs: int = 0
     """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
 
+    annotations: dict[str, Any] = field(default_factory=dict)
+    """Annotation files by path: format, images, those of them that are here, rows; what else was counted."""
+
     def table(self) -> str:
         """The numbers as aligned lines."""
         count = Counter(self.counts)
         formats = ", ".join(f"{ending} {number}" for ending, number in self.formats.items())
         sometimes = [
             ("  with annotations", count["images with annotations"], "kept, nothing proposed"),
+            ("  all unusable", count[ALL_UNUSABLE], "annotations, so that objects were proposed"),
+            ("  unreadable", count["annotation files that cannot be read"], "annotation files beside images"),
+            *self._annotation_rows(),
             ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
             ("  damaged tars and links", self.damaged, "what could be read of a tar counts above"),
             ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
@@ -98,6 +107,20 @@ class Summary:
         if len(named) > NAMED:
             named[NAMED:] = [f"unusable: {len(named) - NAMED} more, named in {SUMMARY}"]
         return "\n".join([lines, *named])
+
+    def _annotation_rows(self) -> list[tuple[str, int, str]]:
+        files = dict(self.annotations.get("files", {}))
+        rows = [
+            (
+                f"  {file['format']}",
+                file["here"],
+                f"of {file['images']} images, {file['rows']} rows, in {path}",
+            )
+            for path, file in files.items()
+        ]
+        others = [(f"  {why}", n, "") for why, n in self.annotations.items() if why != "files"]
+        boxed = self.counts.get("boxes in place of masks", 0)
+        return [*rows, *others, ("  boxes in place of masks", boxed, "their masks or polygons are unusable")]
 
     def _per_image(self, name: str) -> str:
         images = self.counts.get("images used", 0)

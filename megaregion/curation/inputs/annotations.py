@@ -1,10 +1,10 @@
-"""SA-1B's annotations: the masks that came with an image, kept instead of proposing.
+"""What annotations say of one image: the boxes and masks that came with it, kept instead of proposing.
 
-    {"image": {...}, "annotations": [{"segmentation": {"size": [h, w], "counts": RLE}, "bbox": [x, y, w, h],
-                                      "predicted_iou": 0.97, ...}, ...]}
+    {"image": {"width": 640, "height": 480}, "annotations": [{"bbox": [x, y, w, h], "segmentation": ...,
+     "iscrowd": 0, "class": "dog", "predicted_iou": 0.97, ...}, ...]}
 
-Polygons and run lengths of either kind are read. A JSON file without such a list, as
-img2dataset writes one beside every image, is no annotation.
+SA-1B writes one such JSON for each image; :mod:`megaregion.curation.inputs.index` makes them of all other
+kinds. A JSON file without such a list, as img2dataset writes one beside every image, is no annotation.
 """
 
 from __future__ import annotations
@@ -13,46 +13,62 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from megaregion.curation.picture import BadImage, Picture, Proposal
 from megaregion.data.coco import clipped, frame, mask_of
 from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
 
+BOXED = "boxes in place of masks"
+"""Counts rows that are used although their mask is not."""
 
-def read_annotations(content: bytes, picture: Picture) -> tuple[list[Proposal], Counter[str]] | None:
-    """The regions of an annotation file, on the upright image.
 
-    Annotations are of the pixels as they are stored. Where the camera was held upright or upside down, its
-    sides tell whether they are of the upright image instead.
+class Unusable(ValueError):
+    """A row that gives no region; the text is the reason."""
+
+
+def read_annotations(
+    content: bytes, picture: Picture, pixels: str = "auto"
+) -> tuple[list[Proposal], Counter[str]] | None:
+    """The regions of an annotation, on the upright image.
+
+    Args:
+        content: JSON of one record, or of a list of them.
+        picture: The image that it is about.
+        pixels: Whether its numbers are of the ``stored`` pixels or of the ``upright`` image. ``auto`` goes by
+            the size that it names for its image or masks; the stored ones where that does not tell.
 
     Returns:
-        Regions inside the image, and how many were dropped, by reason; None if the file annotates nothing.
+        Regions inside the image, and how many rows were not used, by reason; None if nothing is annotated.
+        The count of BOXED is of rows that were used.
 
     Raises:
         BadImage: It is not JSON in UTF-8.
     """
     try:
-        record = json.loads(content.decode("utf-8-sig"))
+        records = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise BadImage("its JSON file cannot be read") from None
-    rows = record.get("annotations") if isinstance(record, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        return None
-    turn = _turn_of(record, rows, picture)
     found: list[Proposal] = []
-    dropped: Counter[str] = Counter()
-    for row in rows:
-        try:
-            region = _region(row, turn)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            dropped["bad annotation"] += 1
+    counts: Counter[str] = Counter()
+    annotates = False
+    for record in records if isinstance(records, list) else [records]:
+        rows = record.get("annotations") if isinstance(record, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             continue
-        if region is None:
-            dropped["outside the image"] += 1
-        else:
-            found.append(region)
-    return found, dropped
+        annotates = True
+        turn = _turn_of(record, rows, picture, pixels)
+        for row in rows:
+            try:
+                found.append(_region(row, turn, counts))
+            except Unusable as why:
+                counts[str(why)] += 1
+            except (KeyError, TypeError, ValueError, OverflowError):
+                counts["bad annotation"] += 1
+    return (found, +counts) if annotates else None
 
 
 class _Turn(NamedTuple):
@@ -94,11 +110,19 @@ TURNS = {
 """What makes an image of each EXIF orientation upright: see _Turn."""
 
 
-def _turn_of(record: dict[str, Any], rows: list[dict[str, Any]], picture: Picture) -> _Turn:
+def _turn_of(
+    record: dict[str, Any], rows: list[dict[str, Any]], picture: Picture, pixels: str
+) -> _Turn | None:
+    """How to turn what a record says; None where it is of an image of another size."""
     turn = TURNS.get(picture.orientation, (False, False, False))
     upright = picture.width, picture.height
     stored = upright[::-1] if turn[0] else upright
-    if stored != upright and upright in _sizes(record, rows):
+    named = list(_sizes(record, rows))
+    image = record.get("image")
+    own = (image.get("width"), image.get("height")) if isinstance(image, dict) else (None, None)
+    if all(type(side) is int for side in own) and own not in (upright, stored):
+        return None
+    if pixels == "upright" or (pixels == "auto" and stored != upright and upright in named):
         return _Turn(*upright, False, False, False)
     return _Turn(*stored, *turn)
 
@@ -114,16 +138,48 @@ def _sizes(record: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple
                 yield width, height
 
 
-def _region(row: dict[str, Any], turn: _Turn) -> Proposal | None:
-    score = float(row.get("predicted_iou", 1.0))
+def _region(row: dict[str, Any], turn: _Turn | None, counts: Counter[str]) -> Proposal:
+    if row.get("iscrowd"):
+        raise Unusable("crowd")
+    if turn is None:
+        raise Unusable("of an image of another size")
+    score = float(row.get("predicted_iou", row.get("score", 1.0)))
     if not math.isfinite(score):
-        raise ValueError(f"predicted_iou is {score}")
-    mask, box = None, None
-    if row.get("segmentation"):
-        mask = mask_of(row["segmentation"], turn.height, turn.width)
-        box = frame(mask)
-    else:
-        box = clipped(row["bbox"], turn.width, turn.height)
-    if box is None:
+        raise ValueError(f"a score of {score}")
+    region = Proposal((0, 0, 0, 0), min(max(score, 0.0), 1.0), None, str(row.get("class", "")))
+    shape, scale = row.get("segmentation"), (turn.width, turn.height) if row.get("relative") else (1, 1)
+    mask = _mask(shape, turn, scale) if shape else None
+    if mask is not None and (box := frame(mask)) is not None:
+        return replace(region, box=turn.box(box), mask=turn.mask(mask))
+    if mask is not None and isinstance(shape, dict):
+        raise Unusable("no area")
+    outline = shape and isinstance(shape, list) and row.get("bbox") is None
+    box = _inside(_outline(shape) if outline else row["bbox"], turn, scale)
+    counts[BOXED] += bool(shape)
+    return replace(region, box=turn.box(box))
+
+
+def _mask(shape: Any, turn: _Turn, scale: tuple[int, int]) -> RLE | None:
+    """The mask of a segmentation, empty for polygons thinner than a pixel; None if it is unusable."""
+    try:
+        if isinstance(shape, list):
+            shape = [[value * scale[place % 2] for place, value in enumerate(polygon)] for polygon in shape]
+        return mask_of(shape, turn.height, turn.width)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return Proposal(turn.box(box), min(max(score, 0.0), 1.0), None if mask is None else turn.mask(mask))
+
+
+def _inside(bbox: list[float], turn: _Turn, scale: tuple[int, int]) -> Box:
+    bbox = [float(value) * scale[place % 2] for place, value in enumerate(bbox)]
+    box = clipped(bbox, turn.width, turn.height)
+    if min(bbox[2:]) <= 0:
+        raise Unusable("no area")
+    if box is None:
+        raise Unusable("outside the image")
+    return box
+
+
+def _outline(polygons: Any) -> list[float]:
+    """The box [x, y, w, h] around some polygons."""
+    corners = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons])
+    return [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]

@@ -12,17 +12,21 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megaregion.curation.inputs.index import DATASETS, INDEX, IndexWriter
 from megaregion.curation.inputs.source import (
     FILES,
     INPUTS,
@@ -38,6 +42,7 @@ from megaregion.curation.inputs.source import (
 )
 from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+from megaregion.curation.settings import AnnotationSettings
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, read_json, write_bytes
@@ -63,12 +68,19 @@ class Found(NamedTuple):
     name: str
     """Relative to the folder, with slashes."""
     annotated: bool
-    """A .json file of the same name lies beside it."""
+    """A .json file of the same name lies beside it; of a .json file, an image."""
     packed: bool
     """The index of a shard of the same name lies beside it."""
 
 
-def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: int = 0) -> Source:
+def find_images(
+    folder: Path,
+    place: Path,
+    out: Path,
+    slice_size: int,
+    workers: int = 0,
+    annotation: AnnotationSettings = AnnotationSettings(),  # noqa: B008 - it is frozen
+) -> Source:
     """Find the images below a folder; hidden files and folders, and what megaregion wrote, are skipped.
 
     What an earlier search found stays until the new list is complete and holds an image.
@@ -79,6 +91,7 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
         out: The run's own folder, which is skipped if it lies inside.
         slice_size: Most images of a slice.
         workers: Processes that look into tars.
+        annotation: Which annotation files are read.
 
     Raises:
         UserError: There is no such folder, no image in it, or a file that may not be read.
@@ -91,20 +104,44 @@ def find_images(folder: Path, place: Path, out: Path, slice_size: int, workers: 
             "or of WebDataset tars"
         )
     search = _Search(folder, out)
-    with _scratch(place / ".new") as new:
+    with _scratch(place / ".new") as new, open_index(place, folder, annotation) as index:
         candidates = new / "candidates.jsonl"
         write_listing(candidates, search.images(_Known(place / FILES)))
-        write_listing(new / FILES, search.unique(Listing(candidates)))
-        write_listing(new / TARS, search.look_into_tars(_Known(place / TARS, _scanned_alike(place)), workers))
+        if index is not None:
+            search.annotate(index, Listing(candidates))
+        write_listing(new / FILES, search.unique(Listing(candidates), index))
+        tars = search.look_into_tars(_Known(place / TARS, _scanned_alike(place)), workers, index)
+        write_listing(new / TARS, tars)
         if not search.found:
             raise search.no_image()
         digest = hashlib.sha256((file_sha256(new / FILES) + file_sha256(new / TARS)).encode()).hexdigest()
         # A list without its summary counts as none, so a kill in between does no harm.
         (place / INPUTS).unlink(missing_ok=True)
+        if index is None:
+            (place / INDEX).unlink(missing_ok=True)
+        else:
+            index.commit()
         for name in (FILES, TARS):
             move_listing(new / name, place / name)
         write_bytes(place / INPUTS, json.dumps(search.summary() | {"digest": digest}, indent=1).encode())
     return Source(folder, place, slice_size)
+
+
+@contextmanager
+def open_index(place: Path, folder: Path, settings: AnnotationSettings) -> Iterator[IndexWriter | None]:
+    """Read annotation files, unless all are ignored; a database that cannot be written is a UserError."""
+    if settings.annotations == "ignore":
+        yield None
+        return
+    index = IndexWriter(place, folder, settings)
+    try:
+        yield index
+    except sqlite3.Error as error:
+        raise UserError(
+            f"{place / INDEX} cannot be written ({error}); free space or remove it, run again"
+        ) from None
+    finally:
+        index.close()
 
 
 @contextmanager
@@ -129,6 +166,8 @@ class _Search:
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
         self._ambiguous: set[str] = set()
+        self._datasets: list[Path] = []
+        self._annotations: dict[str, Any] = {}
         self.found = 0
         """Images, duplicates left out."""
 
@@ -156,12 +195,29 @@ class _Search:
             else:
                 self._others += 1
                 self._parquets += ending == ".parquet"
+                self._datasets += [file.path] if ending in DATASETS and not file.annotated else []
 
-    def unique(self, candidates: Listing) -> Iterator[dict[str, Any]]:
-        """The first row of every content, with its key."""
-        contents, keys = (np.frombuffer(each, dtype=np.uint64) for each in (self._contents, self._keys))
-        first = np.zeros(len(contents), dtype=bool)
-        first[np.unique(contents, return_index=True)[1]] = True
+    def annotate(self, index: IndexWriter, candidates: Listing) -> None:
+        """Read all annotation files but those beside an image, and find out what each is about."""
+        index.read(self._datasets)
+        loose = (row["path"] for row, first in zip(candidates.rows(), self._firsts, strict=True) if first)
+        members = ((tar.name, member.name) for tar in self._tars for member in scan_tar(tar.path).members)
+        index.match(loose, members)
+        self._annotations = index.summary()
+        self._others -= index.used
+        for path, why in index.damaged.items():
+            self._name(path, why)
+
+    @cached_property
+    def _firsts(self) -> NDArray[np.bool_]:
+        """Whether each image is the first of its content, in the order of the candidates."""
+        first = np.zeros(len(self._contents), dtype=bool)
+        first[np.unique(np.frombuffer(self._contents, dtype=np.uint64), return_index=True)[1]] = True
+        return first
+
+    def unique(self, candidates: Listing, index: IndexWriter | None) -> Iterator[dict[str, Any]]:
+        """The first row of every content, with its key and the hash of its annotations."""
+        keys, first = np.frombuffer(self._keys, dtype=np.uint64), self._firsts
         self._duplicates += int((~first).sum())
         self.found += int(first.sum())
         values, counts = np.unique(keys[first], return_counts=True)
@@ -174,9 +230,12 @@ class _Search:
                 if shared[number] or len(key.encode()) > MAX_KEY_BYTES:
                     key = mark_key(key, name)
                 self._ambiguous.update(_beginnings(key, tars))
-                yield {"key": key, **row}
+                labels = index.digest(name) if index is not None else ""
+                yield {"key": key, **row, **({"labels": labels} if labels else {})}
 
-    def look_into_tars(self, known: _Known, workers: int) -> Iterator[dict[str, Any]]:
+    def look_into_tars(
+        self, known: _Known, workers: int, index: IndexWriter | None
+    ) -> Iterator[dict[str, Any]]:
         """A row for each tar."""
         rows: list[dict[str, Any]] = []
         for tar, key in zip(self._tars, self._tar_keys(), strict=True):
@@ -194,6 +253,7 @@ class _Search:
             self._duplicates += row["duplicates"]
             self._others += row["others"]
             self._formats.update(row["formats"])
+            row["labels"] = index.tar_digest(row["path"]) if index is not None else ""
             if row["damage"]:
                 self._name(row["path"], f"{row['damage']}; images before it: {row['images']}")
         return iter(rows)
@@ -204,6 +264,7 @@ class _Search:
             "version": VERSION, "scan": SCAN, "folder": str(self._folder.resolve()),
             "duplicates": self._duplicates, "others": self._others, "outputs": self._outputs,
             "formats": dict(sorted(self._formats.items())), "damaged": self._damaged, "bad": self._bad,
+            "annotations": self._annotations,
         }  # fmt: skip
 
     def no_image(self) -> UserError:
@@ -242,7 +303,9 @@ class _Search:
                     yield from self._walk(path, below + name)
             elif entry.is_file():
                 stem = path.stem
-                yield Found(path, below + name, f"{stem}.json" in entries, f"{stem}.index.npy" in entries)
+                beside = ENDINGS if path.suffix.lower() == ".json" else (".json",)
+                annotated = any(stem + ending in entries for ending in beside)
+                yield Found(path, below + name, annotated, f"{stem}.index.npy" in entries)
             elif entry.is_symlink():
                 kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
                 self._name(below + name, kind)

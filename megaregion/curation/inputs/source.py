@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaregion.curation.inputs.index import MAX_CAPTION, AnnotationIndex
 from megaregion.curation.inputs.tars import Member, scan_tar
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
@@ -33,7 +34,8 @@ FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 VERSION = 2
 """Version of these files' layout."""
 _LEFT_OUT = {
-    "duplicates": int, "others": int, "outputs": int, "formats": dict, "damaged": int, "bad": dict
+    "duplicates": int, "others": int, "outputs": int, "formats": dict, "damaged": int, "bad": dict,
+    "annotations": dict,
 }  # fmt: skip
 _FACTS = {"version": int, "folder": str, "digest": str, **_LEFT_OUT}
 """What inputs.json holds."""
@@ -55,6 +57,8 @@ class ImageFile:
     """Hash of the content; empty for a member of a tar."""
     annotation: str = ""
     """Hash of the JSON file of the same name beside it; empty without one, or in a tar."""
+    labels: str = ""
+    """Hash of what other annotation files say of it; empty for nothing, or in a tar."""
     member: Member | None = None
     """Its place in its tar."""
 
@@ -69,7 +73,12 @@ class Source:
     def __init__(self, folder: Path, place: Path, slice_size: int) -> None:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
-            found: dict[str, Any] = {"outputs": 0, "formats": {}, **read_json(place / INPUTS)}
+            found: dict[str, Any] = {
+                "outputs": 0,
+                "formats": {},
+                "annotations": {},
+                **read_json(place / INPUTS),
+            }
             found.setdefault("damaged", len(found.get("bad", {})))
         except (OSError, ValueError, TypeError):
             found = {}
@@ -84,6 +93,7 @@ class Source:
         self.left_out: dict[str, Any] = {name: found[name] for name in _LEFT_OUT}
         """What is no image of the run, by the names that it has in a run's summary."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
+        self._index = AnnotationIndex(place)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.folder, self.place, self.slice_size)
@@ -127,9 +137,14 @@ class Source:
             found = [row["path"], row["size"], row["changed"], first, count]
             # What lies beside a tar can change the key of its images.
             marked = row["key"] != plain_key(row["path"].rsplit(".", 1)[0])
-            return [*found, row["key"]] if marked else found
+            found += [row["key"]] if marked else []
+            return [*found, {"labels": row["labels"]}] if row.get("labels") else found
         return [
-            (image.key, image.sha256, image.annotation) if image.annotation else (image.key, image.sha256)
+            (
+                image.key,
+                image.sha256,
+                *filter(None, (image.annotation, image.labels and f"labels {image.labels}")),
+            )
             for image in self.images(number)
         ]
 
@@ -151,13 +166,32 @@ class Source:
         return self._content(self.folder / image.path, image.sha256)
 
     def annotation(self, image: ImageFile) -> bytes | None:
-        """The JSON file of the same name, or None; raises as :meth:`read`."""
+        """What annotation files say, else the JSON file of the same name; raises as :meth:`read`."""
+        record = self._index.record(image.path)
+        if image.labels and (record is None or hashlib.sha256(record).hexdigest() != image.labels):
+            raise UserError(f"the annotations of {image.path} changed while curation ran; run again")
+        if record is not None:
+            return record
         if image.member is not None:
             part = image.member.annotation
             return None if part is None else self._part(image, part)
         if not image.annotation:
             return None
         return self._content((self.folder / image.path).with_suffix(".json"), image.annotation)
+
+    def caption(self, image: ImageFile) -> str:
+        """The text beside an image or in an annotation file, or nothing; raises as :meth:`read`."""
+        member = image.member
+        if member is None or member.caption is None:
+            return self._index.caption(image.path)
+        return self._part(image, member.caption)[:MAX_CAPTION].decode("utf-8-sig", errors="replace").strip()
+
+    def captions(self, number: int) -> str:
+        """Hash of the captions of a slice that do not lie in its tar."""
+        digest = hashlib.sha256()
+        for image in self.images(number):
+            digest.update(f"{self._index.caption(image.path)}\0".encode(errors="replace"))
+        return digest.hexdigest()
 
     def _content(self, path: Path, sha256: str) -> bytes:
         with _reading(path):

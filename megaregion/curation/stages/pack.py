@@ -80,7 +80,11 @@ class Pack(Stage):
 
     @override
     def identity(self, number: int) -> list[Any]:
-        return [self.span(number), [self.job.source.identity(each) for each in self.slices(number)]]
+        source, slices = self.job.source, self.slices(number)
+        found = [self.span(number), [source.identity(each) for each in slices]]
+        return (
+            [*found, list(map(source.captions, slices))] if self.job.settings.annotation.captions else found
+        )
 
     @override
     def prepare(self) -> None:
@@ -133,7 +137,9 @@ class Pack(Stage):
             output.counts["object regions"] += len(objects)
             output.counts["text regions"] += len(regions) - len(objects)
             picture: Picture = self.job.read(image)
-            yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions)
+            caption = self.job.source.caption(image) if self.job.settings.annotation.captions else ""
+            output.counts["captions"] += bool(caption)
+            yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions, caption)
 
     def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[int], ImageWords]]:
         """Each image of the piece with what earlier stages say of it."""

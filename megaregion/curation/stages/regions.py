@@ -30,9 +30,10 @@ from megaregion.curation.engines import (
 )
 from megaregion.curation.engines.boxes import Objectness, objectness
 from megaregion.curation.engines.lite0 import FeatureMaps
-from megaregion.curation.inputs.annotations import read_annotations
+from megaregion.curation.inputs.annotations import BOXED, read_annotations
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import (
+    BadImage,
     Boxes,
     ImageRegions,
     Picture,
@@ -52,7 +53,7 @@ from megaregion.curation.settings import EmbedSettings, ProposeSettings
 from megaregion.curation.stages.stage import Output, Stage, describe, plain
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
-from megaregion.schemas.curation import DROPPED, SEVERAL
+from megaregion.schemas.curation import ALL_UNUSABLE, DROPPED, SEVERAL
 
 CANDIDATES, REGIONS, FEATURES = "candidates.jsonl", "regions.jsonl", "features.npy"
 
@@ -72,20 +73,22 @@ class Seen(NamedTuple):
 
     size: tuple[int, int]
     """Height and width of the image."""
-    annotated: tuple[list[Proposal], Counter[str]] | None
-    """Regions that came with it, and those that were dropped, by reason."""
+    annotated: list[Proposal]
+    """Regions that came with it."""
+    dropped: Counter[str]
+    """Rows of its annotation that give no region, by reason."""
+    counts: Counter[str]
+    """What else is counted of it."""
     view: Any = None
     """What the proposer needs of it."""
     maps: FeatureMaps | None = None
     """By which proposals are judged."""
-    several: bool = False
-    """Whether its file holds further frames."""
 
 
 class Propose(Stage):
     """Writes candidates.jsonl; also finds out which images can be used at all.
 
-    Regions that came with an image, as SA-1B's do, are kept: nothing is proposed there.
+    Regions that came with an image are kept: nothing is proposed there, if one of them is usable.
     """
 
     name = "propose"
@@ -97,6 +100,8 @@ class Propose(Stage):
         values = plain(settings, self.job.settings.image) | {"objectness": lite0.fingerprint()}
         if settings.proposer == "sam":
             values["sam"] = describe(Path(settings.sam))
+        annotation = self.job.settings.annotation
+        values |= {"annotations": annotation.annotations, "annotated_pixels": annotation.annotated_pixels}
         return values
 
     @override
@@ -111,14 +116,14 @@ class Propose(Stage):
     @override
     def look(self, image: ImageFile, picture: Picture, wanted: Any) -> Seen:
         size = picture.height, picture.width
-        content = self.job.source.annotation(image)
-        annotated = None if content is None else read_annotations(content, picture)
-        if annotated is not None:
-            return Seen(size, annotated, several=picture.several)
+        found, dropped, counts = self._annotated(image, picture)
+        counts[SEVERAL] = int(picture.several)
+        if found or self.job.settings.annotation.annotations == "only":
+            return Seen(size, found, dropped, counts)
         view = self._view(picture.pixels)
         # Where nothing was found, there is nothing to judge.
         maps = None if view == [] else self._objectness.maps(picture.pixels)
-        return Seen(size, None, view, maps, picture.several)
+        return Seen(size, found, dropped, counts, view, maps)
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -142,17 +147,35 @@ class Propose(Stage):
             rest = ((each, None if each[1] is None else each[1].view) for each in images)
             yield from self._proposer.stream(chain([((image, seen), seen.view)], rest))
 
-    def _candidates(self, seen: Seen, found: list[Proposal], counts: Counter[str]) -> list[Proposal]:
-        dropped = Counter[str]()
-        if seen.annotated is not None:
-            found, dropped = seen.annotated
-            counts["images with annotations"] += 1
+    def _candidates(self, seen: Seen, proposed: list[Proposal], counts: Counter[str]) -> list[Proposal]:
+        found = seen.annotated or proposed
+        counts.update(seen.counts)
         counts["images used"] += 1
-        counts[SEVERAL] += seen.several
-        counts["proposed"] += len(found) + dropped.total()
+        counts["proposed"] += len(found) + seen.dropped.total()
         ranked, misfits = rank(found, seen.size, seen.maps, self.job.settings.propose)
-        counts.update({DROPPED + why: number for why, number in (dropped + misfits).items()})
+        counts.update({DROPPED + why: number for why, number in (seen.dropped + misfits).items()})
         return ranked
+
+    def _annotated(
+        self, image: ImageFile, picture: Picture
+    ) -> tuple[list[Proposal], Counter[str], Counter[str]]:
+        """Regions that came with an image, rows that give none, by reason, and what else is counted."""
+        settings, counts = self.job.settings.annotation, Counter[str]()
+        content = self.job.source.annotation(image) if settings.annotations != "ignore" else None
+        try:
+            read = None if content is None else read_annotations(content, picture, settings.annotated_pixels)
+        except BadImage:
+            counts["annotation files that cannot be read"] = 1
+            read = None
+        found, dropped = read or ([], Counter[str]())
+        if read is not None:
+            counts[BOXED] = dropped.pop(BOXED, 0)
+            counts["annotated regions"] = len(found)
+        if found:
+            counts["images with annotations"] = 1
+        elif dropped:
+            counts[ALL_UNUSABLE] = 1
+        return found, dropped, counts
 
     @cached_property
     def _proposer(self) -> Proposer:

@@ -58,6 +58,7 @@ class Ocr(Stage):
                 words = [] if pixels is None else self._reader.read(pixels)
                 write_words(file, ImageWords(image.key, words))
                 output.counts["words found"] += len(words)
+                output.counts.update(f"words {word.direction}" for word in words if word.direction)
 
     @override
     def on_gpu(self) -> bool:

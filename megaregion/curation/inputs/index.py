@@ -1,0 +1,385 @@
+"""What annotation files say of a run's images: read once when images are listed, then looked up by image.
+
+    OUT/stages/annotations.db (SQLite): the entries of every file, and which image of the run each is about
+
+A file of many images is read again only when it changed. An image of the run is the one that a file names if
+one path ends as the other does; of several, the one whose folder the file is named after or lies in. Where
+that leaves two, neither gets the annotations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megaregion.curation.inputs.formats import (
+    CLASSES,
+    Caption,
+    Category,
+    Entry,
+    Named,
+    Row,
+    has_classes,
+    read_dataset,
+    read_labels,
+)
+from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+from megaregion.curation.settings import AnnotationSettings
+from megaregion.errors import UserError
+
+INDEX = "annotations.db"
+DATASETS = (".json", ".csv")
+"""Files that may annotate many images."""
+LABELS = (".xml", ".txt")
+"""Files that may annotate one image."""
+PLACES = ("labels", "Annotations", "annotations", "annotations/xmls")
+"""Folders beside the one of the images where such files lie."""
+MAX_CAPTION = 2**16
+"""Bytes of a caption that are kept."""
+BATCH = 10_000
+"""Entries that are written at once."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS files(id INTEGER PRIMARY KEY, path TEXT UNIQUE, state TEXT, format TEXT);
+CREATE TABLE IF NOT EXISTS images(file, id, stem, name, width, height, PRIMARY KEY(file, id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rows(file, image, category, row);
+CREATE TABLE IF NOT EXISTS classes(file, id, name, PRIMARY KEY(file, id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS captions(file, image, text);
+CREATE TABLE IF NOT EXISTS claims(path, file, image, shared, named, depth);
+"""
+_INDEXES = ("images(stem)", "rows(file, image)", "captions(file, image)", "claims(path)")
+_INSERTS = {
+    Named: "INSERT OR IGNORE INTO images VALUES(?,?,?,?,?,?)",
+    Row: "INSERT INTO rows VALUES(?,?,?,?)",
+    Category: "INSERT OR REPLACE INTO classes VALUES(?,?,?)",
+    Caption: "INSERT INTO captions VALUES(?,?,?)",
+}
+
+
+class AnnotationIndex:
+    """Looks up annotations; cheap to make anew in another process."""
+
+    def __init__(self, place: Path) -> None:
+        self._path = place / INDEX
+
+    def record(self, path: str) -> bytes | None:
+        """JSON of what files say of an image, as `read_annotations` takes it; None for nothing."""
+        if self._base is None:
+            return None
+        found = []
+        for file, image in self._claims(path):
+            width, height = self._base.execute(
+                "SELECT width, height FROM images WHERE file=? AND id=?", (file, image)
+            ).fetchone()
+            rows = self._base.execute(
+                "SELECT category, row FROM rows WHERE file=? AND image=? ORDER BY rowid", (file, image)
+            )
+            named = [{"class": self._class(file, category), **json.loads(row)} for category, row in rows]
+            size = {"width": width, "height": height} if width and height else {}
+            found += [{"image": size, "annotations": named}] if named else []
+        return json.dumps(found, separators=(",", ":")).encode() if found else None
+
+    def caption(self, path: str) -> str:
+        """The first text about an image, or nothing."""
+        for file, image in self._claims(path) if self._base else ():
+            query = "SELECT text FROM captions WHERE file=? AND image=? ORDER BY rowid LIMIT 1"
+            for (text,) in self._base.execute(query, (file, image)) if self._base else ():
+                return str(text)
+        return ""
+
+    def _claims(self, path: str) -> list[tuple[int, str]]:
+        assert self._base is not None
+        query = "SELECT file, image FROM claims WHERE path=? ORDER BY file"
+        return self._base.execute(query, (_text(path),)).fetchall()
+
+    def _class(self, file: int, category: str) -> str:
+        return self._classes.get((file, category)) or self._classes.get((0, category)) or category
+
+    @cached_property
+    def _classes(self) -> dict[tuple[int, str], str]:
+        """Names by file and class; 0 for those that a file without images names for all."""
+        file = "CASE format WHEN ? THEN 0 ELSE files.id END"
+        query = f"SELECT {file}, classes.id, name FROM classes JOIN files ON files.id=file"
+        found = self._base.execute(query, (CLASSES,)) if self._base else ()
+        return {(file, category): name for file, category, name in found}
+
+    @cached_property
+    def _base(self) -> sqlite3.Connection | None:
+        # Nobody writes while stages run, so that no file system needs to lock.
+        uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
+        return sqlite3.connect(uri, uri=True) if self._path.exists() else None
+
+
+class IndexWriter(AnnotationIndex):
+    """Reads annotation files below and beside a folder of images, and finds the images that they name."""
+
+    def __init__(self, place: Path, folder: Path, settings: AnnotationSettings) -> None:
+        super().__init__(place)
+        self._folder, self._settings = folder, settings
+        self._parts = PurePosixPath(folder.resolve().as_posix()).parts
+        self._faults = Counter[str]()
+        self._unnamed = 0
+        self._single: dict[str, int] = {}
+        self.used = 0
+        """Files below the folder that annotate something."""
+        self.damaged: dict[str, str] = {}
+        """Files of many images that could not be read, and why."""
+
+    def read(self, found: Iterable[Path]) -> None:
+        """Read files that may annotate many images: those given, and those in the folder's neighbours.
+
+        Raises:
+            UserError: The file that the settings name is no annotation, or cannot be read.
+        """
+        own = self._settings.annotations_file
+        beside = (self._folder.resolve().parent / "annotations").glob("*.json")
+        wanted = [Path(own)] if own else sorted({path.resolve() for path in (*found, *beside)})
+        known = dict(self._base.execute("SELECT path, id FROM files").fetchall())
+        fresh: set[int] = set()
+        for path in wanted:
+            if not path.is_file():
+                raise UserError(
+                    f"--annotations-file {path} is no file; name a JSON or CSV file of annotations"
+                )
+            state = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+            old = self._base.execute("SELECT id FROM files WHERE path=? AND state=?", (_text(path), state))
+            row = old.fetchone()
+            file = row[0] if row else self._read(path, state, known.get(_text(path)))
+            if file is None and own:
+                why = self.damaged.get(str(path), "no images are named in it")
+                raise UserError(f"--annotations-file {path} is no annotation ({why})")
+            fresh |= {file} if file is not None else set()
+            self.used += file is not None and path.is_relative_to(self._folder.resolve())
+        for file in set(known.values()) - fresh:
+            self._forget(file)
+        self._base.execute("DELETE FROM claims")
+        for number, columns in enumerate(_INDEXES):
+            self._base.execute(f"CREATE INDEX IF NOT EXISTS index{number} ON {columns}")
+
+    def match(self, paths: Iterable[str], tars: Iterable[tuple[str, str]]) -> None:
+        """Find the annotations of loose images, by path, and of members of tars, by tar and name."""
+        datasets = bool(self._base.execute("SELECT 1 FROM images LIMIT 1").fetchone())
+        for path in paths:
+            claimed = datasets and self._claim(path, path)
+            labelled = not self._settings.annotations_file and self._find_labels(path)
+            self._unnamed += not (claimed or labelled)
+            if self._settings.captions:
+                self._find_caption(path)
+        for tar, name in tars if datasets else ():
+            self._unnamed += not self._claim(f"{tar}/{name}", name)
+        self._settle()
+
+    def digest(self, path: str) -> str:
+        """Hash of what files say of an image, empty for nothing."""
+        record = self.record(path)
+        return "" if record is None else hashlib.sha256(record).hexdigest()
+
+    def tar_digest(self, tar: str) -> str:
+        """Hash of what files say of a tar's images, empty for nothing."""
+        low, high = (_text(tar + after) for after in ("/", "0"))
+        query = "SELECT DISTINCT path FROM claims WHERE path>=? AND path<? ORDER BY path"
+        found = "".join(
+            path + self.digest(path) for (path,) in self._base.execute(query, (low, high)).fetchall()
+        )
+        return hashlib.sha256(found.encode()).hexdigest() if found else ""
+
+    def commit(self) -> None:
+        """Keep what was read and found."""
+        self._base.commit()
+
+    def close(self) -> None:
+        """Forget what was not kept; nothing is left where nothing is annotated."""
+        with suppress(sqlite3.Error):
+            self._base.rollback()
+            found = self._base.execute("SELECT 1 FROM files").fetchone()
+            self._base.close()
+            if not found:
+                self._path.unlink()
+
+    def summary(self) -> dict[str, Any]:
+        """How many images and rows each file annotates, by path, and what fits nothing; JSON."""
+        files = {}
+        for file, path, kind in self._base.execute(
+            "SELECT id, path, format FROM files ORDER BY path"
+        ).fetchall():
+            count = lambda query, file=file: self._base.execute(query, (file,)).fetchone()[0]  # noqa: E731
+            images = count("SELECT count(*) FROM images WHERE file=?")
+            here = count("SELECT count(DISTINCT image) FROM claims WHERE file=?")
+            files[path] = {
+                "format": kind, "images": images, "here": here,
+                "rows": count("SELECT count(*) FROM rows WHERE file=?"),
+            }  # fmt: skip
+        named = {"images that they do not name": self._unnamed} if files else {}
+        return {"files": files, **{why: n for why, n in sorted({**self._faults, **named}.items()) if n}}
+
+    @cached_property
+    def _base(self) -> sqlite3.Connection:  # type: ignore[override]
+        base = sqlite3.connect(
+            f"{self._path.absolute().as_uri()}?nolock=1", uri=True, isolation_level="DEFERRED"
+        )
+        base.executescript(_TABLES)
+        return base
+
+    def _read(self, path: Path, state: str, old: int | None) -> int | None:
+        """Store a file's entries; gives its number, None if it annotates nothing."""
+        if old is not None:
+            self._forget(old)
+        add = "INSERT INTO files(path, state) VALUES(?, ?)"
+        file = int(self._base.execute(add, (_text(path), state)).lastrowid or 0)
+        entries, waiting = read_dataset(path), {kind: list[tuple[Any, ...]]() for kind in _INSERTS}
+        kind = ""
+        try:
+            while True:
+                entry = next(entries)
+                waiting[type(entry)].append((file, *_columns(entry)))
+                if len(waiting[type(entry)]) >= BATCH:
+                    self._flush(waiting)
+        except StopIteration as end:
+            kind = end.value
+        except ValueError as error:
+            if self._base.execute("SELECT 1 FROM images WHERE file=?", (file,)).fetchone() or waiting[Named]:
+                self.damaged[str(path)] = f"annotations that cannot be read ({error})"
+        self._flush(waiting)
+        if not kind:
+            self._forget(file)
+            return None
+        self._base.execute("UPDATE files SET format=? WHERE id=?", (kind, file))
+        return file
+
+    def _find_labels(self, path: str) -> bool:
+        """Keep what the label file of an image says; whether it has one."""
+        image = self._folder / path
+        for folder, endings in _label_places(image.parent):
+            for ending in endings:
+                file = folder / (image.stem + ending)
+                if not file.is_file():
+                    continue
+                found = read_labels(file)
+                if found is not None:
+                    kind, (width, height), rows = found
+                    self._keep(f"{kind} files", path, Named(path, "", width, height), rows)
+                    self.used += file.is_relative_to(self._folder)
+                    return True
+                self._faults["label files that cannot be read"] += folder != image.parent
+        return False
+
+    def _find_caption(self, path: str) -> None:
+        """Keep the text beside an image."""
+        file = (self._folder / path).with_suffix(".txt")
+        if file.is_file():
+            with file.open("rb") as stream:
+                text = stream.read(MAX_CAPTION).decode("utf-8-sig", errors="replace").strip()
+            self._keep("captions", path, Named(path, ""), [], text)
+            self.used += 1
+
+    def _keep(
+        self, kind: str, path: str, image: Named, rows: list[dict[str, Any]], caption: str = ""
+    ) -> None:
+        if kind not in self._single:
+            add = "INSERT INTO files(path, state, format) VALUES(?, '', ?)"
+            self._single[kind] = int(self._base.execute(add, (kind, kind)).lastrowid or 0)
+        file, key = self._single[kind], _text(path)
+        entries: list[Entry] = [image, *(Row(path, "", row) for row in rows)]
+        entries += [Caption(path, caption)] if caption else []
+        for entry in entries:
+            self._base.execute(_INSERTS[type(entry)], (file, *_columns(entry)))
+        self._base.execute("INSERT INTO claims VALUES(?,?,?,0,0,0)", (key, file, key))
+
+    def _flush(self, waiting: dict[type, list[tuple[Any, ...]]]) -> None:
+        for kind, rows in waiting.items():
+            self._base.executemany(_INSERTS[kind], rows)
+            rows.clear()
+
+    def _forget(self, file: int) -> None:
+        for table in ("images", "rows", "classes", "captions"):
+            self._base.execute(f"DELETE FROM {table} WHERE file=?", (file,))
+        self._base.execute("DELETE FROM files WHERE id=?", (file,))
+
+    def _claim(self, path: str, name: str) -> bool:
+        """Note which annotated images an image may be; whether there is one."""
+        own = (*self._parts, *_plain(path))
+        query = "SELECT file, images.id, name, path FROM images JOIN files ON file=files.id WHERE stem=?"
+        by_file: dict[int, list[tuple[int, str, bool, int]]] = {}
+        for file, image, other, source in self._base.execute(query, (own[-1],)):
+            theirs, where = _plain(other), PurePosixPath(source)
+            shared = _alike(own[::-1], theirs[::-1])
+            if shared == len(theirs) or shared >= min(len(_plain(name)), 2):
+                named = len(own[-2]) > 2 and own[-2].lower() in where.stem.lower()
+                claim = (shared, image, named, _alike(own, where.parts[:-1]))
+                by_file.setdefault(file, []).append(claim)
+        best = []
+        for file, claims in by_file.items():
+            most = max(claim[0] for claim in claims)
+            first, *more = [claim for claim in claims if claim[0] == most]
+            self._faults["images that two annotations fit"] += bool(more)
+            best += [] if more else [(file, *first)]
+        top = max((claim[3:] for claim in best), default=())
+        rows = [
+            (_text(path), file, image, shared, named, depth)
+            for file, shared, image, named, depth in best
+            if (named, depth) == top
+        ]
+        self._base.executemany("INSERT INTO claims VALUES(?,?,?,?,?,?)", rows)
+        return bool(rows)
+
+    def _settle(self) -> None:
+        """Leave each annotated image to the image that fits best; to none where two fit alike."""
+        query = "SELECT file, image FROM claims GROUP BY file, image HAVING count(*) > 1"
+        for key in self._base.execute(query).fetchall():
+            claims = self._base.execute(
+                "SELECT rowid, shared, named, depth FROM claims WHERE file=? AND image=?", key
+            ).fetchall()
+            best = max(claim[1:] for claim in claims)
+            lost = [claim for claim in claims if claim[1:] != best]
+            if len(claims) - len(lost) > 1:
+                lost = claims
+                self._faults["annotations that two images fit"] += 1
+            self._unnamed += len(lost)
+            self._base.executemany("DELETE FROM claims WHERE rowid=?", [claim[:1] for claim in lost])
+
+
+def _columns(entry: Entry) -> tuple[Any, ...]:
+    """An entry as its table has it, without the file."""
+    match entry:
+        case Named(image, name, width, height):
+            return _text(image), _text((_plain(name) or ("",))[-1]), _text(name), width, height
+        case Row(image, category, content):
+            return _text(image), _text(category), json.dumps(content, separators=(",", ":"))
+    return tuple(map(_text, entry))
+
+
+def _text(value: str | Path) -> str:
+    """A text that a database takes: a path may hold bytes that are no text."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def _plain(name: str) -> tuple[str, ...]:
+    """The parts of an image's path, without its ending."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if parts and parts[-1].lower().endswith((*ENDINGS, *OTHER_FORMATS)):
+        parts[-1] = parts[-1].rsplit(".", 1)[0]
+    return tuple(parts)
+
+
+def _alike(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """Parts with which both begin."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))  # noqa: B905
+
+
+@lru_cache(maxsize=4)
+def _label_places(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    """Folders in which label files of a folder's images may lie, and their endings there."""
+    head, found, tail = str(folder.absolute()).rpartition("/images")
+    beside = [Path(f"{head}/labels{tail}")] if found and tail[:1] in ("", "/") else []
+    beside += [folder.parent / name for name in PLACES]
+    places = [(place, LABELS) for place in dict.fromkeys(beside) if place.is_dir()]
+    endings = {path.suffix for path in folder.iterdir()} & (
+        {".xml", ".txt"} if has_classes(folder) else {".xml"}
+    )
+    return [*places, (folder, tuple(sorted(endings)))]
