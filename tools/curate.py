@@ -1,5 +1,6 @@
 """Curate images: regions, cluster labels, text labels, and the shards to train on.
 
+python tools/curate.py check --images data/scenes/train/images
 python tools/curate.py --images data/scenes/train/images --out data
 python tools/curate.py status --out data
 python tools/curate.py report --out data --truth data/scenes/train
@@ -11,9 +12,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaregion.bounds import Choice, Count, Folder, PositiveInt, Workers
-from megaregion.command_line import Parser, chosen_settings, progress, run
-from megaregion.curation.settings import CurationSettings, check_settings
+from megaregion.bounds import Choice, Count, File, Folder, PositiveInt, Workers
+from megaregion.command_line import Parser, changed_settings, chosen_settings, progress, run
+from megaregion.curation.settings import AnnotationSettings, CurationSettings, ImageSettings, check_settings
 from megaregion.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ def _share(piece: int | None, of: int | None) -> Share | None:
     return Share(piece, of)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    from megaregion.curation.inputs.check import check_images
+    from megaregion.files import write_text
+
+    if arguments.images is None:
+        raise UserError("--images FOLDER is missing; name the folder of the images")
+    image, annotation = (changed_settings(arguments, one()) for one in (ImageSettings, AnnotationSettings))
+    found = check_images(arguments.images, arguments.out, image, annotation, progress, arguments.workers)
+    print(found.table())
+    if arguments.json:
+        write_text(arguments.json, found.to_json())
+    if (error := found.no_use()) is not None:
+        raise error
+
+
 def _status(arguments: argparse.Namespace) -> None:
     import time
 
@@ -117,7 +133,20 @@ def _parser() -> Parser:
     add("--jobs", bool, False, "check the settings, print the jobs of a cluster run and end", group)
     parser.add_settings_files()
     parser.add_settings(CurationSettings(), flat=True)
-    commands = parser.add_subparsers(title="about a run that is under way or done", metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="about the images, and about a run that is under way or done", metavar="COMMAND"
+    )
+    check = commands.add_parser(
+        "check",
+        help="read all images once, change nothing, and print what would be used and why not the rest",
+    )
+    check.add_flag("--images", Folder, None, "folder of the images")
+    check.add_flag(*OUT)
+    check.add_flag("--json", File, None, "write the table to this file, too")
+    check.add_flag("--workers", Workers, 2, "processes; 0 works in this one")
+    check.add_settings(ImageSettings(), flat=True)
+    check.add_settings(AnnotationSettings(), flat=True)
+    check.set_defaults(command=_check)
     status = commands.add_parser("status", help="print what is done, running and failed")
     status.add_flag(*OUT)
     status.set_defaults(command=_status)

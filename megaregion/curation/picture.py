@@ -36,6 +36,13 @@ OTHER_FORMATS = (
     ".cr2", ".dng", ".exr", ".hdr", ".ico", ".jxl", ".nef", ".pgm", ".ppm", ".psd", ".svg", ".tga",
 )  # fmt: skip
 """Images that are not read, but counted by their ending."""
+NO_IMAGES = (
+    ".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".parquet", ".py", ".txt", ".xml",
+    ".yaml", ".yml",
+)  # fmt: skip
+"""Files that are no images whatever they hold; others are known by their first bytes."""
+FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  ")
+"""How an image of any name begins; WebP, AVIF and HEIC say it some bytes later."""
 ORIENTATION = 0x0112
 """EXIF tag of how the camera was held; 1 is upright."""
 MAX_ASPECT = 20
@@ -114,6 +121,15 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
     # Decoders raise nearly anything (struct.error, SyntaxError, KeyError ...) on a damaged file.
     except Exception:
         raise BadImage("truncated or damaged") from None
+
+
+def begins_like_an_image(start: bytes) -> bool:
+    """Whether the first 12 bytes of a file are those of an image that is read, whatever its name."""
+    return (
+        start.startswith(FIRST_BYTES)
+        or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+        or (start[4:8] == b"ftyp" and start[8:] in (b"avif", b"heic", b"heix", b"mif1"))
+    )
 
 
 def resize(pixels: Pixels, width: int, height: int) -> Pixels:

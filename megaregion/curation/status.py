@@ -133,6 +133,7 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
         unusable=dict(sorted(unusable.items())),
         counts=dict(sorted(counts.items())),
         clusters=_cluster_sizes(job) if "assign" in seconds else None,
+        left_out={kind: count for kind, (count, _) in sorted(job.source.kinds.items())},
         seconds={name: round(total, 1) for name, total in seconds.items()},
         **{**job.source.left_out, "bad": dict(sorted(bad.items()))},
     )

@@ -19,12 +19,37 @@ REASONS = (
     "no area", "crowd", "of an image of another size",
 )  # fmt: skip
 
+DUPLICATE, OTHER, HIDDEN, OUTPUT = "duplicate", "other file", "hidden file", "own output"
+BESIDE, ANNOTATION, TAR, FORMAT = "file of an image", "annotation file", "tar", "other format "
+BROKEN, LINK, UNREADABLE = "damaged tar", "link not followed", "not readable"
+"""Kinds of files and members that are no image of a run; FORMAT is followed by an ending."""
 SEVERAL = "first of several frames"
 """Name of the count of images whose file holds more frames or pages."""
+EXAMPLES = 3
+"""Names that are kept of each kind."""
 
 ALL_UNUSABLE = "images whose annotations are all unusable"
 NAMED = 10
 """Unusable images that the table names."""
+
+
+class Kinds(dict[str, tuple[int, list[str]]]):
+    """How many files or members of each kind there are, and the names of the first ones."""
+
+    def add(self, kind: str, *names: str, count: int = 1) -> None:
+        """Count so many of a kind, of which these are the first."""
+        before, examples = self.get(kind, (0, []))
+        self[kind] = before + count, [*examples, *names][:EXAMPLES]
+
+    def count(self, kind: str) -> int:
+        """How many there are of a kind."""
+        return self.get(kind, (0, []))[0]
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Images in formats that are not read, by ending."""
+        found = {kind.removeprefix(FORMAT): n for kind, (n, _) in self.items() if kind.startswith(FORMAT)}
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -63,6 +88,9 @@ class Summary:
     """Damaged tars and links that are not followed, all of them."""
     outputs: int = 0
     """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """All files and members that are no image of the run, by kind; with the images they are all that is
+    there, where a folder of own output counts as one."""
 
     annotations: dict[str, Any] = field(default_factory=dict)
     """Annotation files by path: format, images, those of them that are here, rows; what else was counted."""
@@ -79,6 +107,8 @@ class Summary:
             ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
             ("  damaged tars and links", self.damaged, "what could be read of a tar counts above"),
             ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
+            ("  hidden files", self.left_out.get(HIDDEN, 0), "their names begin with a dot"),
+            ("  files of images", self.left_out.get(BESIDE, 0), "captions, annotations"),
             ("  several frames", count[SEVERAL], "the first one counts"),
         ]
         rows = [

@@ -14,7 +14,6 @@ import os
 import shutil
 import sqlite3
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -40,12 +39,26 @@ from megaregion.curation.inputs.source import (
     sample_keys,
     write_listing,
 )
-from megaregion.curation.inputs.tars import scan_tar
-from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+from megaregion.curation.inputs.tars import sample_of, scan_tar, split_name
+from megaregion.curation.picture import ENDINGS, NO_IMAGES, OTHER_FORMATS, begins_like_an_image
 from megaregion.curation.settings import AnnotationSettings
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, read_json, write_bytes
+from megaregion.schemas.curation import (
+    ANNOTATION,
+    BESIDE,
+    BROKEN,
+    DUPLICATE,
+    FORMAT,
+    HIDDEN,
+    LINK,
+    OTHER,
+    OUTPUT,
+    TAR,
+    UNREADABLE,
+    Kinds,
+)
 
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Files that are looked into; one that is compressed is named with the way out."""
@@ -71,6 +84,8 @@ class Found(NamedTuple):
     """A .json file of the same name lies beside it; of a .json file, an image."""
     packed: bool
     """The index of a shard of the same name lies beside it."""
+    beside: bool
+    """An image of the same name up to the first dot lies beside it."""
 
 
 def find_images(
@@ -80,6 +95,7 @@ def find_images(
     slice_size: int,
     workers: int = 0,
     annotation: AnnotationSettings = AnnotationSettings(),  # noqa: B008 - it is frozen
+    hashed: bool = True,
 ) -> Source:
     """Find the images below a folder; hidden files and folders, and what megaregion wrote, are skipped.
 
@@ -92,9 +108,10 @@ def find_images(
         slice_size: Most images of a slice.
         workers: Processes that look into tars.
         annotation: Which annotation files are read.
+        hashed: Read all loose images to tell which have the same content; else all of them stay.
 
     Raises:
-        UserError: There is no such folder, no image in it, or a file that may not be read.
+        UserError: There is no such folder, no image in it, or a file that cannot be read.
     """
     if folder.suffix.lower() == ".parquet" and not folder.is_dir():
         raise UserError(f"--images {folder} is a Parquet file of URLs; {DOWNLOAD.format(folder)}")
@@ -103,7 +120,7 @@ def find_images(
             f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files "
             "or of WebDataset tars"
         )
-    search = _Search(folder, out)
+    search = _Search(folder, out, hashed)
     with _scratch(place / ".new") as new, open_index(place, folder, annotation) as index:
         candidates = new / "candidates.jsonl"
         write_listing(candidates, search.images(_Known(place / FILES)))
@@ -158,11 +175,11 @@ def _scratch(folder: Path) -> Iterator[Path]:
 class _Search:
     """What lies below a folder: counts, tars, and 16 bytes for each image that tell it from others."""
 
-    def __init__(self, folder: Path, out: Path) -> None:
-        self._folder, self._out = folder, out.resolve()
+    def __init__(self, folder: Path, out: Path, hashed: bool) -> None:
+        self._folder, self._out, self._hashed = folder, out.resolve(), hashed
         self._tars: list[Found] = []
-        self._parquets = self._others = self._duplicates = self._outputs = self._damaged = 0
-        self._formats = Counter[str]()
+        self._parquets = self._damaged = 0
+        self._kinds = Kinds()
         self._bad: dict[str, str] = {}
         self._contents, self._keys = array("Q"), array("Q")
         self._ambiguous: set[str] = set()
@@ -176,26 +193,29 @@ class _Search:
         for file in self._walk(self._folder, ""):
             ending = file.path.suffix.lower()
             if file.name.lower().endswith(TAR_ENDINGS):
-                self._outputs += file.packed
                 self._tars += [] if file.packed else [file]
-            elif ending in ENDINGS:
+                if file.packed:
+                    self._kinds.add(OUTPUT, file.name)
+            elif _is_image(file, ending):
                 state = _state(file.path)
                 row = known.of(file.name, state)
-                sha256 = row.get("sha256") or _hash(file.path)
+                sha256 = row.get("sha256") or (_hash(file.path) if self._hashed else "")
                 # Annotations are small: they are always read again.
                 annotation = _hash(file.path.with_suffix(".json")) if file.annotated else ""
-                self._contents.append(int(sha256[:16], 16))
-                self._keys.append(_number(plain_key(file.name.rsplit(".", 1)[0])))
+                self._contents.append(int(sha256[:16], 16) if sha256 else len(self._contents))
+                self._keys.append(_number(plain_key(_stem(file.name))))
                 yield {
                     "path": file.name, "size": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256,
                     **({"annotation": annotation} if annotation else {}),
                 }  # fmt: skip
             elif ending in OTHER_FORMATS:
-                self._formats[ending] += 1
+                self._kinds.add(FORMAT + ending, file.name)
             else:
-                self._others += 1
+                self._kinds.add(BESIDE if file.beside else OTHER, file.name)
                 self._parquets += ending == ".parquet"
-                self._datasets += [file.path] if ending in DATASETS and not file.annotated else []
+                # One that lies beside an image counts as the image's.
+                wanted = ending in DATASETS and not file.annotated and not file.beside
+                self._datasets += [file.path] if wanted else []
 
     def annotate(self, index: IndexWriter, candidates: Listing) -> None:
         """Read all annotation files but those beside an image, and find out what each is about."""
@@ -204,9 +224,14 @@ class _Search:
         members = ((tar.name, member.name) for tar in self._tars for member in scan_tar(tar.path).members)
         index.match(loose, members)
         self._annotations = index.summary()
-        self._others -= index.used
+        if index.used:
+            others, names = self._kinds.pop(OTHER)
+            if others > index.used:
+                rest = [name for name in names if not index.uses(name)]
+                self._kinds.add(OTHER, *rest, count=others - index.used)
+            self._kinds.add(ANNOTATION, *index.examples, count=index.used)
         for path, why in index.damaged.items():
-            self._name(path, why)
+            self._tell(path, why)  # Its kind is counted already.
 
     @cached_property
     def _firsts(self) -> NDArray[np.bool_]:
@@ -218,15 +243,16 @@ class _Search:
     def unique(self, candidates: Listing, index: IndexWriter | None) -> Iterator[dict[str, Any]]:
         """The first row of every content, with its key and the hash of its annotations."""
         keys, first = np.frombuffer(self._keys, dtype=np.uint64), self._firsts
-        self._duplicates += int((~first).sum())
         self.found += int(first.sum())
         values, counts = np.unique(keys[first], return_counts=True)
         shared = np.isin(keys, values[counts > 1])
-        tars = {plain_key(_stem(tar)) for tar in self._tars}
+        tars = {plain_key(tar.name.rsplit(".", 1)[0]) for tar in self._tars}
         for number, row in enumerate(candidates.rows()):
-            if first[number]:
-                name = row["path"]
-                key = plain_key(name.rsplit(".", 1)[0])
+            name = row["path"]
+            if not first[number]:
+                self._kinds.add(DUPLICATE, name)
+            else:
+                key = plain_key(_stem(name))
                 if shared[number] or len(key.encode()) > MAX_KEY_BYTES:
                     key = mark_key(key, name)
                 self._ambiguous.update(_beginnings(key, tars))
@@ -249,22 +275,24 @@ class _Search:
             for row, counted in zip(new, (pool.map if pool else map)(_count, paths), strict=True):
                 row.update(counted)
         for row in rows:
+            path = row["path"]
             self.found += row["images"]
-            self._duplicates += row["duplicates"]
-            self._others += row["others"]
-            self._formats.update(row["formats"])
-            row["labels"] = index.tar_digest(row["path"]) if index is not None else ""
+            for kind, (count, examples) in row["kinds"].items():
+                self._kinds.add(kind, *(f"{path}/{name}" for name in examples), count=count)
+            row["labels"] = index.tar_digest(path) if index is not None else ""
             if row["damage"]:
-                self._name(row["path"], f"{row['damage']}; images before it: {row['images']}")
+                self._name(BROKEN, path, f"{row['damage']}; images before it: {row['images']}")
+            else:
+                self._kinds.add(TAR, path)
         return iter(rows)
 
     def summary(self) -> dict[str, Any]:
         """What is not in the rows; JSON."""
         return {
             "version": VERSION, "scan": SCAN, "folder": str(self._folder.resolve()),
-            "duplicates": self._duplicates, "others": self._others, "outputs": self._outputs,
-            "formats": dict(sorted(self._formats.items())), "damaged": self._damaged, "bad": self._bad,
-            "annotations": self._annotations,
+            "duplicates": self._kinds.count(DUPLICATE), "others": self._kinds.count(OTHER),
+            "outputs": self._kinds.count(OUTPUT), "formats": self._kinds.formats, "damaged": self._damaged,
+            "bad": self._bad, "kinds": self._kinds, "annotations": self._annotations,
         }  # fmt: skip
 
     def no_image(self) -> UserError:
@@ -273,50 +301,68 @@ class _Search:
         if self._bad:
             path, why = next(iter(self._bad.items()))
             return UserError(f"{holds} no image{' in its tars' * bool(self._tars)}; {path}: {why}")
-        if self._outputs:
+        if self._kinds.count(OUTPUT):
             return UserError(
                 f"{holds} nothing but what megaregion wrote (shards, stages, runs, an atlas); "
                 "give the folder of the original images"
             )
         if self._parquets:
             return UserError(f"{holds} Parquet files of URLs; {DOWNLOAD.format(self._folder)}")
-        if self._formats:
+        if self._kinds.formats:
             return UserError(
-                f"{holds} images of {', '.join(self._formats)} only; convert them to JPEG or PNG"
+                f"{holds} images of {', '.join(self._kinds.formats)} only; convert them to JPEG or PNG"
             )
-        return UserError(f"{holds} no {', '.join(ENDINGS)} or .tar file among its {self._others} files")
+        others = self._kinds.count(OTHER)
+        return UserError(f"{holds} no {', '.join(ENDINGS)} or .tar file among its {others} files")
 
     def _walk(self, folder: Path, below: str) -> Iterator[Found]:
         """Files in the order of their names; a folder's counts with its slash, as in its files' names."""
         with _reading(folder), os.scandir(folder) as found:
-            shown = [entry for entry in found if not entry.name.startswith(".")]
-        entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry for entry in shown}
+            entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry for entry in found}
         if any(marks <= entries.keys() for marks in WRITTEN):
-            self._outputs += 1
+            self._kinds.add(OUTPUT, below)
             return
+        samples = {sample_of(stem) for stem, ending in map(split_name, entries) if ending in ENDINGS}
         for name in sorted(entries):
             entry, path = entries[name], folder / entries[name].name
-            if name.endswith("/"):
+            if name.startswith("."):
+                self._hide(path, below + name)
+            elif name.endswith("/"):
                 if path.resolve() == self._out or (name == "stages/" and "run.json" in entries):
-                    self._outputs += 1
+                    self._kinds.add(OUTPUT, below + name)
+                elif not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+                    self._name(UNREADABLE, below + name, "a folder that may not be read")
                 else:
                     yield from self._walk(path, below + name)
+            elif entry.is_file() and not os.access(path, os.R_OK, effective_ids=True):
+                self._name(UNREADABLE, below + name, "a file that may not be read")
             elif entry.is_file():
                 stem = path.stem
                 beside = ENDINGS if path.suffix.lower() == ".json" else (".json",)
                 annotated = any(stem + ending in entries for ending in beside)
-                yield Found(path, below + name, annotated, f"{stem}.index.npy" in entries)
+                yield Found(
+                    path, below + name, annotated, f"{stem}.index.npy" in entries, sample_of(stem) in samples
+                )
             elif entry.is_symlink():
                 kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
-                self._name(below + name, kind)
+                self._name(LINK, below + name, kind)
             else:
                 # A socket or a pipe, unless it is gone.
                 _state(path)
-                self._others += 1
+                self._kinds.add(OTHER, below + name)
+
+    def _hide(self, path: Path, name: str) -> None:
+        """Count a hidden file, or all files of a hidden folder, the run's own ones left out."""
+        if not name.endswith("/"):
+            self._kinds.add(HIDDEN, name)
+        elif path.resolve() != self._out:
+            files = sum(len(names) for _, _, names in os.walk(path))
+            if files:
+                self._kinds.add(HIDDEN, name, count=files)
 
     def _tar_keys(self) -> list[str]:
         """How the keys of each tar's images begin; no image of another tar or folder begins likewise."""
-        names = [_stem(tar) for tar in self._tars]
+        names = [tar.name.rsplit(".", 1)[0] for tar in self._tars]
         plain = {plain_key(name) for name in names}
         # The images x_y.tar/1 and x.tar/y_1 would have one key, and so would the file x_1.jpg and x.tar/1.
         for key in plain:
@@ -326,7 +372,11 @@ class _Search:
             for name, key in zip(names, sample_keys(names), strict=True)
         ]
 
-    def _name(self, path: str, why: str) -> None:
+    def _name(self, kind: str, path: str, why: str) -> None:
+        self._kinds.add(kind, f"{path} ({why})")
+        self._tell(path, why)
+
+    def _tell(self, path: str, why: str) -> None:
         self._damaged += 1
         if len(self._bad) < NAMED:
             self._bad[path] = why
@@ -373,12 +423,21 @@ def _count(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} changed while the images were listed; run again")
     return {
         "size": after.st_size, "changed": after.st_mtime_ns, "images": len(scan.members),
-        "duplicates": scan.duplicates, "others": scan.others, "formats": scan.formats, "damage": scan.damage,
+        "kinds": scan.kinds, "damage": scan.damage,
     }  # fmt: skip
 
 
-def _stem(tar: Found) -> str:
-    return tar.name.rsplit(".", 1)[0]
+def _stem(name: str) -> str:
+    """What stands before the last ending of an image; all of a name that has none."""
+    stem, _, ending = name.rpartition(".")
+    return stem if f".{ending.lower()}" in ENDINGS else name
+
+
+def _is_image(file: Found, ending: str) -> bool:
+    if ending in ENDINGS or ending in NO_IMAGES or ending in OTHER_FORMATS or file.beside:
+        return ending in ENDINGS
+    with _reading(file.path), file.path.open("rb") as stream:
+        return begins_like_an_image(stream.read(12))
 
 
 def _beginnings(key: str, among: set[str]) -> Iterable[str]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -33,6 +35,7 @@ from megaregion.curation.inputs.formats import (
 from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
 from megaregion.curation.settings import AnnotationSettings
 from megaregion.errors import UserError
+from megaregion.schemas.curation import EXAMPLES
 
 INDEX = "annotations.db"
 DATASETS = (".json", ".csv")
@@ -127,7 +130,10 @@ class IndexWriter(AnnotationIndex):
         self._unnamed = 0
         self._single: dict[str, int] = {}
         self.used = 0
-        """Files below the folder that annotate something."""
+        """Files below the folder that annotate something and lie beside no image."""
+        self.examples: list[str] = []
+        """The first of them."""
+        self._names = array("Q")
         self.damaged: dict[str, str] = {}
         """Files of many images that could not be read, and why."""
 
@@ -155,12 +161,24 @@ class IndexWriter(AnnotationIndex):
                 why = self.damaged.get(str(path), "no images are named in it")
                 raise UserError(f"--annotations-file {path} is no annotation ({why})")
             fresh |= {file} if file is not None else set()
-            self.used += file is not None and path.is_relative_to(self._folder.resolve())
+            if file is not None:
+                self._use(path, self._folder.resolve())
         for file in set(known.values()) - fresh:
             self._forget(file)
         self._base.execute("DELETE FROM claims")
         for number, columns in enumerate(_INDEXES):
             self._base.execute(f"CREATE INDEX IF NOT EXISTS index{number} ON {columns}")
+
+    def uses(self, name: str) -> bool:
+        """Whether a file of the folder, by its name from there, annotates something."""
+        return _mark(name) in self._names
+
+    def _use(self, file: Path, folder: Path) -> None:
+        if file.is_relative_to(folder):
+            name = file.relative_to(folder).as_posix()
+            self.used += 1
+            self.examples = [*self.examples, name][:EXAMPLES]
+            self._names.append(_mark(name))
 
     def match(self, paths: Iterable[str], tars: Iterable[tuple[str, str]]) -> None:
         """Find the annotations of loose images, by path, and of members of tars, by tar and name."""
@@ -264,7 +282,8 @@ class IndexWriter(AnnotationIndex):
                 if found is not None:
                     kind, (width, height), rows = found
                     self._keep(f"{kind} files", path, Named(path, "", width, height), rows)
-                    self.used += file.is_relative_to(self._folder)
+                    if folder != image.parent:
+                        self._use(file, self._folder)
                     return True
                 self._faults["label files that cannot be read"] += folder != image.parent
         return False
@@ -276,7 +295,6 @@ class IndexWriter(AnnotationIndex):
             with file.open("rb") as stream:
                 text = stream.read(MAX_CAPTION).decode("utf-8-sig", errors="replace").strip()
             self._keep("captions", path, Named(path, ""), [], text)
-            self.used += 1
 
     def _keep(
         self, kind: str, path: str, image: Named, rows: list[dict[str, Any]], caption: str = ""
@@ -373,6 +391,11 @@ def _alike(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 
 
 @lru_cache(maxsize=4)
+def _mark(name: str) -> int:
+    """64 bits that tell one name from another."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+
+
 def _label_places(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """Folders in which label files of a folder's images may lie, and their endings there."""
     head, found, tail = str(folder.absolute()).rpartition("/images")

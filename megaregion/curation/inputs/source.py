@@ -28,6 +28,7 @@ from megaregion.curation.inputs.tars import Member, scan_tar
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
 from megaregion.files import read_json
+from megaregion.schemas.curation import Kinds
 
 FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 """Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
@@ -37,7 +38,7 @@ _LEFT_OUT = {
     "duplicates": int, "others": int, "outputs": int, "formats": dict, "damaged": int, "bad": dict,
     "annotations": dict,
 }  # fmt: skip
-_FACTS = {"version": int, "folder": str, "digest": str, **_LEFT_OUT}
+_FACTS = {"version": int, "folder": str, "digest": str, "kinds": dict, **_LEFT_OUT}
 """What inputs.json holds."""
 
 
@@ -74,11 +75,8 @@ class Source:
         self.folder, self.place, self.slice_size = folder, place, slice_size
         try:
             found: dict[str, Any] = {
-                "outputs": 0,
-                "formats": {},
-                "annotations": {},
-                **read_json(place / INPUTS),
-            }
+                "outputs": 0, "formats": {}, "annotations": {}, "kinds": {}, **read_json(place / INPUTS),
+            }  # fmt: skip
             found.setdefault("damaged", len(found.get("bad", {})))
         except (OSError, ValueError, TypeError):
             found = {}
@@ -92,6 +90,8 @@ class Source:
         """Hash of all that slices depend on."""
         self.left_out: dict[str, Any] = {name: found[name] for name in _LEFT_OUT}
         """What is no image of the run, by the names that it has in a run's summary."""
+        self.kinds = Kinds(found["kinds"])
+        """The same and all else that is no image, by kind; a list of an older version has none."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
         self._index = AnnotationIndex(place)
 
@@ -115,6 +115,11 @@ class Source:
         last = (np.cumsum(slices) - 1)[slices > 0]
         sizes[last] = (images - (slices - 1) * self.slice_size)[slices > 0]
         return np.concatenate([[0], np.cumsum(sizes)])
+
+    @property
+    def loose(self) -> int:
+        """Images that lie in no tar; they are the first ones."""
+        return len(self._files)
 
     @property
     def slices(self) -> int:
@@ -196,7 +201,7 @@ class Source:
     def _content(self, path: Path, sha256: str) -> bytes:
         with _reading(path):
             content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path} changed while curation ran; run again")
         return content
 

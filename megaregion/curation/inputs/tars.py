@@ -7,13 +7,15 @@ the tar.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+from megaregion.curation.picture import ENDINGS, NO_IMAGES, OTHER_FORMATS, begins_like_an_image
+from megaregion.schemas.curation import BESIDE, DUPLICATE, FORMAT, HIDDEN, OTHER, Kinds
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -49,12 +51,8 @@ class Scan(NamedTuple):
 
     members: list[Member]
     """In the order of the tar."""
-    duplicates: int
-    """Images left out because another one before them has the same name."""
-    others: int
-    """Members that are no images and belong to none."""
-    formats: dict[str, int]
-    """Images in formats that are not read, by ending."""
+    kinds: Kinds
+    """What all other members are, folders left out."""
     damage: str
     """What is wrong with the tar, or empty; the members before the damage are whole."""
 
@@ -63,22 +61,24 @@ def scan_tar(path: Path) -> Scan:
     """Read all headers of a tar."""
     images: dict[str, Part] = {}
     texts: dict[str, dict[str, Part]] = {".json": {}, ".txt": {}}
-    rest: list[str] = []
-    formats: Counter[str] = Counter()
-    duplicates, damage = 0, ""
+    rest: list[tuple[str, Part | None]] = []
+    kinds, damage = Kinds(), ""
     try:
         with tarfile.open(path, "r:") as tar:
             for name, part in _members(tar):
-                stem, ending = _split(name)
-                if part is None or not ending:
-                    rest.append(name)
+                stem, ending = split_name(name)
+                if name.rpartition("/")[2].startswith("."):
+                    kinds.add(HIDDEN, name)
+                elif part is None:
+                    kinds.add(OTHER, name)
                 elif ending in ENDINGS:
-                    duplicates += stem in images
+                    if stem in images:
+                        kinds.add(DUPLICATE, name)
                     images.setdefault(stem, part)
                 elif ending in OTHER_FORMATS:
-                    formats[ending] += 1
+                    kinds.add(FORMAT + ending, name)
                 else:
-                    rest.append(stem)
+                    rest.append((name, part))
                     if ending in texts:
                         texts[ending].setdefault(stem, part)
             damage = _behind(path, tar.offset)
@@ -90,7 +90,8 @@ def scan_tar(path: Path) -> Scan:
     whole = {name: part for name, part in images.items() if part.offset + part.size <= size}
     if len(whole) < len(images):
         damage = damage or "truncated"
-    return Scan(_with_texts(whole, texts), duplicates, _count_others(rest, whole), dict(formats), damage)
+    _tell_rest(path, rest, whole, kinds)
+    return Scan(_with_texts(whole, texts), kinds, damage)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, Part | None]]:
@@ -108,7 +109,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, Part | None]]:
             yield member.name, Part(member.offset_data, member.size) if plain else None
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Path without the ending, and the ending in lower case; a hidden file has none that counts."""
     folder, _, last = name.rpartition("/")
     stem, dot, ending = last.rpartition(".")
@@ -117,7 +118,7 @@ def _split(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder and folder != "." else stem), f".{ending.lower()}"
 
 
-def _sample(stem: str) -> str:
+def sample_of(stem: str) -> str:
     """The name that WebDataset gives to all members of a sample: up to the first dot of the last part."""
     folder, slash, last = stem.rpartition("/")
     return folder + slash + last.partition(".")[0]
@@ -125,18 +126,37 @@ def _sample(stem: str) -> str:
 
 def _with_texts(images: dict[str, Part], texts: dict[str, dict[str, Part]]) -> list[Member]:
     """Images with the texts of the same name, or of the same sample where that has no other image."""
-    alone = Counter(map(_sample, images))
+    alone = Counter(map(sample_of, images))
 
     def beside(stem: str, ending: str) -> Part | None:
-        found, sample = texts[ending], _sample(stem)
+        found, sample = texts[ending], sample_of(stem)
         return found.get(stem) or (found.get(sample) if alone[sample] == 1 else None)
 
     return [Member(stem, part, beside(stem, ".json"), beside(stem, ".txt")) for stem, part in images.items()]
 
 
-def _count_others(rest: list[str], images: dict[str, Part]) -> int:
-    samples = {_sample(stem) for stem in images}
-    return sum(_sample(stem) not in samples for stem in rest)
+def _tell_rest(
+    path: Path, rest: list[tuple[str, Part | None]], images: dict[str, Part], kinds: Kinds
+) -> None:
+    """Tell what belongs to an image, is one by its first bytes and so joins them, or is something else."""
+    samples = {sample_of(stem) for stem in images}
+    with path.open("rb") as file:
+        for name, part in rest:
+            stem, ending = split_name(name)
+            if sample_of(stem) in samples:
+                kinds.add(BESIDE, name)
+            elif (
+                part is not None and ending not in NO_IMAGES and name not in images and _is_image(file, part)
+            ):
+                images[name] = part
+            else:
+                kinds.add(OTHER, name)
+
+
+def _is_image(file: BinaryIO, part: Part) -> bool:
+    whole = part.offset + part.size <= os.fstat(file.fileno()).st_size
+    file.seek(part.offset)
+    return whole and begins_like_an_image(file.read(min(part.size, 12)))
 
 
 def _behind(path: Path, offset: int) -> str:
