@@ -290,7 +290,7 @@ def listed(folder: Path, place: Path, **options: Any) -> Source:
 def test_names_with_dots_and_odd_endings_are_taken_or_counted(tmp_path: Path) -> None:
     names = [
         "22.05.png", "22.06.png", "0.input.jpg", "0.target.jpg", "a.JPE", "b.jfif", "c.avif", "d.tif",
-        "e.tiff", "f.psd", ".hidden.jpg", "README", "a.txt", "0.json", "22.05.json", "lonely.json",
+        "e.tiff", ".hidden.jpg", "README", "a.txt", "0.json", "22.05.json", "lonely.json",
     ]  # fmt: skip
     tar = write_tar(tmp_path / "tars" / "x.tar", [(name, name.encode()) for name in names])
     with tarfile.open(tar, "a") as more:
@@ -302,15 +302,20 @@ def test_names_with_dots_and_odd_endings_are_taken_or_counted(tmp_path: Path) ->
     assert [member.name for member in scan.members] == taken
     # A file of the same name belongs to an image, and one of its sample where that has no other image.
     assert [member.name for member in scan.members if member.annotation] == ["22.05"]
-    assert scan.formats == {".psd": 1}
-    assert scan.others == 4, "hidden file, README, lonely.json, link"
-    assert len(taken) + 1 + 4 + len(["a.txt", "0.json", "22.05.json"]) == len(names) + 1
+    beside = ["a.txt", "0.json", "22.05.json"]
+    assert scan.kinds == {
+        "hidden file": (1, [".hidden.jpg"]), "file of an image": (3, beside),
+        "other file": (3, ["link.jpg", "README", "lonely.json"]),
+    }  # fmt: skip
+    assert len(taken) + sum(count for count, _ in scan.kinds.values()) == len(names) + 1
     (tmp_path / "loose").mkdir()
     for name in names:
         (tmp_path / "loose" / name).write_bytes(name.encode())
     loose = listed(tmp_path / "loose", tmp_path / "out")
     assert sorted(Path(image.path).stem for image in loose.between(0, len(loose))) == sorted(taken)
-    assert loose.left_out["formats"] == scan.formats
+    assert {kind: count for kind, (count, _) in loose.kinds.items()} == {
+        "hidden file": 1, "file of an image": 3, "other file": 2,
+    }  # fmt: skip
 
 
 def test_members_behind_the_end_mark_and_compressed_tars_are_named(tmp_path: Path) -> None:

@@ -136,10 +136,8 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(
         title="about the images, and about a run that is under way or done", metavar="COMMAND"
     )
-    check = commands.add_parser(
-        "check",
-        help="read all images once, change nothing, and print what would be used and why not the rest",
-    )
+    check = commands.add_parser("check",
+        help="read all images, change nothing, print what would be used and why not the rest")  # fmt: skip
     check.add_flag("--images", Folder, None, "folder of the images")
     check.add_flag(*OUT)
     check.add_flag("--json", File, None, "write the table to this file, too")

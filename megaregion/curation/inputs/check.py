@@ -32,8 +32,8 @@ IMAGE = "image"
 USED = (IMAGE, SEVERAL)
 """Kinds that a curation takes; a tar is read, too."""
 
-Bar = Callable[[str, int], AbstractContextManager[Callable[..., object]]]
-"""Opens a progress bar for a number of images; what it gives is called with those just done."""
+Bar = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
+"""Opens a progress bar for a number of images; what it gives is called for each."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def check_images(
                         names.append(name)
                     contents.append(content)
                     verdicts.append(names.index(name))
-                tick(len(judged))
+                    tick()
         found = np.array(verdicts, dtype=np.int64)
         # Of loose images with the same content the first one counts, as in a curation.
         _, firsts = np.unique(np.array(contents[: source.loose], dtype=np.uint64), return_index=True)

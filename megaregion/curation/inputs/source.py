@@ -80,7 +80,9 @@ class Source:
             found.setdefault("damaged", len(found.get("bad", {})))
         except (OSError, ValueError, TypeError):
             found = {}
-        whole = all(type(found.get(key)) is kind for key, kind in _FACTS.items())
+        whole = all(type(found.get(key)) is kind for key, kind in _FACTS.items()) and all(
+            type(row) is list and len(row) == 2 for row in found["kinds"].values()
+        )
         if not whole or found["version"] != VERSION or found["folder"] != str(folder.resolve()):
             raise UserError(
                 f"{place.parent} has no list of the images in {folder}; "
@@ -90,7 +92,7 @@ class Source:
         """Hash of all that slices depend on."""
         self.left_out: dict[str, Any] = {name: found[name] for name in _LEFT_OUT}
         """What is no image of the run, by the names that it has in a run's summary."""
-        self.kinds = Kinds(found["kinds"])
+        self.kinds = Kinds({kind: (count, examples) for kind, (count, examples) in found["kinds"].items()})
         """The same and all else that is no image, by kind; a list of an older version has none."""
         self._files, self._tars = Listing(place / FILES), Listing(place / TARS)
         self._index = AnnotationIndex(place)
