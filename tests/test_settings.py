@@ -280,7 +280,7 @@ TOOLS = [
     ("curate.py --images=", "--images must not be empty"),
     ("curate.py --images x --out=", "--out must not be empty"),
     ("curate.py", "--images FOLDER is missing"),
-    ("curate.py stats", "must be status or report, got stats; did you mean status?"),
+    ("curate.py stats", "must be check or status or report, got stats; did you mean status?"),
     ("curate.py --images x --of 0 --piece 0", "--of must lie in [1, 1e9], got 0"),
     ("atlas.py x --tile 0", "--tile must lie in [32, 512], got 0"),
     ("atlas.py x --workers -1", "--workers must lie in"),
