@@ -1,7 +1,7 @@
 """What a curation would take of its input, and why not the rest, before it is started.
 
-Every file and member is read once, and nothing is written but a list in a temporary folder. Ten bytes of
-memory are spent on an image.
+Every file and member is read once, and nothing is written but a list in a temporary folder. About a hundred
+bytes of memory are spent on an image.
 
 Shapes: n images.
 """
