@@ -164,8 +164,10 @@ def test_the_summary_names_each_file_with_its_format_and_its_rows_add_up(
     assert summary.counts["dropped: crowd"] == 16
     assert summary.counts["images with annotations"] == 40
     assert summary.counts["proposed"] == 24 + 24 + 16 + 16 + 16
-    # data.yaml and the eight JSON files beside SA-1B's images are no images, and annotate by themselves.
-    assert summary.others == 1 + 8
+    # data.yaml alone annotates nothing by itself; the JSON files lie beside SA-1B's images.
+    assert summary.others == 1
+    assert summary.left_out["annotation file"] == 3 + 8 + 8
+    assert summary.left_out["file of an image"] == 8
     assert "COCO" in summary.table()
 
 

@@ -18,7 +18,7 @@ from test_transforms import bomb
 
 from megaregion.curation.inputs.check import Check, check_images
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.settings import ImageSettings
+from megaregion.curation.settings import AnnotationSettings, ImageSettings
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.writer import ShardWriter
 from megaregion.schemas.curation import Summary
@@ -120,7 +120,9 @@ def test_check_and_summary_agree_and_add_up_and_each_odd_file_is_what_the_table_
     for _, kind in ODD.values():
         expected[kind] = expected.get(kind, 0) + 1
     before = sorted(odd.rglob("*"))
-    found = check_images(odd / place, tmp_path / "out", ImageSettings(), silent, workers=0)
+    found = check_images(
+        odd / place, tmp_path / "out", ImageSettings(), AnnotationSettings(), silent, workers=0
+    )
     assert sorted(odd.rglob("*")) == before
     assert kinds_of(found) == expected
     assert found.total == sum(expected.values()) == len(ODD) + sum(MORE[place].values())
@@ -143,7 +145,7 @@ def test_the_command_says_the_same_with_several_processes_and_ends_with_2_where_
     command = ("tools/curate.py", "check", "--workers", 2, "--piece-images", 5, "--images")
     ended = tool(*command, odd, "--json", file)
     assert ended.returncode == 0, ended.stderr
-    alone = check_images(odd, tmp_path / "out", ImageSettings(), silent, workers=0)
+    alone = check_images(odd, tmp_path / "out", ImageSettings(), AnnotationSettings(), silent, workers=0)
     assert alone.table() in ended.stdout
     assert json.loads(file.read_text()) == json.loads(alone.to_json())
     (tmp_path / "bad").mkdir()
@@ -201,6 +203,6 @@ def test_the_first_of_loose_images_with_one_content_is_judged(tmp_path: Path) ->
     folder.mkdir()
     for number in range(40):
         (folder / f"{number}.jpg").write_bytes(b"" if number % 2 else np.uint32(number).tobytes())
-    found = check_images(folder, tmp_path / "out", ImageSettings(), silent, workers=0)
+    found = check_images(folder, tmp_path / "out", ImageSettings(), AnnotationSettings(), silent, workers=0)
     assert kinds_of(found) == {"not an image": 20, "empty file": 1, "duplicate": 19}
     assert found.unusable["not an image"][1] == ["0.jpg", "10.jpg", "12.jpg"]
