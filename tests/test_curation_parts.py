@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,12 @@ from launch import repository
 from paddle_models import save_paddle_models
 from PIL import Image, ImageDraw, ImageFont
 
-from megaregion.curation.engines import load_embedder, load_reader
+from megaregion.curation.engines import Reader, load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch, objectness
 from megaregion.curation.kmeans import find_centers
 from megaregion.curation.nearest import nearest
 from megaregion.curation.picture import Proposal, crop, iou
+from megaregion.curation.report import script_of
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings
 from megaregion.curation.stages.regions import choose, nms, rank
 from megaregion.curation.stages.text import default_corpus, distinct_texts, train_tokenizer
@@ -185,6 +187,57 @@ def test_a_slanted_word_gets_the_upright_box_around_it() -> None:
     assert iou(np.array([found.box]), inked)[0, 0] > 0.5
     assert load_reader(OcrSettings()).read(np.zeros((80, 80, 3), np.uint8)) == []
     assert load_reader(OcrSettings(ocr="none")).read(np.asarray(image)) == []
+
+
+def lettering(text: str, angle: float, stacked: bool = False) -> np.ndarray:
+    """A word in DejaVu, turned against the clock, or its letters below each other."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 36)
+    layer = Image.new("RGBA", (200, 300) if stacked else (int(font.getlength(text)) + 12, 50))
+    draw = ImageDraw.Draw(layer)
+    if stacked:
+        for place, letter in enumerate(text):
+            draw.text((100, 20 + 36 * place), letter, font=font, fill="white", anchor="mt")
+    else:
+        draw.text((6, 2), text, font=font, fill="white")
+    turned = layer.rotate(angle, expand=True, resample=Image.Resampling.BICUBIC)
+    image = Image.new("RGB", (320, 320), (40, 60, 90))
+    image.paste(turned, ((320 - turned.width) // 2, (320 - turned.height) // 2), turned)
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return load_reader(OcrSettings())
+
+
+@pytest.mark.parametrize("angle", [0, 20, 70, 90, 110, 160, 180, 200, 250, 270, 290, 340])
+def test_a_word_is_read_right_however_it_is_turned(angle: int, reader: Reader) -> None:
+    for text in ("Coffee", "EXIT", "Hotel 24"):
+        (word,) = reader.read(lettering(text, angle))
+        assert word.text == text
+        assert word.score > 0.9
+        if angle % 90 == 0:
+            assert word.direction == ("", "upwards", "upside down", "downwards")[angle // 90]
+
+
+def test_letters_in_a_column_and_one_tall_letter_are_read_as_they_stand(reader: Reader) -> None:
+    (word,) = reader.read(lettering("HOTEL", 0, stacked=True))
+    assert word.text == "HOTEL"
+    assert word.direction in ("stacked", "downwards")
+    single = Image.fromarray(lettering("I", 0)).crop((120, 120, 200, 200)).resize((320, 320))
+    assert {word.text for word in reader.read(np.asarray(single))} <= {"I", "l"}, "it is no dash"
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Exit", "latin"), ("\uff25\uff38\uff29\uff34", "latin"), ("出口", "cjk"), ("人々", "cjk"),
+        ("トイレ", "katakana"), ("ありがとう", "hiragana"), ("출구", "hangul"), ("выход", "cyrillic"),
+        ("مخرج", "arabic"), ("24-7", "digits and signs"), ("东京Tokyo市长", "latin"),
+    ],
+)  # fmt: skip
+def test_a_text_counts_for_the_script_of_most_of_its_letters(text: str, script: str) -> None:
+    assert script_of(text) == script
 
 
 def test_paddleocr_reads_through_the_same_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

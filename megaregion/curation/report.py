@@ -11,9 +11,10 @@ Shapes: m regions of a sample, K clusters, C channels; R regions and S true boxe
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,6 +117,10 @@ class TextQuality:
     """The most frequent texts."""
     tokens: list[tuple[str, int]]
     """The most frequent tokens."""
+    scripts: dict[str, int] = field(default_factory=dict)
+    """Words that are kept by the script of most of their letters, as Unicode names it."""
+    directions: dict[str, int] = field(default_factory=dict)
+    """Words that are kept and do not run from left to right, by how they run."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +287,7 @@ def text_quality(job: Job) -> TextQuality:
     bins = np.zeros(len(BINS) - 1, dtype=np.int64)
     texts: Counter[str] = Counter()
     tokens: Counter[int] = Counter()
+    scripts, directions = Counter[str](), Counter[str]()
     kept = 0
     for number in range(job.source.slices):
         path = job.store.folder(Piece("ocr", number)) / WORDS
@@ -290,6 +296,8 @@ def text_quality(job: Job) -> TextQuality:
             for word in image.above(least):
                 kept += 1
                 texts[word.text] += 1
+                scripts[script_of(word.text)] += 1
+                directions[word.direction] += bool(word.direction)
                 tokens.update(token_set(tokenizer, word.text))
         if len(texts) > 2 * KNOWN_TEXTS:
             texts = Counter(dict(texts.most_common(KNOWN_TEXTS)))
@@ -305,7 +313,19 @@ def text_quality(job: Job) -> TextQuality:
         byte_tokens=single / max(1, total),
         texts=texts.most_common(SHOWN),
         tokens=[(tokenizer.id_to_piece(token), count) for token, count in tokens.most_common(SHOWN)],
+        scripts=dict(scripts.most_common()),
+        directions=dict(sorted((+directions).items())),
     )
+
+
+def script_of(text: str) -> str:
+    """The script of most letters of a text, as Unicode names it; wide forms count as plain ones."""
+    letters = filter(str.isalpha, unicodedata.normalize("NFKC", text))
+    scripts = Counter(unicodedata.name(letter, "unknown").split()[0].lower() for letter in letters)
+    # The sign that repeats a Chinese character has a name of its own.
+    scripts["cjk"] += scripts.pop("ideographic", 0)
+    best = max(scripts, key=lambda script: scripts[script])
+    return best if scripts[best] else "digits and signs"
 
 
 def truth_quality(job: Job, truth: Mapping[str, Any]) -> TruthQuality:
@@ -425,6 +445,8 @@ def _text_rows(found: TextQuality) -> Rows:
         ("words by confidence", confidence),
         ("tokens of a word", f"{found.tokens_per_word:.2f}"),
         ("tokens in use", f"{found.used_tokens} of {found.vocabulary}, {found.byte_tokens:.1%} single bytes"),
+        ("words by script", _counted(list(found.scripts.items()))),
+        ("words in other directions", _counted(list(found.directions.items())) or "none"),
         ("most frequent texts", _counted(found.texts)),
         ("most frequent tokens", _counted(found.tokens)),
     ]
