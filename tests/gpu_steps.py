@@ -33,6 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True},
     "cheap": {"activation_gib": 0.09},
     "packed": {"packing": "native"},
+    "twenty packed": {"packing": "native", "images": 20},
+    "bf16 sums": {"grad_precision": "bf16"},
+    "packed, bf16 sums": {"packing": "native", "grad_precision": "bf16"},
     "1 draw": {"depth": 2, "draw_images": 640},
     "4 draws": {"depth": 2, "draw_images": 160},
     "draw after draw": {"depth": 2, "draw_images": 160, "backend": "torch"},
@@ -48,6 +51,7 @@ def count(
     zero_stage: int = 1,
     sequence: bool = True,
     packing: str = "square",
+    images: int = 10,
     draw_images: int = 320,
     chunk_bytes: int = 256 * 2**20,
     sample_rate: float = 0.1,
@@ -62,7 +66,7 @@ def count(
         ),
         data=DataConfig(regions_per_image=10, packing=packing),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),
-        train=TrainConfig(global_batch=640, micro_batch=10 * tensor, **train),
+        train=TrainConfig(global_batch=640, micro_batch=images * tensor, **train),
         head=HeadsConfig(
             embedding_dim=dim,
             backend=backend,

@@ -12,27 +12,82 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """How the images of a batch share one sequence: each image's tokens behind those of the image before."""
+    """How the images of a batch share one sequence: each image's tokens behind those of the image before.
+
+    Numbers of tokens are int32 and on the device; they are sent there once a pass. In *columns* every image
+    has as many places as the longest image has tokens.
+    """
 
     lengths: tuple[int, ...]
     """Tokens of each image."""
     boundaries: Tensor
-    """Where each image starts and the last one ends, int32 [images + 1], on the device."""
+    """Where each image starts and the last one ends, [images + 1]."""
     slots: Tensor
-    """Number of the image whose class token a token is, int32 [S], -1 for patches; on the device."""
+    """Number of the image whose class token a token is, [S], -1 for patches."""
+    patches: Tensor
+    """Where each patch stands, int64 [P]."""
+    columns: Tensor
+    """The token in each image's columns, [images x columns]; the image's class token where it has no more."""
+    places: Tensor
+    """Each token's place among the columns, [S]."""
 
     @property
     def starts(self) -> Tensor:
-        """Where each image's class token stands, int32 [images]."""
+        """Where each image's class token stands, [images]."""
         return self.boundaries[:-1]
+
+    def spread(self, patches: Tensor, own: Tensor) -> Tensor:
+        """The sequence [S, ...] of all images' patches, [P, ...], with ``own`` [...] as each class token."""
+        return own.expand(len(self.slots), *own.shape).index_copy(0, self.patches, patches)
+
+    def in_columns(self, rows: Tensor) -> Tensor:
+        """Rows of a sequence, [S, ...], image by image, [images, columns, ...]; fillers pass nothing back."""
+        spread: Tensor = _Spread.apply(rows, self.columns, self.places)
+        return spread.unflatten(0, (len(self.lengths), -1))
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of a sequence, some of them more than once; the gradient of a row is that of one place.
+
+    The others are masked. torch would add up the gradients of all, row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, numbers: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.index_select(0, numbers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+def pack(grids: Sequence[tuple[int, int]], device: torch.device) -> Packing:
+    """Lay images of so many rows and columns of patches behind each other."""
+    lengths = [1 + rows * columns for rows, columns in grids]
+    ends, longest = np.cumsum(lengths), max(lengths)
+    starts = ends - lengths
+    slots = np.full(ends[-1], -1)
+    slots[starts] = np.arange(len(lengths))
+    column = np.arange(longest)
+    there = column < np.array(lengths)[:, None]
+    parts = (
+        np.append(0, ends), slots, np.flatnonzero(slots < 0),
+        (starts[:, None] + np.where(there, column, 0)).ravel(), np.flatnonzero(there),
+    )  # fmt: skip
+    # Once a pass, and without waiting for a GPU: a list of indices in each block would wait for it each time.
+    numbers = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device, non_blocking=True)
+    boundaries, slots, patches, columns, places = numbers.split([len(part) for part in parts])
+    return Packing(tuple(lengths), boundaries, slots, patches.long(), columns, places)
 
 
 class Rotation(NamedTuple):
@@ -54,17 +109,21 @@ class Rotation(NamedTuple):
         """Images of the batch."""
         return self.sequences if self.packing is None else len(self.packing.lengths)
 
+    def of_class_tokens(self, count: int) -> Rotation:
+        """The angles of so many class tokens, each the only token of a sequence of its own."""
+        return Rotation(self.class_angle, self.cos[:1], self.sin[:1], count)
+
 
 def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
     """The angles of images in one sequence, each behind its class token; grids are (rows, columns)."""
-    parts = [rotation(class_angle, rows, columns, theta, 1) for rows, columns in grids]
-    cos, sin = torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts])
-    lengths = tuple(1 + rows * columns for rows, columns in grids)
-    # Once a pass, and without waiting for a GPU: a list of indices in each block would wait for it each time.
-    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(cos.device, non_blocking=True)
-    numbers = torch.arange(len(lengths), dtype=torch.int32, device=cos.device)
-    slots = cos.new_full((len(cos),), -1, dtype=torch.int32).index_copy(0, boundaries[:-1].long(), numbers)
-    return Rotation(class_angle.float(), cos, sin, 1, Packing(lengths, boundaries, slots))
+    class_angle = class_angle.float()
+    packing, fixed = pack(grids, class_angle.device), class_angle.detach()
+    tables = [_patch_table(*grid, len(fixed), theta, fixed.device) for grid in grids]
+    cosines, sines = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    cos = packing.spread(cosines, fixed.cos())
+    return Rotation(
+        class_angle, torch.cat((cos, cos), dim=-1), packing.spread(sines, fixed.sin()), 1, packing
+    )
 
 
 def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
@@ -79,7 +138,7 @@ def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images:
     return Rotation(class_angle, torch.cat((cos, cos), dim=-1), torch.cat((fixed.sin(), sin)), images)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _patch_table(
     rows: int, columns: int, pairs: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -91,16 +150,6 @@ def _patch_table(
     by_column = column[None].expand(rows, columns, -1)
     angles = torch.cat((by_row, by_column), dim=-1).flatten(0, 1)
     return angles.cos(), angles.sin()
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of vectors [..., d]; gradients reach the angles too.
-
-    Cosines and sines broadcast to [..., d/2]. Computed in at least float32, returned in the type of x.
-    """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
 
 
 def split_and_turn(qkv: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:

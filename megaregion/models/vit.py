@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from megaregion.config import Activation, ModelConfig
 from megaregion.errors import UserError
 from megaregion.models.costs import CHANNELS, Recompute, everywhere
 from megaregion.models.layers import Linear, only_products_kept, recomputed
-from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn, turn
+from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn
 
 
 class Stream:
@@ -67,6 +67,10 @@ class PatchEmbedding(nn.Module):
         return F.linear(pixels, self.weight.flatten(1))
 
 
+AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""How a part without random numbers is made again in the backward pass."""
+
+
 class Attention(nn.Module):
     """Multi-head attention with 2D rotary positions and one fused projection.
 
@@ -86,8 +90,10 @@ class Attention(nn.Module):
 
     def project_regions(self, regions: Tensor, angles: Rotation, count: int) -> Tensor:
         """Queries of normed region tokens [R, D], turned by the class token's angle, [B, H, N, d]."""
-        query = self._by_heads(self.qkv(regions), angles.images, count)[:, :, :, 0].transpose(1, 2)
-        return turn(query, angles.class_angle.cos(), angles.class_angle.sin())
+        tokens = angles.images * count
+        fused = self._by_heads(self.qkv(regions), tokens, 1)
+        query, _, _ = split_and_turn(fused, angles.of_class_tokens(tokens))
+        return query.squeeze(2).unflatten(0, (angles.images, count)).transpose(1, 2)
 
     def _by_heads(self, qkv: Tensor, images: int, tokens: int) -> Tensor:
         """The fused projection of all tokens, without rows that pad a part, as [B, tokens, H, 3, d]."""
@@ -125,36 +131,51 @@ def packed_attention(
 ) -> Tensor:
     """Let every image's queries read that image's tokens; returns the shape of the queries.
 
-    On a GPU in half precision one kernel takes all images (flash attention over their boundaries); elsewhere
-    each image is a call of its own, which costs no operation that a mask would throw away.
+    On a GPU in half precision one kernel takes all image tokens (flash attention over their boundaries), and
+    one takes all regions; elsewhere each image is a call of its own, which costs no operation that a mask
+    would throw away.
 
     Args:
         query: Queries of the image tokens, [1, H, S, d]; with a mask those of regions, [images, H, N, d].
         key: Keys, [1, H, S, d].
         value: Values, [1, H, S, d].
-        mask: What each region sees, [1, 1, N, S], 0 or -inf; None for image tokens.
+        mask: What each region sees, [images, 1, N, columns], 0 or -inf; None for image tokens.
         packing: How the images share the sequence.
     """
-    if mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _by_boundaries(query, key, value, packing)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if mask is None:
+            return _by_boundaries(query, key, value, packing)
+        inputs = (query, key, value, mask, packing)
+        # The columns are not worth their memory until the backward pass.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        read: Tensor = checkpoint(_by_columns, *inputs, **AGAIN) if again else _by_columns(*inputs)
+        return read
     lengths = packing.lengths
     keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
     if mask is None:
         own = zip(query.split(lengths, dim=2), keys, values, strict=True)
         return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in own], dim=2)
-    parts = zip(query.split(1), keys, values, mask.split(lengths, dim=3), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in parts])
+    parts = zip(query.split(1), keys, values, mask.split(1), lengths, strict=True)
+    seen = [F.scaled_dot_product_attention(q, k, v, attn_mask=m[..., :n]) for q, k, v, m, n in parts]
+    return torch.cat(seen)
 
 
 def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel wants [S, H, d].
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     ends, longest = packing.boundaries, max(packing.lengths)
     read = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(read, Tensor)
     return read.transpose(0, 1)[None]
+
+
+def _by_columns(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, packing: Packing) -> Tensor:
+    def own(sequence: Tensor) -> Tensor:
+        return packing.in_columns(sequence.squeeze(0).transpose(0, 1)).transpose(1, 2)
+
+    return F.scaled_dot_product_attention(query, own(key), own(value), attn_mask=mask)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -229,7 +250,7 @@ class Block(nn.Module):
             image: Image tokens, [R, D].
             regions: Region tokens, [R, D], or None where no region rides along.
             angles: Angles of the image's tokens.
-            mask: What each region sees, [B, 1, N, T], 0 or -inf; None without regions.
+            mask: What each region sees of its image, [B, 1, N, T], 0 or -inf; None without regions.
             image_ends_here: Nobody reads the image tokens after this block: return those that came in.
         """
         if self.cheap and torch.compiler.is_compiling():
@@ -336,7 +357,7 @@ class VisionTransformer(nn.Module):
             ValueError: The mask does not fit the images.
         """
         angles, image = self._embed(images, grids)
-        mask = None if visible is None else _mask(visible, image, grids)
+        mask = None if visible is None else _mask(visible, image, angles.packing)
         sequences, tokens, width = image.shape
         image, regions, last = self.stream.scatter(image), None, len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
@@ -346,7 +367,7 @@ class VisionTransformer(nn.Module):
             image_ends = regions_only and visible is not None and index == last
             inputs = (image, regions, angles, mask, image_ends)
             if self._recompute[index] == "full" and torch.is_grad_enabled():
-                image, regions = checkpoint(block, *inputs, use_reentrant=False)
+                image, regions = checkpoint(block, *inputs, **AGAIN)
             else:
                 image, regions = block(*inputs)
         if visible is not None and regions is not None:
@@ -364,12 +385,11 @@ class VisionTransformer(nn.Module):
             own = self.class_embedding.expand(len(images), 1, -1)
             return angles, self.pre_norm(torch.cat((own, self.patch_embedding(images)), dim=1))
         patches = self.patch_embedding(images)[:, 0]
-        counts = [rows * columns for rows, columns in grids]
-        if len(patches) != sum(counts):
-            raise ValueError(f"grids hold {sum(counts)} patches, got {len(patches)}")
-        own = self.class_embedding[None]
-        parts = [part for image in patches.split(counts) for part in (own, image)]
-        return packed_rotation(class_angle, grids, theta), self.pre_norm(torch.cat(parts)[None])
+        if len(patches) != (held := sum(rows * columns for rows, columns in grids)):
+            raise ValueError(f"grids hold {held} patches, got {len(patches)}")
+        angles = packed_rotation(class_angle, grids, theta)
+        assert angles.packing is not None
+        return angles, self.pre_norm(angles.packing.spread(patches, self.class_embedding)[None])
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Norm class tokens or region tokens [..., D] into features [..., D]."""
@@ -392,20 +412,24 @@ def _class_tokens(image: Tensor, packing: Packing | None) -> Tensor:
     return image[:, :1] if packing is None else image[0].index_select(0, packing.starts)[:, None]
 
 
-def _mask(visible: Tensor, image: Tensor, grids: tuple[tuple[int, int], ...] | None) -> Tensor:
+def _mask(visible: Tensor, image: Tensor, packing: Packing | None) -> Tensor:
     """Turn what regions see into what is added to their scores.
 
-    [B, N, P] becomes [B, 1, N, 1 + P]; in one sequence [N, P] becomes [1, 1, N, S].
+    [B, N, P] becomes [B, 1, N, 1 + P]; of packed images [N, P] becomes [images, 1, N, columns].
     """
-    batch, tokens, _ = image.shape
-    if grids is not None:
-        parts = visible.split([rows * columns for rows, columns in grids], dim=1)
-        visible = torch.cat([F.pad(part, (1, 0)) for part in parts], dim=1)[None, :, 1:]
-    if visible.dim() != 3 or visible.shape[0] != batch or visible.shape[2] != tokens - 1:
-        raise ValueError(
-            f"visible must have the shape [{batch}, regions, {tokens - 1}], got {list(visible.shape)}"
-        )
-    mask = image.new_full((batch, 1, visible.shape[1], tokens), float("-inf"))
+    # One sequence has no images to tell apart.
+    leading, patches = ([len(image)], image.shape[1] - 1) if packing is None else ([], len(packing.patches))
+    *found, _, seen_patches = visible.shape
+    if (found, seen_patches) != (leading, patches):
+        wanted = ", ".join(map(str, [*leading, "regions", patches]))
+        raise ValueError(f"visible must have the shape [{wanted}], got {list(visible.shape)}")
+    if packing is not None:
+        seen = packing.spread(visible.T, visible.new_zeros(len(visible))).index_select(0, packing.columns)
+        visible = seen.unflatten(0, (len(packing.lengths), -1)).transpose(1, 2)[..., 1:]
+    images, regions, patches = visible.shape
+    # A GPU's kernel wants rows that begin at multiples of 16, and copies others in every block.
+    columns = -(-(1 + patches) // 16) * 16
+    mask = image.new_full((images, 1, regions, columns), float("-inf"))[..., : 1 + patches]
     mask[:, 0, :, 1:].masked_fill_(visible, 0.0)
     return mask
 

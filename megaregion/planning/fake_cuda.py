@@ -118,9 +118,9 @@ def _attention(
     if attn_mask is None:
         out = ops._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
         return out
-    # The kernel wants rows of the mask to begin at multiples of 16 bytes.
-    if pad := -attn_mask.shape[-1] % 16:
-        attn_mask = F.pad(attn_mask, (0, pad))[..., :-pad]
+    # The kernel wants rows of the mask to begin at multiples of 16.
+    if any(stride % 16 for stride in attn_mask.stride()[:-1]):
+        attn_mask = F.pad(attn_mask, (0, pad := -attn_mask.shape[-1] % 16))[..., : -pad or None]
     mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     out = ops._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
     return out
