@@ -105,6 +105,12 @@ class DataConfig:
     """Regions N that every image gives; fewer are resampled, more are subsampled."""
     max_text_tokens: Annotated[int, Whole(1, 10_000)] = 16
     """Most distinct tokens kept as positives of one text region."""
+    max_object_labels: Annotated[int, Whole(1, 10_000)] = 1
+    """Most clusters kept as positives of one object region, of those that the shards hold for it
+    (tools/curate.py --labels-per-region)."""
+    object_labels: Literal["nearest", "drawn"] = "nearest"
+    """Which clusters of an object region are kept where the shards hold more: the nearest, or others drawn
+    each time that the image comes."""
     crop_scale: tuple[CropShare, CropShare] = (0.5, 1.0)
     """Least and greatest share of the image's area in a random crop."""
     crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 4 / 3)
@@ -138,6 +144,11 @@ class DataConfig:
     instead, for ranks that share a model must read the same."""
     read_pause: Annotated[float, Real(0, 3600, "SECONDS")] = 1.0
     """Seconds before the first of these tries; each later pause is twice as long."""
+
+    @property
+    def label_slots(self) -> int:
+        """Positives for which a region has room."""
+        return max(self.max_text_tokens, self.max_object_labels)
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,7 @@ class HeadsConfig:
     idle_steps: Steps = 10_000
     """Steps without a positive after which a class counts as idle."""
     object: HeadConfig = field(default_factory=HeadConfig)
-    """Objects: one positive, the region's cluster."""
+    """Objects: one positive, the region's cluster, or several (data.max_object_labels)."""
     text: HeadConfig = field(default_factory=lambda: HeadConfig(sample_rate=1.0))
     """Text: several positives, the tokens of the region's words."""
 

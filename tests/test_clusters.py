@@ -159,6 +159,23 @@ def test_every_region_with_an_embedding_gets_the_nearest_of_all_centers(tmp_path
 
 
 @pytest.mark.usefixtures("embedded")
+def test_a_region_gets_as_many_of_the_nearest_centers_as_are_wanted_in_their_order(tmp_path: Path) -> None:
+    out, vectors = tmp_path / "a", unit(made_features())
+    run(out)
+    alone, usable = written(out), vectors.any(axis=1)
+    centers = np.load(out / "stages" / "cluster" / "00000" / "centers.npy").astype(np.float64)
+    order = np.argsort(-(vectors.astype(np.float64) @ centers.T), axis=1, kind="stable")
+    for wanted in (4, 99):
+        run(out, labels_per_region=wanted)
+        assert {name: content for name, content in written(out).items() if "others" not in name} == alone
+        others = np.concatenate([np.load(p) for p in sorted(out.glob("stages/assign/*/others.npy"))])
+        assert np.array_equal(others[usable], order[usable, 1:wanted])
+        assert (others[~usable] == -1).all()
+    run(out)
+    assert written(out) == alone
+
+
+@pytest.mark.usefixtures("embedded")
 def test_no_more_rows_than_the_memory_setting_allows_are_worked_on_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -504,6 +504,20 @@ def test_clip_embeddings_run_through_the_stages(
     assert np.load(out / "shards" / "centers.npy").shape == (8, 24)
 
 
+def test_records_hold_as_many_labels_as_are_wanted_and_else_stay_the_same(
+    images: Path, copy: Path, curated: tuple[Path, Summary]
+) -> None:
+    before = times(copy)
+    run(images, copy, labels_per_region=3)
+    assert redone(before, copy) == {"assign", "pack", "publish"}
+    one, three = (ShardedDataset(out / "shards") for out in (curated[0], copy))
+    for index in range(len(one)):
+        plain, rich = (parse_sample(shards.read(index).record).regions for shards in (one, three))
+        assert [region._replace(others=()) for region in rich] == list(plain)
+        assert all(len(region.labels) == 3 for region in rich if region.kind == "object")
+        assert b'"labels"' not in one.read(index).record
+
+
 def test_a_region_whose_embedding_is_not_finite_gets_no_label(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

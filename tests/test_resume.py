@@ -30,9 +30,9 @@ FREE = {
     "model": ("image_size", "first_weights"),
     # The labels must stay: see check_fits.
     "data": (
-        "path", "cache", "cache_bytes", "regions_per_image", "max_text_tokens", "crop_scale", "crop_ratio",
-        "flip", "color_jitter", "min_visible", "patch_coverage", "packing", "workers", "prefetch",
-        "window_shards", "max_bad_share", "read_retries", "read_pause",
+        "path", "cache", "cache_bytes", "regions_per_image", "max_text_tokens", "max_object_labels",
+        "object_labels", "crop_scale", "crop_ratio", "flip", "color_jitter", "min_visible", "patch_coverage",
+        "packing", "workers", "prefetch", "window_shards", "max_bad_share", "read_retries", "read_pause",
     ),
     "head": (
         "chunk_bytes", "draw_images", "backend", "init", "hierarchical", "census_every", "idle_steps",

@@ -37,7 +37,7 @@ RECORD = SampleRecord(
     64,
     48,
     (
-        RegionRecord("object", (3.0, 5.0, 9.5, 20.0), 7, (), 0.93, "", encode_mask(MASK), "dog"),
+        RegionRecord("object", (3.0, 5.0, 9.5, 20.0), 3, (), 0.93, "", encode_mask(MASK), "dog", (7, 0)),
         RegionRecord("text", (0.0, 0.0, 30.0, 12.0), None, (5, 2, 5), 0.98, "AUSGANG «Ü»"),
     ),
     "a dog by the door",
@@ -317,6 +317,11 @@ def test_verify_finds_a_flipped_bit_and_a_repeated_key(folder: Path) -> None:
         (
             b'{"width": 4, "height": 4, "regions": [{"kind": "object", "box": [0, 0, 1, 1], "label": true}]}',
             "True where",
+        ),
+        (
+            b'{"width": 4, "height": 4, "regions": [{"kind": "object", "box": [0, 0, 1, 1], "label": 1,'
+            b' "labels": [2, 1]}]}',
+            "do not begin with its label 1",
         ),
         (
             b'{"width": 4, "height": 4, "regions": [{"kind": "text", "box": [0, 0, 1, 1], "tokens": []}]}',

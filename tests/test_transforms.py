@@ -181,6 +181,32 @@ def test_labels_are_one_cluster_or_the_first_distinct_tokens() -> None:
     assert sample.labels.tolist() == [[17, -1, -1], [9, 4, 2]]
 
 
+def test_of_an_object_with_several_clusters_the_nearest_are_kept_or_others_each_time() -> None:
+    whole = dataclasses.replace(DATA, regions_per_image=2, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    near = RegionRecord("object", (0, 0, 64, 64), 17, others=(3, 40, 5, 8))
+    record = SampleRecord(64, 64, (near, RegionRecord("object", (0, 0, 64, 64), 2)))
+
+    def labels(position: int, **changes: object) -> list[list[int]]:
+        data = dataclasses.replace(whole, **changes)
+        sample = Transform(data, MODEL, 1).frame(record, position)
+        assert sample is not None
+        return [[label for label in row if label >= 0] for row in sample.labels.tolist()]
+
+    assert labels(0) == [[17], [2]]
+    assert labels(0, max_object_labels=4) == [[17, 3, 40, 5], [2]], "more than slots of a text"
+    one = [labels(position, object_labels="drawn")[0] for position in range(200)]
+    assert {label for row in one for label in row} == {17, 3, 40, 5, 8}
+    assert all(len(row) == 1 for row in one)
+    three = [labels(p, object_labels="drawn", max_object_labels=3) for p in range(40)]
+    assert all(len(set(first)) == 3 and second == [2] for first, second in three)
+    assert three == [labels(p, object_labels="drawn", max_object_labels=3) for p in range(40)]
+    crops = [
+        Transform(dataclasses.replace(DATA, object_labels=how), MODEL, 1).frame(record, 5).crop
+        for how in ("nearest", "drawn")
+    ]
+    assert crops[0] == crops[1], "the augmentation stays what it is"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2**32))
 def test_every_image_gives_exactly_n_regions(kept: int, n: int, seed: int) -> None:

@@ -135,11 +135,18 @@ def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     return shares
 
 
-def label_rows(rows: NDArray[np.floating], centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest center of each row, int64 [n], -1 for one without embedding, and the cosine to it, [n]."""
+def label_rows(
+    rows: NDArray[np.floating], centers: Tensor, but: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The nearest center of each row, int64 [n], -1 for one without embedding, and the cosine to it, [n].
+
+    With ``but``, int64 [n, m], the centers that each row may not choose.
+    """
     vectors = torch.from_numpy(unit(rows)).to(centers.device)
     usable = vectors.any(1)
-    found = nearest(vectors if usable.all() else vectors[usable], centers)
+    if not usable.all():
+        vectors, but = vectors[usable], None if but is None else but[usable]
+    found = nearest(vectors, centers, but)
     labels = found.labels.new_full((len(rows),), -1).masked_scatter_(usable, found.labels)
     return labels, found.best.new_zeros(len(rows)).masked_scatter_(usable, found.best)
 

@@ -34,7 +34,7 @@ class Nearest(NamedTuple):
 def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
     """The nearest center of each vector, both unit vectors; of equally near ones the first.
 
-    With ``but``, int64 [n], a center that each vector may not choose.
+    With ``but``, int64 [n] or [n, m], the centers that each vector may not choose.
     """
     n, device = len(vectors), vectors.device
     labels = torch.zeros(n, dtype=torch.int64, device=device)
@@ -67,9 +67,9 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
         for first in range(0, len(centers), width):
             scores = product(rows, centers[first : first + width])
             if but is not None:
-                place = but[start : start + height] - first
-                here = ((place >= 0) & (place < scores.shape[1])).nonzero()[:, 0]
-                scores[here, place[here]] = -torch.inf
+                place = but[start : start + height].view(len(rows), -1) - first
+                here, which = ((place >= 0) & (place < scores.shape[1])).nonzero().unbind(1)
+                scores[here, place[here, which]] = -torch.inf
             place = _first(scores >= scores.amax(1, keepdim=True) - tie) if tie else _first(scores)
             value = scores.gather(1, place[:, None])[:, 0]
             scores.scatter_(1, place[:, None], -torch.inf)

@@ -111,6 +111,9 @@ class AssignSettings:
 
     chunk_memory: Annotated[int, Whole(1, 10**6, "MIB")] = 512
     """Memory of a process for embeddings that are worked on at once, in cluster and in assign."""
+    labels_per_region: Annotated[int, Whole(1, 1000)] = 1
+    """Nearest centers that are kept of each object region (paper: 1); training takes the nearest unless
+    data.max_object_labels or data.object_labels says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Batch:
     kinds: Tensor
     """OBJECT or TEXT, int8 [B, N]."""
     labels: Tensor
-    """Positive classes, int64 [B, N, T], padded with -1; objects use slot 0 only."""
+    """Positive classes, int64 [B, N, T], padded with -1."""
     mean: Color
     """Subtracted from R, G, B on the 0..1 scale."""
     std: Color

@@ -354,7 +354,7 @@ def check_labels(key: str, record: SampleRecord, info: DatasetInfo) -> None:
         UserError: A label lies outside its label space; the heads would learn nonsense from it.
     """
     for number, region in enumerate(record.regions):
-        greatest = max(region.tokens) if region.label is None else region.label
+        greatest = max(region.tokens) if region.label is None else max(region.labels)
         classes = info.text_classes if region.label is None else info.object_classes
         if greatest >= classes:
             raise UserError(

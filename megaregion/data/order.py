@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     WINDOW = 2
     REPLACEMENT = 3
     AUGMENTATION = 4
+    LABELS = 5
 
 
 def seeded_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:

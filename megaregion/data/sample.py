@@ -39,7 +39,7 @@ class RegionRecord(NamedTuple):
     box: Box
     """x0, y0, x1, y1 in pixels of the stored image; x1 and y1 exclusive."""
     label: int | None = None
-    """Cluster of an object; None for text."""
+    """Cluster of an object, the nearest; None for text."""
     tokens: tuple[int, ...] = ()
     """Token ids of the text; empty for objects."""
     score: float = 1.0
@@ -50,11 +50,13 @@ class RegionRecord(NamedTuple):
     """Exact shape of the region at the image's size, where it is known."""
     source_class: str = ""
     """Class that the annotation of an object names; nothing learns from it."""
+    others: tuple[int, ...] = ()
+    """The next nearest clusters of an object, where the dataset holds them."""
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """All positive classes: the cluster of an object, the distinct tokens of a text in order."""
-        return tuple(dict.fromkeys(self.tokens)) if self.label is None else (self.label,)
+        """What may be positive classes: an object's clusters, nearest first, or a text's distinct tokens."""
+        return tuple(dict.fromkeys(self.tokens)) if self.label is None else (self.label, *self.others)
 
 
 class SampleRecord(NamedTuple):
@@ -145,8 +147,13 @@ def _parse_region(region: dict[str, Any], width: int, height: int) -> RegionReco
         if mask.size != (height, width):
             raise BadSample(f"mask of {rows} x {columns} in an image of {height} x {width} (rows x columns)")
     if kind == "object":
-        label, named = _count(region["label"]), str(region.get("source_class", ""))
-        return RegionRecord("object", (x0, y0, x1, y1), label, (), score, "", mask, named)
+        label, others = _count(region["label"]), tuple(map(_count, region.get("labels", ())))
+        if others and (others[0] != label or len(set(others)) < len(others)):
+            raise BadSample(
+                f"record has an object whose labels do not begin with its label {label}, or repeat"
+            )
+        facts = score, "", mask, str(region.get("source_class", "")), others[1:]
+        return RegionRecord("object", (x0, y0, x1, y1), label, (), *facts)
     if kind == "text":
         tokens = tuple(map(_count, region["tokens"]))
         if not tokens:
@@ -161,6 +168,8 @@ def _region_to_dict(region: RegionRecord) -> dict[str, Any]:
         fields["label"] = region.label
         if region.source_class:
             fields["source_class"] = region.source_class
+        if region.others:
+            fields["labels"] = list(region.labels)
     else:
         fields |= {"text": region.text, "tokens": list(region.tokens)}
     fields["score"] = region.score

@@ -48,6 +48,10 @@ class Transform:
     def _rng(self) -> SeededRng:
         return SeededRng(self.seed, Purpose.AUGMENTATION)
 
+    @cached_property
+    def _label_rng(self) -> SeededRng:
+        return SeededRng(self.seed, Purpose.LABELS)
+
     def __call__(
         self, image: Image.Image | Jpeg, record: SampleRecord, position: int, key: str = ""
     ) -> Sample | None:
@@ -68,7 +72,7 @@ class Transform:
         if not record.regions:
             return None
         grid = self._grid(position)
-        data, native = self.data, self.data.packing == "native"
+        data, native, drawn = self.data, self.data.packing == "native", self.data.object_labels == "drawn"
         rng = self._rng.at(position)
         crop = self.draw_crop(record, rng, grid)
         rows, columns = fitting_grid(crop, grid**2) if native else (grid, grid)
@@ -89,7 +93,7 @@ class Transform:
             factors=_jitter_factors(data.color_jitter, rng),
             visible=visibility(boxes[places], masks, crop, rows, columns, data.patch_coverage),
             kinds=np.array([OBJECT if region.kind == "object" else TEXT for region in chosen], dtype=np.int8),
-            labels=pad_labels(chosen, data.max_text_tokens),
+            labels=pad_labels(chosen, data, self._label_rng.at(position) if drawn else None),
         )
 
     def decode(self, image: Image.Image | Jpeg, sample: Sample) -> Sample:
@@ -179,14 +183,25 @@ def check_size(image: Image.Image | Jpeg, record: SampleRecord) -> None:
         )
 
 
-def pad_labels(regions: Sequence[RegionRecord], slots: int) -> NDArray[np.int64]:
-    """Positive classes of each region, int64 [N, T], padded with -1; a longer text keeps its first tokens."""
-    labels = np.full((len(regions), slots), -1, dtype=np.int64)
+def pad_labels(
+    regions: Sequence[RegionRecord], data: DataConfig, rng: np.random.Generator | None
+) -> NDArray[np.int64]:
+    """Positive classes of each region, int64 [N, T], padded with -1.
+
+    A longer text keeps its first tokens, an object with more clusters the nearest or what ``rng`` draws.
+    """
+    labels = np.full((len(regions), data.label_slots), -1, dtype=np.int64)
     labels[:, 0] = [-1 if region.label is None else region.label for region in regions]
     for row, region in enumerate(regions):
         if region.label is None:
-            positives = region.labels[:slots]
-            labels[row, : len(positives)] = positives
+            positives = region.labels[: data.max_text_tokens]
+        elif region.others:
+            positives = region.labels
+            places = range(len(positives)) if rng is None else rng.permutation(len(positives)).tolist()
+            positives = tuple(positives[place] for place in places[: data.max_object_labels])
+        else:
+            continue
+        labels[row, : len(positives)] = positives
     return labels
 
 

@@ -312,10 +312,11 @@ def _labels(layout: Layout) -> Tensor:
     """Labels of the micro-step's regions over all data ranks, their kinds behind them."""
     rng = torch.Generator().manual_seed(0)
     rows, spaces = layout.micro_rows, layout.labels
-    marked = torch.full((rows, layout.config.data.max_text_tokens + 1), -1)
+    marked = torch.full((rows, layout.config.data.label_slots + 1), -1)
     text = torch.rand(rows, generator=rng) < spaces.shares["text"]
     marked[:, -1] = torch.where(text, TEXT, OBJECT)
-    marked[~text, 0] = torch.randint(spaces.object_classes, (int((~text).sum()),), generator=rng)
+    most = layout.config.data.max_object_labels
+    marked[~text, :most] = torch.randint(spaces.object_classes, (int((~text).sum()), most), generator=rng)
     tokens = min(TEXT_TOKENS, layout.config.data.max_text_tokens)
     marked[text, :tokens] = torch.randint(
         max(1, spaces.text_classes), (int(text.sum()), tokens), generator=rng

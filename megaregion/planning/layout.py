@@ -224,7 +224,8 @@ def _head(
     """One head, of whose rows each draw has so many."""
     config = run.head
     settings, classes = config.by_kind[kind], labels.by_kind[kind]
-    local, positives = -(-classes // ranks), rows * (TEXT_TOKENS if kind == "text" else 1)
+    most_labels = {"object": run.data.max_object_labels, "text": TEXT_TOKENS}
+    local, positives = -(-classes // ranks), rows * most_labels[kind]
     drawn, typical, most = float(local), local, local
     if sampled := settings.sample_rate < 1 and classes > settings.min_negatives:
         share = max(settings.sample_rate, settings.min_negatives / classes)

@@ -331,7 +331,7 @@ def _activations(layout: Layout, hardware: Hardware) -> list[Transfer]:
 def _rows(layout: Layout, hardware: Hardware) -> list[Transfer]:
     """Region rows and labels to all data ranks, their gradients back, and the sums of scores."""
     data, world, steps = layout.data, layout.ranks, layout.micro_steps
-    ring, slots = steps * (data - 1) / data, layout.config.data.max_text_tokens
+    ring, slots = steps * (data - 1) / data, layout.config.data.label_slots
     features = layout.micro_rows * layout.config.head.embedding_dim * layout.itemsize
     labels = layout.micro_rows * (slots + 1) * 8
     sums = sum(head.rows * (slots + 2) * 4 for head in layout.heads.values())

@@ -17,7 +17,7 @@ from megaregion.curation.stages.regions import FEATURES
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 
 CENTERS = "centers.npy"
-LABELS, COSINES = "labels.npy", "cosines.npy"
+LABELS, COSINES, OTHERS = "labels.npy", "cosines.npy", "others.npy"
 LOG = logging.getLogger("megaregion.curation")
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def _device() -> torch.device:
 
 
 class Assign(Stage):
-    """Writes labels.npy, int64 [r], -1 for a region without embedding, and cosines.npy, float32 [r]."""
+    """Writes labels.npy, int64 [r], -1 for a region without embedding, and cosines.npy, float32 [r].
+
+    Where several labels are wanted, others.npy, int64 [r, k - 1], has the next nearest centers.
+    """
 
     name = "assign"
     reads = ("embed",)
@@ -80,7 +83,9 @@ class Assign(Stage):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {}
+        wanted = self.job.settings.assign.labels_per_region
+        # Pieces of before there were several labels stay what they are.
+        return {"labels_per_region": wanted} if wanted > 1 else {}
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -94,9 +99,22 @@ class Assign(Stage):
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
         centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(_device())
         starts = range(0, max(1, len(rows)), size)
-        found = zip(*(label_rows(rows[start : start + size], centers) for start in starts), strict=True)
-        for name, values in zip((LABELS, COSINES), found, strict=True):
-            output.save(name, torch.cat(values).cpu().numpy())
+        wanted = min(self.job.settings.assign.labels_per_region, len(centers))
+        chosen, cosines = [], []
+        for start in starts:
+            part = rows[start : start + size]
+            labels, near = label_rows(part, centers)
+            own = labels[:, None]
+            while own.shape[1] < wanted:
+                # One pass over the centers for each label: every one is exact, as the first.
+                own = torch.cat([own, label_rows(part, centers, own)[0][:, None]], 1)
+            chosen.append(own)
+            cosines.append(near)
+        found = torch.cat(chosen).cpu().numpy()
+        output.save(LABELS, np.ascontiguousarray(found[:, 0]))
+        output.save(COSINES, torch.cat(cosines).cpu().numpy())
+        if self.settings():
+            output.save(OTHERS, np.ascontiguousarray(found[:, 1:]))
         for _ in range(self.count(number)):
             output.tick()
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from megaregion.curation.picture import (
     read_words,
 )
 from megaregion.curation.stages.balance import FATE_NAMES, FATES, STARTS, TWIN, Balance
-from megaregion.curation.stages.cluster import CENTERS, LABELS
+from megaregion.curation.stages.cluster import CENTERS, LABELS, OTHERS
 from megaregion.curation.stages.regions import REGIONS
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 from megaregion.curation.stages.text import MODEL, WORDS
@@ -44,6 +44,8 @@ from megaregion.errors import UserError
 from megaregion.schemas.curation import DROPPED
 
 ENTRY = "entry.json"
+
+T = TypeVar("T")
 
 
 class Pack(Stage):
@@ -123,12 +125,11 @@ class Pack(Stage):
             texts = [(word, token_set(tokenizer, word.text)) for word in words]
             output.counts["words without token"] += sum(not tokens for _, tokens in texts)
             output.counts["tokens"] += sum(len(tokens) for _, tokens in texts)
+            first = [own[0] for own in labels]
             for fate, why in FATE_NAMES.items():
-                output.counts[DROPPED + why] += labels.count(fate)
-            output.counts["images near-duplicate"] += {*labels} == {TWIN}
-            objects = [
-                _object(r, label) for r, label in zip(found.regions, labels, strict=True) if label >= 0
-            ]
+                output.counts[DROPPED + why] += first.count(fate)
+            output.counts["images near-duplicate"] += {*first} == {TWIN}
+            objects = [_object(r, own) for r, own in zip(found.regions, labels, strict=True) if own[0] >= 0]
             regions = (*objects, *(_text(word, tokens) for word, tokens in texts if tokens))
             if not regions:
                 output.counts["images without region"] += 1
@@ -141,8 +142,8 @@ class Pack(Stage):
             output.counts["captions"] += bool(caption)
             yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions, caption)
 
-    def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[int], ImageWords]]:
-        """Each image of the piece with what earlier stages say of it."""
+    def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[list[int]], ImageWords]]:
+        """Each image of the piece with what earlier stages say of it, of each region all labels."""
         pieces = self.slices(number)
         labels = (label for piece in pieces for label in self._labels(piece).tolist())
         start, (first, last) = int(self.job.source.starts[pieces.start]), self.span(number)
@@ -152,19 +153,22 @@ class Pack(Stage):
             yield image, *row
 
     def _labels(self, piece: int) -> NDArray[np.int64]:
-        """Labels of a slice's regions, or what those that are not packed have in their place."""
-        labels: NDArray[np.int64] = self.job.store.load(Piece("assign", piece), LABELS)
+        """Labels of a slice's regions, nearest first, [r, k]; why not, for those that are not packed."""
+        assigned = Piece("assign", piece)
+        labels: NDArray[np.int64] = self.job.store.load(assigned, LABELS)
         if self._balanced:
             balance = Piece("balance", 0)
             first, last = self.job.store.load(balance, STARTS)[piece : piece + 2]
             fates = self.job.store.load(balance, FATES, mapped=True)[first:last]
             labels = np.where(fates < 0, fates, labels)
-        return labels
+        if self.job.settings.assign.labels_per_region == 1:
+            return labels[:, None]
+        return np.column_stack([labels, self.job.store.load(assigned, OTHERS)])
 
 
 def read_images(
-    job: Job, slices: range, labels: Iterator[int]
-) -> Iterator[tuple[ImageRegions, list[int], ImageWords]]:
+    job: Job, slices: range, labels: Iterator[T]
+) -> Iterator[tuple[ImageRegions, list[T], ImageWords]]:
     """Each image of some slices, with those of its regions' labels that are its own, and its words."""
     regions = read_regions(job.store.folder(Piece("embed", number)) / REGIONS for number in slices)
     words = read_words(job.store.folder(Piece("ocr", number)) / WORDS for number in slices)
@@ -172,8 +176,10 @@ def read_images(
         yield found, list(islice(labels, len(found.regions))), read
 
 
-def _object(region: Proposal, label: int) -> RegionRecord:
-    return RegionRecord("object", region.box, label, (), region.score, "", region.mask, region.source_class)
+def _object(region: Proposal, labels: list[int]) -> RegionRecord:
+    label, *others = labels
+    facts = region.score, "", region.mask, region.source_class, tuple(others)
+    return RegionRecord("object", region.box, label, (), *facts)
 
 
 def _text(word: Word, tokens: tuple[int, ...]) -> RegionRecord:
