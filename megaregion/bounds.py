@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -165,6 +167,49 @@ class Text(Kind):
         unreadable = any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in value)
         if unreadable or (self.folder and ("/" in value or value in (".", "..") or len(value) > 100)):
             raise self.misfit(value)
+
+
+@dataclass(frozen=True)
+class Weighted(Text):
+    """Places with weights in one line, as a=2,b=1; or one place alone."""
+
+    metavar: str = "PATH"
+    empty: bool = False
+
+    @property
+    def told(self) -> str:
+        """As the other kinds."""
+        return "a path, or several with weights as a=2,b=1"
+
+    def read(self, value: object) -> str:
+        """The line; a list holds paths or {path, weight}, of weight 1 where none is given."""
+        if not isinstance(value, (list, tuple)):
+            return super().read(value)
+        parts = [one if isinstance(one, dict) else {"path": one} for one in value]
+        if not parts or not all({"path"} <= part.keys() <= {"path", "weight"} for part in parts):
+            raise self.misfit(value, "; each is a path, or {path: PATH, weight: NUMBER}")
+        line = ",".join(f"{part['path']}={part.get('weight', 1)}" for part in parts)
+        if len(weighted(line)) != len(parts):
+            raise self.misfit(value, "; a weight is a number above 0")
+        return line if len(parts) > 1 else str(parts[0]["path"])
+
+    def check(self, value: str) -> None:
+        """Judge paths and weights."""
+        super().check(value)
+        parts = weighted(value)
+        paths = [path for path, _ in parts]
+        if not all(0 < weight <= COUNT for _, weight in parts):
+            raise self.misfit(value, f"; weights lie in (0, {COUNT:.0e}]".replace("e+0", "e"))
+        if twice := {path for path in paths if paths.count(path) > 1}:
+            raise self.misfit(value, f"; it names {min(twice)} twice")
+
+
+def weighted(line: str) -> list[tuple[str, Fraction]]:
+    """Places and weights of a :class:`Weighted`; a line that is no list of two or more is one place."""
+    part = r"(.+?)=(\d+(?:\.\d+)?)"
+    if not re.fullmatch(rf"{part}(?:,{part})+", line):
+        return [(line, Fraction(1))]
+    return [(path, Fraction(weight)) for path, weight in re.findall(rf"{part}(?:,|$)", line)]
 
 
 class Switch(Kind):

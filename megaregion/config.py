@@ -7,6 +7,7 @@ must fit together.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from megaregion.bounds import (
@@ -25,8 +26,10 @@ from megaregion.bounds import (
     Seed,
     Share,
     Steps,
+    Weighted,
     Whole,
     Workers,
+    weighted,
 )
 from megaregion.settings import check, read_settings
 
@@ -93,9 +96,10 @@ class ModelConfig:
 class DataConfig:
     """Where the shards are, and how an image becomes a training sample."""
 
-    path: Place = "data/shards"
+    path: Annotated[str, Weighted()] = "data/shards"
     """Folder with dataset.json and its shards, as tools/curate.py writes it; or its URL (s3://, hf:// ...),
-    or pipe:COMMAND with {} for the name of a file."""
+    or pipe:COMMAND with {} for the name of a file. Several with their weights: a=2,b=1, or in YAML
+    [{path: a, weight: 2}, {path: b, weight: 1}]."""
     cache: OptionalPlace = ""
     """Folder for the shards of a remote dataset, on the host's own disk; empty for one in the user's home."""
     cache_bytes: Bytes = 256 * 10**9
@@ -144,6 +148,11 @@ class DataConfig:
     instead, for ranks that share a model must read the same."""
     read_pause: Annotated[float, Real(0, 3600, "SECONDS")] = 1.0
     """Seconds before the first of these tries; each later pause is twice as long."""
+
+    @property
+    def datasets(self) -> tuple[tuple[str, Fraction], ...]:
+        """Path and weight of every dataset."""
+        return tuple(weighted(self.path))
 
     @property
     def label_slots(self) -> int:

@@ -97,22 +97,24 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
 
     from megaregion.data.batch import OBJECT, TEXT
     from megaregion.data.loader import RegionLoader
-    from megaregion.data.order import SampleOrder
-    from megaregion.data.shards import ShardedDataset
+    from megaregion.data.mixture import open_datasets, order_of
     from megaregion.data.transforms import Transform
     from megaregion.models.initialisation import initialise
     from megaregion.models.vit import RegionEncoder, decays, learning_rate_factor
     from megaregion.training.trainer import learning_rate
 
-    dataset = ShardedDataset(config.data.path)
-    order = SampleOrder(dataset.info.shard_sizes, config.seed, config.data.window_shards)
+    dataset = open_datasets(config.data)
+    order = order_of(dataset, config.data, config.seed)
     transform = Transform(config.data, config.model, config.seed, config.stages)
     loader = RegionLoader(dataset, order, transform, config.data)
     model = RegionEncoder(config.model, config.head.embedding_dim)
     initialise(model, config.seed)
     centers = {
         kind: torch.nn.Parameter(initial_centers(config, kind, classes))
-        for kind, classes in (("object", OBJECT_CLASSES), ("text", TEXT_CLASSES))
+        for kind, classes in (
+            ("object", dataset.info.object_classes),
+            ("text", dataset.info.text_classes),
+        )
     }
     settings = config.optimizer
     of_body = [
@@ -181,6 +183,9 @@ TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2, **AVERAGED}
 # Each step has its own size of image and number of micro-steps.
 STAGES = (StageConfig(48, 16, 0.5, micro_batch=1), StageConfig(24, 32, 0.1, micro_batch=4))
 
+TWO = "{0}=2,{0}/second=1"
+"""Paths and weights of two datasets, with the first one's folder left out."""
+
 WIDE = {"model__width": 128, "model__mlp_width": 256}
 
 VARIANTS = {
@@ -199,6 +204,9 @@ VARIANTS = {
     "layers": {"optimizer__layer_decay": 0.5},
     "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
+    # Two spaces of object classes in one, and several positives of an object.
+    "two-datasets": {"data__path": TWO, "data__max_object_labels": 6},
+    "two-datasets-drawn-tp2": {**TP2, "data__path": TWO, "data__object_labels": "drawn"},
 }
 
 
@@ -227,6 +235,7 @@ WHOLE = {
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
     "stages-native": NATIVE_STAGES,
+    "sampled-two-datasets": {"data__path": TWO},
 }
 
 CONTINUED = {
@@ -238,33 +247,44 @@ CONTINUED = {
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
+    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO}),
     "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
 }
 
 
+def run_of(data: Path, runs: Path, name: str, **changes: object) -> RunConfig:
+    """A toy run by the name of its changes."""
+    found = {**TOPOLOGIES, **VARIANTS, **WHOLE, **{new: own for new, (_, own) in CONTINUED.items()}}[name]
+    config = toy_config(data, runs, name, **{**changes, **found})
+    path = config.data.path.format(data)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
 def _runs_on_four_ranks(dataset: str, output: str) -> None:
     data, runs = Path(dataset), Path(output)
-    for name, changes in {**TOPOLOGIES, **VARIANTS}.items():
-        train(toy_config(data, runs, name, **FULL, **changes))
+    for name in {**TOPOLOGIES, **VARIANTS}:
+        train(run_of(data, runs, name, **FULL))
     for name, changes in SUMMED.items():
         train(toy_config(data, runs, name, **changes))
-    for name, changes in WHOLE.items():
-        train(toy_config(data, runs, name, **{**TWO_OF_FOUR, **changes}))
-    for name, (whole, changes) in CONTINUED.items():
+    for name in WHOLE:
+        train(run_of(data, runs, name, **TWO_OF_FOUR))
+    for name, (whole, _) in CONTINUED.items():
         # Only the checkpoint in the middle is there for the second run.
         middle = runs / f"{name}-middle"
         if torch.distributed.get_rank() == 0:
             step = "step-00000002"
             shutil.copytree(runs / whole / "checkpoints" / step, middle / step)
         torch.distributed.barrier()
-        train(toy_config(data, runs, name, **{**TWO_OF_FOUR, **changes}), resume_from=middle)
+        train(run_of(data, runs, name, **TWO_OF_FOUR), resume_from=middle)
     if torch.distributed.get_rank() == 0:
         (runs / "modules").write_text("\n".join(sys.modules))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_dataset(tmp_path_factory.mktemp("shards"))
+    folder = toy_dataset(tmp_path_factory.mktemp("shards"))
+    toy_dataset(folder / "second", samples=30, shards=3, seed=1, labels=4)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +296,25 @@ def four_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*TOPOLOGIES, *VARIANTS])
 def test_every_topology_equals_one_dense_process(name: str, dataset: Path, four_ranks: Path) -> None:
-    config = toy_config(dataset, four_ranks, name, **FULL, **{**TOPOLOGIES, **VARIANTS}[name])
+    config = run_of(dataset, four_ranks, name, **FULL)
     expected_losses, expected = dense_run(alone(config), config.train.steps)
     assert losses(config) == pytest.approx(expected_losses, rel=1e-5)
     reader = checkpoint(config, config.train.steps)
     assert expected.keys() <= set(reader.names())
     for key, value in expected.items():
         assert (reader.read(key) - value).abs().max() < 1e-4, key
+
+
+def test_a_run_on_two_datasets_counts_the_samples_of_each(dataset: Path, four_ranks: Path) -> None:
+    lines = (four_ranks / "two-datasets" / "metrics.jsonl").read_text().splitlines()
+    counts = [
+        (record[f"samples/{dataset.name}"], record["samples/second"]) for record in map(json.loads, lines)
+    ]
+    assert [sum(pair) for pair in counts] == [16] * 3
+    assert [first for first, _ in counts] == [10, 11, 11], "two thirds of 16, 32 and 48"
+    reader = checkpoint(run_of(dataset, four_ranks, "two-datasets"), 3)
+    assert reader.shape("head.object.weight")[0] == 2 * OBJECT_CLASSES
+    assert reader.shape("head.text.weight")[0] == TEXT_CLASSES, "of the same tokenizer"
 
 
 def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, four_ranks: Path) -> None:

@@ -28,8 +28,10 @@ from megaregion.data.writer import ShardWriter, write_dataset
 OBJECT_CLASSES, TEXT_CLASSES = 37, 23
 
 
-def toy_dataset(folder: Path, samples: int = 40, shards: int = 4, size: int = 48, seed: int = 0) -> Path:
-    """Write a dataset of noise images with object and text regions; returns its folder."""
+def toy_dataset(
+    folder: Path, samples: int = 40, shards: int = 4, size: int = 48, seed: int = 0, labels: int = 1
+) -> Path:
+    """Write a dataset of noise images with objects, of up to so many labels, and text; returns its folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     centers = folder / "centers-source.npy"
@@ -38,7 +40,7 @@ def toy_dataset(folder: Path, samples: int = 40, shards: int = 4, size: int = 48
     for shard in range(shards):
         with ShardWriter(folder, f"shard-{shard:05d}") as writer:
             for index in range(shard, samples, shards):
-                writer.add(f"sample{index:04d}", _jpeg(rng, size), _record(rng, size))
+                writer.add(f"sample{index:04d}", _jpeg(rng, size), _record(rng, size, labels))
         entries.append(writer.entry)
     tokenizer = folder / "tokenizer-source.model"
     tokenizer.write_bytes(b"not a real tokenizer: training only hashes it")
@@ -107,7 +109,7 @@ def _jpeg(rng: np.random.Generator, size: int) -> bytes:
     return stream.getvalue()
 
 
-def _record(rng: np.random.Generator, size: int) -> SampleRecord:
+def _record(rng: np.random.Generator, size: int, labels: int) -> SampleRecord:
     regions = []
     for index in range(int(rng.integers(1, 5))):
         x0, y0 = (float(v) for v in rng.uniform(0, size / 2, 2))
@@ -118,5 +120,6 @@ def _record(rng: np.random.Generator, size: int) -> SampleRecord:
             regions.append(RegionRecord(kind="text", box=box, tokens=tokens, text="word", score=0.9))
         else:
             label = int(rng.integers(OBJECT_CLASSES))
-            regions.append(RegionRecord(kind="object", box=box, label=label, score=0.8))
+            others = tuple((label + step) % OBJECT_CLASSES for step in range(1, labels - index))
+            regions.append(RegionRecord(kind="object", box=box, label=label, score=0.8, others=others))
     return SampleRecord(size, size, tuple(regions))

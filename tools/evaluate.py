@@ -77,7 +77,7 @@ def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     names = {field.name for field in fields(StudyConfig)}
     asked = {name: value for name, value in vars(arguments).items() if name in names}
-    asked |= {"device": device, "dataset": arguments.dataset or Path(opened.config.data.path)}
+    asked |= {"device": device, "dataset": arguments.dataset or Path(opened.config.data.datasets[0][0])}
     asked |= {"images": arguments.folder_dataset or arguments.images}
     asked |= {"limit": SCENE_OBJECTS if arguments.limit is None else arguments.limit}
     asked |= {"measures": _chosen(arguments.measures or ",".join(QUICK), MEASURES)}
@@ -282,7 +282,12 @@ def _parser() -> Parser:
     add("--folder-dataset", Folder, None, "name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
         "FOLDER/val/CLASS")  # fmt: skip
     add("--out", Folder, None, "where the results go; by default the run's or the model's folder")
-    add("--dataset", Folder, None, "shards that the run was trained on; by default the run's data.path")
+    add(
+        "--dataset",
+        Folder,
+        None,
+        "shards that the run was trained on; by default the run's data.path, of several the first",
+    )
     add("--split", Choice(("test", "val")), "test", "held-out split to ask about; tune on val only (it "
         "writes evaluation_val.json), never on test")  # fmt: skip
     add("--checkpoint", Count, None, "evaluate this step instead of the newest", metavar="STEP")

@@ -32,11 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from megaregion.config import DataConfig
 from megaregion.data.batch import Batch, Findings, Pool, Sample, collate
 from megaregion.data.image import Jpeg, open_image, stay_on_one_core
-from megaregion.data.info import DatasetInfo
-from megaregion.data.order import SampleOrder
+from megaregion.data.mixture import Datasets, MixedOrder, Orders
 from megaregion.data.remote import Prefetcher
-from megaregion.data.sample import BadSample, SampleRecord, clip_regions, parse_sample
-from megaregion.data.shards import RawSample, ShardedDataset
+from megaregion.data.sample import BadSample, clip_regions, parse_sample
+from megaregion.data.shards import RawSample
 from megaregion.data.transforms import Transform, check_size
 from megaregion.errors import UserError
 from megaregion.processor import keep_freed_memory
@@ -66,8 +65,8 @@ class RegionLoader:
 
     def __init__(
         self,
-        dataset: ShardedDataset,
-        order: SampleOrder,
+        dataset: Datasets,
+        order: Orders,
         transform: Transform,
         config: DataConfig,
         skips_lost: bool = True,
@@ -225,8 +224,8 @@ class Batcher(Dataset[Batch | UserError | LostShard]):
     again takes half the time.
     """
 
-    dataset: ShardedDataset
-    order: SampleOrder
+    dataset: Datasets
+    order: Orders
     transform: Transform
     config: DataConfig
     skips_lost: bool
@@ -239,14 +238,22 @@ class Batcher(Dataset[Batch | UserError | LostShard]):
         return RetryingReader(self.dataset, self.config.read_retries, self.config.read_pause)
 
     @cached_property
-    def _prefetcher(self) -> Prefetcher | None:
-        return Prefetcher(self.dataset.mirror, self.order) if self.dataset.mirror is not None else None
+    def _prefetchers(self) -> list[Prefetcher | None]:
+        """One for each remote dataset."""
+        orders = self.order.orders if isinstance(self.order, MixedOrder) else (self.order,)
+        return [
+            None if part.mirror is None else Prefetcher(part.mirror, order)
+            for part, order in zip(self.dataset.parts, orders, strict=True)
+        ]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | UserError | LostShard:
         """The batch of some positions, or why the run has to end: raised here, it would bring a traceback."""
         found = Findings()
-        if self._prefetcher is not None:
-            self._prefetcher.reached(positions[0])
+        first = positions[0]
+        places = self.order.reached(first) if isinstance(self.order, MixedOrder) else [first]
+        for prefetcher, place in zip(self._prefetchers, places, strict=True):
+            if prefetcher is not None:
+                prefetcher.reached(place)
         self.dataset.read_ahead([self.order.sample(position) for position in positions])
         try:
             return collate(self._samples(positions, found), len(positions), self.config, found, self.pool)
@@ -291,7 +298,7 @@ class Batcher(Dataset[Batch | UserError | LostShard]):
                 continue
             try:
                 record, dropped = clip_regions(parse_sample(raw.record))
-                check_labels(raw.key, record, self.dataset.info)
+                record = self.dataset.labelled(index, raw.key, record)
                 image = open_image(raw.image)
                 check_size(image, record)
             except BadSample as reason:
@@ -315,7 +322,7 @@ class RetryingReader:
     then after twice as long each time.
     """
 
-    def __init__(self, dataset: ShardedDataset, retries: int, pause: float) -> None:
+    def __init__(self, dataset: Datasets, retries: int, pause: float) -> None:
         self._dataset, self._retries, self._pause = dataset, retries, pause
         self._lost: dict[int, float] = {}
 
@@ -345,19 +352,3 @@ class RetryingReader:
                 self._lost.pop(shard, None)
                 return sample
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def check_labels(key: str, record: SampleRecord, info: DatasetInfo) -> None:
-    """Check that every label of a sample is a class of the heads.
-
-    Raises:
-        UserError: A label lies outside its label space; the heads would learn nonsense from it.
-    """
-    for number, region in enumerate(record.regions):
-        greatest = max(region.tokens) if region.label is None else max(region.labels)
-        classes = info.text_classes if region.label is None else info.object_classes
-        if greatest >= classes:
-            raise UserError(
-                f"sample {key!r}, region {number}: {region.kind} label {greatest} is outside the label space "
-                f"of {classes} classes that dataset.json names; label and pack the dataset again"
-            )

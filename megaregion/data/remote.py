@@ -119,12 +119,12 @@ class Mirror:
 
     def _check(self, window: int) -> None:
         largest = sorted(self.info.shards, key=lambda shard: shard.bytes, reverse=True)[:window]
+        self.window_bytes = sum(map(_bytes, largest))
         if not self.fits(largest):
-            need = sum(map(_bytes, largest))
             raise UserError(
-                f"data.cache_bytes must hold the shards that are read at once, {need:,} bytes for "
-                f"data.window_shards {window}, got {self._cache.limit:,}; raise it, best to twice that, or "
-                "lower data.window_shards"
+                "data.cache_bytes must hold the shards that are read at once, "
+                f"{self.window_bytes:,} bytes for data.window_shards {window}, got {self._cache.limit:,}; "
+                "raise it, best to twice that, or lower data.window_shards"
             )
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.config import DataConfig
-from megaregion.data.info import ShardEntry, read_info
+from megaregion.data.info import CENTERS_NAME, ShardEntry, read_info
 from megaregion.data.remote import Mirror, is_remote
+from megaregion.data.sample import SampleRecord
 from megaregion.errors import UserError
 from megaregion.files import file_sha256
 
@@ -89,6 +90,16 @@ class ShardedDataset:
     def __len__(self) -> int:
         return self.info.samples
 
+    @property
+    def parts(self) -> tuple[ShardedDataset]:
+        """Itself, as the only part of what a run reads."""
+        return (self,)
+
+    @property
+    def centers(self) -> list[tuple[int, Path]]:
+        """The file of centers, which begins with class 0."""
+        return [(0, self.folder / CENTERS_NAME)]
+
     def __getstate__(self) -> dict[str, object]:
         # Descriptors mean nothing in another process; it opens its own.
         return {**self.__dict__, "_open": OrderedDict()}
@@ -122,6 +133,22 @@ class ShardedDataset:
             content[HEADER : HEADER + image_size],
             content[record - start :],
         )
+
+    def labelled(self, index: int, key: str, record: SampleRecord) -> SampleRecord:
+        """The record of a sample, each of whose labels is a class of the heads.
+
+        Raises:
+            UserError: A label lies outside its label space; the heads would learn nonsense from it.
+        """
+        for number, region in enumerate(record.regions):
+            greatest = max(region.tokens) if region.label is None else max(region.labels)
+            classes = self.info.text_classes if region.label is None else self.info.object_classes
+            if greatest >= classes:
+                raise UserError(
+                    f"sample {key!r}, region {number}: {region.kind} label {greatest} is outside the label "
+                    f"space of {classes} classes that dataset.json names; label and pack the dataset again"
+                )
+        return record
 
     def read_ahead(self, indices: Sequence[int]) -> None:
         """Ask the system to bring these samples from the disk while others are decoded; never fails."""

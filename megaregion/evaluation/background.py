@@ -42,7 +42,7 @@ def evaluate_step(folder: Path, step: int) -> None:
 
     began = time.monotonic()
     run = open_run(folder, step)
-    wanted, dataset = run.config.evaluate, Path(run.config.data.path)
+    wanted, dataset = run.config.evaluate, Path(run.config.data.datasets[0][0])
     config = StudyConfig(
         Path(wanted.scenes), dataset, wanted.split, wanted.limit, measures=WATCHED, baselines=False
     )

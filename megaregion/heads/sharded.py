@@ -111,18 +111,25 @@ class ClassShardedHead:
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
         return self
 
-    def start_from(self, centers: np.ndarray | Tensor) -> None:
-        """Replace the random first centers by ``given_centers`` of all classes, [K, C].
+    def start_from(self, *centers: np.ndarray | Tensor) -> None:
+        """Replace the random first centers by ``given_centers`` of all classes, [K, C], in one part or more.
 
         Raises:
             UserError: Centers of another number of classes.
         """
-        if len(centers) != self.classes:
+        if (given := sum(map(len, centers))) != self.classes:
             raise UserError(
-                f"head {self.name} has {self.classes} classes but was given {len(centers)} centers; "
+                f"head {self.name} has {self.classes} classes but was given {given} centers; "
                 "take centers.npy of the dataset that is trained on"
             )
-        self.weight.copy_(given_centers(centers, self.rule.seed, self.name, self.local, self.dim))
+        first = 0
+        for part in centers:
+            own = range(max(self.local.start, first), min(self.local.stop, first + len(part)))
+            if own:
+                place = slice(own.start - self.local.start, own.stop - self.local.start)
+                wanted = range(own.start - first, own.stop - first)
+                self.weight[place] = given_centers(part, self.rule.seed, self.name, wanted, self.dim)
+            first += len(part)
 
     def draw(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from megaregion.checks import batching
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.data.info import INFO_NAME, read_info
+from megaregion.data.mixture import join
 from megaregion.errors import UserError
 from megaregion.heads.grouped import lay_waves
 from megaregion.heads.sampling import Draw
@@ -49,13 +50,14 @@ class Labels:
 
 def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None) -> Labels:
     """The label spaces: given ones, else those of the run's dataset, else the paper's."""
-    folder, labels = Path(config.data.path), Labels()
-    if (folder / INFO_NAME).is_file():
+    paths, labels = [path for path, _ in config.data.datasets], Labels()
+    if all((Path(path) / INFO_NAME).is_file() for path in paths):
         try:
-            info = read_info(folder)
+            info, _ = join([read_info(Path(path)) for path in paths], paths)
         except UserError as error:
             raise UserError(f"{error}; or give --classes and --vocabulary") from None
-        labels = Labels(info.object_classes, info.text_classes, source=str(folder / INFO_NAME))
+        source = ", ".join(str(Path(path) / INFO_NAME) for path in paths)
+        labels = Labels(info.object_classes, info.text_classes, source=source)
     if classes is None and vocabulary is None:
         return labels
     return Labels(

@@ -19,7 +19,7 @@ from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.checks import Batching
 from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.mixture import Datasets
 from megaregion.errors import UserError
 from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.sampling import GatheringLabels
@@ -49,7 +49,7 @@ class HeadsLoss:
 class Heads:
     """All heads of a run, trained beside the engine."""
 
-    def __init__(self, config: RunConfig, dataset: ShardedDataset, topology: Topology) -> None:
+    def __init__(self, config: RunConfig, dataset: Datasets, topology: Topology) -> None:
         """Build a head for each label kind with classes and weight; classes spread over all ranks."""
         self._config = config
         self._topology = topology = replace(topology, node_groups=_node_groups(config, topology))
@@ -68,8 +68,8 @@ class Heads:
         }
         if config.head.init == "centers" and "object" in self.by_kind:
             # Mapped, so that a rank reads the centers of its own classes only.
-            centers = np.load(dataset.folder / "centers.npy", mmap_mode="r", allow_pickle=False)
-            self.by_kind["object"].start_from(centers)
+            centers = [np.load(path, mmap_mode="r", allow_pickle=False) for _, path in dataset.centers]
+            self.by_kind["object"].start_from(*centers)
 
     def send_labels(self, batch: Batch) -> GatheringLabels:
         """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued."""

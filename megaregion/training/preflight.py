@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megaregion.config import DataConfig, MachinesConfig, RunConfig
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.mixture import Datasets, open_datasets
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name
@@ -146,7 +146,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     with torch.device("meta"):
         body = sum(p.numel() for p in RegionEncoder(config.model, config.head.embedding_dim).parameters())
     try:
-        info = ShardedDataset(config.data.path, False, config.data, written=()).info
+        info = open_datasets(config.data, False, [()] * len(config.data.datasets)).info
         rows = info.object_classes + info.text_classes
     except UserError:
         rows = 0  # The dataset is complained of by itself.
@@ -228,8 +228,8 @@ def _bus_bandwidth(group: Group, floats: int, device: torch.device) -> float:
     return 2 * (ranks - 1) / ranks * payload.numel() * 4 / best / 1e9
 
 
-def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> ShardedDataset:
-    """The run's dataset, whose files the first rank of each host looks at for all of them; a collective.
+def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> Datasets:
+    """The run's datasets, whose files the first rank of each host looks at for all of them; a collective.
 
     Raises:
         UserError: A host cannot use it; raised on every rank.
@@ -245,20 +245,20 @@ def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> Shar
 
 def _open_on_host(
     data: DataConfig, check_labels: bool, topology: Topology, hosts: list[str], host: Group
-) -> tuple[ShardedDataset | None, str]:
-    """The dataset as the first rank of this host finds it, or its complaint; a collective of the host."""
+) -> tuple[Datasets | None, str]:
+    """The datasets as the first rank of this host finds it, or its complaint; a collective of the host."""
     dataset, told = None, ""
     if hosts.index(hosts[topology.rank]) == topology.rank:
         try:
-            dataset = ShardedDataset(data.path, check_labels, data)
-            told = json.dumps(["", dataset.written])
+            dataset = open_datasets(data, check_labels)
+            told = json.dumps(["", [part.written for part in dataset.parts]])
         except (UserError, OSError) as error:
             told = json.dumps([str(error), []])
     among = dataclasses.replace(topology, world_group=host, world_size=dist.get_world_size(host))
     complaint, written = json.loads(all_gather_strings(told, among)[0])
     if dataset is None and not complaint:
         try:
-            dataset = ShardedDataset(data.path, False, data, written)
+            dataset = open_datasets(data, False, written)
         except (UserError, OSError) as error:
             complaint = str(error)
     return dataset, complaint
@@ -272,7 +272,7 @@ def _read_dataset(data: DataConfig, topology: Topology, hosts: list[str], host: 
     try:
         dataset.read(topology.rank * len(dataset) // topology.world_size)
         dataset.close()
-        content = (dataset.folder / "dataset.json").read_bytes()
+        content = b"".join((part.folder / "dataset.json").read_bytes() for part in dataset.parts)
     except (UserError, OSError) as error:
         return "", str(error)
     return hashlib.sha256(content).hexdigest(), ""

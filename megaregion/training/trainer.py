@@ -22,7 +22,8 @@ from megaregion.checks import Batching, batching, check_batching
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
-from megaregion.data.order import SampleOrder, step_positions
+from megaregion.data.mixture import MixedOrder, Mixture, order_of
+from megaregion.data.order import step_positions
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
@@ -87,10 +88,10 @@ class Trainer:
         self.hosts = all_gather_strings(host_name(), topology)
         """Host of every rank."""
         self.dataset = open_dataset(config.data, topology, self.hosts)
-        order = SampleOrder(self.dataset.info.shard_sizes, config.seed, config.data.window_shards)
+        self._order = order_of(self.dataset, config.data, config.seed)
         transform = Transform(config.data, config.model, config.seed, config.stages)
         self.loader = RegionLoader(
-            self.dataset, order, transform, config.data, skips_lost=topology.tensor_size == 1
+            self.dataset, self._order, transform, config.data, skips_lost=topology.tensor_size == 1
         )
         self.heads = Heads(config, self.dataset, topology)
         classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
@@ -149,6 +150,8 @@ class Trainer:
                 place.world_size, place.tensor_size, place.data_size, self.engine.stage,
                 self.config.train.precision, info.samples, info.object_classes, info.text_classes,
             )  # fmt: skip
+            if isinstance(self.dataset, Mixture):
+                LOG.info("%s", self.dataset)
             for notice in info.notices():
                 LOG.warning("%s", notice)
         with self.clock.span("load"):
@@ -330,13 +333,22 @@ class Trainer:
                 **sums.means(), "lr": lr, "grad_norm": norm.item(),
                 "images_per_second": self.config.train.global_batch / took.seconds,
                 "head_share": took.head_share, "data_share": took.data_share, "bad": 0,
-                "skipped": guard.skipped, "rollbacks": guard.rollbacks,
+                "skipped": guard.skipped, "rollbacks": guard.rollbacks, **self._samples_of_datasets(),
                 **{name: float(value) for name, value in sums.metrics.items()},
             }  # fmt: skip
         every = self.config.head.census_every
         if every and self.state.step % every == 0:
             values.update(self.heads.census(self.state.step))
         return values
+
+    def _samples_of_datasets(self) -> dict[str, int]:
+        """How many of the step's samples came from each of several datasets."""
+        if not (isinstance(self._order, MixedOrder) and isinstance(self.dataset, Mixture)):
+            return {}
+        end = self.state.position
+        ends = zip(*map(self._order.reached, (end - self.config.train.global_batch, end)), strict=True)
+        counts = [after - before for before, after in ends]
+        return {f"samples/{name}": count for name, count in zip(self.dataset.names, counts, strict=True)}
 
     def _log(self, values: Values, metrics: Metrics) -> None:
         """Complete a log step's values by the times of all ranks and write them; a collective then."""
