@@ -215,7 +215,12 @@ def test_a_killed_worker_ends_with_an_error_that_names_it(folder: Path) -> None:
     assert children() == before
 
 
-def test_a_dead_worker_does_not_interrupt_the_program_elsewhere(folder: Path) -> None:
+def test_a_dead_worker_does_not_interrupt_the_program_elsewhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a process that has had no loader of torch's yet.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = children()
     loader = make_loader(folder, workers=1)
     stream = loader.batches([p] for p in itertools.count())

@@ -218,14 +218,14 @@ def _encoders(arguments: argparse.Namespace) -> tuple[str, int, Path, list[Any]]
 def _proposals(data: Annotated, batches: Batches) -> Table:
     import numpy as np
 
-    from megaregion.curation.engines import load_proposer
+    from megaregion.curation.engines import load_view
     from megaregion.curation.settings import ProposeSettings
     from megaregion.evaluation.measures.proposals import proposals_table
 
-    proposer = load_proposer(ProposeSettings())
+    search = load_view(ProposeSettings())
 
     def propose(image: Pixels) -> NDArray[np.float64]:
-        return np.asarray([found.box for found in proposer.propose(image)], np.float64)
+        return np.asarray([found.box for found in search(image)], np.float64)
 
     return proposals_table(data, "selective search", propose, batches)
 

@@ -199,8 +199,8 @@ def _whiten(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [C], and the map [C, D] that scales to unit deviation and turns onto the principal directions."""
     mean = features.mean(0)
     deviation = features.std(0, correction=0)
-    # What is the same in all rows says nothing: rounding, blown up, would be all that is left of it.
-    scale = torch.where(deviation < 1e-6, 0, 1 / deviation)
+    # What is the same in all rows stays as it is: all that is left of it is rounding, which must not grow.
+    scale = torch.where(deviation < 1e-6, 1, 1 / deviation)
     width = features.shape[1]
     if width <= WIDEST:
         return mean, torch.diag(scale)
