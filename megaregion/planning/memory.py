@@ -238,12 +238,8 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
     each = {level: _kept_of_a_token(layout, hardware, level) for level in RECOMPUTE}
-    # A region token's projection is kept whole, and its turned query beside it; nothing of it is made again.
-    rides = {
-        "keep": each["keep"] + width / tensor,
-        "cheap": each["keep"] + width / tensor,
-        "full": width / spread,
-    }
+    # Nothing of a region token is made again but in whole blocks.
+    rides = {"keep": each["keep"], "cheap": each["keep"], "full": width / spread}
     kept, first = float(outside), model.depth - model.region_layers
     for number, level in enumerate(layout.recompute):
         ends = number == model.depth - 1 and level != "full" and not own
