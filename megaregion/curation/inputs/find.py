@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megaregion.curation.inputs.index import DATASETS, INDEX, IndexWriter
+from megaregion.curation.inputs.index import DATASETS, INDEX, IndexWriter, mark
 from megaregion.curation.inputs.source import (
     FILES,
     INPUTS,
@@ -181,7 +181,7 @@ class _Search:
         self._parquets = self._damaged = 0
         self._kinds = Kinds()
         self._bad: dict[str, str] = {}
-        self._contents, self._keys = array("Q"), array("Q")
+        self._contents, self._keys, self._others = array("Q"), array("Q"), array("Q")
         self._ambiguous: set[str] = set()
         self._datasets: list[Path] = []
         self._annotations: dict[str, Any] = {}
@@ -212,6 +212,8 @@ class _Search:
                 self._kinds.add(FORMAT + ending, file.name)
             else:
                 self._kinds.add(BESIDE if file.beside else OTHER, file.name)
+                if not file.beside:
+                    self._others.append(mark(file.name))
                 self._parquets += ending == ".parquet"
                 # One that lies beside an image counts as the image's.
                 wanted = ending in DATASETS and not file.annotated and not file.beside
@@ -224,12 +226,15 @@ class _Search:
         members = ((tar.name, member.name) for tar in self._tars for member in scan_tar(tar.path).members)
         index.match(loose, members)
         self._annotations = index.summary()
-        if index.used:
+        # What lies beside an image counts as the image's.
+        used = set(np.intersect1d(self._others, index.used).tolist())
+        if used:
             others, names = self._kinds.pop(OTHER)
-            if others > index.used:
-                rest = [name for name in names if not index.uses(name)]
-                self._kinds.add(OTHER, *rest, count=others - index.used)
-            self._kinds.add(ANNOTATION, *index.examples, count=index.used)
+            if others > len(used):
+                rest = [name for name in names if mark(name) not in used]
+                self._kinds.add(OTHER, *rest, count=others - len(used))
+            examples = [name for name in index.examples if mark(name) in used]
+            self._kinds.add(ANNOTATION, *examples, count=len(used))
         for path, why in index.damaged.items():
             self._tell(path, why)  # Its kind is counted already.
 

@@ -129,11 +129,10 @@ class IndexWriter(AnnotationIndex):
         self._faults = Counter[str]()
         self._unnamed = 0
         self._single: dict[str, int] = {}
-        self.used = 0
-        """Files below the folder that annotate something and lie beside no image."""
+        self.used = array("Q")
+        """Marks of the files below the folder that annotate something; one may annotate several images."""
         self.examples: list[str] = []
         """The first of them."""
-        self._names = array("Q")
         self.damaged: dict[str, str] = {}
         """Files of many images that could not be read, and why."""
 
@@ -169,16 +168,11 @@ class IndexWriter(AnnotationIndex):
         for number, columns in enumerate(_INDEXES):
             self._base.execute(f"CREATE INDEX IF NOT EXISTS index{number} ON {columns}")
 
-    def uses(self, name: str) -> bool:
-        """Whether a file of the folder, by its name from there, annotates something."""
-        return _mark(name) in self._names
-
     def _use(self, file: Path, folder: Path) -> None:
         if file.is_relative_to(folder):
             name = file.relative_to(folder).as_posix()
-            self.used += 1
+            self.used.append(mark(name))
             self.examples = [*self.examples, name][:EXAMPLES]
-            self._names.append(_mark(name))
 
     def match(self, paths: Iterable[str], tars: Iterable[tuple[str, str]]) -> None:
         """Find the annotations of loose images, by path, and of members of tars, by tar and name."""
@@ -390,12 +384,12 @@ def _alike(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))  # noqa: B905
 
 
-@lru_cache(maxsize=4)
-def _mark(name: str) -> int:
+def mark(name: str) -> int:
     """64 bits that tell one name from another."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
 
 
+@lru_cache(maxsize=4)
 def _label_places(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """Folders in which label files of a folder's images may lie, and their endings there."""
     head, found, tail = str(folder.absolute()).rpartition("/images")

@@ -50,7 +50,7 @@ from megaregion.curation.picture import (
     write_regions,
 )
 from megaregion.curation.settings import EmbedSettings, ProposeSettings
-from megaregion.curation.stages.stage import Output, Stage, describe, plain
+from megaregion.curation.stages.stage import ImageStage, Output, describe, plain
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
 from megaregion.schemas.curation import ALL_UNUSABLE, DROPPED, SEVERAL
@@ -85,7 +85,7 @@ class Seen(NamedTuple):
     """By which proposals are judged."""
 
 
-class Propose(Stage):
+class Propose(ImageStage):
     """Writes candidates.jsonl; also finds out which images can be used at all.
 
     Regions that came with an image are kept: nothing is proposed there, if one of them is usable.
@@ -268,7 +268,7 @@ def nms(boxes: Boxes, scores: NDArray[np.float64], limit: float, crowding: float
     return np.array(taken, dtype=np.int64)
 
 
-class Embed(Stage):
+class Embed(ImageStage):
     """Writes regions.jsonl and features.npy, float16 [r, C]; a row of zeros is a region without label."""
 
     name = "embed"

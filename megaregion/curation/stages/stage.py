@@ -296,9 +296,17 @@ class Stage(ABC):
         """Whether its network runs on a GPU, if there is one: then one process a GPU does its pieces."""
         return False
 
+    @cached_property
+    def _origin(self) -> list[Any]:
+        return [self.name, self.version, json.dumps(self.settings(), sort_keys=True)]
+
+
+class ImageStage(Stage):
+    """A stage that looks at images."""
+
+    @abstractmethod
     def look(self, image: ImageFile, picture: Picture, wanted: Any) -> Any:
         """What :meth:`work` needs of an image; may be asked in another process. Raises BadImage."""
-        raise NotImplementedError
 
     def looks(
         self, wanted: Iterable[tuple[ImageFile, Any]], output: Output
@@ -321,10 +329,6 @@ class Stage(ABC):
     def _feed(self) -> Feed:
         return Feed(type(self), self.job)
 
-    @cached_property
-    def _origin(self) -> list[Any]:
-        return [self.name, self.version, json.dumps(self.settings(), sort_keys=True)]
-
 
 class Feed:
     """Looks at images in order; where a job has decoders, they do it and run ahead.
@@ -332,7 +336,7 @@ class Feed:
     As a data set of torch it lies in each of these processes, and as a sampler it says what they do next.
     """
 
-    def __init__(self, kind: type[Stage], job: Job) -> None:
+    def __init__(self, kind: type[ImageStage], job: Job) -> None:
         self._kind, self._job = kind, job
         self._next: Sequence[tuple[ImageFile, Any]] = ()
 
@@ -358,7 +362,7 @@ class Feed:
             return error
 
     @cached_property
-    def _stage(self) -> Stage:
+    def _stage(self) -> ImageStage:
         return self._kind(self._job)
 
     @cached_property

@@ -22,7 +22,7 @@ from typing_extensions import override
 from megaregion.curation.engines import Reader, load_reader
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import ImageWords, Picture, Pixels, read_words, write_words
-from megaregion.curation.stages.stage import Output, Stage, describe, plain
+from megaregion.curation.stages.stage import ImageStage, Output, Stage, describe, plain
 from megaregion.data.info import WORD_START
 from megaregion.errors import UserError
 from megaregion.files import file_sha256
@@ -37,7 +37,7 @@ HASHES = 2**64
 """A hash is less than this."""
 
 
-class Ocr(Stage):
+class Ocr(ImageStage):
     """Writes words.jsonl."""
 
     name = "ocr"
