@@ -206,3 +206,22 @@ def test_the_first_of_loose_images_with_one_content_is_judged(tmp_path: Path) ->
     found = check_images(folder, tmp_path / "out", ImageSettings(), AnnotationSettings(), silent, workers=0)
     assert kinds_of(found) == {"not an image": 20, "empty file": 1, "duplicate": 19}
     assert found.unusable["not an image"][1] == ["0.jpg", "10.jpg", "12.jpg"]
+
+
+def test_labels_of_two_images_count_once_and_an_annotation_beside_an_image_counts_as_its_file(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "set" / "images"
+    folder.mkdir(parents=True)
+    (tmp_path / "set" / "data.yaml").write_text("names: [cat]")
+    (tmp_path / "set" / "labels").mkdir()
+    (tmp_path / "set" / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    for number, name in enumerate(("a.jpg", "a.png", "b.jpg")):
+        (folder / name).write_bytes(photo(number))
+    coco = {"images": [{"id": 1, "file_name": "b.jpg"}], "annotations": []}
+    (folder / "b.coco.json").write_text(json.dumps(coco))
+    settings = AnnotationSettings(annotations_file=str(folder / "b.coco.json"))
+    beside = check_images(folder.parent, tmp_path / "out", ImageSettings(), settings, silent, workers=0)
+    assert kinds_of(beside) == {"image": 3, "other file": 2, "file of an image": 1}
+    found = check_images(folder.parent, tmp_path / "out", ImageSettings(), AnnotationSettings(), silent, 0)
+    assert kinds_of(found) == {"image": 3, "other file": 1, "annotation file": 1, "file of an image": 1}
