@@ -18,8 +18,8 @@ from torch import Tensor
 from megaregion.config import HeadConfig
 from megaregion.errors import UserError
 from megaregion.heads import GatheredFeatures, tiles
-from megaregion.heads.collectives import GatheringRows, scatter_sums
 from megaregion.parallel import topology
+from megaregion.parallel.topology import GatheringRows, scatter_sums
 
 RANKS = 4
 ROWS, DIM, STEPS = 24, 6, 2

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from toy import OBJECT_CLASSES, TEXT_CLASSES, settings_of, toy_config, toy_dataset
 
 from megaregion.config import DataConfig, HeadConfig
-from megaregion.data.info import DatasetInfo
+from megaregion.data.info import DatasetInfo, join
 from megaregion.data.loader import RegionLoader
-from megaregion.data.mixture import MixedOrder, Mixture, join, open_datasets, order_of
-from megaregion.data.order import SampleOrder
+from megaregion.data.order import MixedOrder, SampleOrder
 from megaregion.data.sample import parse_sample
+from megaregion.data.shards import Mixture, open_datasets, order_of
 from megaregion.data.transforms import Transform
 from megaregion.errors import UserError
 from megaregion.heads.centers import given_centers

@@ -97,7 +97,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
 
     from megaregion.data.batch import OBJECT, TEXT
     from megaregion.data.loader import RegionLoader
-    from megaregion.data.mixture import open_datasets, order_of
+    from megaregion.data.shards import open_datasets, order_of
     from megaregion.data.transforms import Transform
     from megaregion.models.initialisation import initialise
     from megaregion.models.vit import RegionEncoder, decays, learning_rate_factor

@@ -3,9 +3,8 @@
 In the order of a sample's way:
 
 order        which sample stands at which position, and the random numbers of each
-shards       a dataset on disk, read at any sample with one read
+shards       a dataset on disk, or several as one, read at any sample with one read
 info         dataset.json: its shards, label spaces and label files
-mixture      several datasets as one, by weights
 remote       a dataset that is elsewhere, as a folder whose files come and go
 sample       what KEY.json says of an image: its regions and their masks
 image        encoded images, opened with suspicion, and crops of them

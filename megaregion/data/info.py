@@ -1,12 +1,16 @@
 """dataset.json: what a dataset holds, its label spaces, and the files that they come from.
 
 Text labels are the distinct tokens of a region's text, by the same rule for shards and for evaluation.
+
+Datasets that were labelled with the same centers or the same tokenizer share these classes; the classes of
+others follow one another. A joined file of centers is known by the hash of the hashes of its parts.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +175,44 @@ def _check_types(info: DatasetInfo) -> None:
 def _refuse(wrong: list[Any], why: str) -> None:
     if wrong:
         raise TypeError(f"{why}, got {shown(wrong[0])}")
+
+
+def join(infos: Sequence[DatasetInfo], names: Sequence[str]) -> tuple[DatasetInfo, list[tuple[int, int]]]:
+    """What dataset.json would say of all, and the first object and text class of each."""
+    objects, object_classes, centers = _joined([(i.centers_sha256, i.object_classes) for i in infos])
+    texts, text_classes, tokenizer = _joined([(i.tokenizer_sha256, i.text_classes) for i in infos])
+    shards = [
+        replace(shard, name=f"{name}/{shard.name}")
+        for name, info in zip(names, infos, strict=True)
+        for shard in info.shards
+    ]
+    info = DatasetInfo(
+        samples=sum(info.samples for info in infos),
+        objects=sum(info.objects for info in infos),
+        texts=sum(info.texts for info in infos),
+        object_classes=object_classes,
+        text_classes=text_classes,
+        centers_sha256=centers,
+        tokenizer_sha256=tokenizer,
+        shards=tuple(shards),
+    )
+    return info, list(zip(objects, texts, strict=True))
+
+
+def _joined(files: Sequence[tuple[str | None, int]]) -> tuple[list[int], int, str | None]:
+    """The first class of each dataset, the number of all classes, and the hash of what they come from."""
+    firsts: list[int] = []
+    known: dict[str, int] = {}
+    total = 0
+    for number, (sha256, classes) in enumerate(files):
+        source = sha256 or f"dataset {number}"
+        if classes and source not in known:
+            known[source] = total
+            total += classes
+        firsts.append(known.get(source, 0))
+    if len(known) < 2:
+        return firsts, total, next((sha256 for sha256, classes in files if classes), None)
+    return firsts, total, hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def load_tokenizer(path: Path) -> SentencePieceProcessor:

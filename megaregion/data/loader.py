@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from megaregion.config import DataConfig
 from megaregion.data.batch import Batch, Findings, Pool, Sample, collate
 from megaregion.data.image import Jpeg, open_image, stay_on_one_core
-from megaregion.data.mixture import Datasets, MixedOrder, Orders
+from megaregion.data.order import MixedOrder, Orders
 from megaregion.data.remote import Prefetcher
 from megaregion.data.sample import BadSample, clip_regions, parse_sample
-from megaregion.data.shards import RawSample
+from megaregion.data.shards import Datasets, RawSample
 from megaregion.data.transforms import Transform, check_size
 from megaregion.errors import UserError
 from megaregion.processor import keep_freed_memory

@@ -4,6 +4,11 @@ Epoch p // n shuffles the shards, cuts them into windows of a few shards, and sh
 each window, so that reads stay near each other on disk while neighbours in the stream are mixed. Nothing
 is replayed on resume, and ranks and workers only choose which positions they take.
 
+Several datasets share the stream as nearly in the ratio of their weights as whole samples allow, at every
+position and not only on average: the first takes position p where floor((p + 1) w / W) grows, and the others
+share what is left in the same way. So a dataset's part, and how much of it went by, are sums of a few whole
+numbers, whatever was drawn before.
+
 Random numbers follow the same rule: they depend on the run's seed, a purpose and up to three numbers
 (position, epoch, window ...), never on the process that draws them or on what was drawn before.
 """
@@ -13,7 +18,10 @@ from __future__ import annotations
 import enum
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -151,6 +159,53 @@ class SampleOrder:
             for shard in self._shards_of(epoch, window)
         ]
         return seeded_rng(self._seed, Purpose.WINDOW, epoch, window).permutation(np.concatenate(indices))
+
+
+class MixedOrder:
+    """Which sample of the datasets, numbered one dataset after the other, stands at which position.
+
+    Args:
+        orders: The order of each dataset, in its own positions.
+        weights: Shares of the stream, relative to each other.
+    """
+
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[Fraction]) -> None:
+        self.orders = tuple(orders)
+        scale = lcm(*(weight.denominator for weight in weights))
+        whole = [int(weight * scale) for weight in weights]
+        self._splits = [(own, sum(whole[number:])) for number, own in enumerate(whole)]
+        self._firsts = list(accumulate((order.samples for order in orders), initial=0))
+        self.samples = self._firsts[-1]
+
+    def sample(self, position: int) -> int:
+        """Index of the sample at a position, 0 <= position < 2**64."""
+        number, own = self._place(position)
+        return self._firsts[number] + self.orders[number].sample(own)
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """As that of the dataset at a position: what stands in is of the same one, which keeps the ratio."""
+        number, own = self._place(position)
+        return self._firsts[number] + self.orders[number].replacement(own, attempt)
+
+    def reached(self, position: int) -> list[int]:
+        """Samples of each dataset before a position; also the position in its own order where it goes on."""
+        counts = []
+        for own, total in self._splits:
+            counts.append(position * own // total)
+            position -= counts[-1]
+        return counts
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Number of the dataset at a position, and the position in its own order."""
+        for number, (own, total) in enumerate(self._splits):
+            before = position * own // total
+            if (position + 1) * own // total > before:
+                return number, before
+            position -= before
+        raise AssertionError("unreachable: the last dataset takes all that is left")
+
+
+Orders = SampleOrder | MixedOrder
 
 
 def step_positions(

@@ -2,7 +2,8 @@
 
 The folder holds shard-00000.tar ..., one shard-00000.index.npy for each, dataset.json and, where they
 apply, centers.npy and tokenizer.model. KEY.jpg and KEY.json of a sample lie next to each other in the
-tar, so that one read brings the header with the key, the image and the record.
+tar, so that one read brings the header with the key, the image and the record. Several datasets are read as
+one, whose samples are numbered one dataset after the other.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.config import DataConfig
-from megaregion.data.info import CENTERS_NAME, ShardEntry, read_info
+from megaregion.data.info import CENTERS_NAME, ShardEntry, join, read_info
+from megaregion.data.order import MixedOrder, Orders, SampleOrder
 from megaregion.data.remote import Mirror, is_remote
-from megaregion.data.sample import SampleRecord
+from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.errors import UserError
 from megaregion.files import file_sha256
 
@@ -284,3 +286,126 @@ class ShardedDataset:
                 f"{path} is not the file that the dataset was packed with (sha256 {found[:12]}, expected "
                 f"{expected[:12]}); restore it or pack the dataset again"
             )
+
+
+class Mixture:
+    """Several datasets, read as one.
+
+    Raises:
+        UserError: Their shards that are read at once do not fit the cache together.
+    """
+
+    def __init__(self, parts: Sequence[ShardedDataset], data: DataConfig) -> None:
+        self.parts = tuple(parts)
+        self.names = [path.rstrip("/").rpartition("/")[2] for path, _ in data.datasets]
+        if len(set(self.names)) < len(self.names):
+            self.names = [path for path, _ in data.datasets]
+        self.folder = ", ".join(str(part.folder) for part in parts)
+        self.info, self._shifts = join([part.info for part in parts], self.names)
+        self._weights = [weight for _, weight in data.datasets]
+        self._first_shards = list(accumulate((len(part.info.shards) for part in parts), initial=0))
+        need = sum(part.mirror.window_bytes for part in parts if part.mirror is not None)
+        if need > data.cache_bytes:
+            raise UserError(
+                f"data.cache_bytes must hold the shards of all datasets that are read at once, {need:,} "
+                f"bytes, got {data.cache_bytes:,}; raise it, or lower data.window_shards"
+            )
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def __str__(self) -> str:
+        """Share of the stream and classes of each, for the log."""
+        told = []
+        for name, part, weight, (objects, texts) in zip(
+            self.names, self.parts, self._weights, self._shifts, strict=True
+        ):
+            spaces = (objects, part.info.object_classes, "object"), (texts, part.info.text_classes, "text")
+            classes = [
+                f"{kind} classes {first} to {first + count - 1}" for first, count, kind in spaces if count
+            ]
+            share = float(weight / sum(self._weights))
+            told.append(f"{name}: {share:.1%} of the stream, {len(part)} samples, {', '.join(classes)}")
+        return "; ".join(told)
+
+    @property
+    def centers(self) -> list[tuple[int, Path]]:
+        """The files of centers, each with the first class that is its own."""
+        files: dict[int, Path] = {}
+        for part, (first, _) in zip(self.parts, self._shifts, strict=True):
+            if part.info.object_classes:
+                files.setdefault(first, part.folder / CENTERS_NAME)
+        return sorted(files.items())
+
+    def read(self, index: int) -> RawSample:
+        """As :meth:`ShardedDataset.read`."""
+        number, own = self._own(index)
+        return self.parts[number].read(own)
+
+    def labelled(self, index: int, key: str, record: SampleRecord) -> SampleRecord:
+        """The record of a sample with the labels of the joined spaces.
+
+        Raises:
+            UserError: A label lies outside the label space of its dataset.
+        """
+        number, own = self._own(index)
+        checked = self.parts[number].labelled(own, key, record)
+        shift = self._shifts[number]
+        if shift == (0, 0):
+            return checked
+        return checked._replace(regions=tuple(_shifted(region, *shift) for region in checked.regions))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """As :meth:`ShardedDataset.read_ahead`."""
+        for index in indices:
+            number, own = self._own(index)
+            self.parts[number].read_ahead([own])
+
+    def shard_of(self, index: int) -> int:
+        """Number, among the shards of all datasets, of the one that holds a sample."""
+        number, own = self._own(index)
+        return self._first_shards[number] + self.parts[number].shard_of(own)
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        for part in self.parts:
+            part.close()
+
+    def _own(self, index: int) -> tuple[int, int]:
+        for number, part in enumerate(self.parts):
+            if index < len(part):
+                return number, index
+            index -= len(part)
+        raise IndexError(f"sample {index + len(self)} of datasets of {len(self)}")
+
+
+Datasets = ShardedDataset | Mixture
+
+
+def open_datasets(
+    data: DataConfig, check_labels: bool = True, written: Sequence[Sequence[int]] | None = None
+) -> Datasets:
+    """The dataset of data.path, or all of them; other arguments as of :class:`ShardedDataset`, a part each.
+
+    Raises:
+        UserError: One cannot be used.
+    """
+    known: Sequence[Sequence[int] | None] = written or [None] * len(data.datasets)
+    parts = [
+        ShardedDataset(path, check_labels, data, one)
+        for (path, _), one in zip(data.datasets, known, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else Mixture(parts, data)
+
+
+def order_of(datasets: Datasets, data: DataConfig, seed: int) -> Orders:
+    """The order of a dataset, or of several by their weights."""
+    orders = [SampleOrder(part.info.shard_sizes, seed, data.window_shards) for part in datasets.parts]
+    return orders[0] if len(orders) == 1 else MixedOrder(orders, [weight for _, weight in data.datasets])
+
+
+def _shifted(region: RegionRecord, first_object: int, first_text: int) -> RegionRecord:
+    if region.label is None:
+        return region._replace(tokens=tuple(token + first_text for token in region.tokens))
+    others = tuple(label + first_object for label in region.others)
+    return region._replace(label=region.label + first_object, others=others)

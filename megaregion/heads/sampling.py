@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from megaregion.errors import UserError
-from megaregion.heads.collectives import GatheringRows
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import GatheringRows, Topology
 
 LOG = logging.getLogger(__name__)
 LEAST_SAVING = 0.1

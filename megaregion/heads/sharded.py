@@ -4,15 +4,26 @@ Rank r of W holds a contiguous range of classes, ceil(K / W) each (the last rank
 scores all rows of the micro-step against them; only row sums travel. The head stays outside the training
 engine, which would broadcast one rank's shard over the others.
 
-Shapes: R rows over all data ranks, K classes over all ranks, E embedding width, T labels of a row (padded
-with -1).
+The rows are gathered over the data-parallel group alone (tensor-parallel ranks already hold the same rows),
+in the order of data ranks, which is the order of sample positions. They travel in their own type, bf16 when
+the body is bf16, and while they travel the caller may draw classes and fetch centers.
+
+Gradient contract: what a rank computes for a row is the part that its classes give. The gather's backward
+sums the parts over the world, gives each rank its own rows and multiplies by the number of data ranks,
+since the training engine then averages over them. A reduce-scatter does so with half the traffic of an
+all-reduce; with tensor parallelism it runs among the ranks of one tensor rank, and only the rank's own
+rows, one data rank's share, are then summed inside the tensor-parallel group, which is one node's.
+
+Shapes: r rows on this rank, R rows over all data ranks, K classes over all ranks, E embedding width, T labels
+of a row (padded with -1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +40,11 @@ from megaregion.heads.centers import (
     given_centers,
     random_centers,
 )
-from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.grouped import choose_draws
 from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_targets
 from megaregion.heads.streaming import HeadWork, score_rows
 from megaregion.heads.tiles import Scratch
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import GatheringRows, Topology, scatter_sums
 
 
 class LocalTensor(NamedTuple):
@@ -292,3 +302,77 @@ class FiniteGuard:
     def forget(self) -> None:
         """Drop what was noted."""
         self._unasked = []
+
+
+class GatheredFeatures:
+    """Normalised features of a micro-step's rows over all data ranks; both heads share one gather.
+
+    Until the rows are asked for there is time for other work.
+    """
+
+    def __init__(self, features: Tensor, topology: Topology) -> None:
+        """Normalise this rank's region embeddings [r, E], with gradient, and send for those of all."""
+        self._unit, self._topology = _UnitRows.apply(features), topology
+        self._gathering = GatheringRows(self._unit.detach(), topology.data_group, topology.node_groups)
+        self._rows: Tensor | None = None
+        self.narrow = self._unit.is_cuda and self._unit.dtype == torch.bfloat16
+        """Whether the rows are bf16 ones on a GPU."""
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of each row, not finite where the row is not, [R]."""
+        return self.rows.detach().sum(1)
+
+    @property
+    def rows(self) -> Tensor:
+        """Unit rows (zero where the feature is zero), with gradient, [R, E]; asked for, they are awaited."""
+        if self._rows is None:
+            self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology)
+        return self._rows
+
+
+class _UnitRows(torch.autograd.Function):
+    """L2 normalisation whose gradient at a row of zeros is zero, not the 1e12 of a clamped norm."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        scale = unit_scale(rows)
+        ctx.save_for_backward(rows, scale)
+        return torch.mul(rows, scale, out=torch.empty_like(rows))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        rows, scale = ctx.saved_tensors
+        unit = rows * scale
+        along = (unit * gradient).sum(1, keepdim=True)
+        across = torch.addcmul(gradient, along, unit, value=-1)
+        return torch.mul(across, scale, out=torch.empty_like(rows))
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather over the data group; backward sums over the world as the gradient contract says."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, gathering: GatheringRows, topology: Topology) -> Tensor:
+        ctx.topology = topology
+        return gathering.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        place: Topology = ctx.topology
+        own = scatter_sums(gradient, place.data_group, place.node_groups)
+        if place.tensor_size > 1:
+            dist.all_reduce(own, group=place.tensor_group)
+        return own.mul_(place.data_size), None, None
+
+
+def unit_scale(rows: Tensor) -> Tensor:
+    """The factor that gives each row [R, E] length 1, [R, 1]: 0 for a row of zeros, NaN if not finite.
+
+    It is fp32 for rows of a narrower type.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+    tiny = torch.finfo(wide).tiny ** 0.5
+    # norm - norm is 0, but NaN where the norm overflows: such a row must not pass as a row of zeros.
+    return ((norm > tiny) + (norm - norm)) / norm.clamp_min(tiny)

@@ -1,7 +1,13 @@
-"""Who this process is among all ranks, and the process groups it talks through.
+"""Who this process is among all ranks, the process groups it talks through, and rows that cross them.
 
 Ranks are laid out tensor-parallel first: ranks 0 .. T-1 share one copy of the model, rank r has data
 rank r // T. A single process is a world of one rank and takes the same path as 64 GPUs.
+
+On several nodes the network between them is the narrow part, so each row crosses into a node once: on
+the way out it first goes to the rank with the same place on each other node and spreads inside from
+there; on the way back the ranks of a node first add up what they hold, then the nodes exchange sums.
+
+Shapes: r rows on this rank, R rows over all ranks of a group.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megaregion.errors import UserError
 
@@ -131,6 +138,52 @@ def all_gather_strings(text: str, topology: Topology) -> list[str]:
     dist.all_gather_single(gathered, padded, group=group)
     rows = gathered.view(topology.world_size, longest).cpu()
     return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, sizes.tolist(), strict=True)]
+
+
+class GatheringRows:
+    """Rows of all ranks, on their way; every rank has as many."""
+
+    def __init__(self, rows: Tensor, group: Group, nodes: NodeGroups | None = None) -> None:
+        """Send this rank's rows; :meth:`arrive` waits for all."""
+        self._nodes = nodes
+        # Held here, since what is being sent must not be freed.
+        self._sent = rows.contiguous()
+        first = group if nodes is None else nodes.between
+        self._received = rows.new_empty((len(rows) * first.size(), *rows.shape[1:]))
+        self._work = dist.all_gather_single(self._received, self._sent, group=first, async_op=True)
+
+    def arrive(self) -> Tensor:
+        """Wait for the rows of all ranks, [R, ...]; a GPU's queue waits, not the host. Call it once."""
+        if self._work is not None:
+            self._work.wait()
+        rows, each = self._received, len(self._sent)
+        if self._nodes is None:
+            return rows
+        inside, between = self._nodes.inside, self._nodes.between
+        by_place = rows.new_empty((inside.size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_single(by_place, rows, group=inside)
+        shape = (inside.size(), between.size(), each, *rows.shape[1:])
+        return by_place.view(shape).transpose(0, 1).flatten(0, 2)
+
+
+def scatter_sums(rows: Tensor, group: Group, nodes: NodeGroups | None = None) -> Tensor:
+    """The way back of the gather: sum all ranks' parts of all rows [R, ...], give each its own, [r, ...].
+
+    With ``nodes`` it goes node by node, and sums are added in another order.
+    """
+    each = len(rows) // group.size()
+    if nodes is None:
+        return _reduce_scatter(rows, each, group)
+    inside, between = nodes.inside, nodes.between
+    by_node = rows.view(between.size(), inside.size(), each, *rows.shape[1:])
+    by_place = by_node.transpose(0, 1).flatten(0, 2)
+    return _reduce_scatter(_reduce_scatter(by_place, between.size() * each, inside), each, between)
+
+
+def _reduce_scatter(rows: Tensor, each: int, group: Group) -> Tensor:
+    own = rows.new_empty((each, *rows.shape[1:]))
+    dist.reduce_scatter_single(own, rows.contiguous(), group=group)
+    return own
 
 
 def leave() -> None:

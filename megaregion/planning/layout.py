@@ -11,8 +11,7 @@ from pathlib import Path
 
 from megaregion.checks import batching
 from megaregion.config import ModelConfig, RunConfig
-from megaregion.data.info import INFO_NAME, read_info
-from megaregion.data.mixture import join
+from megaregion.data.info import INFO_NAME, join, read_info
 from megaregion.errors import UserError
 from megaregion.heads.grouped import lay_waves
 from megaregion.heads.sampling import Draw

@@ -19,11 +19,10 @@ from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.checks import Batching
 from megaregion.config import RunConfig
 from megaregion.data.batch import OBJECT, TEXT, Batch
-from megaregion.data.mixture import Datasets
+from megaregion.data.shards import Datasets
 from megaregion.errors import UserError
-from megaregion.heads.collectives import GatheredFeatures
 from megaregion.heads.sampling import GatheringLabels
-from megaregion.heads.sharded import ClassShardedHead, NonFiniteFeatures
+from megaregion.heads.sharded import ClassShardedHead, GatheredFeatures, NonFiniteFeatures
 from megaregion.parallel.topology import NodeGroups, Topology
 
 LOG = logging.getLogger("megaregion")

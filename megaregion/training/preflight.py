@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megaregion.config import DataConfig, MachinesConfig, RunConfig
-from megaregion.data.mixture import Datasets, open_datasets
+from megaregion.data.shards import Datasets, open_datasets
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name

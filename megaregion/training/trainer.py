@@ -22,8 +22,8 @@ from megaregion.checks import Batching, batching, check_batching
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
-from megaregion.data.mixture import MixedOrder, Mixture, order_of
-from megaregion.data.order import step_positions
+from megaregion.data.order import MixedOrder, step_positions
+from megaregion.data.shards import Mixture, order_of
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
