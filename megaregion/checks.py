@@ -105,15 +105,10 @@ class Batching:
 
 
 def batching(config: RunConfig, data_ranks: int, stage: StageConfig | None = None) -> Batching:
-    """Cut the global batch, which is the same on any number of ranks.
+    """Cut the global batch, which is the same on any number of ranks, at a resolution, the first if None.
 
     Where the wanted micro-batch does not divide a rank's share of it, the next smaller number of images that
     does is taken.
-
-    Args:
-        config: The run.
-        data_ranks: Data-parallel ranks.
-        stage: The resolution, which may have a micro-batch of its own; None for the first.
 
     Raises:
         UserError: The global batch cannot be spread over the ranks, or no micro-batch fits head.draw_images.

@@ -85,15 +85,10 @@ class Parser(argparse.ArgumentParser):
     def add_flag(
         self, name: str, kind: Any, default: Any, told: str, group: Any = None, **options: Any
     ) -> None:
-        """Add a flag or an argument of a command's own.
+        """Add a flag, as ``--batch``, or without dashes an argument, of a command's own.
 
-        Args:
-            name: As ``--batch``; without dashes it is an argument.
-            kind: A type of bounds.py or a :class:`Kind`, bool for a switch, or a function that reads a text.
-            default: Its value where it is not given.
-            told: What it does.
-            group: Where ``--help`` shows it, if not with all others.
-            options: Further ones of argparse.
+        Its kind is a type of bounds.py or a :class:`Kind`, bool for a switch, or a function that reads a
+        text. ``group`` is where ``--help`` shows it, if not with all others; further options are argparse's.
         """
         if kind is bool:
             options["action"] = "store_true"
@@ -109,10 +104,8 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self, defaults: Any, flat: bool = False, without: Sequence[str] = ()) -> None:
         """Add a flag for every setting of a class; :func:`chosen_settings` gives what they set.
 
-        Args:
-            defaults: Settings with their default values.
-            flat: Name flags as ``--min-edge``, where names are unique, instead of ``--model.width``.
-            without: Keys that get no flag.
+        They are named as ``--model.width``, or ``flat`` as ``--min-edge``, where names are unique; keys
+        ``without`` get none.
         """
         dest = _dest(defaults)
         for section in sections(defaults):

@@ -16,12 +16,10 @@ Result = TypeVar("Result")
 
 
 def spread(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Do tasks in worker processes; the results are the same for any number of them.
+    """Do tasks in worker processes, of which 0 and 1 are this one; their number changes no result.
 
-    Args:
-        work: Does one task; each worker gets a copy of it once.
-        tasks: Read a few ahead of the results that are taken, or all results could pile up.
-        workers: Processes; 0 and 1 work in this one.
+    Each gets a copy of ``work`` once. Tasks are read a few ahead of the results that are taken, or all
+    results could pile up.
 
     Raises:
         UserError: A worker died.

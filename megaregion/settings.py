@@ -126,10 +126,7 @@ def setting_names(settings: Any, key: str = "") -> list[str]:
 def read_settings(base: T, values: object, key: str = "") -> T:
     """Settings from nested values, as YAML, JSON or flags hold them; bounds are not looked at.
 
-    Args:
-        base: Settings that are kept where ``values`` say nothing.
-        values: Texts or values by field; mappings of them for sections.
-        key: Where ``base`` stands in the whole.
+    ``base`` is kept where they say nothing; ``key`` says where it stands in the whole.
 
     Raises:
         UserError: An unknown key (the nearest known one is named), or a value of another kind.
@@ -157,12 +154,9 @@ def read_settings(base: T, values: object, key: str = "") -> T:
 
 
 def check(settings: Any, key: str = "", say: Callable[[str], str] = str) -> None:
-    """Check that every value is of its kind and within its bounds.
+    """Check that every value of a dataclass is of its kind and within its bounds.
 
-    Args:
-        settings: A dataclass of settings.
-        key: Where it stands in the whole.
-        say: How the user wrote a key, from its name with dots.
+    ``key`` says where it stands in the whole, ``say`` how the user wrote a key, from its name with dots.
 
     Raises:
         UserError: One is not; the text is ``KEY must lie in BOUNDS, got VALUE``, and the way out.

@@ -6,13 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), indent: str = "") -> str:
-    """Rows below each other, two spaces between columns.
-
-    Args:
-        rows: Cells; every row has as many.
-        left: Columns that are aligned left; the others are aligned right.
-        indent: What each line begins with.
-    """
+    """Rows of cells below each other, two spaces between columns; all but ``left`` ones aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(

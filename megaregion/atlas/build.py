@@ -62,17 +62,10 @@ class Outcome:
 def build_atlas(
     source: Source, out: Path, settings: AtlasSettings, bar: Bar, workers: int = 2
 ) -> Outcome | None:
-    """Build an atlas.
+    """Build an atlas of a source, the same for any number of ``workers`` that crop.
 
-    Args:
-        source: What it shows.
-        out: Folder to make; an older atlas there is replaced when the new one is whole.
-        settings: What to show.
-        bar: Shows progress.
-        workers: Processes that crop; the outcome does not depend on their number.
-
-    Returns:
-        What was built; None if the folder holds this very atlas already.
+    An older atlas in ``out`` is replaced when the new one is whole. Gives what was built; None if the folder
+    holds this very atlas already.
 
     Raises:
         UserError: Something that the user can mend; the folder is what it was.

@@ -90,13 +90,7 @@ def principal_axes(centers: Floats) -> Floats:
 
 
 def place_clusters(axes: Floats, kind: MapKind, seed: int) -> Places:
-    """Lay the clusters out.
-
-    Args:
-        axes: From :func:`principal_axes`, [K, A].
-        kind: pca takes the first two axes; umap unfolds all of them.
-        seed: Seed of UMAP.
-    """
+    """Lay the clusters out by their principal axes, [K, A]: pca takes two, umap unfolds all by a seed."""
     third = axes[:, 2] if axes.shape[1] > 2 else np.zeros(len(axes), dtype=np.float32)
     rank = np.empty(len(axes), dtype=np.int64)
     rank[np.argsort(third, kind="stable")] = np.arange(len(axes))
@@ -122,14 +116,9 @@ def _unfold(axes: Floats, seed: int) -> Floats:
 
 
 def make_map_tiles(position: Floats, sizes: Integers) -> dict[str, Integers]:
-    """Distribute the clusters over the tiles.
+    """Distribute the clusters, which lie at [K, 2] and have so many regions, [K], over the tiles.
 
-    Args:
-        position: Where each lies, [K, 2].
-        sizes: Regions of each, [K].
-
-    Returns:
-        The clusters of each tile, the largest first, by its name; upper tiles first.
+    Gives the clusters of each tile, the largest first, by its name; upper tiles first.
     """
     # A place within 1 / 2**LEVELS of the border must not fall off it.
     cells = np.minimum((position.astype(np.float64) * 2**LEVELS).astype(np.int64), 2**LEVELS - 1)
@@ -159,13 +148,10 @@ def density(position: Floats) -> NDArray[np.uint8]:
 
 
 def find_neighbours(centers: Floats, axes: Floats, wanted: int, tick: Callable[[int], object]) -> Neighbours:
-    """Find the neighbours of every center.
+    """The n wanted neighbours of every center.
 
-    Args:
-        centers: [K, C], of any length; may be mapped from a file.
-        axes: Along the principal axes, [K, A].
-        wanted: Neighbours of each, n.
-        tick: Called with the number of centers that were done.
+    Centers, [K, C], may have any length and be mapped from a file; axes are theirs, [K, A]. ``tick`` is
+    called with the number of centers that were done.
     """
     found = Neighbours(
         np.full((len(centers), wanted), -1, dtype=np.int32),

@@ -94,15 +94,9 @@ def draw_samples(samples: int, wanted: int, seed: int) -> Integers:
 
 
 def plan_crops(clusters: Integers, tokens: Integers, browsed: Integers) -> tuple[int, list[Integers]]:
-    """Sort the wanted crops by sample.
+    """Sort the wanted crops by sample; those of groups are sample, region, group and slot, [m, 4].
 
-    Args:
-        clusters: Sample, region, group and slot of each crop, [m, 4].
-        tokens: The same for tokens.
-        browsed: Numbers of the samples to browse.
-
-    Returns:
-        The number of samples, and for each task of a worker rows of sample, region, group, slot and kind.
+    Gives the number of samples, and for each task of a worker rows of sample, region, group, slot and kind.
     """
     whole = np.zeros((len(browsed), 4), dtype=np.int64)
     whole[:, 0] = browsed
@@ -161,13 +155,7 @@ def _describe(number: int, sample: Sample) -> dict[str, Any]:
 
 
 def cut_tile(image: Image.Image, box: Box, side: int) -> Tile:
-    """Cut a region with its surroundings.
-
-    Args:
-        image: RGB.
-        box: The region, in pixels; may stick out of the image.
-        side: Side of the tile, in pixels.
-    """
+    """Cut a region of an RGB image with its surroundings; its box may stick out. All in pixels."""
     x0, y0, x1, y1 = box
     window = max(x1 - x0, y1 - y0) * CONTEXT
     window = max(min(window, max(image.size)), LEAST)
@@ -200,15 +188,7 @@ def make_cover(tile: Tile) -> Tile:
 
 
 def write_sheet(path: Path, tiles: Mapping[int, Tile], count: int, side: int, columns: int) -> None:
-    """Write a sheet.
-
-    Args:
-        path: The JPEG file to make.
-        tiles: Tiles by their slot; slots without one stay grey.
-        count: Number of slots.
-        side: Side of a tile, in pixels.
-        columns: Tiles of a row.
-    """
+    """Write a JPEG of so many slots in columns, tiles of this side in pixels; slots without one stay grey."""
     sheet = Image.new("RGB", (columns * side, -(-count // columns) * side), EMPTY)
     for slot, tile in tiles.items():
         place = (slot % columns * side, slot // columns * side)
@@ -242,12 +222,7 @@ def _slide(center: float, window: float, extent: int) -> float:
 
 
 class Spool:
-    """Takes tiles in any order and gives them back by files of groups.
-
-    Args:
-        folder: Where the files lie; nobody else writes there.
-        groups_per_file: Groups that share one.
-    """
+    """Takes tiles in any order and gives them back by files of groups, in a folder of its own."""
 
     def __init__(self, folder: Path, groups_per_file: int) -> None:
         self._folder, self._per_file = folder, groups_per_file

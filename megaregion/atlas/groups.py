@@ -28,24 +28,14 @@ EMPTY = np.array((NOBODY, -1, 0, 0), MEMBER)
 
 
 class Members:
-    """The n regions of lowest priority in every group; memory depends on G and n alone.
-
-    Args:
-        groups: Number of groups, G.
-        wanted: Members of each, n.
-    """
+    """The n regions of lowest priority in each of G groups; memory depends on G and n alone."""
 
     def __init__(self, groups: int, wanted: int) -> None:
         self.table = np.full((groups, wanted), EMPTY)
         """The best first, [G, n] of :data:`MEMBER`; empty places come last."""
 
     def add(self, rows: Rows, priority: Priority) -> None:
-        """Take in a batch.
-
-        Args:
-            rows: Regions, in the order of the dataset; of equal priorities the first one wins.
-            priority: [r], lower is better.
-        """
+        """Take in a batch in the order of the dataset; of equal priorities, [r], the first one wins."""
         wanted = self.table.shape[1]
         if not wanted:
             return
@@ -77,12 +67,9 @@ def by_chance(rows: Rows, seed: int) -> Priority:
 
 
 class Groups:
-    """The clusters, or the tokens; what is told of them holds once all batches were added.
+    """The G clusters, or tokens; what is told of them holds once all batches were added.
 
-    Args:
-        groups: Their number, G.
-        settings: How many members to keep.
-        closeness: Whether cosines are known; without them no member is among the nearest.
+    Without ``closeness``, where cosines are not known, no member is among the nearest.
     """
 
     def __init__(self, groups: int, settings: AtlasSettings, closeness: bool) -> None:

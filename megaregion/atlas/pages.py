@@ -55,14 +55,7 @@ class Content:
 
 
 class Pages:
-    """Writes the pages of an atlas.
-
-    Args:
-        site: The atlas's folder.
-        scratch: An empty folder for pictures on their way.
-        tile: Side of a crop, in pixels.
-        content: What to tell.
-    """
+    """Writes the pages of an atlas into its folder; pictures on their way lie in an empty one."""
 
     def __init__(self, site: Path, scratch: Path, tile: int, content: Content) -> None:
         self._site, self._tile, self._content = site, tile, content
@@ -201,15 +194,7 @@ class Pages:
             tick(len(clusters))
 
     def write_chunk(self, name: str, content: Any) -> None:
-        """Write one chunk.
-
-        Args:
-            name: As clusters/12.
-            content: JSON.
-
-        Raises:
-            ValueError: A number is not finite.
-        """
+        """Write one chunk, named as clusters/12; a ValueError where a number in it is not finite."""
         path = self._site / "data" / f"{name}.js"
         path.parent.mkdir(parents=True, exist_ok=True)
         # ASCII alone: whatever a text region reads, the file has no letter that ends a line or a script.

@@ -100,10 +100,7 @@ class _Piece(NamedTuple):
 
 
 class CuratedSource:
-    """Reads what tools/curate.py wrote.
-
-    Args:
-        folder: The run's folder, or a dataset's.
+    """Reads what tools/curate.py wrote: a run's folder, or a dataset's.
 
     Raises:
         UserError: There is no finished dataset, it has no centers, or a file is not the one packed.

@@ -51,11 +51,7 @@ class _Block(NamedTuple):
 
 
 class SyntheticSource:
-    """A source without any file.
-
-    Args:
-        clusters: Number of clusters, K.
-    """
+    """A source of K clusters without any file."""
 
     knows_closeness = True
 

@@ -170,12 +170,8 @@ def rank_file(rank: int) -> str:
 def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece], staging: Path | None = None) -> None:
     """Write one rank's part of a checkpoint: a safetensors file and the entries that describe it.
 
-    Args:
-        folder: The unfinished checkpoint folder, which exists.
-        rank: The writing rank; names the files.
-        pieces: What this rank holds, in host memory; may be empty.
-        staging: A folder of this rank alone on the host's own disk. The tensors are written there first and
-            then copied; the copy there is left.
+    With ``staging``, a folder of this rank alone on the host's own disk, the tensors are written there first
+    and then copied; the copy there is left.
 
     Raises:
         OSError: The disk is full or gone.
@@ -213,11 +209,8 @@ def publish(
 ) -> None:
     """Join what all ranks wrote into a manifest, then make the checkpoint visible in one rename.
 
-    Args:
-        folder: The unfinished folder; every rank has finished :func:`write_pieces`.
-        final: Its name once complete; ``latest`` beside it is updated last.
-        facts: Entries for the manifest besides the tensors (step, position, config, dataset).
-        check: Called right before the rename; what it raises prevents it.
+    ``facts`` are the manifest's entries besides the tensors (step, position, config, dataset). ``check`` is
+    called right before the rename; what it raises prevents it. ``latest`` beside the folder is updated last.
 
     Raises:
         OSError: The disk is full or gone.

@@ -247,10 +247,7 @@ class CheckpointReader:
     ) -> Tensor:
         """Read a box of a tensor, from whatever pieces it was written in.
 
-        Args:
-            name: The tensor.
-            offset: Where the box begins; the origin if None.
-            shape: The box's shape; the rest of the tensor if None.
+        It begins at the origin and goes to the end of the tensor where it is not said.
 
         Raises:
             DamagedCheckpoint: The tensor or a part of the box is not in the checkpoint.

@@ -79,15 +79,8 @@ def write_weights(
 ) -> int:
     """Write safetensors files tensor by tensor, so that no more than one need be in memory.
 
-    Args:
-        folder: An existing folder without these files.
-        planned: Keys and shapes, for the files' headers.
-        tensors: The tensors, in the order that was planned.
-        dtype: Type of the written values.
-        limit: Most bytes of tensors in one file; a larger tensor gets a file of its own.
-
-    Returns:
-        Bytes of all tensors.
+    Tensors come in the order of the planned keys and shapes, of which the files' headers are made. A file
+    holds at most ``limit`` bytes; a larger tensor gets one of its own. Gives the bytes of all tensors.
 
     Raises:
         ValueError: The tensors are not those that were planned.

@@ -94,13 +94,8 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
 
         OUT/model.safetensors  config.json  preprocessor_config.json  README.md
 
-    The heads stay behind, and so do the projection and region tokens' own weights unless ``regions`` asks
-    for them.
-
-    Args:
-        checkpoint: A run's folder, its checkpoints folder or one step folder.
-        out: Folder to write, absent or empty; it appears complete or not at all.
-        options: How.
+    OUT, which is absent or empty, appears complete or not at all. The heads stay behind, and so do the
+    projection and region tokens' own weights unless ``regions`` asks for them.
 
     Raises:
         UserError: There is no whole checkpoint, the format cannot hold it, or out is taken or cannot be
@@ -188,13 +183,8 @@ def write_start(source: Path, out: Path, image_size: int | None = None) -> tuple
         OUT/checkpoints/step-00000000/...   weights of the transformer, nothing else
         OUT/model.yaml                      settings that a run on these weights needs
 
-    Args:
-        source: The folder.
-        out: Folder to write, absent or empty; it appears complete or not at all.
-        image_size: Side of the images to train on; the folder's own if None.
-
-    Returns:
-        What was read, with that image size, and the number of parameters.
+    OUT, which is absent or empty, appears complete or not at all. Gives what was read, with the side of the
+    images to train on (the folder's own if None), and the number of parameters.
 
     Raises:
         UserError: The folder cannot be read, the patch does not divide the size, or out cannot be written.

@@ -82,16 +82,10 @@ class ZeroEngine:
         reducing: Callable[[], AbstractContextManager[None]] = nullcontext,
         rate: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
-        """Wrap the model.
+        """Wrap the body, already cut by tensor parallelism.
 
-        Args:
-            model: The body, already cut by tensor parallelism.
-            placements: Place of every parameter in the full model.
-            config: The run.
-            topology: This rank's place.
-            decays: Whether a named parameter has weight decay.
-            reducing: Opened around what is left of the gradients' reduction behind a backward pass.
-            rate: Factor of a named parameter's learning rate.
+        ``decays`` says whether a named parameter has weight decay, ``rate`` its factor of the learning rate;
+        ``reducing`` is opened around what is left of the gradients' reduction behind a backward pass.
         """
         self.placements = dict(placements)
         self.stage = effective_stage(config, topology.data_size)

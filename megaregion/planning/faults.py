@@ -50,14 +50,7 @@ class FaultModel:
 
 
 def simulate(model: FaultModel, interval: float, seed: int = 0, faults: int = 100_000) -> float:
-    """Share of the wall time that went into steps that count, over many faults.
-
-    Args:
-        model: Size and times.
-        interval: Seconds of training between two saves.
-        seed: Seed of the faults' times.
-        faults: Faults that are drawn.
-    """
+    """Share of the wall time in steps that count, over many faults, with a save after so many seconds."""
     gaps = np.random.default_rng(seed).exponential(model.between_faults, faults)
     # From the first step after a restart to the next fault; negative where that came during the restart.
     running = gaps - model.detection - model.restart

@@ -95,10 +95,7 @@ class Hardware:
 
 
 def load_hardware(name: str) -> Hardware:
-    """Read a preset or a YAML file.
-
-    Args:
-        name: Name of a preset, or path of a file.
+    """Read a preset, or the YAML file of a path.
 
     Raises:
         UserError: No such preset or file, an unknown field, or a value out of bounds.

@@ -78,13 +78,7 @@ class Plan:
 
 
 def make_plan(config: RunConfig, hardware: Hardware, labels: Labels, samples: int | None = None) -> Plan:
-    """Plan a run.
-
-    Args:
-        config: The run.
-        hardware: The cluster.
-        labels: The label spaces.
-        samples: Images of the whole run; those of train.steps if None.
+    """Plan a run of so many images, those of train.steps if None.
 
     Raises:
         UserError: The ranks do not suit parallel.tensor or the global batch.
@@ -166,11 +160,7 @@ def all_plans(
 
 
 def best_plans(plans: list[Plan], count: int) -> list[Plan]:
-    """The fastest plans that fit, at most one for each (tensor, sequence, ZeRO stage, recompute).
-
-    Args:
-        plans: Plans, the fastest first.
-        count: Most plans wanted.
+    """At most so many that fit, in their order, one for each (tensor, sequence, ZeRO stage, recompute).
 
     Raises:
         UserError: None fits; the text says by how much and what would.

@@ -13,13 +13,7 @@ from megaregion.tables import aligned
 
 
 def text(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan]) -> str:
-    """Everything that was planned.
-
-    Args:
-        stages: The run's resolutions.
-        best: The best choices for the first of them.
-        scaled: The first of them on more and fewer ranks.
-    """
+    """The run's resolutions; of the first, the best choices, and more and fewer ranks."""
     texts = [plan_text(stages[0])]
     texts += [_stages(stages)] if len(stages) > 1 else []
     texts += [_choices(best, stages[0])] if best else []

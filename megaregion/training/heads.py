@@ -97,10 +97,7 @@ class Heads:
             step: Steps already taken.
             micro_step: Index of the micro-step within the step.
             cut: How the step is cut.
-            refuse: Raise where features are not finite; else the loss is not finite and the caller judges.
-
-        Raises:
-            NonFiniteFeatures: Features are not finite, and they are to be refused here.
+            refuse: Raise NonFiniteFeatures; else the loss is not finite then and the caller judges.
         """
         leaf = embeddings.detach().requires_grad_()
         # While the rows travel, the classes are drawn and the centers fetched.

@@ -69,14 +69,9 @@ class Trainer:
     ) -> None:
         """Build data, body, heads and engine; nothing is read from a checkpoint yet.
 
-        Args:
-            config: The run.
-            topology: This rank's place.
-            stop: Whether somebody asked the run to stop.
-            clock: That of a watchdog, if there is one.
-            profile: First and last step to profile.
-            after_save: Called with the step once its save has begun; must return at once.
-            begin: Puts other weights than the seed's into the whole transformer, before it is cut.
+        The steps to ``profile`` are the first and the last. ``after_save`` is called with the step once its
+        save has begun, and must return at once. ``begin`` puts other weights than the seed's into the whole
+        transformer.
 
         Raises:
             UserError: The dataset cannot be used, or the batch sizes do not fit the ranks.
@@ -159,10 +154,7 @@ class Trainer:
                 LOG.info("no checkpoint in %s yet: starting", self.state.checkpoints)
 
     def run(self, stop_at: int | None = None) -> int:
-        """Train to the last step, or until a stop is asked for.
-
-        Args:
-            stop_at: Save and leave after this step; the schedules still reach to train.steps.
+        """Train to the last step, to ``stop_at`` (schedules stay as they are), or until a stop is asked for.
 
         Returns:
             0 at the end of training, which DONE in the run's folder marks, or of ``stop_at``; 85 if the run

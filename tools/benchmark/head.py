@@ -100,14 +100,9 @@ def head(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
 def compare(
     sizes: HeadSizes, goals: dict[str, float], repeats: int, watch: Stopwatch, dense: bool
 ) -> list[Case]:
-    """Measure all heads at one size.
+    """Measure all heads at one size, with least ratios by the names of ``ROWS``.
 
-    Args:
-        sizes: The size.
-        goals: Least ratios by the names of ``ROWS``.
-        repeats: Timed calls of each; the fastest counts.
-        watch: The clock, on the device to run on.
-        dense: Whether to run the dense softmax, whose logits need rows x classes x 4 bytes several times.
+    The dense softmax needs rows x classes x 4 bytes several times.
     """
     place = alone(watch.device)
     builds = {"our": _ours, "PartialFC": _partial_fc, **({"dense": _dense} if dense else {})}

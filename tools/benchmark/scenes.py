@@ -40,14 +40,9 @@ def compose(count: int, side: int, seed: int = 0) -> Iterator[ComposedScene]:
 
 
 def scene_features(path: Path, crops: int) -> NDArray[np.float32]:
-    """Embeddings of crops of scenes; made where the file is missing, about 7 ms a crop on one core.
+    """Unit embeddings of so many crops of scenes, float32 [crops, 1280].
 
-    Args:
-        path: File to read or to make, float16 [n, 1280].
-        crops: How many are asked for.
-
-    Returns:
-        Unit vectors, float32 [crops, 1280].
+    The file, float16 [n, 1280], is made where it is missing, about 7 ms a crop on one core.
 
     Raises:
         UserError: The file holds fewer, or something else.
