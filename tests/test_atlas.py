@@ -230,7 +230,9 @@ def test_a_label_that_has_no_class_is_refused(
         return read._replace(regions=(read.regions[0]._replace(label=CLUSTERS), *read.regions[1:]))
 
     monkeypatch.setattr("megaregion.atlas.source.parse_sample", damaged)
-    with pytest.raises(UserError, match=f"has the object label {CLUSTERS}, but there are {CLUSTERS} classes"):
+    with pytest.raises(
+        UserError, match=f"object label {CLUSTERS} is outside the label space of {CLUSTERS} classes"
+    ):
         build(CuratedSource(curation), tmp_path / "atlas")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,7 @@ from megaregion.atlas.settings import AtlasSettings, check_settings
 from megaregion.atlas.source import Floats, Source
 from megaregion.errors import UserError
 from megaregion.files import locked, new_folder, read_json
+from megaregion.processes import spread
 
 VERSION = 1
 """Goes up when the same source and settings would give another atlas."""
@@ -107,7 +109,7 @@ def _write(
     wanted, tasks = plan_crops(content.clusters.wants(), content.tokens.wants(), drawn)
     damaged, count = 0, len(content.clusters.sizes)
     with bar("crops", wanted) as tick:
-        for found in cut_crops(source, tasks, settings.tile, workers):
+        for found in spread(partial(cut_crops, source, settings.tile), tasks, workers):
             pages.add(found)
             damaged += found.damaged
             tick(found.samples)

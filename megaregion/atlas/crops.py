@@ -12,9 +12,8 @@ from __future__ import annotations
 import io
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from PIL import Image
 from megaregion.atlas.source import Integers, Sample, Source
 from megaregion.data.order import mix
 from megaregion.data.sample import BadSample, Box
-from megaregion.processes import spread
 
 TOGETHER = 32
 """Samples that a worker does at once."""
@@ -107,16 +105,8 @@ def plan_crops(clusters: Integers, tokens: Integers, browsed: Integers) -> tuple
     return len(samples), np.split(wants, starts[TOGETHER::TOGETHER]) if len(wants) else []
 
 
-def cut_crops(source: Source, tasks: Iterable[Integers], tile: int, workers: int) -> Iterator[Cropped]:
-    """Cut what is wanted, in order; the outcome is the same for any number of workers.
-
-    Raises:
-        UserError: A worker died.
-    """
-    return spread(partial(_cut, source, tile), tasks, workers)
-
-
-def _cut(source: Source, side: int, wants: Integers) -> Cropped:
+def cut_crops(source: Source, side: int, wants: Integers) -> Cropped:
+    """Do one task: tiles of this side, in pixels, and whole samples."""
     found = Cropped()
     for own in np.split(wants, np.flatnonzero(np.diff(wants[:, 0])) + 1):
         number = int(own[0, 0])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,25 +126,12 @@ class Groups:
         return np.concatenate(wants)
 
 
-class Counts(NamedTuple):
-    """The outcome of the pass."""
-
-    clusters: Groups
-    tokens: Groups
-    regions: int
-    """Object regions and text regions."""
-
-
 def count_regions(
     source: Source, settings: AtlasSettings, clusters: int, tick: Callable[[int], object]
-) -> Counts:
-    """Read all regions once; memory depends on the numbers of clusters and tokens alone.
+) -> tuple[Groups, Groups, int]:
+    """The K clusters, the tokens and the number of regions, by one pass; ``tick`` gets the samples just read.
 
-    Args:
-        source: What to read.
-        settings: How many members to keep.
-        clusters: Number of clusters, K.
-        tick: Called with the number of samples that were read.
+    Memory depends on the numbers of clusters and tokens alone.
     """
     objects = Groups(clusters, settings, source.knows_closeness)
     texts = Groups(len(source.pieces()), settings, closeness=False)
@@ -156,4 +142,4 @@ def count_regions(
         own = np.unique(batch.texts["sample"] * 65_536 + batch.texts["region"])
         regions += len(batch.objects) + len(own)
         tick(batch.samples)
-    return Counts(objects, texts, regions)
+    return objects, texts, regions

@@ -24,7 +24,7 @@ from megaregion.curation.stages.cluster import COSINES
 from megaregion.curation.stages.regions import REGIONS
 from megaregion.data.image import decode_image
 from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, load_tokenizer
-from megaregion.data.sample import BadSample, Box, RegionRecord, SampleRecord, parse_sample
+from megaregion.data.sample import BadSample, Box, SampleRecord, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
 
@@ -168,23 +168,13 @@ class CuratedSource:
                 raw = self._dataset.read(number)
                 cosines = _find_cosines(raw.key, images) if self._pieces else {}
                 try:
-                    regions = parse_sample(raw.record).regions
+                    record = parse_sample(raw.record)
                 except BadSample:
                     continue
-                for place, region in enumerate(regions):
-                    self._check_labels(raw.key, region)
+                for place, region in enumerate(self._dataset.labelled(number, raw.key, record).regions):
                     closeness = cosines.get(region.box, math.nan)
                     rows[region.kind] += [(label, number, place, closeness) for label in region.labels]
             yield Batch(stop - start, np.array(rows["object"], ROW), np.array(rows["text"], ROW))
-
-    def _check_labels(self, key: str, region: RegionRecord) -> None:
-        info = self._dataset.info
-        classes = info.object_classes if region.kind == "object" else info.text_classes
-        if max(region.labels, default=0) >= max(classes, 1):
-            raise UserError(
-                f"sample {key!r} has the {region.kind} label {max(region.labels)}, but there are {classes} "
-                "classes; curate again"
-            )
 
     def read(self, number: int) -> Sample:
         """Read a sample.

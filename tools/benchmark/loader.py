@@ -7,6 +7,7 @@ import io
 import math
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,11 @@ def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatc
 
     def ours() -> None:
         reader = RegionLoader(dataset, order, transform, data)
-        _drain(reader.batches(range(step * batch, (step + 1) * batch) for step in range(steps)))
+        deque(reader.batches(range(step * batch, (step + 1) * batch) for step in range(steps)), maxlen=0)
         reader.close()
 
     def theirs() -> None:
-        _drain(_webdataset_batches(shards, positions, transform, workers, batch))
+        deque(_webdataset_batches(shards, positions, transform, workers, batch), maxlen=0)
 
     ways = {"ours": ours, "theirs": theirs, "alone": lambda: _decode_all(shares)}
     images = {"ours": steps * batch, "theirs": steps * batch, "alone": len(dataset)}
@@ -145,11 +146,6 @@ def read_as_trained(dataset: ShardedDataset, data: DataConfig) -> tuple[SampleOr
     """Order and transform of a run over a dataset."""
     order = SampleOrder(dataset.info.shard_sizes, SEED, data.window_shards)
     return order, Transform(data, MODEL, SEED)
-
-
-def _drain(batches: Iterable[object]) -> None:
-    for _ in batches:
-        pass
 
 
 def _decode_all(shares: Sequence[Share]) -> None:
