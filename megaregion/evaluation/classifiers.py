@@ -12,7 +12,7 @@ D width after the turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -220,25 +220,33 @@ def _descend(inputs: Tensor, label: Tensor, classes: int, decay: float) -> Tenso
     # Wide features have as many units of variance as directions: their length must not set the scale.
     length = inputs.shape[1] ** 0.5
     inputs = inputs / length
+
+    def losses() -> Iterator[Tensor]:
+        for rows, classes_of in zip(inputs.split(BLOCK_FITTED), label.split(BLOCK_FITTED), strict=True):
+            value = F.cross_entropy(rows @ weight[:-1] + weight[-1], classes_of) * (len(rows) / len(inputs))
+            yield value + decay / len(inputs) * weight[:-1].square().sum() / 2 * (len(rows) / len(inputs))
+
+    _minimise([weight], losses)
+    fitted = weight.detach().clone()
+    fitted[:-1] /= length
+    return fitted
+
+
+def _minimise(parameters: list[Tensor], losses: Callable[[], Iterable[Tensor]]) -> None:
+    """Fit parameters to a sum, part by part: all at once can be larger than what they are made from."""
     optimizer = torch.optim.LBFGS(
-        [weight], max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        parameters, max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros(())
-        # The scores of all rows at once can be larger than all that is learned from.
-        for rows, classes_of in zip(inputs.split(BLOCK_FITTED), label.split(BLOCK_FITTED), strict=True):
-            value = F.cross_entropy(rows @ weight[:-1] + weight[-1], classes_of) * (len(rows) / len(inputs))
-            value = value + decay / len(inputs) * weight[:-1].square().sum() / 2 * (len(rows) / len(inputs))
-            value.backward()
-            total += value.detach()
+        for part in losses():
+            part.backward()
+            total += part.detach()
         return total
 
     optimizer.step(loss)
-    fitted = weight.detach().clone()
-    fitted[:-1] /= length
-    return fitted
 
 
 # ---- attentive probe -------------------------------------------------------------------------------
@@ -288,24 +296,14 @@ def fit_attentive(patches: Patches, names: Sequence[str], decay: float) -> Atten
     length = linear.turn.shape[1] ** 0.5
     scale = torch.tensor([length] * (len(linear.weight) - 1) + [1.0])[:, None]
     weight = (linear.weight * scale).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [query, weight], max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        penalty = weight[:-1].square().sum() + query.square().sum()
-        total = decay / len(label) * penalty / 2
-        total.backward()
-        total = total.detach()
+    def losses() -> Iterator[Tensor]:
+        yield decay / len(label) * (weight[:-1].square().sum() + query.square().sum()) / 2
         for (rows, real), own in zip(blocks, label.split(BLOCK_ATTENDED), strict=True):
             scores = _read(rows, real, query) / length @ weight[:-1] + weight[-1]
-            value = F.cross_entropy(scores, own) * (len(own) / len(label))
-            value.backward()
-            total += value.detach()
-        return total
+            yield F.cross_entropy(scores, own) * (len(own) / len(label))
 
-    optimizer.step(loss)
+    _minimise([query, weight], losses)
     return AttentiveProbe(
         Probe(linear.classes, linear.mean, linear.turn, weight.detach() / scale), query.detach().clone()
     )
