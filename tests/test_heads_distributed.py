@@ -67,7 +67,7 @@ CASES["scale beyond the bound"] = {
 def on_rank(folder: str) -> None:
     """What every rank does: all cases on all layouts that it belongs to, results to files."""
     dist.init_process_group("gloo")
-    tiles.MIN_ROWS, tiles.SCORES["processor"] = 3, 12  # even toy problems become several blocks and tiles
+    tiles.MIN_ROWS, tiles.SCORES["processor"] = 6, 24  # even toy problems become several blocks and tiles
     rank = dist.get_rank()
     groups = make_groups()
     dist.barrier()
