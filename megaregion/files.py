@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+LARGE = 2**26
+"""Bytes from which a file is not hashed again as long as nobody has touched it."""
+
 
 def partial_name(path: Path, shared: bool = False) -> Path:
     """The hidden name beside its own under which a file or folder is made.
@@ -155,6 +158,25 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """The same; that of a large file is kept beside it, and stands until the file is written or moved.
+
+    The time of a file's last change is the system's own: unlike that of its last writing, no copy sets it.
+    """
+    state = path.stat()
+    facts = [state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+    note = path.with_name(f".{path.name}.sha256")
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        *known, sha256 = read_json(note)
+        if known == facts:
+            return str(sha256)
+    sha256 = file_sha256(path)
+    if state.st_size >= LARGE:
+        with contextlib.suppress(OSError):  # A dataset may lie where nothing can be written.
+            write_bytes(note, json.dumps([*facts, sha256]).encode(), shared=True)
+    return sha256
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def test_the_metadata_benchmark_runs_at_a_thousandth_of_its_size(tmp_path: Path)
     done = tool("tools/benchmark.py", "metadata", *sizes, f"--folder={tmp_path}", f"--json={file}")
     assert done.returncode == 0, done.stderr
     cases = {case["case"]: case for case in json.loads(file.read_text())["cases"]}
-    (looking,) = (case for name, case in cases.items() if name.startswith("ranks that look at files, of 9 "))
+    (looking,) = (case for name, case in cases.items() if name.startswith("ranks that look at shards, of 9 "))
     assert looking["ours"] == 2, "of two hosts"
     assert not list(tmp_path.glob("benchmark-*")), "what was written is still there"
 

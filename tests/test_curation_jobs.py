@@ -21,6 +21,7 @@ from megaregion.curation.stages import NAMES
 from megaregion.curation.status import read_progress, table
 from megaregion.curation.workers import folder_held, held
 from megaregion.errors import UserError
+from megaregion.files import read_json
 
 FEW = {"clusters": 4, "vocab": 384, "piece_images": 2, "samples_per_shard": 3, "crop_side": 96}
 FLAGS = [part for key, value in FEW.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -150,6 +151,41 @@ def test_the_status_tells_done_running_failed_and_what_is_left(
     assert "failed: propose 2: OSError: lost" in text
     with pytest.raises(UserError, match="holds no run"):
         recorded_run(tmp_path)
+
+
+def test_a_status_reads_a_manifest_once_and_notices_whatever_changes(
+    at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(at_once, tmp_path / "out")
+    opened: list[Path] = []
+
+    def watched(path: Path | str) -> object:
+        opened.append(Path(path))
+        return read_json(path)
+
+    monkeypatch.setattr("megaregion.curation.stages.stage.read_json", watched)
+    monkeypatch.setattr("megaregion.curation.stages.stage.MANY", 3)
+
+    def done() -> dict[str, int]:
+        opened.clear()
+        progress = read_progress(open_job(*_of(out)), time.time())
+        return {each.stage: each.pieces - each.done for each in progress if each.done < each.pieces}
+
+    def manifests() -> set[str]:
+        return {path.parent.parent.name for path in opened if path.name == "manifest.json"}
+
+    assert not done()
+    assert manifests() == set(NAMES) - {"balance"}
+    assert not done()
+    assert manifests() == {"cluster", "tokenizer", "publish"}, "few are not worth a file"
+    folder = out / "stages"
+    (folder / "ocr" / "00001" / "words.jsonl").write_bytes(b"")
+    (folder / "embed" / "00002" / "features.npy").unlink()
+    changed = folder / "propose" / "00003" / "manifest.json"
+    changed.write_text(changed.read_text().replace('"images": "', '"images": "0'))
+    (folder / "assign" / ".finished.json").write_text("{")
+    assert done() == {"ocr": 1, "embed": 1, "propose": 1}
+    assert manifests() == {"propose", "assign", "cluster", "tokenizer", "publish"}
 
 
 def test_a_job_begins_without_torch_which_few_stages_need() -> None:

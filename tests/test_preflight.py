@@ -126,10 +126,14 @@ def look_once_a_host(whole: Path, broken: Path) -> None:
     see, compare = ShardedDataset._check_size, ShardedDataset._check_hash
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            ShardedDataset, "_check_size", lambda own, shard: looked.append(shard.name) or see(own, shard)
+            ShardedDataset,
+            "_check_size",
+            lambda own, shard, found: looked.append(shard.name) or see(own, shard, found),
         )
         patched.setattr(
-            ShardedDataset, "_check_hash", lambda own, *file: looked.append(file[0]) or compare(own, *file)
+            ShardedDataset,
+            "_check_hash",
+            lambda own, *file, **how: looked.append(file[0]) or compare(own, *file, **how),
         )
         dataset = open_dataset(DataConfig(path=str(whole)), place, hosts)
     shards = [shard.name for shard in dataset.info.shards]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from megaregion.data.sample import (
 from megaregion.data.shards import ShardedDataset
 from megaregion.data.writer import ShardWriter, write_dataset
 from megaregion.errors import UserError
+from megaregion.files import file_sha256
 
 MASK = np.zeros((48, 64), dtype=bool)
 MASK[5:20, 3:9] = True
@@ -277,6 +279,37 @@ def test_other_centers_or_another_tokenizer_are_refused(tmp_path: Path) -> None:
     centers.write_bytes((folder / "centers-source.npy").read_bytes())
     with pytest.raises(UserError, match=r"tokenizer\.model does not exist"):
         ShardedDataset(folder)
+
+
+def test_a_large_label_file_is_hashed_once_and_again_when_anyone_has_touched_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaregion.files.LARGE", 1000)
+    folder = toy_dataset(tmp_path / "data", samples=4, shards=2)
+    centers = folder / "centers.npy"
+    hashed: list[str] = []
+
+    def watched(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("megaregion.files.file_sha256", watched)
+    ShardedDataset(folder)
+    assert hashed == ["tokenizer.model"], "the centers were hashed when the dataset was written"
+    note = folder / ".centers.npy.sha256"
+    note.write_text("{")
+    ShardedDataset(folder)
+    assert hashed[1:] == ["centers.npy", "tokenizer.model"]
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    ShardedDataset(copy)
+    assert hashed[3:] == ["centers.npy", "tokenizer.model"]
+    state, content = centers.stat(), bytearray(centers.read_bytes())
+    content[-1] ^= 1
+    centers.write_bytes(content)
+    os.utime(centers, ns=(state.st_atime_ns, state.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"centers\.npy is not the file that the dataset was packed with"):
+            ShardedDataset(folder)
 
 
 def test_verify_finds_a_flipped_bit_and_a_repeated_key(folder: Path) -> None:

@@ -18,7 +18,16 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.settings import CurationSettings, check_settings
 from megaregion.curation.stages import NAMES, make_stages
-from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, Store, recipes_of, writable
+from megaregion.curation.stages.stage import (
+    Job,
+    Manifest,
+    Piece,
+    Stage,
+    Store,
+    hash_of,
+    recipes_of,
+    writable,
+)
 from megaregion.curation.status import summarise
 from megaregion.curation.workers import Task, Workers, folder_held
 from megaregion.errors import UserError
@@ -100,7 +109,7 @@ class Pipeline:
         self._workers = Workers(job, workers)
         # Digests only: a manifest is a kilobyte, and there may be a hundred thousand of them.
         self._done: dict[Piece, str] = {}
-        self._recipes: dict[str, dict[str, str]] = {}
+        self._recipes: dict[str, tuple[dict[str, str], str]] = {}
 
     def run(self, name: str) -> tuple[range, int]:
         """Do the pieces of a stage that are missing or stale; gives the share's pieces, and how many it did.
@@ -131,17 +140,20 @@ class Pipeline:
     def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
         """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""
         for name, stage in self._stages.items():
-            recipes = self._recipes_of(name)
-            if all(manifest is not None and manifest.recipes == recipes for manifest in self._read(stage)):
-                yield name, (manifest for manifest in self._read(stage) if manifest is not None)
+            _, wanted = self._recipes_of(name)
+            found = self.job.store.glances(name, stage.pieces())
+            if all(glance is not None and glance.recipes == wanted for glance in found):
+                yield name, self._read(stage)
 
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
 
-    def _read(self, stage: Stage) -> Iterator[Manifest | None]:
+    def _read(self, stage: Stage) -> Iterator[Manifest]:
         for number in range(stage.pieces()):
-            yield self.job.store.read(Piece(stage.name, number), thorough=False)
+            manifest = self.job.store.read(Piece(stage.name, number), thorough=False)
+            if manifest is not None:
+                yield manifest
 
     def _missing(self, stage: Stage, pieces: Sequence[int]) -> list[Task]:
         tasks = []
@@ -155,7 +167,7 @@ class Pipeline:
                     f"done for these images and settings; run --stage {first.stage} or --stage all first"
                 )
             if self._digest(piece) is None:
-                tasks.append(Task(piece, key, self._recipes_of(stage.name)))
+                tasks.append(Task(piece, key, self._recipes_of(stage.name)[0]))
         return tasks
 
     def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
@@ -164,27 +176,28 @@ class Pipeline:
             stage = self._stages[piece.stage]
             # A share must not look at everything before it: what one piece made for all is known by its
             # recipes, and a reader of all pieces trusts their sizes.
-            brief = self._share is not None and reader is not None
-            wide = stage.whole or (reader is not None and reader.whole)
-            manifest = self.job.store.read(piece, thorough=not (brief and wide))
-            if manifest is None:
-                return None
-            recipes = self._recipes_of(stage.name)
-            if brief and wide:
+            recipes, wanted = self._recipes_of(stage.name)
+            if self._share is not None and reader is not None and (stage.whole or reader.whole):
                 # Nor at what such a piece read: its recipes tell that it is made from what there is now.
-                if manifest.recipes != recipes:
+                found = self.job.store.glance(piece)
+                if found is None or found.recipes != wanted:
                     return None
-            elif manifest.key != self._key(stage, piece.number):
+                self._done[piece] = found.digest
+                return found.digest
+            manifest = self.job.store.read(piece)
+            if manifest is None or manifest.key != self._key(stage, piece.number):
                 return None
-            elif manifest.recipes != recipes:
+            if manifest.recipes != recipes:
                 # Other settings before it, or other images elsewhere, led to the same input.
                 self.job.store.write(piece, replace(manifest, recipes=recipes))
             self._done[piece] = manifest.digest
         return self._done[piece]
 
-    def _recipes_of(self, name: str) -> dict[str, str]:
+    def _recipes_of(self, name: str) -> tuple[dict[str, str], str]:
+        """What manifests of a stage have to say, and its hash."""
         if name not in self._recipes:
-            self._recipes[name] = recipes_of(name, self._stages)
+            recipes = recipes_of(name, self._stages)
+            self._recipes[name] = recipes, hash_of(recipes)
         return self._recipes[name]
 
     def _key(self, stage: Stage, number: int) -> str | None:

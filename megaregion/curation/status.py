@@ -15,7 +15,7 @@ import numpy as np
 
 from megaregion.curation.stages import make_stages
 from megaregion.curation.stages.cluster import cluster_sizes
-from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, recipes_of
+from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, hash_of, recipes_of
 from megaregion.curation.workers import read_note
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import SUMMARY, ClusterSizes, Summary
@@ -76,18 +76,17 @@ def table(stages: Sequence[Progress]) -> str:
 
 
 def _progress(job: Job, stage: Stage, recipes: dict[str, str], now: float) -> Progress:
-    pieces = stage.pieces()
+    pieces, wanted = stage.pieces(), hash_of(recipes)
     progress = Progress(stage.name, pieces, not stage.whole)
-    for number in range(pieces):
-        piece, size = Piece(stage.name, number), stage.count(number)
+    for number, found in enumerate(job.store.glances(stage.name, pieces)):
+        size = stage.count(number)
         progress.images += size
-        manifest = job.store.read(piece, thorough=False)
-        if manifest is not None and manifest.recipes == recipes:
+        if found is not None and found.recipes == wanted:
             progress.done += 1
             progress.images_done += size
-            progress.seconds += manifest.seconds
+            progress.seconds += found.seconds
             continue
-        note = read_note(job.store.folder(piece).parent, number)
+        note = read_note(job.store.folder(Piece(stage.name, number)).parent, number)
         if note is not None and note.failure:
             progress.failed[number] = note.failure
         elif note is not None:

@@ -112,6 +112,9 @@ class Mirror:
     def _fetch_label_files(self) -> None:
         """Fetch the centers and the tokenizer that the dataset was packed with."""
         for name, sha256 in self.info.label_files.items():
+            # They never go, so nobody has to note that they are used.
+            if (self.folder / name).is_file():
+                continue
             try:
                 self._fetch(name, 0, sha256)
             except OSError as error:

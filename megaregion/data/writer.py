@@ -22,7 +22,7 @@ from megaregion.data.info import (
 )
 from megaregion.data.sample import SampleRecord
 from megaregion.errors import UserError
-from megaregion.files import file_sha256, new_file, partial_name, write_text
+from megaregion.files import known_sha256, new_file, partial_name, write_text
 
 MAX_KEY_BYTES = 95
 """KEY.json must fit the 100 bytes of a tar header's name."""
@@ -186,4 +186,4 @@ def _copy_label_file(source: Path | None, target: Path) -> str | None:
         partial = partial_name(target)
         shutil.copyfile(source, partial)
         partial.replace(target)
-    return file_sha256(target)
+    return known_sha256(target)

@@ -76,6 +76,7 @@ class Size(NamedTuple):
     ("--tar-images", PositiveInt, 8_889, "images of each, with five regions"),
     ("--clusters", PositiveInt, 1_000_000, "centers"),
     ("--channels", PositiveInt, 768, "of a center"),
+    ("--listed", PositiveInt, 450, "tars of which a first list is timed"),
     ("--ranks", Whole(2, 4096), 64, "ranks that open the dataset together, 8 of a host"),
     ("--workers", Workers, 2, "processes that curate the tar which all others repeat"),
     FOLDER,
@@ -89,13 +90,15 @@ def metadata(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     """
     size = Size(options.tars, options.tar_images, options.clusters, options.channels)
     with passing_folder(options.folder, 4 * size.clusters * size.channels * 2 + 40_000 * size.tars) as folder:
-        seconds = _curate_one(folder, size, options.workers)
+        _curate_one(folder, size, options.workers)
         told = f"{size.tars:,} tars"
-        yield Case(
-            f"list, first, {LISTERS} processes at the rate of one tar's headers, {told}",
-            seconds * size.tars / LISTERS, LIST_SECONDS, "s", 1.0,
-        )  # fmt: skip
         job = _repeat(folder, size)
+        listed = min(options.listed, size.tars)
+        seconds = _list_first(folder, listed) * size.tars / listed / LISTERS
+        yield Case(
+            f"list, first, in {LISTERS} processes, at the rate of {listed:,} tars in one, {told}",
+            seconds, LIST_SECONDS, "s", 1.0,
+        )  # fmt: skip
         yield from _curation_commands(folder, job, told)
         shards = job.shards
         yield from _open_on_ranks(shards, options.ranks)
@@ -128,15 +131,12 @@ def _silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
-def _curate_one(folder: Path, size: Size, workers: int) -> float:
-    """Compose and curate one tar; gives the seconds in which its headers are read."""
+def _curate_one(folder: Path, size: Size, workers: int) -> None:
+    """Compose and curate one tar."""
     compose_tars(folder / "one", size.tar_images, size.tar_images, 0)
-    began = time.perf_counter()
     find_images(folder / "one", folder / "scanned", folder / "one-run", size.tar_images)
-    seconds = time.perf_counter() - began
     settings = _settings(size, min(size.clusters, size.tar_images))
     curate(folder / "one", folder / "one-run", settings, _silent, workers=workers)
-    return seconds
 
 
 def _repeat(folder: Path, size: Size) -> Job:
@@ -209,6 +209,16 @@ def _write_files(
 # What is measured
 
 
+def _list_first(folder: Path, tars: int) -> float:
+    """Seconds in which one process lists so many tars that nobody has looked into."""
+    some = _made(folder / "some")
+    for number in range(tars):
+        os.link(folder / "images" / f"{number:06d}.tar", some / f"{number:06d}.tar")
+    began = time.perf_counter()
+    find_images(some, folder / "listed", folder / "some-run", 10_000)
+    return time.perf_counter() - began
+
+
 def _curation_commands(folder: Path, job: Job, told: str) -> Iterator[Case]:
     tool, out = [sys.executable, str(Path(__file__).parents[1] / "curate.py")], f"--out={job.store.root}"
     flags = [
@@ -217,9 +227,10 @@ def _curation_commands(folder: Path, job: Job, told: str) -> Iterator[Case]:
         f"--samples-per-shard={job.settings.pack.samples_per_shard}", "--vocab=384",
     ]  # fmt: skip
     for name, words, limit, goal in (
-        ("list, nothing new", [*flags, "--stage=list"], LIST_SECONDS, 1.0),
-        ("publish and summary", [*flags, "--stage=publish", "--piece=0", "--of=1"], LIST_SECONDS, 0.0),
+        ("status, the first one", None, STATUS_SECONDS, 1.0),
         ("status", None, STATUS_SECONDS, 1.0),
+        ("list, nothing new, and summary", [*flags, "--stage=list"], LIST_SECONDS, 1.0),
+        ("publish and summary", [*flags, "--stage=publish", "--piece=0", "--of=1"], LIST_SECONDS, 0.0),
     ):
         cost = cost_of([*tool, *words, out] if words else [*tool, "status", out])
         print(f"{name}: {cost}", file=sys.stderr, flush=True)
@@ -279,7 +290,7 @@ def _open_on_ranks(shards: Path, most: int) -> Iterator[Case]:
         looking = sum(stats > 0 for _, _, _, stats in found)
         stats = max(stats for _, _, _, stats in found)
         yield Case(
-            f"ranks that look at files, of {ranks} ({stats} looks)", looking, -(-ranks // HOST), "", 1.0
+            f"ranks that look at shards, of {ranks} ({stats:,} each)", looking, -(-ranks // HOST), "", 1.0
         )
 
 
@@ -289,14 +300,14 @@ def _open_on_rank(shards: Path, rank: int, ranks: int, queue: Any) -> None:
     place = topology.join(1)
     hosts = [f"host-{number // HOST}" for number in range(ranks)]
     looks = [0]
-    stat = os.stat
+    look = ShardedDataset._check_size
 
-    def counted(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-        looks[0] += str(path).startswith(str(shards))
-        return stat(path, *arguments, **options)
+    def counted(*arguments: Any) -> int:
+        looks[0] += 1
+        return look(*arguments)
 
     held: list[object] = []
-    with patch("os.stat", counted):
+    with patch.object(ShardedDataset, "_check_size", counted):
         seconds, grown = _measured(
             lambda: held.append(open_dataset(DataConfig(path=str(shards)), place, hosts))
         )

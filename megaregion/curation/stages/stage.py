@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,10 @@ VERSION = 1
 """Version of the manifest's layout."""
 LOOKAHEAD = 8
 """Images that each decoder has ready."""
+MANY = 1000
+"""Manifests of a stage from which on it is worth while to keep what was read of them."""
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What goes wrong where a manifest is missing, half-written or another program's."""
 _IN_THE_WAY = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
@@ -74,6 +78,15 @@ class Manifest:
     def digest(self) -> str:
         """Hash of the files' content: what later pieces depend on."""
         return hashlib.sha256(json.dumps(sorted(self.files.items())).encode()).hexdigest()
+
+
+class Glance(NamedTuple):
+    """What tells whether a finished piece is up to date, and how long it took."""
+
+    digest: str
+    recipes: str
+    """Hash of the manifest's."""
+    seconds: float
 
 
 class Output:
@@ -130,6 +143,12 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._known: dict[str, dict[str, list[Any]]] = {}
+        """What was read of each stage's manifests, by their numbers, and what each stood for."""
+        self._read_anew = Counter[str]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.root,)
 
     def folder(self, piece: Piece) -> Path:
         """Where a piece's files lie."""
@@ -151,15 +170,61 @@ class Store:
         Thorough reading compares the files' hashes, not only their sizes.
         """
         try:
-            content = read_json(f"{self._folder(piece)}/manifest.json")
-            manifest = Manifest(**{**content, "files": {k: tuple(v) for k, v in content["files"].items()}})
-            whole = manifest.version == VERSION and all(
+            manifest = self._parse(piece)
+            whole = all(
                 self._is_whole(path, size, sha if thorough else None)
                 for path, (size, sha) in manifest.files.items()
             )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except BROKEN:
             return None
         return manifest if whole else None
+
+    def glance(self, piece: Piece) -> Glance | None:
+        """What matters of a manifest whose files have their sizes; it is read again where it changed."""
+        rows = self._rows(piece.stage)
+        try:
+            state = os.stat(f"{self._folder(piece)}/manifest.json")  # noqa: PTH116
+            row = rows.get(str(piece.number))
+            if row is None or row[:2] != [state.st_ino, state.st_mtime_ns]:
+                manifest = self._parse(piece)
+                sizes = {path: size for path, (size, _) in manifest.files.items()}
+                told = Glance(manifest.digest, hash_of(manifest.recipes), manifest.seconds)
+                row = rows[str(piece.number)] = [state.st_ino, state.st_mtime_ns, sizes, *told]
+                self._read_anew[piece.stage] += 1
+            whole = all(self._is_whole(path, size, None) for path, size in row[2].items())
+        except BROKEN:
+            return None
+        return Glance(*row[3:]) if whole else None
+
+    def glances(self, stage: str, pieces: int) -> list[Glance | None]:
+        """The same of all pieces of a stage; of many, what was read is kept for the next process."""
+        found = [self.glance(Piece(stage, number)) for number in range(pieces)]
+        if self._read_anew.pop(stage, 0) >= MANY:
+            # Another user may look at a run, too.
+            with suppress(OSError), new_file(self._index(stage), shared=True, durable=False) as file:
+                file.write(json.dumps({"version": VERSION, "rows": self._known[stage]}).encode())
+        self._known.pop(stage, None)
+        return found
+
+    def _rows(self, stage: str) -> dict[str, list[Any]]:
+        if stage not in self._known:
+            self._known[stage] = {}
+            with suppress(*BROKEN):
+                content = read_json(self._index(stage))
+                if content["version"] == VERSION:
+                    self._known[stage] = dict(content["rows"])
+        return self._known[stage]
+
+    def _index(self, stage: str) -> Path:
+        return self.root / "stages" / stage / ".finished.json"
+
+    def _parse(self, piece: Piece) -> Manifest:
+        """Raises one of BROKEN."""
+        content = read_json(f"{self._folder(piece)}/manifest.json")
+        manifest = Manifest(**{**content, "files": {k: tuple(v) for k, v in content["files"].items()}})
+        if manifest.version != VERSION:
+            raise ValueError
+        return manifest
 
     def begin(self, piece: Piece, tick: Callable[[], None], key: str) -> Output:
         """Make room for a piece; what an earlier try left is gone."""
@@ -277,7 +342,7 @@ class Stage(ABC):
 
     def key(self, number: int, needed: Sequence[str]) -> str:
         """Hash of all that a piece's outcome depends on, given the digests of what :meth:`needs` names."""
-        return _hash([*self._origin, list(needed), self.identity(number)])
+        return hash_of([*self._origin, list(needed), self.identity(number)])
 
     def identity(self, number: int) -> list[Any]:
         """What a piece's outcome depends on among the images; JSON."""
@@ -286,7 +351,7 @@ class Stage(ABC):
     @cached_property
     def recipe(self) -> str:
         """Hash of what all pieces depend on alike: the stage itself and its settings."""
-        return _hash(self._origin)
+        return hash_of(self._origin)
 
     def path(self, piece: Piece, name: str) -> Path:
         """Where a file of a finished piece lies."""
@@ -385,7 +450,8 @@ def _as_it_is(seen: Any) -> Any:
     return seen
 
 
-def _hash(content: list[Any]) -> str:
+def hash_of(content: Any) -> str:
+    """Hash of what JSON can say."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
