@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from curation_scenes import WORDS, run, scene
+from curation_scenes import WORDS, run, scene, settings_from
 from launch import tool
 
 from benchmark.kmeans import gaussian_features
@@ -18,6 +19,7 @@ from megaregion.curation.stages import balance
 from megaregion.curation.stages.balance import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
+from megaregion.errors import UserError
 
 FEW = {"clusters": 4, "vocab": 384, "piece_images": 3, "samples_per_shard": 4, "crop_side": 96}
 
@@ -108,7 +110,7 @@ def test_a_cap_keeps_exactly_so_many_regions_of_a_cluster_all_over_the_run(
     assert {key for key in touched if key < "s-5"} not in (set(), set(touched)), "one end of the run lost all"
 
 
-def test_what_is_left_out_adds_up_in_the_report_and_does_not_depend_on_what_is_held_at_once(
+def test_what_is_left_out_adds_up_in_the_report_and_does_not_depend_on_the_pieces(
     curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One image lies there three times, with other bytes behind its end."""
@@ -136,13 +138,18 @@ def test_what_is_left_out_adds_up_in_the_report_and_does_not_depend_on_what_is_h
     assert summary.counts["images near-duplicate"] >= 2
     for line in ("regions that are packed", "near-duplicate", "before > after"):
         assert line in done.stdout
-    folder = tmp_path / "out" / "stages" / "balance" / "00000"
-    fates = (folder / "fates.npy").read_bytes()
-    (folder / "manifest.json").unlink()
-    monkeypatch.setattr(balance, "SORTED", 5)
+    folder = tmp_path / "out" / "stages"
+    whole = {path.name: path.read_bytes() for path in folder.glob("balance/00000/*.npy")}
+    assert set(whole) == {"fates.npy", "starts.npy", "sizes.npy", "examples.npy"}
+    assert len(list(folder.glob("duplicates/*/twins.npy"))) == 1
+    monkeypatch.setattr(balance, "CLUSTERS", 1)
     monkeypatch.setattr("megaregion.curation.embeddings.rows_in", lambda memory, channels: 3)
-    run(images, tmp_path / "out", "balance", **balanced)
-    assert (folder / "fates.npy").read_bytes() == fates
+    (folder / "balance" / "00000" / "manifest.json").unlink()
+    for stage in ("duplicates", "balance"):
+        run(images, tmp_path / "out", stage, **balanced)
+    assert len(list(folder.glob("duplicates/*/twins.npy"))) == 4
+    assert {path.name: path.read_bytes() for path in folder.glob("balance/00000/*.npy")} == whole
+    assert not list(folder.glob("balance/.*near.npy"))
 
 
 @pytest.mark.parametrize(("block", "tile"), [(1024, 2**16), (7, 3)])
@@ -169,6 +176,24 @@ def test_a_temperature_draws_large_clusters_down_to_a_power_of_their_size() -> N
     assert np.allclose(sizes * balance.kept_shares(sizes, 0), [0, 1, 10, 10, 10, 10])
     assert np.allclose(sizes * balance.kept_shares(sizes, 0.5), [0, 1, 10, 10, 100, 1000])
     assert (balance.kept_shares(np.zeros(3, dtype=np.int64), 0.5) == 1).all()
+
+
+def test_by_the_hierarchy_clusters_are_even_in_their_cell_and_cells_among_each_other(
+    curated: Path, tmp_path: Path
+) -> None:
+    sizes, cell_of = np.array([10, 10, 15, 5, *[10] * 99, 900]), np.array([0, 0, 1, 1, *[2] * 100])
+    kept = sizes * balance.nested_shares(sizes, cell_of, 0)
+    assert np.allclose(np.bincount(cell_of, weights=kept), [20, 15, 20])
+    assert np.allclose(kept[:4], [10, 10, 10, 5])
+    assert np.allclose(kept[4:], 0.2)
+    with pytest.raises(UserError, match="--balance-over cells needs --cluster-temperature T below 1"):
+        settings_from({"balance_over": "cells"})
+    out = Path(shutil.copytree(curated / "out", tmp_path / "out"))
+    drawn = {**FEW, "first_level": 2, "cluster_temperature": 0.0}
+    flat, nested = (
+        run(curated / "images", out, **drawn, balance_over=over) for over in ("clusters", "cells")
+    )
+    assert 0 < nested.counts["object regions"] != flat.counts["object regions"] > 0
 
 
 def test_keeping_evenly_does_not_depend_on_how_the_run_is_cut() -> None:

@@ -72,7 +72,7 @@ def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     Raises UserError where there are fewer embeddings than centers.
     """
     clusters, seed, total = settings.clusters, settings.cluster_seed, embeddings.total
-    cells = _find_cells(embeddings, settings)
+    cells = find_cells(embeddings, settings)
     for rows in (evenly(total, CENTER_SAMPLE * clusters), np.arange(total)):
         cell_of = _route(embeddings, rows, cells)
         if (cell_of >= 0).sum() >= clusters:
@@ -93,7 +93,7 @@ def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     return embeddings.add(centers.to(embeddings.device))
 
 
-def _find_cells(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
+def find_cells(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     """Centers of the cells, [G, C]; zeros where there is one, or too few embeddings in the sample."""
     clusters = settings.clusters
     count = settings.first_level or (1 if clusters <= FLAT else round(clusters**0.5))

@@ -230,7 +230,8 @@ def job_lines(settings: CurationSettings) -> Sequence[str]:
     for name, stage in make_stages(Job(settings, cast("Source", None), Store(Path()))).items():
         if not stage.whole or stage.pieces():
             earlier = [other for other in NAMES if other in (*stage.reads, *stage.reads_whole)]
-            lines.append(f"{name} {'one' if stage.whole else 'many'} {','.join(earlier) or 'list'}")
+            kind = "one" if stage.whole and stage.pieces() == 1 else "many"
+            lines.append(f"{name} {kind} {','.join(earlier) or 'list'}")
     return lines
 
 

@@ -152,6 +152,9 @@ class PackSettings:
     """Most regions of one cluster that are packed, evenly over the images; 0 packs all."""
     cluster_temperature: Annotated[float, Real(0, 1, "T")] = 1.0
     """Of a cluster of n regions about n^T are drawn, all up to the median size; 1 packs all, 0 evens out."""
+    balance_over: Literal["clusters", "cells"] = "clusters"
+    """What the temperature evens out: all clusters; or those of each cell, --first-level cells of neighbours,
+    and then the cells."""
     near_duplicates: Annotated[float, Real(0, 1, "COSINE")] = 0.0
     """Cosine from which a region nearly equals an earlier one of its cluster and is left out; 0 packs all."""
 
@@ -183,6 +186,8 @@ def check_settings(settings: CurationSettings) -> None:
         raise UserError(
             f"--first-level must be at most --clusters {cluster.clusters}, got {cluster.first_level}"
         )
+    if settings.pack.balance_over == "cells" and settings.pack.cluster_temperature == 1:
+        raise UserError("--balance-over cells needs --cluster-temperature T below 1; 1 packs all regions")
     for who, chosen, flag, path in (
         ("--proposer sam", settings.propose.proposer == "sam", "--sam", settings.propose.sam),
         ("--embedder hf", settings.embed.embedder == "hf", "--encoder", settings.embed.encoder),

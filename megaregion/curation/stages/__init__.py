@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megaregion.curation.stages.balance import Balance
+from megaregion.curation.stages.balance import Balance, Duplicates
 from megaregion.curation.stages.cluster import Assign, Cluster
 from megaregion.curation.stages.pack import Pack, Publish
 from megaregion.curation.stages.regions import Embed, Propose
@@ -10,7 +10,7 @@ from megaregion.curation.stages.stage import Job, Stage
 from megaregion.curation.stages.text import Ocr, Tokenizer
 
 STAGES: tuple[type[Stage], ...] = (
-    Propose, Ocr, Embed, Cluster, Assign, Balance, Tokenizer, Pack, Publish,
+    Propose, Ocr, Embed, Cluster, Assign, Duplicates, Balance, Tokenizer, Pack, Publish,
 )  # fmt: skip
 """Each needs only earlier ones."""
 NAMES = tuple(stage.name for stage in STAGES)

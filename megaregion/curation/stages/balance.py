@@ -1,13 +1,13 @@
-"""Stage balance: which labelled regions are packed.
+"""Stages duplicates and balance: which labelled regions are packed.
 
 In this order, each where its setting asks for it: of near-duplicates the first one stays; a draw thins large
 clusters out; of what is left of a cluster, no more than a cap stays, spread evenly over the run.
 
 Near-duplicates are looked for among the regions of one cluster, as SemDeDup does (Abbas et al., 2023), since
-two that are nearly equal have one center: the work grows with the regions times the size of their clusters,
-and memory holds one cluster, or as many as fit. Labels are read slice by slice.
+two that are nearly equal have one center: the work grows with the regions times the size of their clusters.
+Each piece takes some clusters of the whole run, and reads no embedding of another one.
 
-Shapes: n regions of the whole run, r of a slice, K clusters, m regions of a cluster, C channels.
+Shapes: n regions of the whole run, r of a slice, K clusters, m regions of a cluster or of some, C channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from megaregion.curation.picture import read_regions
-from megaregion.curation.stages.cluster import cluster_sizes, read_labels
+from megaregion.curation.stages.cluster import CENTERS, cluster_sizes, read_labels
 from megaregion.curation.stages.regions import FEATURES, REGIONS
 from megaregion.curation.stages.stage import Job, Output, Piece, Stage
 from megaregion.data.order import mix
@@ -30,14 +30,15 @@ from megaregion.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FATES, STARTS, SIZES, EXAMPLES, NEAR = "fates.npy", "starts.npy", "sizes.npy", "examples.npy", "near.npy"
+TWINS, EXAMPLES = "twins.npy", "examples.npy"
+FATES, STARTS, SIZES = "fates.npy", "starts.npy", "sizes.npy"
 
 CAPPED, THINNED, TWIN = -2, -3, -4
 """In place of a label: the cluster is full, the draw left the region out, an earlier one is nearly equal."""
 FATE_NAMES = {TWIN: "near-duplicate", THINNED: "drawn out", CAPPED: "over the cap"}
 
-SORTED = 2**24
-"""Regions whose labels are held at once; all labels are read once for each so many regions."""
+CLUSTERS, PIECES = 64, 128
+"""Least clusters of a piece that looks for near-duplicates, and most pieces: each reads all labels."""
 BLOCK, TILE = 1024, 2**16
 """Regions of a cluster that are compared at once with so many before them."""
 SHOWN = 10
@@ -46,23 +47,104 @@ SHOWN = 10
 Integers = NDArray[np.int64]
 
 
+class Duplicates(Stage):
+    """Writes twins.npy, int64 [t]: regions that nearly equal an earlier one of their cluster that stays.
+
+    And examples.npy, int64 [e, 3]: a region, the first that nearly equals it, and how many do. Without a
+    threshold there is nothing to do.
+    """
+
+    name = "duplicates"
+    reads = ("embed", "assign")
+    whole = True
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"near_duplicates": self.job.settings.pack.near_duplicates}
+
+    @override
+    def pieces(self) -> int:
+        wanted = self.job.settings.pack.near_duplicates > 0
+        return min(PIECES, -(-self.job.settings.cluster.clusters // CLUSTERS)) if wanted else 0
+
+    @override
+    def identity(self, number: int) -> list[Any]:
+        return [number, self.pieces()]
+
+    @override
+    def work(self, number: int, output: Output) -> None:
+        from megaregion.curation.embeddings import rows_in
+
+        settings, pieces = self.job.settings, self.pieces()
+        first, last = (settings.cluster.clusters * each // pieces for each in (number, number + 1))
+        members, sizes, starts = self._members(first, last)
+        channels = self.job.store.load(Piece("embed", 0), FEATURES, mapped=True).shape[1]
+        room = rows_in(settings.assign.chunk_memory, channels)
+        late, examples = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 3), dtype=np.int64)]
+        for some in _runs(sizes, room):
+            lengths = sizes[some.start : some.stop].tolist()
+            rows, members = np.split(members, [sum(lengths)])
+            if len(rows):
+                twins = twins_within(self._vectors(rows, starts), lengths, settings.pack.near_duplicates)
+                found = np.flatnonzero(twins >= 0)
+                kept, places, counts = np.unique(twins[found], return_index=True, return_counts=True)
+                late.append(rows[found])
+                examples.append(np.stack([rows[kept], late[-1][places], counts], axis=1))
+                examples = [most_frequent(examples)]
+        output.save(TWINS, np.sort(np.concatenate(late)))
+        output.save(EXAMPLES, most_frequent(examples))
+        output.tick()
+
+    def _members(self, first: int, last: int) -> tuple[Integers, Integers, Integers]:
+        """Numbers of all regions of some clusters, cluster after cluster, each in order, [m].
+
+        And how many each cluster has, [last - first]; and where each slice's regions begin, [slices + 1].
+        """
+        starts, found = [0], []
+        for labels in read_labels(self.job):
+            own = np.flatnonzero((labels >= first) & (labels < last))
+            found.append((labels[own] - first, own + starts[-1]))
+            starts.append(starts[-1] + len(labels))
+        clusters, rows = (np.concatenate(each) for each in zip(*found, strict=True))
+        sizes = np.bincount(clusters, minlength=last - first)
+        return rows[np.argsort(clusters, kind="stable")], sizes, np.array(starts)
+
+    def _vectors(self, rows: Integers, starts: Integers) -> Tensor:
+        """Unit vectors of some regions, float32 [len(rows), C], each slice's read in one go."""
+        import torch
+
+        from megaregion.curation.embeddings import unit
+
+        order = np.argsort(rows)
+        slices = np.searchsorted(starts, rows[order], side="right") - 1
+        found = []
+        for number in np.unique(slices).tolist():
+            stored = self.job.store.load(Piece("embed", number), FEATURES, mapped=True)
+            found.append(stored[rows[order][slices == number] - starts[number]])
+        vectors = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
+        vectors[order] = unit(np.concatenate(found))
+        return torch.from_numpy(vectors)
+
+
 class Balance(Stage):
     """Writes the fate of every region; without a cap, a temperature or a threshold there is nothing to do.
 
     fates.npy, int8 [n]: what a region has in place of its label, 0 or more where it keeps it; starts.npy,
     int64 [slices + 1]: where each slice's regions begin there; sizes.npy, int64 [K]: regions of each cluster
-    that are packed; examples.npy, int64 [e, 3]: a region, the first that nearly equals it, and how many do.
+    that are packed; examples.npy: those of all pieces of the stage before.
     """
 
     name = "balance"
+    reads = ("assign",)
     whole = True
     version = 2
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        compares = job.settings.pack.near_duplicates > 0
-        self.reads = ("embed", "assign") if compares else ("assign",)
-        self.together = compares
+        pack = job.settings.pack
+        self._by_cells = pack.balance_over == "cells"
+        earlier = {"duplicates": pack.near_duplicates > 0, "cluster": self._by_cells}
+        self.reads_whole = tuple(name for name, wanted in earlier.items() if wanted)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -72,6 +154,7 @@ class Balance(Stage):
             "cluster_temperature": pack.cluster_temperature,
             "near_duplicates": pack.near_duplicates,
             "seed": self.job.settings.cluster.cluster_seed,
+            **({"cells": self.job.settings.cluster.first_level} if self._by_cells else {}),
         }
 
     @override
@@ -80,19 +163,19 @@ class Balance(Stage):
         return int(pack.cluster_cap > 0 or pack.cluster_temperature < 1 or pack.near_duplicates > 0)
 
     @override
+    def needs(self, number: int) -> list[Piece]:
+        others = range(1, Duplicates(self.job).pieces())
+        return [*super().needs(number), *(Piece(Duplicates.name, each) for each in others)]
+
+    @override
     def work(self, number: int, output: Output) -> None:
         pack = self.job.settings.pack
         starts = np.cumsum([0, *map(len, read_labels(self.job))], dtype=np.int64)
         output.save(STARTS, starts)
-        near = None
-        if pack.near_duplicates:
-            near = np.lib.format.open_memmap(
-                output.folder / NEAR, mode="w+", dtype=bool, shape=(int(starts[-1]),)
-            )
-            output.save(EXAMPLES, self._find_twins(near, starts))
+        near = self._find_twins(output, int(starts[-1])) if pack.near_duplicates else None
         before = cluster_sizes(self.job)
         distinct = cluster_sizes(self.job, self._labels(starts, near))
-        shares = kept_shares(distinct, pack.cluster_temperature)
+        shares = self._shares(distinct)
         drawn = cluster_sizes(self.job, self._labels(starts, near, shares))
         caps = np.minimum(drawn, pack.cluster_cap or drawn)
         seen = np.zeros_like(drawn)
@@ -110,6 +193,30 @@ class Balance(Stage):
             output.counts[f"regions {FATE_NAMES[fate]}"] = int((larger - smaller).sum())
         output.tick()
 
+    def _find_twins(self, output: Output, regions: int) -> NDArray[np.bool_]:
+        """Whether each region is a near-duplicate, [n], on disk; saves the examples."""
+        pieces = [piece for piece in self.needs(0) if piece.stage == Duplicates.name]
+        near = np.lib.format.open_memmap(output.kept("near.npy"), mode="w+", dtype=bool, shape=(regions,))
+        for piece in pieces:
+            near[self.job.store.load(piece, TWINS)] = True
+        output.save(EXAMPLES, most_frequent([self.job.store.load(piece, EXAMPLES) for piece in pieces]))
+        return near
+
+    def _shares(self, sizes: Integers) -> NDArray[np.float64]:
+        """Share of each cluster's regions that the draw keeps, [K], given how many there are."""
+        temperature = self.job.settings.pack.cluster_temperature
+        if not self._by_cells:
+            return kept_shares(sizes, temperature)
+        from megaregion.curation.embeddings import Embeddings
+        from megaregion.curation.kmeans import find_cells, label_rows
+
+        # Which centers are neighbours is asked of the last ones: passes move them out of their first cells.
+        centers = self.job.store.load(Piece("cluster", 0), CENTERS)
+        cells = find_cells(
+            Embeddings([centers], self.job.settings.assign.chunk_memory), self.job.settings.cluster
+        )
+        return nested_shares(sizes, label_rows(centers, cells)[0].numpy(), temperature)
+
     def _labels(
         self, starts: Integers, near: NDArray[np.bool_] | None, shares: NDArray[np.float64] | None = None
     ) -> Iterator[Integers]:
@@ -123,54 +230,11 @@ class Balance(Stage):
                 labels[(labels >= 0) & (draw >= shares[labels])] = THINNED
             yield labels
 
-    def _find_twins(self, near: NDArray[np.bool_], starts: Integers) -> Integers:
-        """Mark every region that nearly equals an earlier one that stays; gives the examples."""
-        from megaregion.curation.embeddings import rows_in
 
-        settings, sizes = self.job.settings, cluster_sizes(self.job)
-        channels = self.job.store.load(Piece("embed", 0), FEATURES, mapped=True).shape[1]
-        room = rows_in(settings.assign.chunk_memory, channels)
-        examples: list[tuple[int, ...]] = []
-        for clusters in _runs(sizes, SORTED):
-            members = self._members(starts, clusters)
-            for some in _runs(sizes[clusters.start : clusters.stop], room):
-                lengths = sizes[clusters.start :][some.start : some.stop].tolist()
-                rows, members = np.split(members, [sum(lengths)])
-                if not len(rows):
-                    continue
-                twins = twins_within(self._vectors(rows, starts), lengths, settings.pack.near_duplicates)
-                late = np.flatnonzero(twins >= 0)
-                near[rows[late]] = True
-                kept, places, counts = np.unique(twins[late], return_index=True, return_counts=True)
-                examples += map(tuple, np.stack([rows[kept], rows[late[places]], counts], axis=1).tolist())
-                examples = sorted(examples, key=lambda each: (-each[2], each[0]))[:SHOWN]
-        return np.array(examples, dtype=np.int64).reshape(-1, 3)
-
-    def _members(self, starts: Integers, clusters: range) -> Integers:
-        """Numbers of all regions of some clusters, cluster after cluster, each in order."""
-        found = []
-        for labels, first in zip(read_labels(self.job), starts.tolist(), strict=False):
-            own = np.flatnonzero((labels >= clusters.start) & (labels < clusters.stop))
-            found.append((labels[own], own + first))
-        labels, rows = (np.concatenate(each) for each in zip(*found, strict=True))
-        members: Integers = rows[np.argsort(labels, kind="stable")]
-        return members
-
-    def _vectors(self, rows: Integers, starts: Integers) -> Tensor:
-        """Unit vectors of some regions, float32 [len(rows), C], each slice's read in one go."""
-        import torch
-
-        from megaregion.curation.embeddings import unit
-
-        order = np.argsort(rows)
-        slices = np.searchsorted(starts, rows[order], side="right") - 1
-        found = []
-        for number in np.unique(slices).tolist():
-            stored = self.job.store.load(Piece("embed", number), FEATURES, mapped=True)
-            found.append(stored[rows[order][slices == number] - starts[number]])
-        vectors = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
-        vectors[order] = unit(np.concatenate(found))
-        return torch.from_numpy(vectors)
+def most_frequent(examples: Sequence[Integers]) -> Integers:
+    """Those of the examples, [e, 3] each, whose region has most near-duplicates, [at most SHOWN, 3]."""
+    every = np.concatenate(examples)
+    return every[np.lexsort((every[:, 0], -every[:, 2]))[:SHOWN]]
 
 
 def _runs(sizes: Integers, most: int) -> list[range]:
@@ -216,7 +280,7 @@ def find_twins(vectors: Tensor, threshold: float) -> Integers:
     return twins
 
 
-def kept_shares(sizes: Integers, temperature: float) -> NDArray[np.float64]:
+def kept_shares(sizes: NDArray[Any], temperature: float) -> NDArray[np.float64]:
     """Share of each cluster's regions that a draw keeps, [K], so that of n regions about n^temperature stay.
 
     Clusters up to the median of those that have a region keep all: with 0 the others become as large as it.
@@ -225,6 +289,16 @@ def kept_shares(sizes: Integers, temperature: float) -> NDArray[np.float64]:
         return np.ones(len(sizes))
     larger = np.maximum(sizes / np.median(sizes[sizes > 0]), 1)
     return np.asarray(larger ** (temperature - 1))
+
+
+def nested_shares(sizes: Integers, cell_of: Integers, temperature: float) -> NDArray[np.float64]:
+    """The same, [K], where clusters are evened out among those of their cell, and cells among each other."""
+    shares = np.ones(len(sizes))
+    for cell in np.unique(cell_of):
+        own = cell_of == cell
+        shares[own] = kept_shares(sizes[own], temperature)
+    cells = np.bincount(cell_of, weights=sizes * shares)
+    return np.asarray(shares * kept_shares(cells, temperature)[cell_of])
 
 
 def keep_evenly(labels: Integers, seen: Integers, sizes: Integers, caps: Integers) -> NDArray[np.bool_]:

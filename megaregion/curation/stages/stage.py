@@ -295,7 +295,8 @@ class Stage(ABC):
     reads_whole: tuple[str, ...] = ()
     """Earlier stages of one piece that a piece reads."""
     whole = False
-    """One piece for the whole run, which reads earlier pieces only; else each piece has images of its own."""
+    """A piece reads all earlier pieces and no image, and there is one if :meth:`pieces` says nothing else; or
+    each piece has images of its own."""
     together = False
     """Several ranks, or all threads of one process, do a piece together; else each worker does its own."""
     version = 1
