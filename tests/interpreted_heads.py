@@ -34,7 +34,7 @@ from megaregion.heads.grouped import GroupedDraws
 
 kernels.ROWS = kernels.CLASSES = kernels.LINES = 16
 kernels.WIDTH = kernels.PORTION = kernels.DEPTH = 32
-CLASSES, DIM, ROWS = 61, 37, 45
+CLASSES, DIM, ROWS = 45, 37, 29
 SMALL = 4 * ROWS * 20
 """Bytes that force several waves."""
 

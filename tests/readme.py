@@ -24,7 +24,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:\$python )?tools/\w+\.py [^`]+)`")
 SHELL = re.compile(r"\$python |make |torchrun |\. slurm/")
 
-CURATION = "--clusters 4 --vocab 384 --piece-images 4 --crop-side 96 --workers 2"
+CURATION = "--clusters 4 --vocab 384 --piece-images 4 --crop-side 96"
+"""A command that names no workers has two; any number of them gives the same outcome."""
+ALONE = f"{CURATION} --workers 0"
 MODEL = "--model.image_size 48 --model.patch_size 8 --model.width 32 --model.heads 4 --model.mlp_width 64"
 HEAD = "--model.depth 2 --model.region_layers 1 --head.embedding_dim 16 --optimizer.warmup_steps 1"
 TRAIN = f"{MODEL} {HEAD} --data.workers 0 --train.global_batch 8 --train.micro_batch 4 --head.draw_images 8"
@@ -54,7 +56,10 @@ class Smaller:
 
 
 SMALLER = {
-    "$python tools/curate.py --images": Smaller(CURATION),
+    "$python tools/curate.py --images": Smaller(ALONE),
+    "$python tools/curate.py --images photos --out data/photos --clusters": Smaller(
+        f"{CURATION} --workers 2"
+    ),
     "$python tools/atlas.py data/photos": Smaller("--tile 32"),
     "$python tools/atlas.py --synthetic": Smaller("--synthetic 60 --sheets 2 --tile 32"),
     "$python tools/make_scenes.py": Smaller("--train 6 --test 2"),
@@ -82,13 +87,14 @@ SMALLER = {
     "$python tools/pretrain.py ...": Smaller(
         "--evaluate.every 6 --checkpoint.every 6", ("...", "--config RUN.yaml --name evaluated")
     ),
+    "$python tools/plan.py run --config configs/vit_bigg14_64gpu.yaml": Smaller("--model.depth 12"),
     "$python tools/evaluate.py": Smaller("--limit 40 --map-side 96"),
     "$python tools/benchmark.py model": Smaller(
         "--width 32 --depth 1 --heads 2 --size 32 --batch 2 --rounds 1"
     ),
     "tools/pretrain.py report": Smaller(replaced=("NAME", "photos")),
     "tools/benchmark.py plan": Smaller(
-        "--model s16 --batch 1 --steps 2 --threads 1", ("--case all", "--case 1 2-tensor")
+        "--model toy --batch 1 --steps 2 --threads 1", ("--case all", "--case 1 2-tensor")
     ),
 }
 """The longest beginning of a command that stands here names its recipe; others run as they are."""

@@ -67,6 +67,7 @@ CASES: dict[str, tuple[int, ParallelConfig, bool]] = {
 MODELS = {
     "s16": ModelConfig(width=384, depth=12, heads=6, mlp_width=1536),
     "b16": ModelConfig(),
+    "toy": ModelConfig(image_size=64, width=128, depth=3, heads=4, mlp_width=512, region_layers=1),
 }
 OBJECT_CLASSES, TEXT_CLASSES = 20_000, 2_000
 SAMPLES, REGIONS = 64, 12
@@ -79,7 +80,7 @@ MATRIX = 1536
 
 @part(
     ("--case", Several(Choice((*CASES, "all"))), ["1", "2"], "ranks and what is special"),
-    ("--model", Choice((*MODELS,)), "b16", "ViT that is trained, at 224 pixels"),
+    ("--model", Choice((*MODELS,)), "b16", "ViT that is trained, at 224 pixels; toy at 64"),
     ("--batch", PositiveInt, 4, "images of a micro-step and rank"),
     ("--steps", Whole(2, COUNT), 4, "timed training steps, the first left out"),
     CLOCK,
