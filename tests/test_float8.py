@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import repository
+from launch import repository, tool
 from test_run import command
 from torch import nn
 from toy import toy_dataset
@@ -25,13 +25,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(dataset: Path, output: Path, paths: Path | None, *flags: str) -> list[float]:
-    places = [str(paths)] if paths else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, str(repository())])}
-    precise = ["--train.precision=bf16", "--train.steps=6", "--optimizer.lr=0.002"]
-    done = subprocess.run(
-        command(dataset, output, *precise, *flags),
-        cwd=repository(), env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    words = command(
+        dataset, output, "--train.precision=bf16", "--train.steps=6", "--optimizer.lr=0.002", *flags
+    )
+    if paths is None:
+        done = tool(*words[3:])
+    else:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths), str(repository())])}
+        done = subprocess.run(
+            words, cwd=repository(), env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert ("8 linears multiply in 8-bit floats" in done.stdout + done.stderr) == bool(flags)
     lines = (output / "run" / "metrics.jsonl").read_text().splitlines()

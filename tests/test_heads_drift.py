@@ -16,7 +16,7 @@ from launch import launch
 
 from megaregion.config import HeadConfig
 
-STEPS = int(os.environ.get("MEGAREGION_DRIFT_STEPS", "400"))
+STEPS = int(os.environ.get("MEGAREGION_DRIFT_STEPS", "300"))
 ROWS, INPUT, DIM, CLASSES = 8, 6, 5, 22
 
 

@@ -138,10 +138,7 @@ class Saver:
         """Checkpoints that this run has written or read and found whole."""
 
     def prepare(self, checkpoints: Path, step: int) -> bool:
-        """Make the folder of a save; a collective, in the main thread.
-
-        Returns:
-            Whether there is one, on every rank.
+        """Make the folder of a save; whether every rank has it; a collective, in the main thread.
 
         Raises:
             Fenced: A newer incarnation owns the run.
@@ -165,10 +162,7 @@ class Saver:
         self._thread = thread
 
     def wait(self) -> bool:
-        """Wait for the save under way, if there is one; a collective, in the main thread.
-
-        Returns:
-            Whether it is complete and visible.
+        """Wait for the save under way; whether it is complete and visible; a collective, in the main thread.
 
         Raises:
             Fenced: A newer incarnation owns the run; raised on every rank.

@@ -67,10 +67,9 @@ def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None)
 
 
 def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> tuple[int, int]:
-    """Count the encoder's parameters on one of so many tensor ranks.
+    """The encoder's parameters on one of so many tensor ranks, and those in tensors of at most 10,000.
 
-    Returns:
-        All, and those in tensors of at most 10,000, which ZeRO 3 keeps whole.
+    ZeRO 3 keeps these whole.
     """
     width, mlp = model.width, model.mlp_width
     blocks = model.depth + (model.region_layers if model.region_weights == "separate" else 0)

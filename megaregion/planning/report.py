@@ -14,9 +14,10 @@ from megaregion.tables import aligned
 
 def text(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan]) -> str:
     """The run's resolutions; of the first, the best choices, and more and fewer ranks."""
-    texts = [plan_text(stages[0])]
+    plan = stages[0]
+    texts = [_head(plan), _assumptions(plan), _memory(plan), _time(plan), _traffic(plan), _totals(plan)]
     texts += [_stages(stages)] if len(stages) > 1 else []
-    texts += [_choices(best, stages[0])] if best else []
+    texts += [_choices(best, plan)] if best else []
     texts += [_scaling(scaled)] if scaled else []
     return "\n\n".join(texts)
 
@@ -29,12 +30,6 @@ def values(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan])
         "choices": [plan_values(plan) for plan in best],
         "scaling": [plan_values(plan) for plan in scaled],
     }
-
-
-def plan_text(plan: Plan) -> str:
-    """Head line, assumptions, memory, time and traffic of one plan."""
-    parts = [_head(plan), _assumptions(plan), _memory(plan), _time(plan), _traffic(plan), _totals(plan)]
-    return "\n\n".join(parts)
 
 
 COLUMNS: dict[str, Callable[[Plan], str]] = {

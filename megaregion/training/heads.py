@@ -162,11 +162,7 @@ class Heads:
             head.zero_grad()
 
     def census(self, step: int) -> dict[str, float]:
-        """Report idle classes and near-duplicate centers of each head after some steps; a collective.
-
-        Returns:
-            By kind: the share of classes that are idle, and of probed centers that have a double.
-        """
+        """Report idle classes and probed centers with a double; gives their shares by kind; a collective."""
         shares = {}
         for kind, head in self.by_kind.items():
             found = head.find_dead_classes(step, self._config.head.idle_steps)

@@ -125,10 +125,7 @@ class TrainingState:
                 self._saver.wait()
 
     def finish(self) -> bool:
-        """Wait for the last save; one that failed is tried again, for no later one will come; a collective.
-
-        Returns:
-            Whether the state of this step is saved.
+        """Wait for the last save, or try again if it failed; whether the step's state is saved; a collective.
 
         Raises:
             Fenced: A newer incarnation owns the run.
@@ -150,11 +147,7 @@ class TrainingState:
         self._events.write("blocked", step=self.step, seconds=self.blocked)
 
     def rescue(self) -> UserError:
-        """Write the state to any other place that takes it; a collective.
-
-        Returns:
-            What a run whose last save failed has to tell.
-        """
+        """Write the state to any other place that takes it, and give what there is to tell; a collective."""
         reasons = [text for text in all_gather_strings(self._saver.reason, self._topology) if text]
         line = f"the last checkpoint, of step {self.step}, could not be saved in {self.checkpoints}"
         line += f" ({reasons[0]})" if reasons else ""
@@ -403,13 +396,10 @@ def told(changed: Mapping[str, Change]) -> str:
 def check_fits(
     reader: CheckpointReader, ours: Mapping[str, Any], placements: Mapping[str, Placement]
 ) -> dict[str, Change]:
-    """Check that a run of which :func:`facts` says ``ours``, with these weights, may go on from there.
-
-    Returns:
-        What has changed, all of it free.
+    """What has changed, all of it free, for a run of which :func:`facts` says ``ours`` to go on from there.
 
     Raises:
-        UserError: It may not; the text says why.
+        UserError: It may not go on; the text says why.
     """
     dataset = reader.manifest.get("dataset")
     if not dataset:

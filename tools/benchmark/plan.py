@@ -216,9 +216,7 @@ def main() -> int:
 def _train(config: RunConfig, place: topology.Topology, watch: Stopwatch) -> dict[str, Any]:
     """Take the run's steps, with a round of probes before each; the first is left out of the times.
 
-    Returns:
-        rates, seconds (median of a step), peak bytes beyond what the process had, and
-        bytes of tensors by kind.
+    Gives rates, the median seconds of a step, the peak beyond what the process had, and bytes by kind.
     """
     from megaregion.training.metrics import open_log
     from megaregion.training.trainer import Trainer
