@@ -119,6 +119,7 @@ ELSEWHERE = {
     "$python tools/benchmark.py step": "test_the_step_benchmark_runs_at_any_size",
     "tools/benchmark.py step": "test_the_step_benchmark_runs_at_any_size",
     "tools/benchmark.py curation": "test_the_benchmarks_of_curation_run_at_any_size",
+    "tools/benchmark.py index": "test_the_benchmarks_of_curation_run_at_any_size",
     "tools/benchmark.py scale": "test_the_benchmarks_of_curation_run_at_any_size",
     "tools/benchmark.py metadata": "test_the_metadata_benchmark_runs_at_a_thousandth_of_its_size",
     "tools/benchmark.py convert": "test_the_conversion_benchmark_runs_at_any_size",

@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from test_curation_inputs import write_tar
 
 from megaregion.curation.inputs import formats
-from megaregion.curation.inputs.annotations import BOXED, read_annotations
+from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.formats import read_labels, stream_json
 from megaregion.curation.inputs.source import Source
@@ -26,6 +26,7 @@ from megaregion.data.coco import mask_of
 from megaregion.data.sample import SampleRecord, decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
+from megaregion.schemas.curation import BOXED
 
 WIDTH, HEIGHT = 96, 64
 BOX = (16, 16, 48, 48)
@@ -401,17 +402,31 @@ def test_json_is_read_item_by_item_whatever_the_chunks(
         "annotations": [1, [2, "]}"], {"a": "\u00fc\\"}],
         "last": 3.5,
     }
-    text = json.dumps(content, indent=1)
+    text = json.dumps(content, indent=1, ensure_ascii=False).encode()
     for chunk in (1, 2, 7, 1000):
         monkeypatch.setattr(formats, "CHUNK", chunk)
-        found = list(stream_json(io.StringIO(text)))
-        assert [item for key, item in found if key == "annotations"] == content["annotations"]
-        assert dict(found) == {"info": content["info"], "annotations": {"a": "ü\\"}, "last": 3.5}
-        for broken in (text[:-1], text[:30], "[1]", "", '{"a": [1,', '{"a" 1}'):
+        for start in (b"", b"\xef\xbb\xbf"):
+            found = list(stream_json(io.BytesIO(start + text)))
+            assert [item for key, item, *_ in found if key == "annotations"] == content["annotations"]
+            assert [key for key, *_ in found] == ["info", *["annotations"] * 3, "last"]
+            for _, item, said, place in found:
+                there = (start + text)[place : place + len(said)]
+                assert said.encode("latin-1") == there
+                assert json.loads(there) == item
+        for broken in (
+            text[:-1],
+            text[:30],
+            b"[1]",
+            b"",
+            b'{"a": [1,',
+            b'{"a" 1}',
+            text[:2],
+            b'{"a": "\xff"}',
+        ):
             with pytest.raises(ValueError, match=r"."):
-                list(stream_json(io.StringIO(broken)))
+                list(stream_json(io.BytesIO(broken)))
     monkeypatch.setattr(formats, "MAX_VALUE", 1000)
-    endless = io.StringIO('{"a": "' + "x" * 10**6)
+    endless = io.BytesIO(b'{"a": "' + b"x" * 10**6)
     with pytest.raises(ValueError, match=r"."):
         list(stream_json(endless))
     assert endless.tell() < 5000

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from curation_scenes import contents, run, scene, settings_from, silent
 from PIL import Image
+from pyarrow import parquet
 
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
@@ -106,7 +108,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = write_tar(folder / "00002.tar", [(f"{n}.jpg", jpeg(n)) for n in (6, 7, 8)], tarfile.GNU_FORMAT)
     whole.write_bytes(whole.read_bytes()[: scan_tar(whole).members[2].image.offset + 100])
     (folder / "00003.tar").write_bytes(b"<html>not found</html>")
-    (folder / "00000.parquet").write_bytes(b"PAR1")
+    parquet.write_table(pa.table({"url": ["https://x/y.jpg"]}), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text("{}")
     return folder
 
@@ -273,6 +275,8 @@ def test_what_cannot_be_curated_is_refused_with_the_way_out(
     folder.mkdir()
     for name in files:
         (folder / name).write_bytes(b"something")
+        if name.endswith(".parquet"):
+            parquet.write_table(pa.table({"url": ["https://x/y.jpg"]}), folder / name)
     with pytest.raises(UserError, match=message):
         run(folder, tmp_path / "out", **FEW)
     with pytest.raises(UserError, match="is a Parquet file of URLs; download them first: img2dataset"):

@@ -34,7 +34,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class AnnotationSettings:
-    """Boxes, masks and texts that came with the images."""
+    """What came with the images: boxes, masks and texts; columns beside them."""
 
     annotations: Literal["prefer", "only", "ignore"] = "prefer"
     """Propose only where no annotation of an image is usable, nowhere, or everywhere."""
@@ -45,6 +45,8 @@ class AnnotationSettings:
     takes the stored pixels where that does not tell."""
     captions: bool = False
     """Keep the text beside an image, or of an annotation, in its record."""
+    image_column: Annotated[str, Text("NAME")] = ""
+    """Parquet and Arrow files: the column of images, where a file has several."""
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,17 @@ REASONS = (
 DUPLICATE, OTHER, HIDDEN, OUTPUT = "duplicate", "other file", "hidden file", "own output"
 BESIDE, ANNOTATION, TAR, FORMAT = "file of an image", "annotation file", "tar", "other format "
 BROKEN, LINK, UNREADABLE = "damaged tar", "link not followed", "not readable"
+TABLE, BROKEN_TABLE = "Parquet or Arrow file", "unusable Parquet or Arrow file"
 """Kinds of files and members that are no image of a run; FORMAT is followed by an ending."""
 SEVERAL = "first of several frames"
 """Name of the count of images whose file holds more frames or pages."""
 EXAMPLES = 3
 """Names that are kept of each kind."""
 
-ALL_UNUSABLE = "images whose annotations are all unusable"
+ANNOTATED, ANNOTATED_REGIONS = "images with annotations", "annotated regions"
+ALL_UNUSABLE, NO_JSON = "images whose annotations are all unusable", "annotation files that cannot be read"
+BOXED, POSES = "boxes in place of masks", "keypoints not used"
+"""Names of counts of images and of rows; BOXED are used although their mask is not."""
 NAMED = 10
 """Unusable images that the table names."""
 
@@ -85,7 +89,7 @@ class Summary:
     formats: dict[str, int] = field(default_factory=dict)
     """Images in formats that are not read, by ending."""
     damaged: int = 0
-    """Damaged tars and links that are not followed, all of them."""
+    """Damaged tars and annotations, links that are not followed, files that may not be read: all of them."""
     outputs: int = 0
     """Shards, and folders of runs and of an atlas, that megaregion wrote; none of them is input."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -100,12 +104,12 @@ class Summary:
         count = Counter(self.counts)
         formats = ", ".join(f"{ending} {number}" for ending, number in self.formats.items())
         sometimes = [
-            ("  with annotations", count["images with annotations"], "kept, nothing proposed"),
+            ("  with annotations", count[ANNOTATED], "kept, nothing proposed"),
             ("  all unusable", count[ALL_UNUSABLE], "annotations, so that objects were proposed"),
-            ("  unreadable", count["annotation files that cannot be read"], "annotation files beside images"),
+            ("  unreadable", count[NO_JSON], "annotation files beside images"),
             *self._annotation_rows(),
             ("  other formats", sum(self.formats.values()), f"{formats}; convert them to JPEG or PNG"),
-            ("  damaged tars and links", self.damaged, "what could be read of a tar counts above"),
+            *self._damaged_rows(),
             ("  own output", self.outputs, "shards and runs of megaregion, never taken for input"),
             ("  hidden files", self.left_out.get(HIDDEN, 0), "their names begin with a dot"),
             ("  files of images", self.left_out.get(BESIDE, 0), "captions, annotations"),
@@ -149,8 +153,23 @@ class Summary:
             for path, file in files.items()
         ]
         others = [(f"  {why}", n, "") for why, n in self.annotations.items() if why != "files"]
-        boxed = self.counts.get("boxes in place of masks", 0)
-        return [*rows, *others, ("  boxes in place of masks", boxed, "their masks or polygons are unusable")]
+        count = Counter(self.counts)
+        told = [
+            (f"  {BOXED}", count[BOXED], "their masks or polygons are unusable"),
+            (f"  {POSES}", count[POSES], "regions that have them"),
+        ]
+        return [*rows, *others, *told]
+
+    def _damaged_rows(self) -> list[tuple[str, int, str]]:
+        told = {
+            BROKEN: "what could be read of them counts above",
+            BROKEN_TABLE: "named below",
+            LINK: "to a folder, or to nothing",
+            UNREADABLE: "files and folders that may not be read",
+        }
+        rows = [(f"  {kind}", self.left_out.get(kind, 0), why) for kind, why in told.items()]
+        rest = self.damaged - sum(count for _, count, _ in rows)
+        return [*rows, ("  damaged annotations", rest, "nothing of these files is used")]
 
     def _per_image(self, name: str) -> str:
         images = self.counts.get("images used", 0)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import multiprocessing
+import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmark.measure import Stopwatch
+from benchmark.measure import Stopwatch, passing_folder
 from benchmark.memory import PeakMemory
-from benchmark.part import CLOCK, Case, part
+from benchmark.part import CLOCK, FOLDER, Case, part
 from benchmark.scenes import CROP_SIDE, ComposedScene, compose
 from megaregion.bounds import COUNT, PositiveInt, Whole
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
@@ -41,6 +46,10 @@ from megaregion.errors import UserError
 
 FLAT = 1 / 1.1
 """Least ratio of the peaks of a small and a large input."""
+INDEXED = 20
+"""Least MB of an annotation file that are indexed in a second."""
+PARSED = 20
+"""MB of it that json.loads is timed on: it needs ten times that in memory."""
 MISREAD = 0.1
 """Greatest share of the readable words that may be misread."""
 
@@ -90,6 +99,67 @@ def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
     else:
         curate_share(*where, _silent, stage, Share(0, 1), workers=0)
     return PeakMemory(torch.device("cpu")).peak()
+
+
+@part(
+    ("--megabytes", Whole(2, COUNT), 50, "size of each file"),
+    ("--factor", Whole(2, COUNT), 10, "how many times smaller the file is that memory is compared with"),
+    FOLDER,
+)
+def index(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Stage list on a COCO file of polygons, and on one of boxes alone, whose images all lie in a tar.
+
+    Seconds beside json.loads of the bytes, which any reader in Python has to pay, and beside the goal; peak
+    MiB beside a smaller file.
+    """
+    with passing_folder(options.folder, 6 * 10**6 * options.megabytes) as folder:
+        for name, corners in (("polygons", 24), ("boxes", 0)):
+            sizes = (options.megabytes, max(1, options.megabytes // options.factor))
+            (seconds, peak), (_, small) = (_index(folder / f"{name}{size}", size, corners) for size in sizes)
+            file = _compose_coco(folder / f"{name}-parsed", min(PARSED, options.megabytes), corners)
+            content = file.read_bytes()
+            parse = partial(json.loads, content)
+            floor = watch.seconds(parse) * sizes[0] / (len(content) / 1e6)
+            told = f"{sizes[0]} MB of {name}"
+            yield Case(f"{told} / json.loads", seconds, floor, "s")
+            yield Case(f"{told} / {INDEXED} MB/s", seconds, sizes[0] / INDEXED, "s", 1.0)
+            yield Case(f"{told} / {sizes[1]} MB", peak / 2**20, small / 2**20, "MiB", FLAT)
+
+
+def _index(folder: Path, megabytes: int, corners: int) -> tuple[float, int]:
+    """Seconds and peak bytes of stage list, in a process of its own."""
+    _compose_coco(folder, megabytes, corners)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_list, folder).result()
+
+
+def _list(folder: Path) -> tuple[float, int]:
+    began = time.perf_counter()
+    curate(folder, folder / "curated", CurationSettings(), _silent, LIST, workers=0)
+    return time.perf_counter() - began, PeakMemory(torch.device("cpu")).peak()
+
+
+def _compose_coco(folder: Path, megabytes: int, corners: int) -> Path:
+    """A file of about so many MB, seven rows an image in any order, and a tar of empty images."""
+    folder.mkdir()
+    rng = np.random.Generator(np.random.Philox(key=1))
+    row = {
+        "segmentation": [rng.uniform(0, 640, 2 * corners).round(2).tolist()] if corners else [],
+        "area": 702.1, "iscrowd": 0, "image_id": 1000000, "bbox": [473.07, 395.93, 38.65, 28.67],
+        "category_id": 18, "id": 1768,
+    }  # fmt: skip
+    before, after = json.dumps(row).split("1000000")
+    count = max(1, megabytes * 10**6 // (7 * (len(before) + len(after) + 9) + 100))
+    images = [{"id": n, "file_name": f"{n:09d}.jpg", "width": 640, "height": 480} for n in range(count)]
+    with tarfile.open(folder / "images.tar", "w") as tar, (folder / "coco.json").open("w") as file:
+        file.write(f'{{"images": {json.dumps(images)}, "annotations": [')
+        for number in range(7 * count):
+            # No two neighbours are rows of one image, as in COCO.
+            file.write(f"{', ' * bool(number)}{before}{number * 7919 % count}{after}")
+        file.write('], "categories": [{"id": 18, "name": "dog"}]}')
+        for image in images:
+            tar.addfile(tarfile.TarInfo(str(image["file_name"])), io.BytesIO())
+    return folder / "coco.json"
 
 
 @contextmanager

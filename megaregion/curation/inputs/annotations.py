@@ -1,10 +1,11 @@
 """What annotations say of one image: the boxes and masks that came with it, kept instead of proposing.
 
-    {"image": {"width": 640, "height": 480}, "annotations": [{"bbox": [x, y, w, h], "segmentation": ...,
-     "iscrowd": 0, "class": "dog", "predicted_iou": 0.97, ...}, ...]}
+    {"image": {"width": 640, "height": 480}, "classes": ["dog", ...],
+     "annotations": [{"bbox": [x, y, w, h], "segmentation": ..., "iscrowd": 0, "score": 0.97, ...}, ...]}
 
-SA-1B writes one such JSON for each image; :mod:`megaregion.curation.inputs.index` makes them of all other
-kinds. A JSON file without such a list, as img2dataset writes one beside every image, is no annotation.
+SA-1B writes one such JSON for each image, without classes; :mod:`megaregion.curation.inputs.index` makes them
+of all other kinds, with the class of each row. A JSON file without such a list, as img2dataset writes one
+beside every image, is no annotation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +23,7 @@ import numpy as np
 from megaregion.curation.picture import BadImage, Picture, Proposal
 from megaregion.data.coco import clipped, frame, mask_of
 from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
-
-BOXED = "boxes in place of masks"
-"""Counts rows that are used although their mask is not."""
+from megaregion.schemas.curation import BOXED, POSES
 
 
 class Unusable(ValueError):
@@ -43,7 +43,7 @@ def read_annotations(
 
     Returns:
         Regions inside the image, and how many rows were not used, by reason; None if nothing is annotated.
-        The count of BOXED is of rows that were used.
+        The counts of BOXED and POSES are of rows that were used.
 
     Raises:
         BadImage: It is not JSON in UTF-8.
@@ -61,9 +61,14 @@ def read_annotations(
             continue
         annotates = True
         turn = _turn_of(record, rows, picture, pixels)
-        for row in rows:
+        classes = record.get("classes")
+        named = isinstance(classes, list) and len(classes) == len(rows)
+        counts[POSES] += sum(bool(row.get("keypoints")) for row in rows)
+        for row, name in zip(rows, classes if named else repeat(""), strict=False):
             try:
-                found.append(_region(row, turn, counts))
+                found.append(
+                    replace(_region(row, turn, counts), source_class=str(name or row.get("class", "")))
+                )
             except Unusable as why:
                 counts[str(why)] += 1
             except (KeyError, TypeError, ValueError, OverflowError):
@@ -146,7 +151,7 @@ def _region(row: dict[str, Any], turn: _Turn | None, counts: Counter[str]) -> Pr
     score = float(row.get("predicted_iou", row.get("score", 1.0)))
     if not math.isfinite(score):
         raise ValueError(f"a score of {score}")
-    region = Proposal((0, 0, 0, 0), min(max(score, 0.0), 1.0), None, str(row.get("class", "")))
+    region = Proposal((0, 0, 0, 0), min(max(score, 0.0), 1.0))
     shape, scale = row.get("segmentation"), (turn.width, turn.height) if row.get("relative") else (1, 1)
     mask = _mask(shape, turn, scale) if shape else None
     if mask is not None and (box := frame(mask)) is not None:

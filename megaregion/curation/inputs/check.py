@@ -25,12 +25,12 @@ from megaregion.curation.picture import BadImage, read_picture
 from megaregion.curation.settings import AnnotationSettings, ImageSettings
 from megaregion.errors import UserError
 from megaregion.processes import spread
-from megaregion.schemas.curation import DUPLICATE, SEVERAL, TAR, Kinds
+from megaregion.schemas.curation import DUPLICATE, SEVERAL, TABLE, TAR, Kinds
 from megaregion.tables import aligned
 
 IMAGE = "image"
-USED = (IMAGE, SEVERAL)
-"""Kinds that a curation takes; a tar is read, too."""
+USED, READ = (IMAGE, SEVERAL), (TAR, TABLE)
+"""Kinds that a curation takes, and those of larger files that are read for them."""
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
 """Opens a progress bar for a number of images; what it gives is called for each."""
@@ -56,10 +56,10 @@ class Check:
         """A line for each kind."""
         rows = [("used", "", "")]
         rows += [_row(kind, self.used) for kind in USED if kind in self.used]
-        rows += [_row(kind, self.left_out) for kind in (TAR,) if kind in self.left_out]
+        rows += [_row(kind, self.left_out) for kind in READ if kind in self.left_out]
         rows += [("not used", "", "")]
         for part in (self.unusable, self.left_out):
-            rows += [_row(kind, part) for kind in sorted(part) if kind != TAR]
+            rows += [_row(kind, part) for kind in sorted(part) if kind not in READ]
         rows += [("files and members", str(self.total), "")]
         # A path may hold bytes that are no text.
         return aligned(rows, left=(0, 2)).encode(errors="replace").decode()
@@ -134,9 +134,10 @@ class _Judge:
         return [self._verdict(image) for image in self._source.images(number)]
 
     def _verdict(self, image: ImageFile) -> tuple[int, str]:
-        content = self._source.read(image)
-        digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+        digest = 0
         try:
+            content = self._source.read(image)
+            digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
             picture = read_picture(content, self._settings.max_image_pixels, self._settings.min_image_side)
         except BadImage as bad:
             return digest, str(bad)

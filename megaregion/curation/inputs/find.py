@@ -1,4 +1,4 @@
-"""Finds a run's images: loose files of a folder, told apart by content, and WebDataset tars.
+"""Finds a run's images: loose files of a folder, told apart by content, WebDataset tars, Parquet and Arrow.
 
 An image file that occurs twice counts once. Hashes, and what a tar holds, are remembered by size and time
 of change, so that only new files are read again. What is found is written to disk as it comes: 16 bytes of
@@ -14,11 +14,11 @@ import os
 import shutil
 import sqlite3
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property
-from itertools import takewhile
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 
 from megaregion.curation.inputs.index import DATASETS, INDEX, IndexWriter, mark
 from megaregion.curation.inputs.source import (
+    COLUMNAR,
     FILES,
     INPUTS,
     TARS,
     VERSION,
+    Known,
     Listing,
     Source,
     mark_key,
@@ -49,12 +51,14 @@ from megaregion.schemas.curation import (
     ANNOTATION,
     BESIDE,
     BROKEN,
+    BROKEN_TABLE,
     DUPLICATE,
     FORMAT,
     HIDDEN,
     LINK,
     OTHER,
     OUTPUT,
+    TABLE,
     TAR,
     UNREADABLE,
     Kinds,
@@ -113,21 +117,25 @@ def find_images(
     Raises:
         UserError: There is no such folder, no image in it, or a file that cannot be read.
     """
-    if folder.suffix.lower() == ".parquet" and not folder.is_dir():
+    if folder.suffix.lower() in COLUMNAR and not folder.is_dir():
+        if folder.is_file() and _count(folder, annotation.image_column)["images"]:
+            raise UserError(
+                f"--images {folder} is a file of images; give its folder, --images {folder.parent}"
+            )
         raise UserError(f"--images {folder} is a Parquet file of URLs; {DOWNLOAD.format(folder)}")
     if not folder.is_dir():
         raise UserError(
             f"--images {folder} is no folder; give a folder of {', '.join(ENDINGS)} files "
             "or of WebDataset tars"
         )
-    search = _Search(folder, out, hashed)
+    search = _Search(folder, out, hashed, annotation.image_column)
     with _scratch(place / ".new") as new, open_index(place, folder, annotation) as index:
         candidates = new / "candidates.jsonl"
-        write_listing(candidates, search.images(_Known(place / FILES)))
+        write_listing(candidates, search.images(Known(place / FILES)))
         if index is not None:
             search.annotate(index, Listing(candidates))
         write_listing(new / FILES, search.unique(Listing(candidates), index))
-        tars = search.look_into_tars(_Known(place / TARS, _scanned_alike(place)), workers, index)
+        tars = search.look_into_tars(Known(place / TARS, _scanned_alike(place)), workers, index)
         write_listing(new / TARS, tars)
         if not search.found:
             raise search.no_image()
@@ -175,8 +183,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
 class _Search:
     """What lies below a folder: counts, tars, and 16 bytes for each image that tell it from others."""
 
-    def __init__(self, folder: Path, out: Path, hashed: bool) -> None:
-        self._folder, self._out, self._hashed = folder, out.resolve(), hashed
+    def __init__(self, folder: Path, out: Path, hashed: bool, column: str) -> None:
+        self._folder, self._out, self._hashed, self._column = folder, out.resolve(), hashed, column
         self._tars: list[Found] = []
         self._parquets = self._damaged = 0
         self._kinds = Kinds()
@@ -188,11 +196,11 @@ class _Search:
         self.found = 0
         """Images, duplicates left out."""
 
-    def images(self, known: _Known) -> Iterator[dict[str, Any]]:
+    def images(self, known: Known) -> Iterator[dict[str, Any]]:
         """A row for every loose image, with its hash; tars are only noted."""
         for file in self._walk(self._folder, ""):
             ending = file.path.suffix.lower()
-            if file.name.lower().endswith(TAR_ENDINGS):
+            if file.name.lower().endswith((*TAR_ENDINGS, *COLUMNAR)):
                 self._tars += [] if file.packed else [file]
                 if file.packed:
                     self._kinds.add(OUTPUT, file.name)
@@ -214,7 +222,6 @@ class _Search:
                 self._kinds.add(BESIDE if file.beside else OTHER, file.name)
                 if not file.beside:
                     self._others.append(mark(file.name))
-                self._parquets += ending == ".parquet"
                 # One that lies beside an image counts as the image's.
                 wanted = ending in DATASETS and not file.annotated and not file.beside
                 self._datasets += [file.path] if wanted else []
@@ -223,7 +230,9 @@ class _Search:
         """Read all annotation files but those beside an image, and find out what each is about."""
         index.read(self._datasets)
         loose = (row["path"] for row, first in zip(candidates.rows(), self._firsts, strict=True) if first)
-        members = ((tar.name, member.name) for tar in self._tars for member in scan_tar(tar.path).members)
+        # The number of a row is no name.
+        tars = [tar for tar in self._tars if tar.path.suffix.lower() not in COLUMNAR]
+        members = ((tar.name, member.name) for tar in tars for member in scan_tar(tar.path).members)
         index.match(loose, members)
         self._annotations = index.summary()
         # What lies beside an image counts as the image's.
@@ -265,31 +274,45 @@ class _Search:
                 yield {"key": key, **row, **({"labels": labels} if labels else {})}
 
     def look_into_tars(
-        self, known: _Known, workers: int, index: IndexWriter | None
+        self, known: Known, workers: int, index: IndexWriter | None
     ) -> Iterator[dict[str, Any]]:
         """A row for each tar."""
         rows: list[dict[str, Any]] = []
-        for tar, key in zip(self._tars, self._tar_keys(), strict=True):
+        for tar in self._tars:
             state = _state(tar.path)
-            own = {"path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns, "key": key}
-            rows.append({**known.of(tar.name, state), **own})
+            own = {"path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns}
+            row = known.of(tar.name, state)
+            rows.append({**(row if row.get("asked", self._column) == self._column else {}), **own})
         new = [row for row in rows if "images" not in row]
         paths = [self._folder / row["path"] for row in new]
         several = ProcessPoolExecutor(workers) if workers > 1 and len(new) > 1 else nullcontext()
         with several as pool:
-            for row, counted in zip(new, (pool.map if pool else map)(_count, paths), strict=True):
+            count = partial(_count, column=self._column)
+            for row, counted in zip(new, (pool.map if pool else map)(count, paths), strict=True):
                 row.update(counted)
+        # Parquet files of URLs lie beside the tars that were made of them.
+        named = [row for row in rows if row.get("column") != ""]
+        keys = dict(zip((row["path"] for row in named), self._tar_keys(named), strict=True))
         for row in rows:
-            path = row["path"]
-            self.found += row["images"]
-            for kind, (count, examples) in row["kinds"].items():
-                self._kinds.add(kind, *(f"{path}/{name}" for name in examples), count=count)
-            row["labels"] = index.tar_digest(path) if index is not None else ""
-            if row["damage"]:
-                self._name(BROKEN, path, f"{row['damage']}; images before it: {row['images']}")
-            else:
-                self._kinds.add(TAR, path)
+            row["key"] = keys.get(row["path"], "")
+            row["labels"] = index.tar_digest(row["path"]) if index is not None else ""
+            self._tell_tar(row)
         return iter(rows)
+
+    def _tell_tar(self, row: dict[str, Any]) -> None:
+        """Count what a tar, or a Parquet or Arrow file, is and holds."""
+        path = row["path"]
+        self.found += row["images"]
+        for kind, (count, examples) in row["kinds"].items():
+            self._kinds.add(kind, *(f"{path}/{name}" for name in examples), count=count)
+        whole, broken = (TABLE, BROKEN_TABLE) if "column" in row else (TAR, BROKEN)
+        if row["damage"]:
+            self._name(broken, path, f"{row['damage']}; images before it: {row['images']}")
+        elif row.get("column") == "":
+            self._parquets += 1
+            self._kinds.add(OTHER, path)
+        else:
+            self._kinds.add(whole, path)
 
     def summary(self) -> dict[str, Any]:
         """What is not in the rows; JSON."""
@@ -305,7 +328,8 @@ class _Search:
         holds = f"--images {self._folder} holds"
         if self._bad:
             path, why = next(iter(self._bad.items()))
-            return UserError(f"{holds} no image{' in its tars' * bool(self._tars)}; {path}: {why}")
+            inside = any(tar.name.lower().endswith(TAR_ENDINGS) for tar in self._tars)
+            return UserError(f"{holds} no image{' in its tars' * inside}; {path}: {why}")
         if self._kinds.count(OUTPUT):
             return UserError(
                 f"{holds} nothing but what megaregion wrote (shards, stages, runs, an atlas); "
@@ -365,9 +389,15 @@ class _Search:
             if files:
                 self._kinds.add(HIDDEN, name, count=files)
 
-    def _tar_keys(self) -> list[str]:
+    def _tar_keys(self, rows: list[dict[str, Any]]) -> list[str]:
         """How the keys of each tar's images begin; no image of another tar or folder begins likewise."""
-        names = [tar.name.rsplit(".", 1)[0] for tar in self._tars]
+        # Of x.tar and x.parquet, the latter keeps its ending.
+        stems = Counter(row["path"].rsplit(".", 1)[0] for row in rows)
+        names = [
+            row["path"] if "column" in row and stems[stem] > 1 else stem
+            for row in rows
+            for stem in [row["path"].rsplit(".", 1)[0]]
+        ]
         plain = {plain_key(name) for name in names}
         # The images x_y.tar/1 and x.tar/y_1 would have one key, and so would the file x_1.jpg and x.tar/1.
         for key in plain:
@@ -387,31 +417,6 @@ class _Search:
             self._bad[path] = why
 
 
-class _Known:
-    """What an earlier listing knew of files, asked for in the order of paths."""
-
-    def __init__(self, path: Path, believed: bool = True) -> None:
-        self._rows = _old_rows(path) if believed else iter(())
-        self._row = next(self._rows, None)
-
-    def of(self, name: str, state: os.stat_result) -> dict[str, Any]:
-        """The row of a file that has not changed since, or nothing."""
-        while self._row is not None and self._row["path"] < name:
-            self._row = next(self._rows, None)
-        row = self._row or {}
-        same = (name, state.st_size, state.st_mtime_ns)
-        return row if (row.get("path"), row.get("size"), row.get("changed")) == same else {}
-
-
-def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of an earlier listing, as far as it can be read; what is lost is looked at anew."""
-    with suppress(OSError, ValueError):
-        listing = Listing(path)
-        yield from takewhile(
-            lambda row: {"path", "size", "changed"} <= row.keys(), listing.rows(0, len(listing))
-        )
-
-
 def _scanned_alike(place: Path) -> bool:
     """Whether an earlier search looked into tars as this one does."""
     try:
@@ -420,16 +425,22 @@ def _scanned_alike(place: Path) -> bool:
         return False
 
 
-def _count(path: Path) -> dict[str, Any]:
-    """What a tar's row says of its members."""
+def _count(path: Path, column: str) -> dict[str, Any]:
+    """What a row says of the images in a tar, or in a Parquet or Arrow file."""
     with _reading(path):
-        before, scan, after = path.stat(), scan_tar(path), path.stat()
+        before = path.stat()
+        if path.suffix.lower() in COLUMNAR:
+            # Here, for pyarrow costs a start some tenths of a second.
+            from megaregion.curation.inputs.columnar import count_rows
+
+            found = count_rows(path, column)
+        else:
+            scan = scan_tar(path)
+            found = {"images": len(scan.members), "kinds": scan.kinds, "damage": scan.damage}
+        after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"{path} changed while the images were listed; run again")
-    return {
-        "size": after.st_size, "changed": after.st_mtime_ns, "images": len(scan.members),
-        "kinds": scan.kinds, "damage": scan.damage,
-    }  # fmt: skip
+    return {"size": after.st_size, "changed": after.st_mtime_ns, **found}
 
 
 def _stem(name: str) -> str:

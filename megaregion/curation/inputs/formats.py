@@ -1,40 +1,55 @@
 """Annotation files of other people, as entries of one kind: images, rows, classes and captions.
 
-COCO, LVIS and Objects365 (one JSON) and Open Images (CSV) annotate many images, YOLO (text) and Pascal VOC
+COCO, LVIS and Objects365 (one JSON), Open Images (CSV) and HuggingFace's imagefolder (metadata.csv or .jsonl)
+annotate many images, YOLO (text) and Pascal VOC
 (XML) one. A row is COCO's: bbox [x, y, w, h], segmentation (polygons or run lengths), iscrowd, score. Where
 ``relative`` is set, its numbers are shares of the image's sides.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
+from zlib import crc32
 
 import yaml
 
 CHUNK = 2**20
-"""Characters of a JSON file that are read at once."""
+"""Bytes of a JSON file that are read at once."""
 MAX_VALUE = 2**26
-"""Characters of one row; a file in which one never ends is no annotation, and must not fill the memory."""
+"""Bytes of one row; a file in which one never ends is no annotation, and must not fill the memory."""
 MAX_LABELS = 2**24
 """Bytes of one image's label file."""
-KEPT = ("bbox", "segmentation", "iscrowd", "score", "predicted_iou")
-"""What is kept of a row."""
-BOXES = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
+SIDES = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
 """Columns that tell Open Images' boxes."""
+BOXES = ("bbox", "bboxes", "boxes")
+CLASS_NAMES = (
+    "category",
+    "categories",
+    "label",
+    "labels",
+    "class",
+    "category_name",
+    "category_id",
+    "class_id",
+)
+"""What HuggingFace's datasets call boxes and classes; the first name that is there counts."""
+TEXTS = ("caption", "text")
+"""Columns of a metadata file that hold a text about the image."""
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
 """Where YOLO's classes are named: in or above the folder of labels."""
 CLASSES = "Open Images' classes"
 """Format of a file that names classes alone."""
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SCAN: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
+_SPACE, _COMMA = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 
 
 class Named(NamedTuple):
@@ -53,7 +68,24 @@ class Row(NamedTuple):
 
     image: str
     category: str
-    content: dict[str, Any]
+    content: bytes | int
+    """Its JSON, or where that begins in the file, in bytes."""
+    size: int
+    """Bytes of its JSON."""
+    mark: int
+    """CRC of its JSON."""
+
+
+def row_of(image: str, category: str, content: dict[str, Any]) -> Row:
+    """A row that its file has in another form."""
+    said = json.dumps(content).encode()
+    return Row(plain_text(image), plain_text(category), said, len(said), crc32(said))
+
+
+def plain_text(value: object) -> str:
+    """A text that a database takes: a path may hold bytes that are no text."""
+    text = str(value)
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 class Category(NamedTuple):
@@ -83,34 +115,35 @@ def read_dataset(path: Path) -> Generator[Entry, None, str]:
         if path.suffix.lower() == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 return (yield from _read_csv(file))
-        with path.open(encoding="utf-8-sig") as file:
-            return (yield from _read_coco(file))
+        if path.suffix.lower() == ".jsonl":
+            with path.open("rb") as stream:
+                return (yield from _read_metadata(_lines(stream)))
+        with path.open("rb") as stream:
+            return (yield from _read_coco(stream))
     except (RecursionError, csv.Error) as error:
         raise ValueError(str(error)) from None
 
 
-def _read_coco(file: TextIO) -> Generator[Entry, None, str]:
+def _read_coco(file: BinaryIO) -> Generator[Entry, None, str]:
     kind, named = "COCO", False
-    for key, item in stream_json(file):
+    for key, item, content, place in stream_json(file):
         if not isinstance(item, dict):
             continue
-        identity = str(item.get("id"))
-        if key == "images":
+        if key == "annotations":
+            if "caption" in item:
+                yield Caption(str(item.get("image_id")), str(item["caption"]).strip())
+            elif "segments_info" not in item:
+                image, category = plain_text(item.get("image_id")), plain_text(item.get("category_id", ""))
+                yield Row(image, category, place, len(content), crc32(content.encode("latin-1")))
+        elif key == "images":
             # LVIS names no file, but where COCO has it.
             url = "/".join(urlsplit(str(item.get("coco_url") or "")).path.split("/")[-2:])
-            name = str(item.get("file_name") or url)
+            name = str(item.get("file_name") or url).replace("\\", "/")
             named |= bool(name)
             kind = "LVIS" if "neg_category_ids" in item else "Objects365" if "objects365" in name else kind
-            yield Named(
-                identity, name.replace("\\", "/"), _side(item.get("width")), _side(item.get("height"))
-            )
+            yield Named(str(item.get("id")), name, _side(item.get("width")), _side(item.get("height")))
         elif key == "categories":
-            yield Category(identity, str(item.get("name", identity)))
-        elif key == "annotations" and "caption" in item:
-            yield Caption(str(item.get("image_id")), str(item["caption"]).strip())
-        elif key == "annotations" and "segments_info" not in item:
-            content = {key: item[key] for key in KEPT if item.get(key) is not None}
-            yield Row(str(item.get("image_id")), str(item.get("category_id", "")), content)
+            yield Category(str(item.get("id")), str(item.get("name", item.get("id"))))
     return kind if named else ""
 
 
@@ -120,9 +153,11 @@ def _read_csv(file: TextIO) -> Generator[Entry, None, str]:
     if len(header) == 2 and (header[0] == "LabelName" or re.match(r"/[mtg]/", header[0])):
         yield from (Category(*line) for line in (header, *lines) if len(line) == 2)
         return CLASSES
-    if not set(BOXES) <= set(header):
+    if "file_name" in header:
+        return (yield from _read_metadata(dict(zip(header, line, strict=False)) for line in lines))
+    if not set(SIDES) <= set(header):
         return ""
-    places = [header.index(name) for name in BOXES]
+    places = [header.index(name) for name in SIDES]
     group = header.index("IsGroupOf") if "IsGroupOf" in header else None
     last = ""
     for line in lines:
@@ -137,12 +172,64 @@ def _read_csv(file: TextIO) -> Generator[Entry, None, str]:
         if image != last:
             yield Named(image, image)
             last = image
-        yield Row(image, label, content)
+        yield row_of(image, label, content)
     return "Open Images"
 
 
-def stream_json(file: TextIO) -> Iterator[tuple[str, Any]]:
+def _read_metadata(entries: Iterable[Any]) -> Generator[Entry, None, str]:
+    """HuggingFace's imagefolder: an entry for each image, by its file_name."""
+    named = False
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+            if not named:
+                break  # It is something else, and may be long.
+            continue
+        name = entry["file_name"].replace("\\", "/")
+        named = True
+        yield Named(name, name, _side(entry.get("width")), _side(entry.get("height")))
+        yield from (row_of(name, row.pop("class", ""), row) for row in regions_of(entry))
+        yield from (Caption(name, str(entry[text]).strip()) for text in TEXTS if entry.get(text))
+    return "imagefolder" if named else ""
+
+
+def _lines(stream: BinaryIO) -> Iterator[Any]:
+    """What each line of a file of JSON lines says."""
+    for line in iter(lambda: stream.readline(MAX_VALUE), b""):
+        if line.strip():
+            yield json.loads(line.decode("utf-8-sig"))
+
+
+def regions_of(entry: dict[str, Any], classes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of an image's regions as HuggingFace's datasets have them, with ``class``.
+
+    Boxes are [x, y, w, h] in pixels. They come in ``objects``, as lists of one length or as a list of
+    structs, or as columns of their own. ``classes`` are the names of classes that are numbers.
+    """
+    found = entry.get("objects", entry)
+    if isinstance(found, dict):
+        lists = {name: values for name, values in found.items() if isinstance(values, list)}
+        length = max((len(lists[name]) for name in (*BOXES, "segmentation") if name in lists), default=0)
+        found = [
+            {name: values[n] for name, values in lists.items() if n < len(values)} for n in range(length)
+        ]
+    rows = []
+    for given in found if isinstance(found, list) else ():
+        row = dict(given) if isinstance(given, dict) else {}
+        row["bbox"] = next((row[name] for name in BOXES if row.get(name) is not None), None)
+        row["iscrowd"] = row.get("iscrowd") or row.get("is_crowd")
+        label = next((row[name] for name in CLASS_NAMES if row.get(name) is not None), "")
+        if isinstance(label, int) and classes:
+            label = classes[label] if 0 <= label < len(classes) else ""
+        kept = ("bbox", "iscrowd", "segmentation", "keypoints")
+        rows.append({"class": str(label), **{key: row[key] for key in kept if row.get(key) is not None}})
+    return rows
+
+
+def stream_json(file: BinaryIO) -> Iterator[tuple[str, Any, str, int]]:
     """Every member of a JSON object, arrays item by item; memory holds one item and a chunk of the file.
+
+    Yields:
+        Key and value; the bytes that say the value, as letters of Latin-1, and where they begin in the file.
 
     Raises:
         ValueError: It is no JSON object.
@@ -152,36 +239,40 @@ def stream_json(file: TextIO) -> Iterator[tuple[str, Any]]:
     if stream.peek() == "}":
         return
     while True:
-        key = stream.value()
+        key = str(stream.value()[0])
         stream.take(":")
         if stream.peek() != "[":
-            yield str(key), stream.value()
+            yield key, *stream.value()
         else:
             stream.take("[")
-            more = stream.peek() != "]"
-            if not more:
-                stream.take("]")
-            while more:
-                yield str(key), stream.value()
-                more = stream.take(",]") == ","
+            for value, content, place in stream.items():
+                yield key, value, content, place
         if stream.take(",}") == "}":
             return
 
 
 class _Stream:
-    """A text of JSON, of which a part is in memory."""
+    """A file of JSON, of which a part is in memory: read as Latin-1, which has a letter for every byte."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file, self._text, self._place, self._ended = file, "", 0, False
+    def __init__(self, file: BinaryIO) -> None:
+        start = file.read(len(codecs.BOM_UTF8))
+        marked = start == codecs.BOM_UTF8
+        self._file, self._place, self._ended, self._plain = file, 0, False, False
+        self._text, self._begin = ("", len(start)) if marked else (start.decode("latin-1"), 0)
 
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
         while True:
+            found = self._text[self._place : self._place + 1]
+            if found > " " or (not found and self._ended):
+                return found
             space = _SPACE.match(self._text, self._place)
-            self._place = space.end() if space else self._place
-            if self._place < len(self._text) or self._ended:
-                return self._text[self._place : self._place + 1]
-            self._more()
+            end = space.end() if space else self._place
+            if found and end == self._place:
+                return found  # No space of JSON's.
+            self._place = end
+            if end == len(self._text):
+                self._more()
 
     def take(self, allowed: str) -> str:
         """Go over one of some characters."""
@@ -191,25 +282,45 @@ class _Stream:
         self._place += 1
         return found
 
-    def value(self) -> Any:
-        """The next value, whole."""
-        self.peek()
+    def items(self) -> Iterator[tuple[Any, str, int]]:
+        """The values of an array, behind its bracket."""
+        if self.peek() == "]":
+            self._place += 1
+            return
+        while True:
+            yield self.value()
+            comma = _COMMA.match(self._text, self._place)
+            if comma and comma.end() < len(self._text):
+                self._place = comma.end()
+            elif self.take(",]") == "]":
+                return
+
+    def value(self) -> tuple[Any, str, int]:
+        """The next value, whole; its bytes, and their place in the file."""
+        if self._text[self._place : self._place + 1] <= " ":
+            self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._place)
-                # A number that ends with the chunk may go on.
-                if end < len(self._text) or self._ended:
-                    self._place = end
-                    return value
-            except ValueError:
+                value, end = _SCAN(self._text, self._place)
+                # A number may go on behind the chunk: 1, 1. and 1.5e are cut ones.
+                if self._ended or self._text[end : end + 1] not in ("", *".eE"):
+                    break
+            except (StopIteration, ValueError) as error:
                 if self._ended or len(self._text) - self._place > MAX_VALUE:
-                    raise
+                    raise ValueError(f"no value where one belongs ({error})") from None
             self._more()
+        content, place = self._text[self._place : end], self._begin + self._place
+        if not self._plain:
+            value = json.loads(content.encode("latin-1").decode())
+        self._place = end
+        return value, content, place
 
     def _more(self) -> None:
         rest = self._text[self._place :]
         part = self._file.read(max(CHUNK, len(rest)))
-        self._text, self._place, self._ended = rest + part, 0, not part
+        self._begin += self._place
+        self._text, self._place, self._ended = rest + part.decode("latin-1"), 0, not part
+        self._plain = self._text.isascii()
 
 
 def read_labels(path: Path) -> tuple[str, tuple[int, int], list[dict[str, Any]]] | None:

@@ -2,6 +2,7 @@
 
     OUT/stages/annotations.db (SQLite): the entries of every file, and which image of the run each is about
 
+Of a row in JSON only its place is kept, and a hash: what it says is read from its own file when it is wanted.
 A file of many images is read again only when it changed. An image of the run is the one that a file names if
 one path ends as the other does; of several, the one whose folder the file is named after or lies in. Where
 that leaves two, neither gets the annotations.
@@ -18,8 +19,10 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from megaregion.curation.inputs.formats import (
     CLASSES,
@@ -29,8 +32,10 @@ from megaregion.curation.inputs.formats import (
     Named,
     Row,
     has_classes,
+    plain_text,
     read_dataset,
     read_labels,
+    row_of,
 )
 from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
 from megaregion.curation.settings import AnnotationSettings
@@ -38,7 +43,7 @@ from megaregion.errors import UserError
 from megaregion.schemas.curation import EXAMPLES
 
 INDEX = "annotations.db"
-DATASETS = (".json", ".csv")
+DATASETS = (".json", ".csv", ".jsonl")
 """Files that may annotate many images."""
 LABELS = (".xml", ".txt")
 """Files that may annotate one image."""
@@ -48,18 +53,31 @@ MAX_CAPTION = 2**16
 """Bytes of a caption that are kept."""
 BATCH = 10_000
 """Entries that are written at once."""
-_TABLES = """
-CREATE TABLE IF NOT EXISTS files(id INTEGER PRIMARY KEY, path TEXT UNIQUE, state TEXT, format TEXT);
+LAYOUT = 2
+"""Version of the tables."""
+CACHE = 32 * 2**10
+"""KiB of memory for the database, also to sort its indexes in."""
+_TABLES = f"""
+PRAGMA cache_size = -{CACHE};
+PRAGMA user_version = {LAYOUT};
+CREATE TABLE IF NOT EXISTS files(id INTEGER PRIMARY KEY, path TEXT UNIQUE, state, format, place);
 CREATE TABLE IF NOT EXISTS images(file, id, stem, name, width, height, PRIMARY KEY(file, id)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rows(file, image, category, row);
+CREATE TABLE IF NOT EXISTS rows(file, image, category, content, size, mark);
 CREATE TABLE IF NOT EXISTS classes(file, id, name, PRIMARY KEY(file, id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS captions(file, image, text);
 CREATE TABLE IF NOT EXISTS claims(path, file, image, shared, named, depth);
 """
+_SAID = """
+SELECT claims.path, claims.file, width, height, category, content, size, mark FROM claims
+JOIN images ON images.file=claims.file AND images.id=claims.image
+JOIN rows ON rows.file=claims.file AND rows.image=claims.image
+WHERE claims.path >= ? AND claims.path <= ? ORDER BY claims.path, claims.file, rows.rowid
+"""
+"""What files say of some images, by a row each."""
 _INDEXES = ("images(stem)", "rows(file, image)", "captions(file, image)", "claims(path)")
 _INSERTS = {
     Named: "INSERT OR IGNORE INTO images VALUES(?,?,?,?,?,?)",
-    Row: "INSERT INTO rows VALUES(?,?,?,?)",
+    Row: "INSERT INTO rows VALUES(?,?,?,?,?,?)",
     Category: "INSERT OR REPLACE INTO classes VALUES(?,?,?)",
     Caption: "INSERT INTO captions VALUES(?,?,?)",
 }
@@ -70,23 +88,56 @@ class AnnotationIndex:
 
     def __init__(self, place: Path) -> None:
         self._path = place / INDEX
+        self._open: dict[int, BinaryIO] = {}
 
     def record(self, path: str) -> bytes | None:
-        """JSON of what files say of an image, as `read_annotations` takes it; None for nothing."""
-        if self._base is None:
-            return None
+        """JSON of what files say of an image, as `read_annotations` takes it; None for nothing.
+
+        Raises:
+            UserError: A file is gone or not what it was when it was listed.
+        """
         found = []
-        for file, image in self._claims(path):
-            width, height = self._base.execute(
-                "SELECT width, height FROM images WHERE file=? AND id=?", (file, image)
-            ).fetchone()
-            rows = self._base.execute(
-                "SELECT category, row FROM rows WHERE file=? AND image=? ORDER BY rowid", (file, image)
-            )
-            named = [{"class": self._class(file, category), **json.loads(row)} for category, row in rows]
-            size = {"width": width, "height": height} if width and height else {}
-            found += [{"image": size, "annotations": named}] if named else []
-        return json.dumps(found, separators=(",", ":")).encode() if found else None
+        key = plain_text(path)
+        for (_, file), rows in groupby(self._said(key, key), itemgetter(0, 1)):
+            classes, parts = [], []
+            sides = 0, 0
+            for _, _, width, height, category, content, size, _ in rows:
+                sides = width, height
+                classes.append(self._class(file, category))
+                parts.append(self._part(file, content, size) if isinstance(content, int) else content)
+            image = {"width": sides[0], "height": sides[1]} if all(sides) else {}
+            head = json.dumps({"image": image, "classes": classes})[:-1].encode()
+            found.append(head + b',"annotations":[' + b",".join(parts) + b"]}")
+        return b"[" + b",".join(found) + b"]" if found else None
+
+    def digest(self, path: str, last: str = "") -> str:
+        """Hash of what files say of an image, or of all up to the last one; empty for nothing."""
+        found = hashlib.sha256()
+        empty = found.digest()
+        for name, file, width, height, category, _, size, mark in self._said(
+            plain_text(path), plain_text(last or path)
+        ):
+            said = f"{name}\0{width}\0{height}\0{self._class(file, category)}\0{size}\0{mark}\n"
+            found.update(said.encode())
+        return "" if found.digest() == empty else found.hexdigest()
+
+    def _said(self, first: str, last: str) -> Iterable[tuple[Any, ...]]:
+        return self._base.execute(_SAID, (first, last)) if self._base is not None else ()
+
+    def _part(self, file: int, place: int, size: int) -> bytes:
+        """Bytes of an annotation file."""
+        if file not in self._open:
+            assert self._base is not None
+            query = "SELECT place, state FROM files WHERE id=?"
+            name, state = self._base.execute(query, (file,)).fetchone()
+            path = Path(os.fsdecode(name))
+            try:
+                self._open[file] = path.open("rb")
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); run again") from None
+            if _state(os.fstat(self._open[file].fileno())) != state:
+                raise UserError(f"{path} changed while curation ran; run again")
+        return os.pread(self._open[file].fileno(), size, place)
 
     def caption(self, path: str) -> str:
         """The first text about an image, or nothing."""
@@ -99,7 +150,7 @@ class AnnotationIndex:
     def _claims(self, path: str) -> list[tuple[int, str]]:
         assert self._base is not None
         query = "SELECT file, image FROM claims WHERE path=? ORDER BY file"
-        return self._base.execute(query, (_text(path),)).fetchall()
+        return self._base.execute(query, (plain_text(path),)).fetchall()
 
     def _class(self, file: int, category: str) -> str:
         return self._classes.get((file, category)) or self._classes.get((0, category)) or category
@@ -114,9 +165,12 @@ class AnnotationIndex:
 
     @cached_property
     def _base(self) -> sqlite3.Connection | None:
+        if not self._path.exists():
+            return None
+        if not _is_of_now(self._path):
+            raise UserError(f"{self._path} is of another version; run tools/curate.py --stage list first")
         # Nobody writes while stages run, so that no file system needs to lock.
-        uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
-        return sqlite3.connect(uri, uri=True) if self._path.exists() else None
+        return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 class IndexWriter(AnnotationIndex):
@@ -129,6 +183,7 @@ class IndexWriter(AnnotationIndex):
         self._faults = Counter[str]()
         self._unnamed = 0
         self._single: dict[str, int] = {}
+        self._indexed = True
         self.used = array("Q")
         """Marks of the files below the folder that annotate something; one may annotate several images."""
         self.examples: list[str] = []
@@ -152,10 +207,12 @@ class IndexWriter(AnnotationIndex):
                 raise UserError(
                     f"--annotations-file {path} is no file; name a JSON or CSV file of annotations"
                 )
-            state = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
-            old = self._base.execute("SELECT id FROM files WHERE path=? AND state=?", (_text(path), state))
+            state = _state(path.stat())
+            old = self._base.execute(
+                "SELECT id FROM files WHERE path=? AND state=?", (plain_text(path), state)
+            )
             row = old.fetchone()
-            file = row[0] if row else self._read(path, state, known.get(_text(path)))
+            file = row[0] if row else self._read(path, state, known.get(plain_text(path)))
             if file is None and own:
                 why = self.damaged.get(str(path), "no images are named in it")
                 raise UserError(f"--annotations-file {path} is no annotation ({why})")
@@ -167,6 +224,7 @@ class IndexWriter(AnnotationIndex):
         self._base.execute("DELETE FROM claims")
         for number, columns in enumerate(_INDEXES):
             self._base.execute(f"CREATE INDEX IF NOT EXISTS index{number} ON {columns}")
+        self._indexed = True
 
     def _use(self, file: Path, folder: Path) -> None:
         if file.is_relative_to(folder):
@@ -187,19 +245,9 @@ class IndexWriter(AnnotationIndex):
             self._unnamed += not self._claim(f"{tar}/{name}", name)
         self._settle()
 
-    def digest(self, path: str) -> str:
-        """Hash of what files say of an image, empty for nothing."""
-        record = self.record(path)
-        return "" if record is None else hashlib.sha256(record).hexdigest()
-
     def tar_digest(self, tar: str) -> str:
         """Hash of what files say of a tar's images, empty for nothing."""
-        low, high = (_text(tar + after) for after in ("/", "0"))
-        query = "SELECT DISTINCT path FROM claims WHERE path>=? AND path<? ORDER BY path"
-        found = "".join(
-            path + self.digest(path) for (path,) in self._base.execute(query, (low, high)).fetchall()
-        )
-        return hashlib.sha256(found.encode()).hexdigest() if found else ""
+        return self.digest(f"{tar}/", f"{tar}/\U0010ffff")
 
     def commit(self) -> None:
         """Keep what was read and found."""
@@ -232,6 +280,8 @@ class IndexWriter(AnnotationIndex):
 
     @cached_property
     def _base(self) -> sqlite3.Connection:  # type: ignore[override]
+        if not _is_of_now(self._path):
+            self._path.unlink()
         base = sqlite3.connect(
             f"{self._path.absolute().as_uri()}?nolock=1", uri=True, isolation_level="DEFERRED"
         )
@@ -242,8 +292,9 @@ class IndexWriter(AnnotationIndex):
         """Store a file's entries; gives its number, None if it annotates nothing."""
         if old is not None:
             self._forget(old)
-        add = "INSERT INTO files(path, state) VALUES(?, ?)"
-        file = int(self._base.execute(add, (_text(path), state)).lastrowid or 0)
+        add = "INSERT INTO files(path, state, place) VALUES(?, ?, ?)"
+        place = os.fsencode(path.absolute())
+        file = int(self._base.execute(add, (plain_text(path), state, place)).lastrowid or 0)
         entries, waiting = read_dataset(path), {kind: list[tuple[Any, ...]]() for kind in _INSERTS}
         kind = ""
         try:
@@ -296,14 +347,20 @@ class IndexWriter(AnnotationIndex):
         if kind not in self._single:
             add = "INSERT INTO files(path, state, format) VALUES(?, '', ?)"
             self._single[kind] = int(self._base.execute(add, (kind, kind)).lastrowid or 0)
-        file, key = self._single[kind], _text(path)
-        entries: list[Entry] = [image, *(Row(path, "", row) for row in rows)]
+        file, key = self._single[kind], plain_text(path)
+        entries: list[Entry] = [image]
+        entries += [row_of(path, row.pop("class", ""), row) for row in rows]
         entries += [Caption(path, caption)] if caption else []
         for entry in entries:
             self._base.execute(_INSERTS[type(entry)], (file, *_columns(entry)))
         self._base.execute("INSERT INTO claims VALUES(?,?,?,0,0,0)", (key, file, key))
 
     def _flush(self, waiting: dict[type, list[tuple[Any, ...]]]) -> None:
+        if self._indexed and any(len(rows) >= BATCH for rows in waiting.values()):
+            # Sorted at once they cost a tenth of what they cost row by row.
+            for number in range(len(_INDEXES)):
+                self._base.execute(f"DROP INDEX IF EXISTS index{number}")
+            self._indexed = False
         for kind, rows in waiting.items():
             self._base.executemany(_INSERTS[kind], rows)
             rows.clear()
@@ -316,14 +373,14 @@ class IndexWriter(AnnotationIndex):
     def _claim(self, path: str, name: str) -> bool:
         """Note which annotated images an image may be; whether there is one."""
         own = (*self._parts, *_plain(path))
-        query = "SELECT file, images.id, name, path FROM images JOIN files ON file=files.id WHERE stem=?"
         by_file: dict[int, list[tuple[int, str, bool, int]]] = {}
-        for file, image, other, source in self._base.execute(query, (own[-1],)):
-            theirs, where = _plain(other), PurePosixPath(source)
+        query = "SELECT file, id, name FROM images WHERE stem=?"
+        for file, image, other in self._base.execute(query, (own[-1],)):
+            theirs, (folder, stem) = _plain(other), self._place_of(file)
             shared = _alike(own[::-1], theirs[::-1])
             if shared == len(theirs) or shared >= min(len(_plain(name)), 2):
-                named = len(own[-2]) > 2 and own[-2].lower() in where.stem.lower()
-                claim = (shared, image, named, _alike(own, where.parts[:-1]))
+                named = len(own[-2]) > 2 and own[-2].lower() in stem
+                claim = (shared, image, named, _alike(own, folder))
                 by_file.setdefault(file, []).append(claim)
         best = []
         for file, claims in by_file.items():
@@ -333,12 +390,18 @@ class IndexWriter(AnnotationIndex):
             best += [] if more else [(file, *first)]
         top = max((claim[3:] for claim in best), default=())
         rows = [
-            (_text(path), file, image, shared, named, depth)
+            (plain_text(path), file, image, shared, named, depth)
             for file, shared, image, named, depth in best
             if (named, depth) == top
         ]
         self._base.executemany("INSERT INTO claims VALUES(?,?,?,?,?,?)", rows)
         return bool(rows)
+
+    @lru_cache(maxsize=1000)  # noqa: B019 - it lives as long as a search
+    def _place_of(self, file: int) -> tuple[tuple[str, ...], str]:
+        """Folder of a file, in parts, and its name without the ending, in lower case."""
+        [path] = self._base.execute("SELECT path FROM files WHERE id=?", (file,)).fetchone()
+        return PurePosixPath(path).parts[:-1], PurePosixPath(path).stem.lower()
 
     def _settle(self) -> None:
         """Leave each annotated image to the image that fits best; to none where two fit alike."""
@@ -358,17 +421,22 @@ class IndexWriter(AnnotationIndex):
 
 def _columns(entry: Entry) -> tuple[Any, ...]:
     """An entry as its table has it, without the file."""
+    if isinstance(entry, Row):
+        return entry
     match entry:
         case Named(image, name, width, height):
-            return _text(image), _text((_plain(name) or ("",))[-1]), _text(name), width, height
-        case Row(image, category, content):
-            return _text(image), _text(category), json.dumps(content, separators=(",", ":"))
-    return tuple(map(_text, entry))
+            return plain_text(image), plain_text((_plain(name) or ("",))[-1]), plain_text(name), width, height
+    return tuple(map(plain_text, entry))
 
 
-def _text(value: str | Path) -> str:
-    """A text that a database takes: a path may hold bytes that are no text."""
-    return str(value).encode(errors="backslashreplace").decode()
+def _state(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _is_of_now(path: Path) -> bool:
+    """Whether a database is not there yet, or has the tables of this version: SQLite keeps it at byte 60."""
+    content = path.open("rb").read(64) if path.exists() else b""
+    return not content or int.from_bytes(content[60:64], "big") == LAYOUT
 
 
 def _plain(name: str) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,13 @@ from megaregion.errors import UserError
 from megaregion.files import read_json
 from megaregion.schemas.curation import Kinds
 
+if TYPE_CHECKING:
+    from megaregion.curation.inputs.columnar import Columnar
+
 FILES, TARS, INPUTS = "images.jsonl", "tars.jsonl", "inputs.json"
 """Below OUT/stages: loose images, tars, and what both add up to, which is written last."""
+COLUMNAR = (".parquet", ".arrow")
+"""Files of which a row may be an image."""
 VERSION = 2
 """Version of these files' layout."""
 _LEFT_OUT = {
@@ -42,6 +48,15 @@ _FACTS = {"version": int, "folder": str, "digest": str, "kinds": dict, **_LEFT_O
 """What inputs.json holds."""
 
 
+class Cell(NamedTuple):
+    """Where an image lies in a Parquet or Arrow file."""
+
+    name: str
+    """The number of its row."""
+    row: int
+    column: str
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """One image of the input."""
@@ -49,19 +64,19 @@ class ImageFile:
     key: str
     """Name of the sample, unique in the dataset."""
     path: str
-    """Where it lies, relative to the folder of images; TAR/NAME for a member of a tar."""
+    """Where it lies, relative to the folder of images; TAR/NAME for a member of a tar, FILE/ROW for a row."""
     size: int
     """In bytes."""
     changed: int = 0
     """Time of the last change of the file, or of its tar, in nanoseconds."""
     sha256: str = ""
-    """Hash of the content; empty for a member of a tar."""
+    """Hash of the content; empty for one in a larger file."""
     annotation: str = ""
     """Hash of the JSON file of the same name beside it; empty without one, or in a tar."""
     labels: str = ""
     """Hash of what other annotation files say of it; empty for nothing, or in a tar."""
-    member: Member | None = None
-    """Its place in its tar."""
+    member: Member | Cell | None = None
+    """Its place in its tar, or in its Parquet or Arrow file."""
 
 
 class Source:
@@ -133,6 +148,14 @@ class Source:
         tar, first = self._place_of(number)
         if tar is None:
             return [ImageFile(**row) for row in self._files.rows(first, first + self.slice_size)]
+        row = self._tar(tar)
+        if "column" in row:
+            numbers = range(first, min(first + self.slice_size, row["images"]))
+            keys = sample_keys([str(number) for number in numbers], row["key"] + "_")
+            return [
+                ImageFile(key, f"{row['path']}/{n}", 0, row["changed"], member=Cell(str(n), n, row["column"]))
+                for n, key in zip(numbers, keys, strict=True)
+            ]
         return self._members(tar)[first : first + self.slice_size]
 
     def identity(self, number: int) -> list[Any]:
@@ -145,6 +168,7 @@ class Source:
             # What lies beside a tar can change the key of its images.
             marked = row["key"] != plain_key(row["path"].rsplit(".", 1)[0])
             found += [row["key"]] if marked else []
+            found += [f"column {row['column']}"] if "column" in row else []
             return [*found, {"labels": row["labels"]}] if row.get("labels") else found
         return [
             (
@@ -167,18 +191,27 @@ class Source:
             yield from self.images(number)[max(first - start, 0) : last - start]
 
     def read(self, image: ImageFile) -> bytes:
-        """The content of an image. Raises UserError: it is gone or not what it was when it was listed."""
+        """The content of an image.
+
+        Raises:
+            UserError: It is gone or not what it was when it was listed.
+            BadImage: Its row in a Parquet or Arrow file holds none.
+        """
+        if isinstance(image.member, Cell):
+            return self._columns(image, image.member).image(image.member.row)
         if image.member is not None:
             return self._part(image, image.member.image)
         return self._content(self.folder / image.path, image.sha256)
 
     def annotation(self, image: ImageFile) -> bytes | None:
         """What annotation files say, else the JSON file of the same name; raises as :meth:`read`."""
-        record = self._index.record(image.path)
-        if image.labels and (record is None or hashlib.sha256(record).hexdigest() != image.labels):
+        if image.labels and self._index.digest(image.path) != image.labels:
             raise UserError(f"the annotations of {image.path} changed while curation ran; run again")
+        record = self._index.record(image.path)
         if record is not None:
             return record
+        if isinstance(image.member, Cell):
+            return self._columns(image, image.member).annotation(image.member.row)
         if image.member is not None:
             part = image.member.annotation
             return None if part is None else self._part(image, part)
@@ -189,6 +222,8 @@ class Source:
     def caption(self, image: ImageFile) -> str:
         """The text beside an image or in an annotation file, or nothing; raises as :meth:`read`."""
         member = image.member
+        if isinstance(member, Cell):
+            return self._columns(image, member).caption(member.row)
         if member is None or member.caption is None:
             return self._index.caption(image.path)
         return self._part(image, member.caption)[:MAX_CAPTION].decode("utf-8-sig", errors="replace").strip()
@@ -217,6 +252,24 @@ class Source:
         if len(content) != size or not unchanged:
             raise UserError(f"{path} changed while curation ran; run again")
         return content
+
+    def _columns(self, image: ImageFile, cell: Cell) -> Columnar:
+        """The Parquet or Arrow file of an image; the one that was read last stays open."""
+        from megaregion.curation.inputs.columnar import Columnar
+
+        path = self.folder / image.path[: -len(cell.name) - 1]
+        if self._opened is None or self._opened[0] != path:
+            with _reading(path):
+                unchanged = path.stat().st_mtime_ns == image.changed
+                try:
+                    self._opened = path, Columnar(path, cell.column)
+                except ValueError:
+                    unchanged = False
+            if not unchanged or self._opened is None:
+                raise UserError(f"{path} changed while curation ran; run again")
+        return self._opened[1]
+
+    _opened: tuple[Path, Columnar] | None = None
 
     @cached_property
     def _firsts(self) -> NDArray[np.int64]:
@@ -333,6 +386,31 @@ def move_listing(path: Path, target: Path) -> None:
     """Put a listing in another one's place."""
     path.replace(target)
     _beside(path).replace(_beside(target))
+
+
+class Known:
+    """What an earlier listing knew of files, asked for in the order of paths."""
+
+    def __init__(self, path: Path, believed: bool = True) -> None:
+        self._rows = _old_rows(path) if believed else iter(())
+        self._row = next(self._rows, None)
+
+    def of(self, name: str, state: os.stat_result) -> dict[str, Any]:
+        """The row of a file that has not changed since, or nothing."""
+        while self._row is not None and self._row["path"] < name:
+            self._row = next(self._rows, None)
+        row = self._row or {}
+        same = (name, state.st_size, state.st_mtime_ns)
+        return row if (row.get("path"), row.get("size"), row.get("changed")) == same else {}
+
+
+def _old_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of an earlier listing, as far as it can be read; what is lost is looked at anew."""
+    with suppress(OSError, ValueError):
+        listing = Listing(path)
+        yield from takewhile(
+            lambda row: {"path", "size", "changed"} <= row.keys(), listing.rows(0, len(listing))
+        )
 
 
 def _beside(path: Path) -> Path:

@@ -30,7 +30,7 @@ from megaregion.curation.engines import (
 )
 from megaregion.curation.engines.boxes import Objectness, objectness
 from megaregion.curation.engines.lite0 import FeatureMaps
-from megaregion.curation.inputs.annotations import BOXED, read_annotations
+from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import (
     BadImage,
@@ -53,7 +53,16 @@ from megaregion.curation.settings import EmbedSettings, ProposeSettings
 from megaregion.curation.stages.stage import ImageStage, Output, describe, plain
 from megaregion.curation.stages.text import WORDS
 from megaregion.data.sample import Box
-from megaregion.schemas.curation import ALL_UNUSABLE, DROPPED, SEVERAL
+from megaregion.schemas.curation import (
+    ALL_UNUSABLE,
+    ANNOTATED,
+    ANNOTATED_REGIONS,
+    BOXED,
+    DROPPED,
+    NO_JSON,
+    POSES,
+    SEVERAL,
+)
 
 CANDIDATES, REGIONS, FEATURES = "candidates.jsonl", "regions.jsonl", "features.npy"
 
@@ -165,14 +174,14 @@ class Propose(ImageStage):
         try:
             read = None if content is None else read_annotations(content, picture, settings.annotated_pixels)
         except BadImage:
-            counts["annotation files that cannot be read"] = 1
+            counts[NO_JSON] = 1
             read = None
         found, dropped = read or ([], Counter[str]())
         if read is not None:
-            counts[BOXED] = dropped.pop(BOXED, 0)
-            counts["annotated regions"] = len(found)
+            counts.update({told: dropped.pop(told, 0) for told in (BOXED, POSES)})
+            counts[ANNOTATED_REGIONS] = len(found)
         if found:
-            counts["images with annotations"] = 1
+            counts[ANNOTATED] = 1
         elif dropped:
             counts[ALL_UNUSABLE] = 1
         return found, dropped, counts
