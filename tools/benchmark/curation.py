@@ -104,6 +104,7 @@ def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
 @part(
     ("--megabytes", Whole(2, COUNT), 50, "size of each file"),
     ("--factor", Whole(2, COUNT), 10, "how many times smaller the file is that memory is compared with"),
+    CLOCK,
     FOLDER,
 )
 def index(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
@@ -115,7 +116,10 @@ def index(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     with passing_folder(options.folder, 6 * 10**6 * options.megabytes) as folder:
         for name, corners in (("polygons", 24), ("boxes", 0)):
             sizes = (options.megabytes, max(1, options.megabytes // options.factor))
-            (seconds, peak), (_, small) = (_index(folder / f"{name}{size}", size, corners) for size in sizes)
+            clock = time.process_time if options.clock == "processor" else time.perf_counter
+            (seconds, peak), (_, small) = (
+                _index(folder / f"{name}{size}", size, corners, clock) for size in sizes
+            )
             file = _compose_coco(folder / f"{name}-parsed", min(PARSED, options.megabytes), corners)
             content = file.read_bytes()
             parse = partial(json.loads, content)
@@ -126,17 +130,17 @@ def index(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
             yield Case(f"{told} / {sizes[1]} MB", peak / 2**20, small / 2**20, "MiB", FLAT)
 
 
-def _index(folder: Path, megabytes: int, corners: int) -> tuple[float, int]:
+def _index(folder: Path, megabytes: int, corners: int, clock: Callable[[], float]) -> tuple[float, int]:
     """Seconds and peak bytes of stage list, in a process of its own."""
     _compose_coco(folder, megabytes, corners)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_list, folder).result()
+        return pool.submit(_list, folder, clock).result()
 
 
-def _list(folder: Path) -> tuple[float, int]:
-    began = time.perf_counter()
+def _list(folder: Path, clock: Callable[[], float]) -> tuple[float, int]:
+    began = clock()
     curate(folder, folder / "curated", CurationSettings(), _silent, LIST, workers=0)
-    return time.perf_counter() - began, PeakMemory(torch.device("cpu")).peak()
+    return clock() - began, PeakMemory(torch.device("cpu")).peak()
 
 
 def _compose_coco(folder: Path, megabytes: int, corners: int) -> Path:

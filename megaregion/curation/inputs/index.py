@@ -55,7 +55,7 @@ BATCH = 10_000
 """Entries that are written at once."""
 LAYOUT = 2
 """Version of the tables."""
-CACHE = 32 * 2**10
+CACHE = 8 * 2**10
 """KiB of memory for the database, also to sort its indexes in."""
 _TABLES = f"""
 PRAGMA cache_size = -{CACHE};
