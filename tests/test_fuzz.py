@@ -16,7 +16,7 @@ import signal
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from export_runs import write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_columnar import row, save, table
 from test_evaluation_file import WHOLE
 from toy import toy_dataset
 
@@ -36,6 +37,7 @@ from megaregion.checkpoint.pretrained import open_pretrained
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint, run_config
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.curation.inputs.annotations import read_annotations
+from megaregion.curation.inputs.columnar import Columnar, count_rows
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import BadImage, Picture
@@ -218,6 +220,25 @@ def tar_target(folder: Path) -> Target:
     return file_target(folder / "x.tar", inputs, lambda: scan_tar(folder / "x.tar"))
 
 
+def columnar_target(folder: Path, ending: str = ".parquet") -> Target:
+    path = folder / f"x{ending}"
+    content = save(path, table([row(n) for n in range(3)])).read_bytes()
+
+    def read() -> None:
+        found = count_rows(path, "")
+        file = Columnar(path, found["column"]) if found["images"] else None
+        for number in range(min(found["images"], 10)):
+            for part in (file.image, file.annotation, file.caption) if file else ():
+                with suppress(BadImage):
+                    part(number)
+
+    return file_target(path, cut_or_flipped(content), read)
+
+
+def arrow_target(folder: Path) -> Target:
+    return columnar_target(folder, ".arrow")
+
+
 TINY = ModelConfig(image_size=16, patch_size=8, width=8, depth=1, heads=2, mlp_width=8, region_layers=1)
 
 
@@ -376,7 +397,8 @@ def weight_map_target(folder: Path) -> Target:
 
 
 TARGETS = (
-    record_target, annotation_target, dataset_target, index_target, shard_target, tar_target, manifest_target,
+    record_target, annotation_target, dataset_target, index_target, shard_target, tar_target, columnar_target,
+    arrow_target, manifest_target,
     tensors_target, huggingface_target, normalisation_target, weights_target, weight_map_target,
     settings_target, evaluation_target, piece_target, inputs_target, run_target, claim_target, atlas_target,
     lines_target, scenes_target,

@@ -29,6 +29,8 @@ ROWS = 16
 """Rows of a Parquet file that are in memory at once."""
 BUFFER = 2**20
 """Bytes of a column that are read at once."""
+DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, OverflowError)
+"""What pyarrow raises on damaged files; an OSError with a number is of the disk."""
 _NONE = pa.RecordBatch.from_pylist([])
 
 
@@ -49,7 +51,9 @@ class Columnar:
         """What is wrong behind the rows that can be read, or empty."""
         try:
             self._open(path)
-        except (pa.ArrowException, EOFError) as error:
+        except DAMAGE as error:
+            if getattr(error, "errno", None):
+                raise
             raise ValueError(f"not a Parquet or Arrow file ({_line(error)})") from None
         self._starts = np.cumsum([0, *self._sizes])
         self._features = _features(self._schema)
@@ -102,7 +106,7 @@ class Columnar:
         self._schema = self._batches().schema
         try:
             self._sizes.extend(batch.num_rows for batch in self._batches())
-        except (pa.ArrowException, EOFError, OSError) as error:
+        except DAMAGE as error:
             self.damage = f"truncated or damaged ({_line(error)})"
 
     def _batches(self) -> Any:
@@ -141,9 +145,11 @@ class Columnar:
                     self._stream, behind = self._blocks(block), int(self._starts[block])
                 while number >= behind:
                     self._rows = next(self._stream)
+                    # Else offsets that lead nowhere would be followed there.
+                    self._rows.validate(full=True)
                     self._first, behind = behind, behind + self._rows.num_rows
             [found] = self._rows.slice(number - self._first, 1).to_pylist()
-        except (pa.ArrowException, OSError, StopIteration, ValueError) as error:
+        except (*DAMAGE, StopIteration) as error:
             if getattr(error, "errno", None):
                 raise UserError(f"{self._path} cannot be read ({_line(error)}); run again") from None
             # Where the stream is now nobody knows.
