@@ -89,6 +89,13 @@ SMALLER = {
     ),
     "$python tools/plan.py run --config configs/vit_bigg14_64gpu.yaml": Smaller("--model.depth 12"),
     "$python tools/evaluate.py": Smaller("--limit 40 --map-side 96"),
+    **{
+        # What the curation encoder says of the same scenes was seen once.
+        f"$python tools/evaluate.py runs/demo --scenes data/demo/scenes --{flag}": Smaller(
+            "--limit 40 --map-side 96 --curation none"
+        )
+        for flag in ("images", "compare", "frames")
+    },
     "$python tools/benchmark.py model": Smaller(
         "--width 32 --depth 1 --heads 2 --size 32 --batch 2 --rounds 1"
     ),
