@@ -132,6 +132,7 @@ ELSEWHERE = {
     "tools/benchmark.py convert": "test_the_conversion_benchmark_runs_at_any_size",
     "$python tools/plan.py curate": "test_no_batch_of_curations_networks_waits_for_the_gpu",
     "tools/plan.py curate": "test_no_batch_of_curations_networks_waits_for_the_gpu",
+    "$python tools/study.py": "test_a_study_ends_with_a_verdict_and_runs_nothing_twice",
     "tools/curate.py report --truth": "test_the_report_has_every_number_of_the_labels",
 }
 """Commands that need a cluster, a whole demo or a form of their own, and the test that runs them."""

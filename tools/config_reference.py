@@ -29,7 +29,7 @@ A training run is one set of settings: YAML files merged in order, then flags wi
 A curation and an atlas take `--config` too, and flags by the last part of a name: `propose.min_edge` below is
 `--min-edge` of `tools/curate.py`. `--print_config` prints all settings of a command line as YAML. What is
 unknown, empty or out of bounds is refused in a line that names the key. The files beside this page are runs:
-`demo.yaml` for two cores, the others for GPUs.
+`demo.yaml` and `study.yaml` for two cores, the others for GPUs.
 """
 
 PARTS = {

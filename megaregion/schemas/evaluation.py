@@ -168,7 +168,7 @@ def with_other_data(evaluation: Evaluation, path: Path) -> Evaluation:
 # ---- rendering -------------------------------------------------------------------------------------
 
 
-def markdown(tables: Iterable[Table], level: int = 2) -> str:
+def markdown(tables: Iterable[Table], level: int = 2, footnote: str = FOOTNOTE) -> str:
     """Tables as Markdown, each under a heading of this level, with a note on how to read a cell."""
     parts = []
     for table in tables:
@@ -178,7 +178,7 @@ def markdown(tables: Iterable[Table], level: int = 2) -> str:
         rows = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         notes = "".join(f"\n\n{encoder}: {note}" for encoder, note in table.notes.items())
         parts.append(f"{'#' * level} {table.title}\n\n{table.told}\n\n{rows}{notes}\n")
-    return "\n".join([*parts, f"{FOOTNOTE}\n"])
+    return "\n".join([*parts, f"{footnote}\n"])
 
 
 def text(tables: Iterable[Table], intervals: bool = True) -> str:
