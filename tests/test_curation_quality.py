@@ -222,7 +222,9 @@ def test_mutual_information_is_one_for_renamed_labels_and_zero_for_independent_o
         ("encoder", ["--scenes=3", "--width=64", "--repeats=1"], None),
         ("embed", ["--scenes=2", "--repeats=1", "--crop-side=64"], [0, 0]),
         ("ocr", ["--scenes=1"], [0, 0, 1.0]),
-        ("index", ["--megabytes=2", "--factor=2", "--folder=/tmp"], None),
+        pytest.param(
+            "index", ["--megabytes=2", "--factor=2", "--folder=/tmp"], None, marks=pytest.mark.drill
+        ),
         pytest.param("curation", ["--images=8", "--factor=2", "--clusters=4"], None, marks=pytest.mark.drill),
         pytest.param(
             "scale",

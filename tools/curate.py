@@ -120,8 +120,8 @@ def _parser() -> Parser:
     )
     parser.set_defaults(command=_curate)
     add = parser.add_flag
-    add("--images", Folder, None, "folder of jpg, png or webp files or of WebDataset tars, searched "
-        "recursively; SA-1B's JSON masks beside images are kept")  # fmt: skip
+    add("--images", Folder, None, "folder of images, WebDataset tars, or Parquet and Arrow files with a "
+        "column of images, searched recursively; annotations that come with them are kept")  # fmt: skip
     add(*OUT)
     add("--stage", Choice(("all", LIST, *NAMES)), "all",
         "do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
