@@ -86,14 +86,14 @@ def workers_of(process: int) -> list[int]:
         return []
 
 
-def save_tiny_sam(folder: Path) -> Path:
-    """Random weights of the real SamModel, 64 x 64 pixels."""
+def save_tiny_sam(folder: Path, hq: bool = False) -> Path:
+    """Random weights of the real SamModel, or SamHQModel, 64 x 64 pixels."""
     import torch
-    from transformers import SamConfig, SamModel
+    from transformers import SamConfig, SamHQConfig, SamHQModel, SamModel
 
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64}
     torch.manual_seed(0)
-    config = SamConfig(
+    config = (SamHQConfig if hq else SamConfig)(
         vision_config={
             **size, "patch_size": 8, "output_channels": 16, "global_attn_indexes": [0], "mlp_dim": 16,
             "num_pos_feats": 8,
@@ -103,10 +103,10 @@ def save_tiny_sam(folder: Path) -> Path:
         },
         mask_decoder_config={
             "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "iou_head_depth": 2, "iou_head_hidden_dim": 16,
+            "iou_head_depth": 2, "iou_head_hidden_dim": 16, **({"vit_dim": 16} if hq else {}),
         },
     )  # fmt: skip
-    model = SamModel(config)
+    model: torch.nn.Module = (SamHQModel if hq else SamModel)(config)
     with torch.no_grad():
         for weights in model.mask_decoder.parameters():
             # Masks would be all but flat with the small weights that training starts from.

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,7 +165,7 @@ def save_tiny_sam2(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("make", [save_tiny_sam, save_tiny_sam2])
+@pytest.mark.parametrize("make", [save_tiny_sam, save_tiny_sam2, partial(save_tiny_sam, hq=True)])
 def test_masks_of_any_sam_are_the_same_to_the_byte_whatever_shares_their_batch(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
@@ -180,7 +181,7 @@ def test_masks_of_any_sam_are_the_same_to_the_byte_whatever_shares_their_batch(
         assert {region.mask.size for region in found if region.mask} == {image.shape[:2]}
 
 
-@pytest.mark.parametrize("make", [save_tiny_sam, save_tiny_sam2])
+@pytest.mark.parametrize("make", [save_tiny_sam, save_tiny_sam2, partial(save_tiny_sam, hq=True)])
 def test_bf16_masks_are_those_of_fp32_but_for_their_edges(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -64,7 +64,11 @@ def curation() -> dict[str, Any]:
 
 
 def test_no_batch_of_curations_networks_waits_for_the_gpu(curation: dict[str, Any]) -> None:
-    assert {name: count["waits"] for name, count in curation["counts"].items()} == {"crop": 0, "image": 0}
+    assert {name: count["waits"] for name, count in curation["counts"].items()} == {
+        "crop": 0,
+        "image": 0,
+        "mask": 0,
+    }
 
 
 def test_400_million_images_pass_clip_and_sam_on_64_gpus_in_the_hours_that_were_promised(
@@ -83,7 +87,8 @@ def test_a_stage_of_curation_waits_for_the_slowest_of_gpus_cores_and_storage() -
     from megaregion.planning.curation import Count, plan_stages
 
     counts = dict.fromkeys(("crop", "image"), Count(1e9, 0, 0, 1, 0, 768))
-    host = {"decode": 1e-3, "view": 0.0, "objectness": 0.0, "ocr": 0.5, "crop": 0.0}
+    counts["mask"] = Count(0, 0, 0, 0, 0, 1)
+    host = {"decode": 1e-3, "view": 0.0, "objectness": 0.0, "ocr": 0.5, "crop": 0.0, "mask": 0.0, "rank": 0.0}
     hardware = Hardware(matrix_tflops=1, linear_share=1, launch_us=0, read_gbytes=1000)
 
     def bound(cluster: Hardware, cores: int) -> dict[str, tuple[str, float]]:
@@ -92,6 +97,11 @@ def test_a_stage_of_curation_waits_for_the_slowest_of_gpus_cores_and_storage() -
 
     assert bound(hardware, 10)["propose"] == ("gpu", pytest.approx(1e-3))
     assert bound(hardware, 10)["ocr"] == ("cores", pytest.approx(0.0501))
+    counts["mask"], host["mask"] = Count(1e7, 0, 0, 0, 0, 1), 1e-3
+    assert bound(hardware, 300)["propose"] == ("its core", pytest.approx(0.2)), "200 masks an image"
+    host["mask"] = 0.0
+    assert bound(hardware, 10)["propose"] == ("gpu", pytest.approx(3e-3))
+    counts["mask"] = Count(0, 0, 0, 0, 0, 1)
     assert bound(replace(hardware, gpus=128), 10)["ocr"][1] == pytest.approx(0.02505)
     assert bound(replace(hardware, read_gbytes=1e-3), 10)["embed"] == ("storage", pytest.approx(6.4))
 

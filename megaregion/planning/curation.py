@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaregion.planning.fake_cuda import DEVICE, fake_gpu
@@ -61,7 +62,7 @@ class StagePlan:
     hours: float
     """Of the whole cluster."""
     bound: str
-    """What it waits for: gpu, cores or storage."""
+    """What it waits for: gpu, its core, all cores or storage."""
 
 
 def count(build: Callable[[torch.device], Networks]) -> dict[str, Count]:
@@ -73,7 +74,7 @@ def count(build: Callable[[torch.device], Networks]) -> dict[str, Count]:
             tally = Tally()
             with FlopCounterMode(display=False) as flops, KernelCounter(tally):
                 sent = run()
-            by_kind = flops.get_flop_counts()["Global"]
+            by_kind = flops.get_flop_counts().get("Global", {})
             attention = sum(number for kind, number in by_kind.items() if "attention" in str(kind))
             found[name] = Count(
                 (sum(by_kind.values()) - attention) / rows,
@@ -81,7 +82,7 @@ def count(build: Callable[[torch.device], Networks]) -> dict[str, Count]:
                 tally.other_bytes / rows,
                 tally.calls / rows,
                 len(tally.waits),
-                sent.told.shape[-1],
+                tree_leaves(sent)[0].shape[-1],
             )
     return found
 
@@ -93,22 +94,30 @@ def plan_stages(
     encoder, sam = (name.rstrip("/").rsplit("/", 1)[-1] for name in (load.encoder, load.sam))
     crops, width = load.regions, counts["crop"].width
     products = 2 * crops * load.clusters * width * load.passes
+    finishing = load.masks * host["mask"] + host["rank"]
     rows = {
         ("propose", sam or "SAM ViT-B"): (
-            counts["image"].seconds(hardware), host["decode"] + host["view"] + host["objectness"]
+            counts["image"].seconds(hardware) + load.masks * counts["mask"].seconds(hardware),
+            host["decode"] + host["view"] + host["objectness"] + finishing, finishing,
         ),
-        ("ocr", "rapidocr on cores"): (0.0, host["decode"] + host["ocr"]),
+        ("ocr", "rapidocr on cores"): (0.0, host["decode"] + host["ocr"], 0.0),
         ("embed", encoder or "CLIP ViT-L/14"): (
-            crops * counts["crop"].seconds(hardware), host["decode"] + crops * host["crop"]
+            crops * counts["crop"].seconds(hardware), host["decode"] + crops * host["crop"], 0.0
         ),
         ("cluster", f"{load.passes} passes"): (
-            products / (1e12 * hardware.matrix_tflops * hardware.linear_share), 0.0
+            products / (1e12 * hardware.matrix_tflops * hardware.linear_share), 0.0, 0.0
         ),
     }  # fmt: skip
     storage = 1e3 * hardware.image_kbytes / (1e9 * hardware.read_gbytes) * hardware.gpus
     plans = []
-    for (stage, engine), (gpu, core) in rows.items():
-        shares = {"gpu": gpu, "cores": core / load.cores, "storage": storage if core else 0.0}
+    for (stage, engine), (gpu, core, own) in rows.items():
+        # What the process of a GPU does itself, none of its decoders can do for it.
+        shares = {
+            "gpu": gpu,
+            "its core": own,
+            "cores": core / load.cores,
+            "storage": storage if core else 0.0,
+        }
         bound = max(shares, key=lambda name: shares[name])
         hours = load.images * shares[bound] / hardware.gpus / 3600
         plans.append(StagePlan(stage, engine, gpu, core, hours, bound))

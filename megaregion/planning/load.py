@@ -20,6 +20,8 @@ class Load:
     """Processor cores beside each GPU."""
     grid: Annotated[int, Whole(1, 256)] = 16
     """SAM: points along each side of the prompt grid."""
+    masks: Annotated[int, Whole(0, 10**5)] = 200
+    """SAM: masks of an image that are good enough to be brought to its size."""
     clusters: PositiveInt = 1_000_000
     """Centers of k-means."""
     passes: PositiveInt = 20

@@ -156,14 +156,21 @@ class SamProposer:
         found: list[Proposal] = []
         for start in range(0, len(chosen), MASKS):
             rows = chosen[start : start + MASKS]
-            with torch.no_grad():
-                small = logits[torch.from_numpy(rows).to(logits.device)][:, None].float()
-                large = interpolate(small, (self.side, self.side), mode="bilinear", align_corners=False)
-                large = interpolate(large[..., :height, :width], size, mode="bilinear", align_corners=False)
-                framed = encode_masks(large[:, 0] > 0)
+            small = logits[torch.from_numpy(rows).to(logits.device)]
+            framed = encode_masks(self.enlarged(small, (height, width), size))
             pairs = zip(framed, told[0, rows].clip(0, 1).tolist(), strict=True)
             found += [Proposal(frame[0], score, frame[1]) for frame, score in pairs if frame is not None]
         return found
+
+    @torch.no_grad()
+    def enlarged(self, logits: Tensor, extent: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Masks, bool [n, h, w], of logits, [n, t, t]; given height and width in the square, and h and w."""
+        height, width = extent
+        large = interpolate(
+            logits[:, None].float(), (self.side, self.side), mode="bilinear", align_corners=False
+        )
+        large = interpolate(large[..., :height, :width], size, mode="bilinear", align_corners=False)
+        return large[:, 0] > 0
 
 
 def load_sam(
@@ -209,11 +216,30 @@ def encode_masks(masks: Tensor) -> list[tuple[tuple[float, float, float, float],
 
     Where runs end is found on the masks' device; nothing else travels.
     """
-    count, height, width = masks.shape
+    changes, *sides = edges(masks)
+    owner, place = torch.nonzero(changes).cpu().numpy().T
+    return run_lengths(owner, place, *(side.cpu().numpy() for side in sides))
+
+
+def edges(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What tells the runs of masks, bool [n, h, w], column by column.
+
+    Where the next pixel differs, [n, h * w - 1], the first pixel, [n], and which rows, [n, h], and columns,
+    [n, w], are touched.
+    """
     columns = masks.transpose(1, 2).flatten(1)
-    owner, place = torch.nonzero(columns[:, 1:] != columns[:, :-1]).cpu().numpy().T
-    first = columns[:, 0].cpu().numpy()
-    down, across = masks.any(2).cpu().numpy(), masks.any(1).cpu().numpy()
+    return columns[:, 1:] != columns[:, :-1], columns[:, 0], masks.any(2), masks.any(1)
+
+
+def run_lengths(
+    owner: NDArray[np.int64],
+    place: NDArray[np.int64],
+    first: NDArray[np.bool_],
+    down: NDArray[np.bool_],
+    across: NDArray[np.bool_],
+) -> list[tuple[tuple[float, float, float, float], RLE] | None]:
+    """The host's part of it: a mask and a pixel for each end of a run, and what else :func:`edges` found."""
+    count, height, width = len(first), down.shape[1], across.shape[1]
     found: list[tuple[tuple[float, float, float, float], RLE] | None] = []
     for number, changes in enumerate(np.split(place, np.cumsum(np.bincount(owner, minlength=count))[:-1])):
         x, y = np.flatnonzero(across[number]), np.flatnonzero(down[number])
