@@ -2,7 +2,10 @@
 
 Tiles of scores are products with a running best and second best. Where the two are closer than the product's
 rounding, the vector is scored again in the next precision, up to float64: so labels do not depend on
-precision, blocks, threads, device or library. Shapes: n vectors and K centers of C channels.
+precision, blocks, threads, device or library. A scan takes little more than its products, as Faiss's exact
+search does: only bounds of an earlier pass (kmeans.py) leave most of them out.
+
+Shapes: n vectors and K centers of C channels.
 """
 
 from __future__ import annotations
