@@ -32,8 +32,8 @@ from megaregion.config import HeadConfig
 from megaregion.heads import GatheredFeatures, kernels, sharded
 from megaregion.heads.grouped import GroupedDraws
 
-kernels.ROWS = kernels.CLASSES = kernels.LINES = 16
-kernels.WIDTH = kernels.PORTION = kernels.DEPTH = 32
+kernels.ROWS = kernels.LINES = 16
+kernels.CLASSES = kernels.WIDTH = kernels.PORTION = 32
 CLASSES, DIM, ROWS = 45, 37, 29
 SMALL = 4 * ROWS * 20
 """Bytes that force several waves."""

@@ -78,9 +78,7 @@ class Wave:
     def tables(self, row_block: int, class_block: int) -> tuple[np.ndarray, np.ndarray]:
         """What each program has to do, [programs, 6]: for blocks of rows, and for blocks of classes.
 
-        A line holds the block's first row within the wave, its rows, the draw's first slot, its classes; for
-        classes their first slot, their number, the draw's first row and its rows; then where the block's
-        exponentials begin, and their stride.
+        Lines are as ``kernels._line`` reads them; rows are counted within the wave, classes by slots.
         """
         by_row, by_class, offset = [], [], 0
         for piece in self.pieces:
@@ -178,11 +176,9 @@ class GroupedDraws:
         self._device, self._dim = work.weight.device, work.weight.shape[1]
         self._unit = work.config.scale * LOG2E
         draws, classes = work.targets.draws, work.targets.classes
-        narrow = work.operand.itemsize == 2
-        # Wider operands go in full precision and need the memory of a program twice.
+        self._tile = kernels.tiling(work.operand.itemsize == 2)
         self._tiling: dict[str, Any] = {
-            "DIM": self._dim, "DEPTH": kernels.DEPTH if narrow else kernels.DEPTH // 2,
-            "PRECISION": "tf32" if narrow else "ieee",
+            "DIM": self._dim, "DEPTH": self._tile.depth, "PRECISION": self._tile.precision,
             "num_warps": kernels.WARPS, "num_stages": kernels.STAGES,
         }  # fmt: skip
         budget = work.chunk_bytes // work.operand.itemsize
@@ -287,7 +283,7 @@ class GroupedDraws:
             (len(swept.tables.rows), len(swept.sums)),
         )
         widest = max(draw.size for draw in targets.draws)
-        spans = max(1, min(PROGRAMS // blocks, -(-widest // kernels.CLASSES)))
+        spans = max(1, min(PROGRAMS // blocks, -(-widest // self._tile.scored)))
         sums, best = swept.sums, swept.best
         if spans > 1:
             sums, best = torch.empty((2, spans, count), device=self._device)
@@ -297,7 +293,7 @@ class GroupedDraws:
             targets.columns[swept.rows], swept.sums if swept.shift is None else swept.shift,
             swept.tables.rows, count, self._unit,
             KEEP=keep, HAS_SHIFT=swept.shift is not None, LABELS=targets.labels.shape[1],
-            ROWS=kernels.ROWS, CLASSES=kernels.CLASSES, **self._tiling,
+            ROWS=kernels.ROWS, CLASSES=self._tile.scored, **self._tiling,
         )  # fmt: skip
         if spans > 1:
             torch.amax(best, 0, out=swept.best)
@@ -345,7 +341,7 @@ class GroupedDraws:
             config.margin, math.cos(config.margin), math.sin(config.margin),
             LOSS=config.loss, MARGIN=config.margin_kind, HAS_SHIFT=swept.shift is not None, LEARNS=learns,
             DIM=self._dim, LABELS=labels, SLOTS=1 << (labels - 1).bit_length(),
-            LINES=lines, PORTION=kernels.PORTION,
+            LINES=lines, PORTION=self._tile.portion,
         )  # fmt: skip
 
 

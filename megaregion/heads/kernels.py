@@ -11,16 +11,38 @@ classes, E width, T positives of a row. Exponentials p lie row by row, draw behi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from megaregion.heads.tiles import BLOCK_ROWS
 
 ROWS, CLASSES, WIDTH, DEPTH = BLOCK_ROWS, 128, 128, 64
-"""Rows of a program, classes that it scores at a time, columns of a gradient, and depth of a product."""
+"""Rows, classes or columns of a gradient of a program, and depth of a product."""
 LINES, PORTION = 16, 128
 """Rows or classes of a program without products, and columns that it holds at a time."""
 WARPS, STAGES = 8, 3
+
+
+class Tiling(NamedTuple):
+    """What a program holds at a time."""
+
+    scored: int
+    """Classes, a multiple of ``grouped.ALIGNED``: every element up to a row's end is written."""
+    depth: int
+    """Of a product."""
+    portion: int
+    """Columns of weighed rows."""
+    precision: str
+    """Of a product."""
+
+
+def tiling(narrow: bool) -> Tiling:
+    """For narrow or wide operands: these go in full precision, and fewer fit a program's registers."""
+    if narrow:
+        return Tiling(CLASSES, DEPTH, PORTION, "tf32")
+    return Tiling(CLASSES // 2, DEPTH // 4, PORTION // 2, "ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -49,6 +71,20 @@ def unit_centers(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _line(table, number):  # type: ignore[no-untyped-def]
+    """Rows (or classes) of a block: the first, how many; classes (or rows) of its draw: the first, how many.
+
+    Then where the block's exponentials begin, and the stride from row to row.
+    """
+    entry = table + number * 6
+    first, count = tl.load(entry), tl.load(entry + 1).to(tl.int32)
+    other, others = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
+    base = tl.multiple_of(tl.load(entry + 4), 16)
+    stride = tl.multiple_of(tl.load(entry + 5).to(tl.int32), 16)
+    return first, count, other, others, base, stride
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _products(  # type: ignore[no-untyped-def]
     features, there, centers, known,
     DIM: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
@@ -70,11 +106,7 @@ def score(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of all scores but positives', row sums and maxima of each span, and positives' scores."""
-    entry = table + tl.program_id(0) * 6
-    first, count, slot = tl.load(entry), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
-    classes = tl.load(entry + 3).to(tl.int32)
-    base = tl.multiple_of(tl.load(entry + 4), 16)
-    stride = tl.multiple_of(tl.load(entry + 5).to(tl.int32), 16)
+    first, count, slot, classes, base, stride = _line(table, tl.program_id(0))
     line = tl.arange(0, ROWS)
     row, there = first + line, line < count
     place = tl.load(index + row, mask=there, other=0)
@@ -160,9 +192,7 @@ def weigh(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, LABELS: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr, PORTION: tl.constexpr,
 ):  # fmt: skip
     """Losses, cosines and wins of rows; their factor, and what their positives weigh beside exponentials."""
-    entry = table + tl.program_id(0) * 6
-    first, count = tl.load(entry), tl.load(entry + 1)
-    base, stride = tl.load(entry + 4), tl.load(entry + 5).to(tl.int32)
+    first, count, _, _, base, stride = _line(table, tl.program_id(0))
     line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     row, there, label = first + line, line < count, tl.arange(0, SLOTS)
     spot = row[:, None] * LABELS + label[None, :]
@@ -204,12 +234,8 @@ def pull_rows(  # type: ignore[no-untyped-def]
     """Gradient of the rows: exponentials times centers, a part of the classes for each second program id."""
     across = tl.cdiv(DIM, WIDTH)
     # Neighbours read the same exponentials.
-    entry = table + tl.program_id(0) // across * 6
+    first, count, slot, classes, base, stride = _line(table, tl.program_id(0) // across)
     width = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-    first, count, slot = tl.load(entry), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
-    classes = tl.load(entry + 3).to(tl.int32)
-    base = tl.multiple_of(tl.load(entry + 4), 16)
-    stride = tl.multiple_of(tl.load(entry + 5).to(tl.int32), 16)
     line = tl.arange(0, ROWS)
     there, wide = line < count, (width < DIM)[None, :]
     part = tl.cdiv(tl.cdiv(classes, DEPTH), tl.num_programs(1)) * DEPTH
@@ -241,12 +267,8 @@ def pull_centers(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Gradient of the unit centers: transposed exponentials times weighed rows."""
     across = tl.cdiv(DIM, WIDTH)
-    entry = table + tl.program_id(0) // across * 6
+    slot, count, first, rows, base, stride = _line(table, tl.program_id(0) // across)
     width = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-    slot, count, first = tl.load(entry), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
-    rows = tl.load(entry + 3).to(tl.int32)
-    base, wide_stride = tl.multiple_of(tl.load(entry + 4), 16), tl.multiple_of(tl.load(entry + 5), 16)
-    stride = tl.multiple_of(wide_stride.to(tl.int32), 16)
     line = tl.arange(0, CLASSES)
     there, wide = line < count, (width < DIM)[None, :]
     padded = tl.multiple_of((count + 15) // 16 * 16, 16)
@@ -255,7 +277,7 @@ def pull_centers(  # type: ignore[no-untyped-def]
         row = start + tl.arange(0, DEPTH)
         known = row < rows
         left = tl.load(
-            p + (base + start * wide_stride) + tl.arange(0, DEPTH)[:, None] * stride + line[None, :],
+            p + (base + start * stride.to(tl.int64)) + tl.arange(0, DEPTH)[:, None] * stride + line[None, :],
             mask=known[:, None] & (line < padded)[None, :], other=0.0,
         )  # fmt: skip
         right = tl.load(
