@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from head_reference import build_head, dense_center_gradient, loss_of, place_of, targets_of
-from launch import launch
+from launch import launch, repository
 from torch import Tensor
 
 from megaregion.config import HeadConfig
@@ -315,3 +316,14 @@ def test_every_rank_refuses_what_one_rank_got_wrong(results: Path) -> None:
         label, feature = errors["four"]
         assert "label 9 of row 7" in label
         assert "rows 7 of the micro-step" in feature
+
+
+def test_a_torch_that_does_not_know_the_collectives_new_names_gives_them_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As 2.11 and 2.12."""
+    for name in ("all_gather_single", "reduce_scatter_single"):
+        monkeypatch.delattr(dist, name)
+    found = runpy.run_path(str(repository() / "megaregion" / "parallel" / "topology.py"))
+    assert found["all_gather"] is dist.all_gather_into_tensor
+    assert found["reduce_scatter"] is dist.reduce_scatter_tensor

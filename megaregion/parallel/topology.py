@@ -27,6 +27,10 @@ from megaregion.errors import UserError
 
 Group = Any
 """A torch.distributed process group."""
+# Torch 2.13 calls them so, and warns about the names that 2.11 and 2.12 have.
+_NAMED = hasattr(dist, "all_gather_single")
+all_gather: Any = dist.all_gather_single if _NAMED else dist.all_gather_into_tensor
+reduce_scatter: Any = dist.reduce_scatter_single if _NAMED else dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,12 @@ def all_gather_strings(text: str, topology: Topology) -> list[str]:
     own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(topology.device)
     group, size = topology.world_group, torch.tensor([len(text.encode())], device=topology.device)
     sizes = size.new_empty(topology.world_size)
-    dist.all_gather_single(sizes, size, group=group)
+    all_gather(sizes, size, group=group)
     longest = max(1, int(sizes.max()))
     padded = own.new_zeros(longest)
     padded[: len(own)] = own
     gathered = own.new_empty(topology.world_size * longest)
-    dist.all_gather_single(gathered, padded, group=group)
+    all_gather(gathered, padded, group=group)
     rows = gathered.view(topology.world_size, longest).cpu()
     return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, sizes.tolist(), strict=True)]
 
@@ -150,7 +154,7 @@ class GatheringRows:
         self._sent = rows.contiguous()
         first = group if nodes is None else nodes.between
         self._received = rows.new_empty((len(rows) * first.size(), *rows.shape[1:]))
-        self._work = dist.all_gather_single(self._received, self._sent, group=first, async_op=True)
+        self._work = all_gather(self._received, self._sent, group=first, async_op=True)
 
     def arrive(self) -> Tensor:
         """Wait for the rows of all ranks, [R, ...]; a GPU's queue waits, not the host. Call it once."""
@@ -161,7 +165,7 @@ class GatheringRows:
             return rows
         inside, between = self._nodes.inside, self._nodes.between
         by_place = rows.new_empty((inside.size() * len(rows), *rows.shape[1:]))
-        dist.all_gather_single(by_place, rows, group=inside)
+        all_gather(by_place, rows, group=inside)
         shape = (inside.size(), between.size(), each, *rows.shape[1:])
         return by_place.view(shape).transpose(0, 1).flatten(0, 2)
 
@@ -182,7 +186,7 @@ def scatter_sums(rows: Tensor, group: Group, nodes: NodeGroups | None = None) ->
 
 def _reduce_scatter(rows: Tensor, each: int, group: Group) -> Tensor:
     own = rows.new_empty((each, *rows.shape[1:]))
-    dist.reduce_scatter_single(own, rows.contiguous(), group=group)
+    reduce_scatter(own, rows.contiguous(), group=group)
     return own
 
 

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megaregion.config import RunConfig
 from megaregion.data.batch import Batch
 from megaregion.errors import UserError
 from megaregion.models.costs import encoder_flops, head_flops
-from megaregion.parallel.topology import Topology
+from megaregion.parallel.topology import Topology, all_gather
 from megaregion.processor import product
 from megaregion.tables import aligned
 from megaregion.training.faults import Faults
@@ -228,7 +227,7 @@ def gather_times(own: RankTimes, topology: Topology) -> Times:
     numbers = [own.phases[name] for name in PHASES] + [own.own, own.data, own.steps, own.bad]
     told = torch.tensor(numbers, dtype=torch.float64).to(topology.device)
     gathered = told.new_empty(topology.world_size * len(told))
-    dist.all_gather_single(gathered, told, group=topology.world_group)
+    all_gather(gathered, told, group=topology.world_group)
     found = []
     for row in gathered.view(topology.world_size, len(told)).tolist():
         phases, (own_time, data, steps, bad) = row[: len(PHASES)], row[len(PHASES) :]
