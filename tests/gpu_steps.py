@@ -86,7 +86,6 @@ def count(
     planned = {
         "planned": plan.memory.activations,
         "head_kernels": sum(head_kernels(plan.layout).values()),
-        "scores": sum(head.rows * head.drawn for head in plan.layout.heads.values()),
     }
     return {**ran.values()["gpu_step"], **planned}
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launch import launch, repository, tool
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmark.gpu import run_entry
+from benchmark.gpu import LIST, run_entry
 from benchmark.head import HeadSizes, compare
-from benchmark.measure import Stopwatch
+from benchmark.measure import Build, KernelWatch, Stopwatch, Work
 from benchmark.memory import PeakMemory
-from benchmark.part import Case, Report
+from benchmark.part import Case, Part, Report, cases
 
 CPU = torch.device("cpu")
 
@@ -157,21 +163,147 @@ def test_an_entry_that_fails_is_named_and_the_list_goes_on() -> None:
     assert not refused.holds
 
 
-def test_a_part_of_which_one_case_failed_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends_with_1(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        file = Path(command[-1].removeprefix("--json="))
-        Report({}, [Case("a", 1.0, 2.0, "s"), Case("b", 0, 0, "", failure="no kernel")]).write_json(file)
-        return subprocess.CompletedProcess(command, 1, "", "")
+def test_a_part_of_which_one_case_failed_keeps_the_others(tmp_path: Path) -> None:
+    """So does one that is ended by its time: each case is in the file as soon as it is found."""
+    script = tmp_path / "tools" / "benchmark.py"
+    script.parent.mkdir()
+    for end, told in (("sys.exit(1)", "no kernel"), ("time.sleep(99)", "still running after")):
+        script.write_text(f"import sys, time\n{WRITES}\n{end}\n")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("benchmark.gpu.__file__", str(script.parent / "benchmark" / "gpu.py"))
+            good, *bad = run_entry("part", ("parity",), {"a": 1.5}, time.monotonic() + 3)
+        assert (good.case, good.goal, good.holds) == ("part, a", 1.5, True)
+        assert told in bad[-1].failure
 
-    monkeypatch.setattr("benchmark.gpu.subprocess.run", ends_with_1)
-    good, bad = run_entry("part", ("parity",), {"a": 1.5}, time.monotonic() + 9)
-    assert (good.case, good.goal, good.holds) == ("part, a", 1.5, True)
-    assert (bad.case, bad.failure) == ("part, b", "no kernel")
+
+WRITES = """
+import json
+cases = [{"case": "a", "ours": 1.0, "peer": 2.0, "unit": "s", "goal": 0},
+         {"case": "b", "ours": None, "peer": None, "unit": "", "goal": 0, "failure": "no kernel"}]
+open(sys.argv[-1].removeprefix("--json="), "w").write(json.dumps({"cases": cases}))
+"""
+
+
+def test_the_shares_of_the_entries_are_eight_minutes() -> None:
+    assert sum(entry.seconds for entry in LIST) == 8 * 60
+
+
+def test_a_file_has_every_case_as_soon_as_it_is_found(tmp_path: Path) -> None:
+    def find(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+        yield Case("a", 1.0, 2.0, "s")
+        assert [case["case"] for case in json.loads(file.read_text())["cases"]] == ["a"]
+        yield Case("b", 1.0, 2.0, "s")
+
+    file = tmp_path / "cases.json"
+    Part((), find).measure(argparse.Namespace(), CPU, file)
+    assert [case["case"] for case in json.loads(file.read_text())["cases"]] == ["a", "b"]
+
+
+def _works() -> Work:
+    return lambda: time.sleep(0.01)
+
+
+def _breaks() -> Work:
+    raise RuntimeError("no kernel image")
+
+
+def _dies() -> Work:
+    os._exit(9)
+
+
+def _dawdles() -> Work:
+    time.sleep(99)
+    return _works()
+
+
+def test_a_contestant_that_fails_is_named_and_the_others_are_timed() -> None:
+    builds: dict[str, Build] = {"good": _works, "broken": _breaks, "dead": _dies}
+    found, failed = Stopwatch(CPU).race(builds, 1, weighed=("good",))
+    assert 0.01 <= found["good"] < 5
+    assert "good: memory" in found
+    assert failed["broken"] == "RuntimeError: no kernel image"
+    assert "it died" in failed["dead"]
+    rows = (("", "beside it", "good", "broken", "s"), ("", "nobody asked", "broken", "other", "s"))
+    (case,) = cases("row", rows, found, {}, failed)
+    assert case.failure == "broken: RuntimeError: no kernel image"
+    _, failed = Stopwatch(CPU, patience=0.1).race({"slow": _dawdles}, 1)
+    assert "not ready in time" in failed["slow"]
+
+
+def test_tensors_of_two_devices_are_counted_where_they_meet() -> None:
+    def mixes() -> Work:
+        return lambda: torch.ones(2, device="cuda") + torch.ones(2)
+
+    watch = KernelWatch(torch.device("cuda"))
+    with FakeTensorMode():
+        found, failed = watch.race({"mixed": mixes, "good": lambda: lambda: torch.ones(2, device="cuda")}, 1)
+    assert watch.mismatches == list(failed) == ["mixed"]
+    assert math.isnan(found["good"])
+    assert watch.tallies["good"].calls == 1
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every case of the list for a GPU, on fake tensors and in a small size."""
+    if shutil.which("g++") is None:
+        assert "CI" not in os.environ, "CI must install g++"
+        pytest.skip("no g++ to build the library that answers for CUDA")
+    folder = tmp_path_factory.mktemp("fake")
+    flags = ["--fake", "--sizes=toy", f"--folder={folder}", f"--json={folder / 'out.json'}"]
+    command = [sys.executable, "-W", "ignore", str(repository() / "tools" / "benchmark.py"), "gpu", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())["cases"]
+    return found
+
+
+def test_every_entry_for_a_gpu_runs_on_fake_tensors_or_says_why_not(faked: list[dict[str, Any]]) -> None:
+    told = [case for case in faked if "counts" not in case]
+    for entry in LIST:
+        own = [case["case"] for case in told if case["case"].startswith(f"{entry.name}, ")]
+        assert own, entry.name
+        # The small size has no step without regions.
+        for end in entry.goals.keys() - {"regions, without"}:
+            assert any(case.endswith(end) for case in own), (entry.name, end)
+    why = {case["unmeasured"].rpartition(": ")[2] for case in told if "unmeasured" in case}
+    assert why == {
+        "fake tensors take no time", "torch.compile makes no kernels for fake tensors",
+        "no bytes are there to write", "no numbers are there to compare", "pip install torchao==0.18.0",
+    }  # fmt: skip
+    assert {case["case"].rpartition(": ")[2] for case in told if "unmeasured" not in case} == {
+        "tokens of a packed step, without padding"
+    }
+
+
+WAITS = {
+    # Batches, weights and results of what is compared, and what a head is built from.
+    "parity": ("tools/benchmark/parity.py", "heads/sharded.py", "heads/centers.py", "parallel/"),
+    # DeepSpeed's look at the norm.
+    "ViT-L/14, ours": ("parallel/",), "ViT-L/14-336, ours": ("parallel/",), "ViT-B/16, ours": ("parallel/",),
+    "packed": ("parallel/",), "fp8, ours": ("parallel/",),
+    "head, PartialFC": ("tools/benchmark/head.py",),
+    # Whether all rows were finite.
+    "head, our update": ("heads/sharded.py",),
+    # How many are scored again, and what is fetched.
+    "labels": ("curation/nearest.py", "tools/benchmark/kmeans.py"),
+}  # fmt: skip
+"""Where the host may wait, by what is counted."""
+
+
+def test_the_host_waits_for_a_gpu_only_where_it_is_known_to(faked: list[dict[str, Any]]) -> None:
+    counted = {case["case"]: case["counts"] for case in faked if "counts" in case}
+    assert counted["ViT-L/14, ours"]["kernels"] > counted["head, our passes"]["kernels"] > 0
+    assert counted["head, our update"]["kernels"] > 0
+    for name, counts in counted.items():
+        assert counts["mismatches"] == 0, name
+        assert counts["kernels"] > 0, name
+        known = [places for start, places in WAITS.items() if name.startswith(start)]
+        assert all(place.startswith(sum(known, ())) for place in counts["waits"]), (name, counts["waits"])
 
 
 def test_a_device_is_compared_with_a_processor_in_fp32_and_in_bf16(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    command = ["gpu", "--device=cpu", "--sizes=toy", "--only=parity", f"--json={file}"]
+    command = ["gpu", "--device=cpu", "--sizes=toy", "--only=parity", "--minutes=60", f"--json={file}"]
     done = tool("tools/benchmark.py", *command)
     assert done.returncode == 0, done.stderr
     cases = json.loads(file.read_text())["cases"]

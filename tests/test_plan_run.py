@@ -137,6 +137,11 @@ def test_every_config_fits_its_cluster_and_its_page_tells_the_plans_hours(
     assert f"tools/plan.py run --config configs/{name}.yaml --cluster {cluster}" in page
 
 
+def test_the_head_of_vit_l14_takes_at_most_two_percent_of_its_planned_step() -> None:
+    time = config_plan("vit_l14_64gpu", "h100x64").time
+    assert 0 < time.phases["head"] / time.total <= 0.02
+
+
 def test_a_run_of_several_resolutions_is_planned_one_by_one() -> None:
     stages = (StageConfig(128, 2560), StageConfig(192, 5120, micro_batch=1), StageConfig(256, 10240))
     config = dataclasses.replace(small(), stages=stages)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
+from benchmark import parts
 from megaregion.bounds import Choice, File, Whole
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 
 
 def main() -> int:
+    if "--fake" in sys.argv[1:]:
+        # Torch asks who answers for CUDA when it is imported.
+        from megaregion.planning.cuda_guard import load_guard
+
+        load_guard()
     options = parse()
     import torch
 
@@ -26,18 +29,16 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and none is visible; use --device cpu")
-    report = options.part.measure(options, device)
+    report = options.part.measure(options, device, options.json if rank == 0 else None)
     if rank == 0:
         print(report.table())
-        if options.json:
-            report.write_json(options.json)
     return 1 if any(case.failure for case in report.cases) else 0
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(metavar="PART", required=True)
-    for name, module, told in sorted(_parts()):
+    for name, module, told in sorted(parts()):
         command = commands.add_parser(name, help=told.partition("\n")[0].rstrip("."), description=told)
         # Only the part that is asked for is imported: they bring torch, Faiss and OpenCV with them.
         if sys.argv[1:2] == [name]:
@@ -49,16 +50,6 @@ def parse() -> argparse.Namespace:
         add("--device", Choice(("cpu", "cuda")), "cpu", "where to run")
         add("--json", File, None, "also write the cases there")
     return parser.parse_args()
-
-
-def _parts() -> Iterator[tuple[str, str, str]]:
-    """Name, module and docstring of every function below ``@part``."""
-    for file in Path(__file__).with_suffix("").glob("*.py"):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and "part(" in "".join(
-                map(ast.unparse, node.decorator_list)
-            ):
-                yield node.name, file.stem, ast.get_docstring(node) or ""
 
 
 if __name__ == "__main__":

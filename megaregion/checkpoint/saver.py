@@ -66,7 +66,7 @@ class Snapshot:
             key, tensor = (piece.name, piece.offset), piece.tensor.detach()
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+                buffer = tensor.new_empty(tensor.shape, device="cpu", pin_memory=on_gpu)
                 self._buffers[key] = buffer
             buffer.copy_(tensor, non_blocking=True)
             taken.append(replace(piece, tensor=buffer))

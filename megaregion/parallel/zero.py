@@ -94,6 +94,8 @@ class ZeroEngine:
         self._clip_norm = config.optimizer.clip_norm
         self._topology = topology
         self._norm = torch.zeros((), device=topology.device)
+        if config.train.bf16:
+            model.to(torch.bfloat16)
         groups = _groups(model, config, decays, rate)
         self._engine, self._optimizer = _start(model, config, topology, groups, self.settings)
         self.parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
@@ -244,8 +246,6 @@ def _start(
     _prepare_deepspeed(topology.device)
     import deepspeed
 
-    if config.train.bf16:
-        model = model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(
         groups,
         lr=config.optimizer.lr,

@@ -71,6 +71,8 @@ class DryRun:
     """By part of a step on a GPU, in its order; empty for a processor."""
     copy_slices: int
     """Sums of the encoder's backward graph that copy what they are added to."""
+    scores: float
+    """Of all heads' rows with the classes that are drawn for them on this rank, as planned."""
 
     @property
     def waits(self) -> list[str]:
@@ -108,6 +110,8 @@ class DryRun:
                 "other_bytes": tally.other_bytes,
                 "flops": tally.flops,
                 "waits": tally.waits,
+                "of_scores": tally.of_scores,
+                "moved": dict(tally.moved.most_common(12)),
                 "most": dict(tally.kernels.most_common(12)),
             }
             for name, tally in self.parts.items()
@@ -115,6 +119,7 @@ class DryRun:
         held = {name: getattr(self, name) for name in ("rank", "parameters", "planned_parameters")}
         held |= {"counted": self.counted, "planned": self.planned}
         step = {"parts": parts, "kept": self.counted["activations"], "copy_slices": self.copy_slices}
+        step |= {"scores": self.scores}
         return {"dry_run": held, "gpu_step": step if parts else None}
 
     def text(self) -> str:
@@ -137,11 +142,15 @@ class DryRun:
             moved, other = tally.moved.total() / 1e9, tally.other_bytes / 1e9
             flops, waits = f"{tally.flops / 1e12:.2f}", str(len(tally.waits))
             rows.append((name, f"{tally.calls:,}", f"{moved:.1f}", f"{other:.1f}", flops, waits))
+        heads = self.parts["heads"]
+        each, rest = (size / self.scores for size in (heads.of_scores, heads.moved.total() - heads.of_scores))
         places = [f"{place} ({count})" for place, count in Counter(self.waits).items()]
         return (
             f"one micro-step and the update, on fake CUDA tensors\n{aligned(rows, indent='  ')}\n"
             f"  waits inside the micro-step: {', '.join(places) or 'none'}\n"
-            f"  CopySlices in the backward graph: {self.copy_slices}"
+            f"  CopySlices in the backward graph: {self.copy_slices}\n"
+            f"  bytes of each of {self.scores / 1e6:,.0f} million scores of heads: {each:.1f} of its own, "
+            f"{rest:.1f} of rows and centers"
         )
 
 
@@ -198,7 +207,8 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
             part("update", lambda: _update(engine, heads))
     planned = _planned(plan, rank, "gpu" if gpu else "processor")
     own = {kind: planned[kind] for kind in counted}
-    return DryRun(rank, parameters, layout.parameters, counted, own, parts if gpu else {}, copies)
+    scores = sum(head.rows * head.drawn for head in layout.heads.values())
+    return DryRun(rank, parameters, layout.parameters, counted, own, parts if gpu else {}, copies, scores)
 
 
 def state_bytes(engine: ZeroEngine, heads: Iterable[ClassShardedHead]) -> dict[str, int]:

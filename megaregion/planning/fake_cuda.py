@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -31,13 +32,14 @@ CAPABILITY = (9, 0)
 
 
 @contextmanager
-def fake_cuda(labels: Tensor) -> Iterator[None]:
+def fake_cuda(labels: Tensor | None = None) -> Iterator[None]:
     """Make every new tensor a fake one; those of ``DEVICE`` behave as on a GPU, and none holds a number.
 
     Classes are drawn on the host's real tensors, since how many they are depends on the labels.
 
     Args:
-        labels: Labels of a micro-step's regions over all data ranks, their kinds behind them, [R, T + 1].
+        labels: Labels of a micro-step's regions over all data ranks, their kinds behind them, [R, T + 1];
+            without them a draw is for random ones, of as many rows as it is asked for.
     """
     import torch.distributed._tools.fake_collectives
 
@@ -45,26 +47,25 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
     arrive, draw = GatheringLabels.arrive, ClassShardedHead.draw
 
     def arrive_real(sent: GatheringLabels) -> Tensor:
-        arrive(sent)
-        return labels
+        found = arrive(sent)
+        return found if labels is None else labels
 
-    def draw_real(head: ClassShardedHead, _: Tensor, rows: Tensor, *numbers: int) -> Targets:
-        with _disable_current_modes(), patch.object(Targets, "to", lambda targets, device: targets):
-            of_kind = labels[:, -1] == KINDS[head.name]
-            targets = draw(head, labels[:, :-1], of_kind, *numbers)
+    def draw_real(head: ClassShardedHead, given: Tensor, rows: Tensor, *numbers: int) -> Targets:
+        with real_tensors(), patch.object(Targets, "to", lambda targets, device: targets):
+            if labels is None:
+                generator = torch.Generator().manual_seed(0)
+                own = torch.randint(head.classes, tuple(given.shape), generator=generator)
+                targets = draw(head, own, torch.ones(len(own), dtype=torch.bool), *numbers)
+            else:
+                targets = draw(head, labels[:, :-1], labels[:, -1] == KINDS[head.name], *numbers)
         return targets.to(DEVICE)
 
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
         # Nothing can be tried here.
         (grouped, "try_draws", lambda *_: grouped.GroupedDraws),
         (grouped, "launch", count_launch),
-        (F, "scaled_dot_product_attention", _attention),
-        (Tensor, "pin_memory", lambda tensor, *device: tensor),
-        (Tensor, "new_empty", _without_pinning(Tensor.new_empty)),
-        (nn.Module, "_apply", _apply),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
-        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         (GatheringLabels, "arrive", arrive_real),
         (ClassShardedHead, "draw", draw_real),
         # How many classes took part is a number on the device: all of them.
@@ -80,7 +81,7 @@ def fake_cuda(labels: Tensor) -> Iterator[None]:
         for table in (rotary._patch_table, pixels._statistics):
             table.cache_clear()
             stack.callback(table.cache_clear)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_gpu())
         yield
 
 
@@ -89,15 +90,27 @@ def fake_gpu() -> Iterator[None]:
     """The same for networks that only infer."""
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
         (F, "scaled_dot_product_attention", _attention),
+        (Tensor, "pin_memory", lambda tensor, *device: tensor),
         (Tensor, "new_empty", _without_pinning(Tensor.new_empty)),
         (nn.Module, "_apply", _apply),
         (torch.cuda, "Event", _Stream),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        # Nothing is taken.
+        (torch.cuda, "reset_peak_memory_stats", lambda device=None: None),
+        (torch.cuda, "memory_allocated", lambda device=None: math.nan),
+        (torch.cuda, "max_memory_allocated", lambda device=None: math.nan),
+        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
     )
     with ExitStack() as stack:
         for place, name, stand_in in stand_ins:
             stack.enter_context(patch.object(place, name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside of the others: a place where tensors hold numbers."""
+    return _disable_current_modes()
 
 
 class _Stream:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,7 +26,8 @@ READS_ROWS = frozenset({"index_select", "gather", "index", "embedding"})
 WRITES_ROWS = frozenset({"index_copy_", "index_add_", "scatter_add_", "index_put_"})
 """Operations that touch as much of their first operand as their last one holds."""
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "score", "pull_rows", "pull_centers"})
-HOUSE, ROOM = str(Path(__file__).parents[1]), str(Path(__file__).parent)
+ROOM, HOUSE, ROOT = (str(folder) for folder in list(Path(__file__).parents)[:3])
+TOOLS = str(Path(ROOT, "tools"))
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Tally:
     """Bytes read and written by operation; what is expanded counts once."""
     flops: int = 0
     """Operations of matrix products and attention, a multiply-add counted as 2."""
+    of_scores: int = 0
+    """Bytes moved of the exponentials of the heads' scores."""
     waits: list[str] = field(default_factory=list)
     """Where the host waits for the device or copies while it waits, as file:line."""
 
@@ -53,9 +57,9 @@ class Tally:
 
 
 class KernelCounter(TorchDispatchMode):
-    """Adds every operation on CUDA tensors to a tally while it is entered."""
+    """Adds every operation on CUDA tensors to a tally while it is entered; without one it only answers."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally | None) -> None:
         super().__init__()
         self.tally = tally
 
@@ -64,11 +68,17 @@ class KernelCounter(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count it."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "cuda":
-            self.tally.waits.append(_caller())
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            if self.tally is not None and args[0].is_cuda:
+                self.tally.waits.append(_caller())
             # No number is there: every flag is down, and every norm is 1.
             return 1.0 if args[0].is_floating_point() else 0
+        out = self._without_numbers(func, args)
+        if out is not None:
+            return out
         out = func(*args, **kwargs)
+        if self.tally is None:
+            return out
         space, _, name = func._schema.name.partition("::")
         given, made = _tensors((args, kwargs)), _tensors(out)
         kinds = {tensor.device.type for tensor in (*given, *made)}
@@ -85,6 +95,28 @@ class KernelCounter(TorchDispatchMode):
             self.tally.flops += count(*args, **kwargs, out_val=out)
         return out
 
+    def _without_numbers(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """The result of a fake operation whose size is a number on the device; None of all others.
+
+        Every flag is down, so no place is found; and all elements are distinct.
+        """
+        ops, given = torch.ops.aten, args[0] if args else None
+        if not isinstance(given, FakeTensor) or given.device.type != "cuda":
+            return None
+        if func is ops.nonzero.default:
+            out: Any = given.new_empty((0, given.dim()), dtype=torch.int64)
+        elif func is ops._unique2.default:
+            out = given.flatten(), *(given.new_empty(given.shape, dtype=torch.int64) for _ in range(2))
+        elif func is ops.index.Tensor and any(at is not None and at.dtype == torch.bool for at in args[1]):
+            nowhere = given.new_empty(0, dtype=torch.int64)
+            out = func(given, [nowhere if at is not None else at for at in args[1]])
+        else:
+            return None
+        if self.tally is not None:
+            self.tally.waits.append(_caller())
+            self.tally.kernels[func._schema.name.partition("::")[2]] += 1
+        return out
+
 
 def count_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Count the launch of a kernel of the heads, as ``heads.grouped.launch`` starts it.
@@ -94,10 +126,12 @@ def count_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constant
     tensors, name = _tensors(arguments), kernel.__name__
     moved = _size(tensors[1:]) if name == "weigh" else _size(tensors)
     for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, KernelCounter) and all(grid):
+        if isinstance(mode, KernelCounter) and mode.tally is not None and all(grid):
             mode.tally.kernels[name] += 1
             mode.tally.moved[name] += moved
-            mode.tally.flops += 2 * tensors[0].numel() * constants["DIM"] if name in PRODUCTS else 0
+            if name in PRODUCTS:
+                mode.tally.flops += 2 * tensors[0].numel() * constants["DIM"]
+                mode.tally.of_scores += _size(tensors[:1])
 
 
 def count_nodes(loss: Tensor, name: str) -> int:
@@ -149,11 +183,12 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 
 def _caller() -> str:
-    """The innermost line of this house that is being run."""
+    """The innermost line of this house, or of its tools, that is being run."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(HOUSE) and not file.startswith(ROOM):
-            return f"{Path(file).relative_to(HOUSE)}:{frame.f_lineno}"
+        for places, base in ((HOUSE, HOUSE), (TOOLS, ROOT)):
+            if file.startswith(places) and not file.startswith(ROOM):
+                return f"{Path(file).relative_to(base)}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.measure import Stopwatch, passing_folder
 from benchmark.memory import PeakMemory
 from benchmark.part import CLOCK, FOLDER, Case, part
 from benchmark.scenes import CROP_SIDE, ComposedScene, compose
-from megaregion.bounds import COUNT, PositiveInt, Whole
+from megaregion.bounds import COUNT, PositiveInt, Text, Whole
+from megaregion.curation.costs import networks
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
 from megaregion.curation.engines.ocr import RapidReader
 from megaregion.curation.engines.pretrained import CLIP_STATISTICS, PretrainedEmbedder, normaliser
@@ -50,6 +52,11 @@ INDEXED = 20
 """Least MB of an annotation file that are indexed in a second."""
 PARSED = 20
 """MB of it that json.loads is timed on: it needs ten times that in memory."""
+RATE_SIDE = {"cpu": 1024, "cuda": 16_384}
+"""Of matrices that are large enough for the full rate."""
+TOLD = {"crop": "crops for the encoder", "image": "images for the mask generator"}
+SHARES = {"crop": 0.45, "image": 0.25}
+"""Least shares of the matrix rate: what ``plan.py curate`` reckons with."""
 MISREAD = 0.1
 """Greatest share of the readable words that may be misread."""
 
@@ -250,6 +257,30 @@ def encoder(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
         f"CLIP of width {options.width}, {count} crops, batches of {embedder.batches.rows} / image by image"
     )
     yield Case(case, each["batches"], each["image by image"], "ms")
+
+
+@part(
+    ("--encoder", Text("FOLDER"), "", "with the config.json of a vision encoder, if not CLIP ViT-L/14's"),
+    ("--sam", Text("FOLDER"), "", "with the config.json of a mask generator, if not SAM ViT-B's"),
+    ("--grid", PositiveInt, 16, "points along each side of an image"),
+    ("--repeats", PositiveInt, 3, "timed batches; the fastest counts"),
+)
+def engines(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Batches of CLIP and SAM as curation sends them, random weights in bf16, beside their bare operations.
+
+    A batch has 256 crops, or 4 images. The peer multiplies large matrices with as many operations.
+    """
+    side = RATE_SIDE[watch.device.type]
+    left, right = (torch.randn(side, side, device=watch.device, dtype=torch.bfloat16) for _ in range(2))
+    batches = networks(options.encoder, options.sam, options.grid, watch.device)
+    works = {"product": lambda: left @ right, **{name: run for name, (_, run) in batches.items()}}
+    seconds = watch.fastest(works, options.repeats)
+    for name, (rows, run) in batches.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        floor = seconds["product"] * counter.get_total_flops() / (2 * side**3)
+        case = f"{TOLD[name]}, a batch of {rows}: its operations at the matrix rate"
+        yield Case(case, seconds[name], floor, "s", SHARES[name])
 
 
 def _in_torch(network: Any, crops: Sequence[Pixels], side: int) -> torch.Tensor:

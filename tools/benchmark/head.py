@@ -16,7 +16,7 @@ from benchmark.measure import Stopwatch, Work, alone
 from benchmark.memory import PeakMemory
 from benchmark.part import CLOCK, Case, Row, cases, part
 from megaregion.bounds import Choice, PositiveInt, PositiveShare
-from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig
+from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig, TrainConfig
 from megaregion.heads import ClassShardedHead, GatheredFeatures
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
@@ -39,11 +39,19 @@ class HeadSizes:
     chunk_mib: int
     """Memory for scores."""
     loss: LossName = "softmax"
+    bf16: bool = False
+    """bf16 features and, on a GPU, bf16 operands of the products; else float32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the features."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def label(self) -> str:
         """The sizes as a case shows them."""
-        return f"K={self.classes:,} D={self.dim} rows={self.rows:,} rho={self.sample_rate:g}"
+        sizes = f"K={self.classes:,} D={self.dim} rows={self.rows:,} rho={self.sample_rate:g}"
+        return f"{sizes} bf16" if self.bf16 else sizes
 
 
 STANDARD = {
@@ -77,6 +85,7 @@ ROWS: tuple[Row, ...] = (
     ("--sample-rate", PositiveShare, 0.1, "share of classes drawn"),
     ("--chunk-mib", PositiveInt, 64, "memory for scores, in MiB"),
     ("--loss", LossName, "softmax", "our loss"),
+    ("--bf16", bool, False, "bf16 instead of float32"),
     ("--dense", bool, False, "run the dense softmax also where rows are sampled"),
     ("--repeats", PositiveInt, 3, "timed steps; the fastest counts"),
     CLOCK,
@@ -90,7 +99,9 @@ def head(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     """
     chosen = list(STANDARD.values()) if options.case == "all" else [STANDARD[options.case]]
     if options.classes is not None:
-        asked = (getattr(options, name) for name in ("dim", "rows", "sample_rate", "chunk_mib", "loss"))
+        asked = (
+            getattr(options, name) for name in ("dim", "rows", "sample_rate", "chunk_mib", "loss", "bf16")
+        )
         chosen = [(HeadSizes(options.classes, *asked), {})]
     for sizes, goals in chosen:
         dense = options.dense or sizes.sample_rate == 1.0
@@ -139,12 +150,11 @@ def _figures(
     """Build a head, take its times and its peak beyond weights and moments, and let it go."""
     memory = PeakMemory(watch.device)
     before = memory.now() + 3 * 4 * sizes.classes * sizes.dim
-    works = build(sizes, place)
+    works = {f"{name} {what}": work for what, work in build(sizes, place).items()}
     _call(works)
     beyond = memory.of(lambda: _call(works)) - before
     seconds = watch.fastest(works, repeats, left_out=0)
-    found = {**seconds, "step": sum(seconds.values()), "memory": beyond / 1e6}
-    return {f"{name} {what}": figure for what, figure in found.items()}
+    return {**seconds, f"{name} step": sum(seconds.values()), f"{name} memory": beyond / 1e6}
 
 
 def _gemm_seconds(sizes: HeadSizes, repeats: int, watch: Stopwatch) -> dict[str, float]:
@@ -157,9 +167,9 @@ def _gemm_seconds(sizes: HeadSizes, repeats: int, watch: Stopwatch) -> dict[str,
     if sizes.sample_rate < 1:
         drawn += sizes.rows * (1 - sizes.sample_rate)
     block = min(GEMM_BLOCK, int(drawn))
-    features = torch.randn((sizes.rows, sizes.dim), device=device)
-    centers = torch.randn((block, sizes.dim), device=device)
-    scores = torch.empty((sizes.rows, block), device=device)
+    features = torch.randn((sizes.rows, sizes.dim), device=device, dtype=sizes.dtype)
+    centers = torch.randn((block, sizes.dim), device=device, dtype=sizes.dtype)
+    scores = features.new_empty((sizes.rows, block))
     by_features, by_centers = torch.empty_like(features), torch.empty_like(centers)
 
     products = (
@@ -178,7 +188,8 @@ def _gemm_seconds(sizes: HeadSizes, repeats: int, watch: Stopwatch) -> dict[str,
 def _ours(sizes: HeadSizes, place: Topology) -> Works:
     kind = HeadConfig(loss=sizes.loss, sample_rate=sizes.sample_rate)
     shared = HeadsConfig(embedding_dim=sizes.dim, chunk_bytes=sizes.chunk_mib * MIB, object=kind)
-    head = ClassShardedHead("object", RunConfig(head=shared), sizes.classes, place).to(place.device)
+    config = RunConfig(head=shared, train=TrainConfig(precision="bf16" if sizes.bf16 else "fp32"))
+    head = ClassShardedHead("object", config, sizes.classes, place).to(place.device)
     features, labels = _rows(sizes, place.device)
     everyone = torch.ones(sizes.rows, dtype=torch.bool, device=place.device)
     steps = itertools.count()
@@ -222,7 +233,7 @@ def _trained_densely(head: DenseHead, sizes: HeadSizes) -> Works:
 
 def _rows(sizes: HeadSizes, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn((sizes.rows, sizes.dim), generator=generator).to(device)
+    features = torch.randn((sizes.rows, sizes.dim), generator=generator).to(device, sizes.dtype)
     labels = torch.randint(0, sizes.classes, (sizes.rows,), generator=generator).to(device)
     return features.requires_grad_(), labels
 
@@ -236,7 +247,7 @@ class DenseHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of rows [R, width] with labels [R]."""
-        logits = F.linear(F.normalize(features), F.normalize(self.weight))
+        logits = _cosines(features, self.weight)
         return F.cross_entropy(_with_margin(logits, labels), labels)
 
 
@@ -259,7 +270,7 @@ class PartialFCHead(DenseHead):
         if self._sampled < len(weight):
             index, labels = self._sample(labels)
             weight = weight[index]
-        logits = F.linear(F.normalize(features), F.normalize(weight)).clamp(-1, 1)
+        logits = _cosines(features, weight).clamp(-1, 1)
         return _CrossEntropy.apply(_with_margin(logits, labels), labels)
 
     def _sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,6 +281,11 @@ class PartialFCHead(DenseHead):
             order[positives] = 2.0
             index = order.topk(self._sampled).indices.sort().values
         return index, torch.searchsorted(index, labels)
+
+
+def _cosines(features: Tensor, weight: Tensor) -> Tensor:
+    """In float32; their product takes operands of the features' type, as under autocast."""
+    return F.linear(F.normalize(features), F.normalize(weight).to(features.dtype)).float()
 
 
 def _with_margin(logits: Tensor, labels: Tensor) -> Tensor:

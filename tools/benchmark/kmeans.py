@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -19,7 +20,7 @@ from benchmark.scenes import scene_features
 from megaregion.bounds import COUNT, Choice, File, Positive, PositiveInt, Whole
 from megaregion.curation.embeddings import Embeddings, unit
 from megaregion.curation.kmeans import Pass, cluster, find_centers
-from megaregion.curation.nearest import nearest
+from megaregion.curation.nearest import LADDER, TILE, nearest
 from megaregion.curation.settings import AssignSettings, ClusterSettings
 from megaregion.errors import UserError
 from megaregion.processor import in_order, keep_freed_memory, product
@@ -70,6 +71,9 @@ def assign(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     Ratios are Faiss / ours for times; for labels, the share that is as near as Faiss's.
     """
     for name, vectors, clusters in _vectors(options):
+        if watch.counts:
+            yield from _count_assign(_label(name, vectors, clusters), vectors, clusters, watch)
+            continue
         centers, _ = _run_ours(vectors, ClusterSettings(clusters, options.passes), watch.device)
         yield from _compare_assign(_label(name, vectors, clusters), vectors, centers, watch)
 
@@ -174,6 +178,18 @@ def _compare_assign(label: str, vectors: Vectors, centers: torch.Tensor, watch: 
     yield Case(f"{label}: labels as near as Faiss's ({len(rows)} differ)", 1.0, right, "", 1.0)
 
 
+def _count_assign(label: str, vectors: Vectors, clusters: int, watch: Stopwatch) -> Iterator[Case]:
+    """What exact search asks of a GPU; how many vectors are scored again, nobody knows: none."""
+    tensor, centers = (
+        torch.randn(count, vectors.shape[1], device=watch.device) for count in (len(vectors), clusters)
+    )
+    found = watch.fastest({"exact search": lambda: nearest(tensor, centers).labels.cpu()}, 1)["exact search"]
+    yield Case(f"{label}: exact search by Faiss", found, found, "s", SEARCH)
+    yield Case(f"{label}: bare products", found, _bare_seconds(tensor, clusters, watch), "s")
+    why = "no numbers are there to compare"
+    yield Case(f"{label}: labels as near as Faiss's", 0, 0, "", 1.0, unmeasured=why)
+
+
 def _faiss_search(vectors: Vectors, centers: Vectors, threads: int) -> torch.Tensor:
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
@@ -183,10 +199,10 @@ def _faiss_search(vectors: Vectors, centers: Vectors, threads: int) -> torch.Ten
 
 
 def _bare_seconds(vectors: torch.Tensor, clusters: int, watch: Stopwatch) -> float:
-    """Seconds of a pass if it were nothing but its products, on all threads."""
-    rows, centers = vectors[:4096], vectors[:2048].clone()
-    found = watch.fastest(
-        {"": lambda: in_order(lambda at: product(rows[at : at + 1024], centers), range(0, len(rows), 1024))},
-        3,
-    )
-    return found[""] * len(vectors) * clusters / (len(rows) * len(centers))
+    """Seconds of a pass if it were nothing but its first products, on all threads."""
+    height, width = TILE[vectors.device.type]
+    operands = vectors[: 4 * height].to(LADDER[vectors.device.type][0])
+    centers, starts = operands[:width].clone(), range(0, len(operands), height)
+    products = partial(in_order, lambda at: product(operands[at : at + height], centers), starts)
+    seconds = watch.fastest({"bare products": products}, 3)["bare products"]
+    return seconds * len(vectors) * clusters / (len(operands) * len(centers))

@@ -73,8 +73,11 @@ def loader(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     if options.images < least:
         raise UserError(f"--images must be at least --workers times --batch, {least}, got {options.images}")
     with passing_folder(options.folder) as folder:
-        _write_photos(folder, options.images)
         data = DataConfig(path=str(folder), workers=options.workers)
+        if watch.counts:
+            yield from _count_copy(data, options.images, options.batch, watch)
+            return
+        _write_photos(folder, options.images)
         yield from _compare_loaders(data, options.batch, options.repeats, watch)
         yield from _compare_resume(data, options.batch)
 
@@ -85,7 +88,7 @@ def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatc
     dataset = ShardedDataset(folder)
     order, transform = read_as_trained(dataset, data)
     steps = len(dataset) // batch
-    positions: dict[str, int] = {}
+    on_gpu, positions = watch.device.type == "cuda", dict[str, int]()
     encoded: Share = []
     for position in range(len(dataset)):
         raw = dataset.read(order.sample(position))
@@ -97,7 +100,8 @@ def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatc
 
     def ours() -> None:
         reader = RegionLoader(dataset, order, transform, data)
-        deque(reader.batches(range(step * batch, (step + 1) * batch) for step in range(steps)), maxlen=0)
+        batches = reader.batches(range(step * batch, (step + 1) * batch) for step in range(steps))
+        deque((one.to(watch.device).images for one in batches) if on_gpu else batches, maxlen=0)
         reader.close()
 
     def theirs() -> None:
@@ -110,9 +114,24 @@ def _compare_loaders(data: DataConfig, batch: int, repeats: int, watch: Stopwatc
         for way, seconds in watch.fastest(ways, repeats, left_out=0).items()
     }
     kilobytes = sum(shard.bytes for shard in dataset.info.shards) / len(dataset) / 1e3
-    name = f"image of {kilobytes:.0f} KB, {workers} processes"
+    name = f"image of {kilobytes:.0f} KB, {workers} processes{', to the GPU' if on_gpu else ''}"
     yield Case(f"{name}: plain webdataset with Pillow", found["ours"], found["theirs"], "ms", WEBDATASET)
     yield Case(f"{name}: decoding and resizing alone", found["ours"], found["alone"], "ms", ALONE)
+
+
+def _count_copy(data: DataConfig, images: int, batch: int, watch: Stopwatch) -> Iterator[Case]:
+    """What a real batch asks of a GPU on its way there."""
+    from megaregion.planning.fake_cuda import real_tensors
+
+    with real_tensors():
+        _write_photos(Path(data.path), images)
+        dataset = ShardedDataset(Path(data.path))
+        reader = RegionLoader(dataset, *read_as_trained(dataset, data), data)
+        (first,) = reader.batches([range(batch)])
+        reader.close()
+    found = watch.fastest({"a batch to the GPU": lambda: first.to(watch.device).images}, 1)
+    seconds = found["a batch to the GPU"]
+    yield Case(f"{batch} images to the GPU: plain webdataset with Pillow", seconds, seconds, "ms", WEBDATASET)
 
 
 def _compare_resume(data: DataConfig, batch: int) -> Iterator[Case]:
@@ -212,22 +231,22 @@ def _write_photos(folder: Path, samples: int) -> None:
 
 
 def _photos() -> list[Image.Image]:
-    """The photos that need no more than a slight enlargement, lying on their long side."""
+    """The photos that need no more than a slight enlargement, lying on their long side, of the least size."""
     found = []
     for file in sorted((PACK / "backgrounds").iterdir()):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
         if max(image.size) >= 590:
-            found.append(image if image.width > image.height else image.rotate(90, expand=True))
+            photo = image if image.width > image.height else image.rotate(90, expand=True)
+            scale = max(WIDTH / photo.width, HEIGHT / photo.height)
+            size = math.ceil(photo.width * scale), math.ceil(photo.height * scale)
+            found.append(photo.resize(size, Image.Resampling.LANCZOS))
     return found
 
 
 def _part(photo: Image.Image, rng: np.random.Generator) -> bytes:
-    scale = max(WIDTH / photo.width, HEIGHT / photo.height)
-    size = math.ceil(photo.width * scale), math.ceil(photo.height * scale)
-    large = photo.resize(size, Image.Resampling.LANCZOS)
-    x, y = int(rng.integers(size[0] - WIDTH + 1)), int(rng.integers(size[1] - HEIGHT + 1))
-    part = large.crop((x, y, x + WIDTH, y + HEIGHT))
+    x, y = int(rng.integers(photo.width - WIDTH + 1)), int(rng.integers(photo.height - HEIGHT + 1))
+    part = photo.crop((x, y, x + WIDTH, y + HEIGHT))
     if rng.random() < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     stream = io.BytesIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -9,13 +10,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from benchmark.memory import PeakMemory
 from megaregion.errors import UserError
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
+from megaregion.planning.kernels import KernelCounter, Tally
 
 T = TypeVar("T")
 Work = Callable[[], object]
@@ -31,15 +32,28 @@ Build = Callable[[], Work]
 """Makes the work; a function of a module, with its arguments, for a new process finds it by its name."""
 
 
+class Race(NamedTuple):
+    """What came of works that took turns."""
+
+    figures: dict[str, float]
+    """Seconds of each work's fastest call; as ``NAME: memory`` the bytes of those that were weighed."""
+    failed: dict[str, str]
+    """Why others have none."""
+
+
 @dataclass(frozen=True)
 class Stopwatch:
     """Times calls on one device."""
 
     device: torch.device
+    counts: ClassVar[bool] = False
+    """Whether tensors are fake and nothing takes time."""
     processor: bool = False
     """Count the processors' time in this process and in those that it has ended, instead of the wall's: on a
     machine that others use at the same time, with one thread, it is what the wall clock would show if they
     did not."""
+    patience: float = math.inf
+    """Seconds after which a work that is not ready is named and left out of a race."""
 
     def timed(self, work: Callable[[], T]) -> tuple[T, float]:
         """What a call gives, and its seconds, a GPU's queue included."""
@@ -56,6 +70,33 @@ class Stopwatch:
         return _take_turns(
             {name: partial(self.seconds, work) for name, work in works.items()}, rounds, left_out
         )
+
+    def race(self, builds: Mapping[str, Build], rounds: int, weighed: Collection[str] = ()) -> Race:
+        """Let works that are built in processes of their own take turns; one that fails ends no other."""
+        found = Race({}, {})
+        running = {name: Contestant(build, self) for name, build in builds.items()}
+
+        def ask(name: str, answer: Callable[[], float]) -> float:
+            if name not in found.failed:
+                try:
+                    return answer()
+                except UserError as error:
+                    found.failed[name] = reason(error)
+                    running[name].end()
+            return math.inf
+
+        try:
+            # They build at the same time, for nothing is timed yet.
+            for name, one in running.items():
+                ask(name, one.answer)
+            times = {name: partial(ask, name, partial(one.ask, "seconds")) for name, one in running.items()}
+            found.figures.update(_take_turns(times, rounds))
+            for name in weighed:
+                found.figures[f"{name}: memory"] = ask(name, partial(running[name].ask, "memory"))
+        finally:
+            for one in running.values():
+                one.end()
+        return found
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -75,53 +116,114 @@ def _take_turns(times: Mapping[str, Callable[[], float]], rounds: int, left_out:
     return {name: min(each[left_out:]) for name, each in taken.items()}
 
 
-def race(
-    builds: Mapping[str, Build], watch: Stopwatch, rounds: int, weighed: Collection[str] = ()
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Works in processes of their own, which hold what each needs and imports; they take turns.
+class Contestant:
+    """A work in a process of its own, which holds what it needs and imports."""
 
-    Returns:
-        Seconds of each work's fastest call, and of those ``weighed`` the most bytes in use during a call,
-        beyond what was in use before they were built.
+    def __init__(self, build: Build, watch: Stopwatch) -> None:
+        """Begin to build it; for that, and then for each answer, it has the watch's patience."""
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
+        arguments = theirs, build, watch, torch.get_num_threads()
+        self._process, self._patience = context.Process(target=_contend, args=arguments), watch.patience
+        self._ends = time.monotonic() + self._patience
+        self._process.start()
+        theirs.close()
 
-    Raises:
-        UserError: A process died.
-    """
-    context = multiprocessing.get_context("forkserver")
-    with ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in builds}
+    def ask(self, what: str) -> float:
+        """Seconds of a call, or the most bytes in use during one, beyond what was before it was built."""
+        self._ends = time.monotonic() + self._patience
+        with suppress(OSError):  # Of one that is dead, which it then says.
+            self._pipe.send(what)
+        return self.answer()
+
+    def answer(self) -> float:
+        """Wait for what was asked, at first for its being built; raises UserError with why there is none."""
+        left = None if math.isinf(self._ends) else max(0.0, self._ends - time.monotonic())
+        if not self._pipe.poll(left):
+            raise UserError("it was not ready in time; give more --seconds")
         try:
-            # They build at the same time, for nothing is timed yet.
-            built = [
-                pools[name].submit(_build, builds[name], watch, torch.get_num_threads()) for name in builds
-            ]
-            for one in built:
-                one.result()
+            found: float | str = self._pipe.recv()
+        except (EOFError, OSError):
+            raise UserError("it died, most likely of memory; take smaller sizes") from None
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
-            def ask(name: str, what: str) -> float:
-                return pools[name].submit(_ask, what).result()
-
-            seconds = _take_turns({name: partial(ask, name, "seconds") for name in builds}, rounds)
-            return seconds, {name: ask(name, "memory") for name in weighed}
-        except BrokenProcessPool:
-            raise UserError("a contestant died, most likely of memory; take smaller sizes") from None
+    def end(self) -> None:
+        """Let it go, whatever it does."""
+        self._process.kill()
+        self._process.join()
 
 
-_contestant: dict[str, Callable[[], float]] = {}
-"""What may be asked of the work in this process."""
-
-
-def _build(build: Build, watch: Stopwatch, threads: int) -> None:
+def _contend(pipe: Connection, build: Build, watch: Stopwatch, threads: int) -> None:
     torch.set_num_threads(threads)
     memory = PeakMemory(watch.device)
-    before = memory.now()
-    work = build()
-    _contestant["seconds"] = lambda: watch.seconds(work)
-    _contestant["memory"] = lambda: memory.of(work) - before
+    try:
+        before = memory.now()
+        work = build()
+        if watch.device.type == "cuda":
+            work()  # All compile at the same time.
+        answers = {"seconds": lambda: watch.seconds(work), "memory": lambda: memory.of(work) - before}
+        pipe.send(0.0)
+        while True:
+            pipe.send(answers[pipe.recv()]())
+    except EOFError:
+        pass  # Nobody asks any more.
+    except Exception as error:
+        pipe.send(reason(error))
 
 
-def _ask(what: str) -> float:
-    return _contestant[what]()
+def reason(error: Exception) -> str:
+    """One line that says why there is no figure."""
+    told = str(error).strip().splitlines()[:1]
+    return ": ".join(([] if isinstance(error, UserError) else [type(error).__name__]) + told)
+
+
+@dataclass(frozen=True)
+class KernelWatch(Stopwatch):
+    """Counts what calls ask of a GPU instead of taking their time, where tensors are fake."""
+
+    counts: ClassVar[bool] = True
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """By work."""
+    mismatches: list[str] = field(default_factory=list)
+    """Works that brought tensors of two devices together."""
+    lacking: set[str] = field(default_factory=set)
+    """Why works cannot run here that are not wrong by that."""
+
+    def timed(self, work: Callable[[], T], name: str = "") -> tuple[T, float]:
+        """What a call gives, and no number."""
+        with KernelCounter(self.tallies.setdefault(name, Tally())):
+            return work(), math.nan
+
+    def fastest(self, works: Mapping[str, Work], rounds: int, left_out: int = 1) -> dict[str, float]:
+        """Count each work's call, behind the first if that is left out: it makes what is made once."""
+        for work in works.values() if left_out else ():
+            work()
+        for name, work in works.items():
+            self.timed(work, name)
+        return dict.fromkeys(works, math.nan)
+
+    def race(self, builds: Mapping[str, Build], rounds: int, weighed: Collection[str] = ()) -> Race:
+        """Count each work in this process, of its second call if there are any rounds."""
+        found = Race({}, {})
+        for name, build in builds.items():
+            try:
+                found.figures.update(self.fastest({name: build()}, rounds, min(1, rounds)))
+            except Exception as error:
+                found.failed[name] = self.failure(name, error)
+        found.figures.update({f"{name}: memory": math.nan for name in weighed if name not in found.failed})
+        return found
+
+    def failure(self, name: str, error: Exception) -> str:
+        """Note what ended a work; gives its reason."""
+        told = reason(error)
+        if isinstance(error, UserError):
+            self.lacking.add(told)
+        elif "device" in told.lower():
+            self.mismatches.append(name)
+            self.tallies.setdefault(name, Tally())
+        return told
 
 
 def alone(device: torch.device) -> Topology:

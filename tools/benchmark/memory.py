@@ -37,7 +37,8 @@ class PeakMemory:
         """Bytes in use."""
         gc.collect()
         if self._cuda:
-            return int(self._cuda.memory_allocated(self._device))
+            held: int = self._cuda.memory_allocated(self._device)
+            return held
         return status_bytes("VmRSS")
 
     def reset(self) -> None:
@@ -57,7 +58,8 @@ class PeakMemory:
     def peak(self) -> int:
         """Greatest number of bytes since ``reset``."""
         if self._cuda:
-            return int(self._cuda.max_memory_allocated(self._device))
+            most: int = self._cuda.max_memory_allocated(self._device)
+            return most
         return status_bytes("VmHWM")
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from benchmark.measure import Stopwatch
 from megaregion.bounds import Choice, Folder
 from megaregion.command_line import Parser
+from megaregion.files import write_text
 from megaregion.tables import aligned
 
 
@@ -36,7 +37,11 @@ class Case:
     two_sided: bool = False
     """Whether ours is a forecast of peer, so that the ratio may miss the goal either way."""
     failure: str = ""
-    """Why nothing was measured, if so."""
+    """Why nothing was measured, if something went wrong."""
+    unmeasured: str = ""
+    """Why nothing was measured, if nothing went wrong."""
+    counts: Mapping[str, Any] | None = None
+    """What was counted instead: kernels, gigabytes, tflop, mismatches, and waits by place."""
 
     @property
     def ratio(self) -> float:
@@ -46,7 +51,7 @@ class Case:
     @property
     def holds(self) -> bool:
         """Whether the goal is reached."""
-        if self.failure:
+        if self.failure or self.unmeasured:
             return False
         ratio = self.ratio
         if self.two_sided and ratio:
@@ -58,6 +63,9 @@ class Case:
         """The row of the table."""
         if self.failure:
             return (self.case, "", "", "", "", "", f"FAILED: {self.failure}")
+        if self.unmeasured:
+            goal = f"{self.goal:.2f}" if self.goal else ""
+            return (self.case, "", "", self.unit, "", goal, f"unmeasured: {self.unmeasured}")
         numbers = (f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in (self.ours, self.peer))
         verdict = (f"{self.goal:.2f}", "holds" if self.holds else "MISSED") if self.goal else ("", "")
         return (self.case, *numbers, self.unit, f"{self.ratio:.2f}", *verdict)
@@ -68,12 +76,22 @@ Row = tuple[str, str, str, str, str]
 
 
 def cases(
-    label: str, rows: Iterable[Row], figures: Mapping[str, float], goals: Mapping[str, float]
+    label: str,
+    rows: Iterable[Row],
+    figures: Mapping[str, float],
+    goals: Mapping[str, float],
+    failed: Mapping[str, str] | None = None,
 ) -> Iterator[Case]:
-    """Cases of one size; rows with a figure that was not measured are left out."""
+    """Cases of one size; rows with a figure that was not asked for are left out, what failed is named."""
+    failed = failed or {}
     for goal, told, ours, peer, unit in rows:
-        if ours in figures and peer in figures:
-            yield Case(f"{label}: {told}", figures[ours], figures[peer], unit, goals.get(goal, 0.0))
+        contestants = [name.partition(":")[0] for name in (ours, peer)]
+        case = Case(f"{label}: {told}", 0.0, 0.0, unit, goals.get(goal, 0.0))
+        if why := [f"{work}: {failed[work]}" for work in dict.fromkeys(contestants) if work in failed]:
+            if all(name in {*failed, *figures} for name in (*contestants,)):
+                yield replace(case, failure="; ".join(why))
+        elif ours in figures and peer in figures:
+            yield replace(case, ours=figures[ours], peer=figures[peer])
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,19 @@ class Report:
     def table(self) -> str:
         """The cases as aligned text."""
         head = ("case", "ours", "peer", "unit", "ratio", "goal", "")
-        return aligned([head, *(case.cells for case in self.cases)], left=(0, 3, 6))
+        measured = [case.cells for case in self.cases if case.counts is None]
+        text = aligned([head, *measured], left=(0, 3, 6))
+        counted = [
+            (
+                case.case, f"{told['kernels']:,}", f"{told['gigabytes']:,.3f}", f"{told['tflop']:,.3f}",
+                str(told["mismatches"]), str(sum(told["waits"].values())), ", ".join(told["waits"]),
+            )
+            for case in self.cases if (told := case.counts) is not None
+        ]  # fmt: skip
+        if not counted:
+            return text
+        head = ("asked of a GPU", "kernels", "GB", "TFLOP", "mismatches", "host waits", "where")
+        return f"{text}\n\n{aligned([head, *counted], left=(0, 6))}"
 
     def write_json(self, path: Path) -> None:
         """Write ``{"host": ..., "cases": [...]}``, the form of every benchmark of the project."""
@@ -97,10 +127,13 @@ class Report:
         ]
         for case in cases:
             del case["two_sided"]
-            if not case["failure"]:
-                del case["failure"]
+            if case["failure"] or case["unmeasured"]:
+                case |= dict.fromkeys(("ours", "peer", "ratio"))
+            for key in ("failure", "unmeasured", "counts"):
+                if not case[key]:
+                    del case[key]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"host": self.host, "cases": cases}, indent=2, default=str) + "\n")
+        write_text(path, json.dumps({"host": self.host, "cases": cases}, indent=2, default=str) + "\n")
 
 
 Flag = tuple[str, Any, Any, str]
@@ -128,14 +161,20 @@ class Part:
         for flag in self.flags:
             parser.add_flag(*flag)
 
-    def measure(self, options: argparse.Namespace, device: torch.device) -> Report:
-        """Find all cases."""
+    def measure(self, options: argparse.Namespace, device: torch.device, path: Path | None = None) -> Report:
+        """Find all cases; a file has those that are found at any time."""
         names = [name.removeprefix("--").replace("-", "_") for name, *_ in self.flags]
         chosen = {name: getattr(options, name) for name in names}
         host = _host(device)
-        found = list(self.find(options, Stopwatch(device, chosen.get("clock") == "processor")))
-        # A part may choose the threads that it measures with.
-        return Report({**host, "threads": torch.get_num_threads(), **chosen}, found)
+        watch = Stopwatch(device, chosen.get("clock") == "processor", chosen.get("seconds") or math.inf)
+        report = Report({**host, **chosen}, found := [])
+        for case in self.find(options, watch):
+            found.append(case)
+            # A part may choose the threads that it measures with.
+            report.host["threads"] = torch.get_num_threads()
+            if path is not None:
+                report.write_json(path)
+        return report
 
 
 def part(*flags: Flag) -> Callable[[Find], Part]:

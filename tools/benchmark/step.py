@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark.measure import Build, Stopwatch, Work, alone, race
+from benchmark.measure import Build, Stopwatch, Work, alone
 from benchmark.part import CLOCK, Case, Row, cases, part
-from megaregion.bounds import PositiveInt
+from megaregion.bounds import Choice, PositiveInt, Several
 from megaregion.checks import check_model
 from megaregion.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.data.image import Crop, fitting_grid
+from megaregion.errors import UserError
 from megaregion.models import VisionTransformer, decays
 from megaregion.models.costs import Recompute, encoder_flops, everywhere
 from megaregion.models.initialisation import initial_value
@@ -26,8 +27,13 @@ from megaregion.processor import keep_freed_memory, product
 
 GOALS = {"peer": 1.08, "rate": 0.82, "memory": 1 / 0.9, "regions": 1 / 1.06, "packed": 1.25, "padding": 0.97}
 """Of the default size, ViT-B/16 at 224 px."""
-PRODUCT_SIDE = 4096
-"""Of matrices that are large enough for the full rate."""
+PRODUCT_SIDE = {"cpu": 4096, "cuda": 16_384}
+"""Of matrices that are large enough for the full rate, and for a GPU to outlast what starts them."""
+CONTESTANTS = (
+    "ideal", "fastest-ideal", "ours", "peer", "regions", "trained", "cheap", "packed", "padded",
+    "compiled", "peer-compiled", "fp8",
+)  # fmt: skip
+"""By the names of STEP."""
 REGIONS = 10
 SHAPES = (1 / 3, 0.42, 0.5, 0.62, 0.75, 0.9, 1.0, 1.0, 1.1, 1.33, 1.5, 1.6, 1.78, 2.0, 2.4, 3.0)
 """Heights over widths of a mix of images, 1:3 to 3:1."""
@@ -35,7 +41,7 @@ SHAPES = (1 / 3, 0.42, 0.5, 0.62, 0.75, 0.9, 1.0, 1.0, 1.1, 1.33, 1.5, 1.6, 1.78
 STEP: tuple[Row, ...] = (
     ("peer", "step, MLCDVisionModel + AdamW", "ours", "peer", "s"),
     ("rate", "step, its products at the matrix rate", "ours", "ideal", "s"),
-    ("", "step, its products at the rate of the fastest library", "ours", "fastest ideal", "s"),
+    ("", "step, its products at the rate of the fastest library", "ours", "fastest-ideal", "s"),
     ("", "MLCDVisionModel + AdamW, its products at the matrix rate", "peer", "ideal", "s"),
     ("memory", "peak memory, MLCDVisionModel + AdamW", "ours: memory", "peer: memory", "MB"),
     ("", "step, norms and GELU made again, MLCDVisionModel", "cheap", "peer", "s"),
@@ -44,14 +50,16 @@ STEP: tuple[Row, ...] = (
     ("padding", "tokens of a packed step, without padding", "computed tokens", "tokens", "tokens"),
     ("regions", f"step with {REGIONS} regions, without", "regions", "ours", "s"),
     ("", "the same as trained", "trained", "ours", "s"),
-    ("", "step, MLCDVisionModel + compile + AdamW", "ours", "peer compiled", "s"),
+    ("", "step, MLCDVisionModel + compile + AdamW", "ours", "peer-compiled", "s"),
     ("", "step with train.compile, without", "compiled", "ours", "s"),
+    ("", "step with train.compile, its products at the matrix rate", "compiled", "ideal", "s"),
+    ("", "MLCDVisionModel + compile + AdamW, its products at the matrix rate", "peer-compiled", "ideal", "s"),
     ("", "step with train.fp8, without", "fp8", "ours", "s"),
 )
 MODEL: tuple[Row, ...] = (
     ("", "MLCDVisionModel", "ours", "peer", "s"),
     ("", "its products at the matrix rate", "ours", "ideal", "s"),
-    ("", "MLCDVisionModel + compile", "ours", "peer compiled", "s"),
+    ("", "MLCDVisionModel + compile", "ours", "peer-compiled", "s"),
 )
 FLAGS = (
     ("--width", PositiveInt, 768, "width D of a token"),
@@ -64,11 +72,20 @@ FLAGS = (
     ("--compile", bool, False, "run torch.compile beside them; it compiles for minutes"),
     ("--fp8", bool, False, "also in 8-bit floats; needs torchao and a GPU of Ada, Hopper or later"),
     ("--rounds", PositiveInt, 5, "timed steps of each; the fastest counts"),
+    ("--seconds", PositiveInt, None, "what is not ready by then is named and left out"),
     CLOCK,
 )
 
 
-@part(*FLAGS)
+@part(
+    *FLAGS,
+    (
+        "--contestants",
+        Several(Choice(CONTESTANTS)),
+        None,
+        "only these; all that --compile and --fp8 say if not given",
+    ),
+)
 def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     """Our training step beside MLCDVisionModel under AdamW, and beside bare matrix products.
 
@@ -80,7 +97,7 @@ def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     sizes = _sizes(options, watch.device)
     builds: dict[str, Build] = {
         "ideal": partial(_square_product, sizes),
-        "fastest ideal": partial(_square_product, sizes, fastest=True),
+        "fastest-ideal": partial(_square_product, sizes, fastest=True),
         "ours": partial(_our_step, sizes),
         "peer": partial(_peer_step, sizes),
         "regions": partial(_our_step, sizes, REGIONS),
@@ -89,18 +106,32 @@ def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
         "cheap": partial(_our_step, sizes, level="cheap"),
         "packed": partial(_our_packed_step, sizes),
         "padded": partial(_our_packed_step, sizes, padded=True),
+        "compiled": partial(_our_step, sizes, compiled=True),
+        "peer-compiled": partial(_peer_step, sizes, compiled=True),
+        "fp8": partial(_our_step, sizes, fp8=True),
     }
-    if options.compile:
-        builds["peer compiled"] = partial(_peer_step, sizes, compiled=True)
-        builds["compiled"] = partial(_our_step, sizes, compiled=True)
-    if options.fp8:
-        builds["fp8"] = partial(_our_step, sizes, fp8=True)
-    found, memory = race(builds, watch, options.rounds, weighed=("ours", "peer", "cheap"))
-    found |= {f"{name}: memory": size / 1e6 for name, size in memory.items()}
-    found |= {name: found[name] * sizes.products for name in ("ideal", "fastest ideal")}
-    found["computed tokens"], found["tokens"] = _packed_tokens(sizes)
+    if watch.counts:
+        builds |= dict.fromkeys(("compiled", "peer-compiled"), _uncompiled)
+    dear = {"compiled": options.compile, "peer-compiled": options.compile, "fp8": options.fp8}
+    chosen = options.contestants or [name for name in builds if dear.get(name, True)]
+    found, failed = watch.race(
+        {name: builds[name] for name in builds if name in chosen}, options.rounds,
+        [name for name in ("ours", "peer", "cheap") if name in chosen],
+    )  # fmt: skip
+    for name in found:
+        if name.endswith("ideal"):
+            found[name] *= sizes.products
+        elif name.endswith(": memory"):
+            found[name] /= 1e6
+    if "packed" in chosen:
+        found["computed tokens"], found["tokens"] = _packed_tokens(sizes)
     default = sizes == Sizes(ModelConfig(), 8, False, watch.device)
-    yield from cases(sizes.label, STEP, found, GOALS if default else {})
+    yield from cases(sizes.label, STEP, found, GOALS if default else {}, failed)
+
+
+def _uncompiled() -> Work:
+    """What stands for torch.compile where it would quietly leave fake tensors uncompiled."""
+    raise UserError("torch.compile makes no kernels for fake tensors")
 
 
 @part(*FLAGS)
@@ -117,10 +148,10 @@ def model(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
             "peer": partial(_peer_model, sizes, backward),
         }
         if options.compile:
-            builds["peer compiled"] = partial(_peer_model, sizes, backward, compiled=True)
-        found, _ = race(builds, watch, options.rounds)
+            builds["peer-compiled"] = partial(_peer_model, sizes, backward, compiled=True)
+        found, failed = watch.race(builds, options.rounds)
         found["ideal"] *= sizes.products / (1 if backward else 3)
-        yield from cases(f"{sizes.label}: {told}", MODEL, found, {})
+        yield from cases(f"{sizes.label}: {told}", MODEL, found, {}, failed)
 
 
 @dataclass(frozen=True)
@@ -151,7 +182,7 @@ class Sizes:
     @property
     def product_side(self) -> int:
         """Side of the square matrices whose product gives the rate; smaller for a toy, which is quick."""
-        return min(PRODUCT_SIDE, 16 * self.model.width)
+        return min(PRODUCT_SIDE[self.device.type], 16 * self.model.width)
 
     @property
     def products(self) -> float:
