@@ -18,7 +18,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -35,12 +35,13 @@ from megaregion.checks import batching
 from megaregion.data.batch import OBJECT, TEXT, Batch, Findings, Sample, collate
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.models.layers import run_and_count
+from megaregion.models.layers import compile_blocks, run_and_count
 from megaregion.models.vit import RegionEncoder, decays, partial_gradients, tensor_parallel_plan
 from megaregion.parallel import topology
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero import ZeroEngine
+from megaregion.planning.compiled import counted_compilation
 from megaregion.planning.fake_cuda import DEVICE, fake_cuda
 from megaregion.planning.hardware import GIB
 from megaregion.planning.kernels import KernelCounter, Tally, count_nodes
@@ -180,7 +181,8 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
             return work()
 
     device, tensors = (DEVICE, fake_cuda(marked)) if gpu else (torch.device("cpu"), _Unmultiplied())
-    with _fake_group(rank, plan, device) as place, tensors, warnings.catch_warnings():
+    compilation = counted_compilation() if gpu and layout.config.train.compile else nullcontext()
+    with _fake_group(rank, plan, device) as place, tensors, compilation, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parameters, engine, heads = _build(layout, place)
         if gpu:  # What is made once in a process: constants of the pixels, tables of the angles.
@@ -296,6 +298,8 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     if not fake:  # Pages that nobody writes cost no memory.
         model.to_empty(device=place.device)
     model.vit.recompute = layout.recompute
+    if fake and config.train.compile:
+        compile_blocks(model.vit.blocks)
     cut = config.parallel.tokens_cut
     places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -62,12 +62,21 @@ class KernelCounter(TorchDispatchMode):
     def __init__(self, tally: Tally | None) -> None:
         super().__init__()
         self.tally = tally
+        self.paused = False
+        """Whether what runs is counted in another way."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """A compiled part counts where it runs, not where it is made."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count it."""
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             if self.tally is not None and args[0].is_cuda:
                 self.tally.waits.append(_caller())
@@ -132,6 +141,11 @@ def count_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constant
             if name in PRODUCTS:
                 mode.tally.flops += 2 * tensors[0].numel() * constants["DIM"]
                 mode.tally.of_scores += _size(tensors[:1])
+
+
+def counters() -> list[KernelCounter]:
+    """Those that are entered."""
+    return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, KernelCounter)]
 
 
 def count_nodes(loss: Tensor, name: str) -> int:
