@@ -9,6 +9,7 @@ faults      goodput under random faults
 plan        all of it together; a run's resolutions, other sizes of the cluster, the best way to spread it
 dry_run     one rank built beside its plan, and a step of it on a GPU that is not there
 kernels     counts kernels, bytes and waits
+compiled    counts what torch.compile would start
 fake_cuda   fake CUDA tensors, and what libraries ask of CUDA; cuda_guard answers autograd
 report      tables and JSON
 """

@@ -8,6 +8,7 @@ the project's own operators, which it leaves as they are.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,10 +24,12 @@ from megaregion.planning.kernels import Tally, counters
 
 H100: dict[str, Any] = {
     "name": "H100", "gcnArchName": "", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32,
-    "regs_per_multiprocessor": 65_536, "max_threads_per_multi_processor": 2_048, "max_threads_per_block": 1_024,
-    "shared_memory_per_block_optin": 232_448, "total_memory": 80 * 2**30,
+    "regs_per_multiprocessor": 65_536, "max_threads_per_multi_processor": 2_048,
+    "max_threads_per_block": 1_024, "shared_memory_per_block_optin": 232_448, "total_memory": 80 * 2**30,
 }  # fmt: skip
 """What inductor asks of a device."""
+LAUNCH = r"\btriton_\w+\.run\(|\.sum\(dim=0\)|\.to\(torch\."
+"""What starts a kernel in inductor's code, beside operators that it leaves as they are."""
 FUSED = "fused"
 """The name under which inductor's kernels are counted."""
 
@@ -65,7 +68,7 @@ def _answers() -> Iterator[None]:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import codecache
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
-    from torch.utils._triton import has_triton
+    from torch.utils import _triton
 
     properties = SimpleNamespace(**H100)
     random = torch.zeros(16, dtype=torch.uint8)
@@ -75,10 +78,11 @@ def _answers() -> Iterator[None]:
         "_exchange_device": 0, "_maybe_exchange_device": 0,
     }  # fmt: skip
     # Patterns of code that this project has not are traced with real tensors.
-    patterns = (
+    unasked = (
         (fuse_attention, "_sfdp_init"),
         (pad_mm, "_pad_mm_init"),
         (misc_patterns, "_misc_patterns_init"),
+        (_triton, "triton_hash_with_backend"),
     )
     with ExitStack() as stack:
         for name, answer in answers.items():
@@ -86,13 +90,13 @@ def _answers() -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, reply))
             if hasattr(CudaInterface, name) and name != "is_available":
                 stack.enter_context(patch.object(CudaInterface, name, staticmethod(reply)))
-        for place, name in patterns:
+        for place, name in unasked:
             stack.enter_context(patch.object(place, name, partial(_reply, None)))
         system = staticmethod(partial(_reply, {"hash": "none"}))
         stack.enter_context(patch.object(codecache.CacheBase, "get_system", system))
         # It remembers what it has found.
-        has_triton.cache_clear()
-        stack.callback(has_triton.cache_clear)
+        _triton.has_triton.cache_clear()
+        stack.callback(_triton.has_triton.cache_clear)
         yield
 
 
@@ -111,13 +115,14 @@ def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **named: Any) -> Callab
     from torch._inductor.virtualized import V
 
     lowering: Any = GraphLowering
+    steps: Any = compile_fx
     with _answers(), DebugContext():
-        compile_fx.view_to_reshape(graph)
+        steps.view_to_reshape(graph)
         with torch.no_grad():
-            fake_mode = compile_fx.fake_tensor_prop(graph, inputs)
-        compile_fx._recursive_record_original_output_strides(graph)
+            fake_mode = steps.fake_tensor_prop(graph, inputs)
+        steps._recursive_record_original_output_strides(graph)
         with V.set_fake_mode(fake_mode):
-            compile_fx._recursive_post_grad_passes(graph, is_inference=named.get("is_inference", False))
+            steps._recursive_post_grad_passes(graph, is_inference=named.get("is_inference", False))
             lowered = lowering(
                 graph,
                 example_inputs=inputs,
@@ -126,10 +131,11 @@ def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **named: Any) -> Callab
             )
             with V.set_graph_handler(lowered), V.set_extern_kernel_nodes([]):
                 lowered.run(*inputs)
-                lowered.init_wrapper_code()
-                lowered._update_scheduler()
-                tally, apart = _scheduled(lowered.scheduler.nodes)
-    counted = _Counted(graph, tally, apart)
+                code = lowered.codegen()[0].value
+                own, apart = _scheduled(lowered.scheduler.nodes)
+                # Of rows and columns in one pass a program's share of the columns is added up by torch.
+                own.kernels[FUSED] = len(re.findall(LAUNCH, code))
+    counted = _Counted(graph, own, apart)
 
     def run(operands: list[Any]) -> Any:
         return counted.call(operands)
@@ -139,7 +145,7 @@ def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **named: Any) -> Callab
 
 
 def _scheduled(nodes: Sequence[Any]) -> tuple[Tally, Counter[str]]:
-    """The kernels that inductor writes itself, and how often it calls operators that it leaves as they are."""
+    """The bytes that inductor's kernels move, and how often it calls operators that it leaves as they are."""
     from torch._inductor import ir, scheduler
 
     own, apart = Tally(), Counter[str]()
@@ -151,11 +157,6 @@ def _scheduled(nodes: Sequence[Any]) -> tuple[Tally, Counter[str]]:
             name = node.node.python_kernel_name.removesuffix(".default")
             apart[name.rpartition(".")[2]] += 1
             continue
-        sums = 0
-        if isinstance(node, scheduler.FusedMixOrderReductions):
-            # Rows and columns in one pass; what a program has of the columns is added up by another kernel.
-            sums = sum(part.is_reduction() for part in node.node2.get_nodes())
-        own.kernels[FUSED] += 1 + sums
         own.moved[FUSED] += node.get_read_write_buffers_sizes()
     return own, apart
 
@@ -177,7 +178,11 @@ class _Counted(fx.Interpreter):
             if counter.tally is not None:
                 counter.tally.kernels += self._own.kernels
                 counter.tally.moved += self._own.moved
-        return super().run(*given)
+        try:
+            return super().run(*given)
+        finally:
+            # What it held nobody could take over as a gradient.
+            self.env.clear()
 
     def run_node(self, n: fx.Node) -> Any:
         """Count an operator where it stays a kernel of its own."""
