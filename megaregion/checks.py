@@ -37,6 +37,10 @@ def check_config(config: RunConfig) -> None:
             f"optimizer.warmup_steps must lie in [0, train.steps = {config.train.steps}], "
             f"got {config.optimizer.warmup_steps}"
         )
+    if config.head.text.near_classes:
+        raise UserError(
+            f"head.text.near_classes must be 0, got {config.head.text.near_classes}: tokens have no centers"
+        )
     evaluate = config.evaluate
     _check_multiple("evaluate.every", evaluate.every, "checkpoint.every", config.checkpoint.every)
     if evaluate.every and not evaluate.scenes:

@@ -178,6 +178,9 @@ class HeadConfig:
     """Random negatives that are always drawn (all of them when there are fewer classes)."""
     weight: Annotated[float, Real(0, 10**6)] = 1.0
     """Weight of this head's loss in the sum."""
+    near_classes: Annotated[float, Real(0, 1, "COSINE")] = 0.0
+    """Cosine of two of the dataset's centers above which one is no negative of a region of the other; 0
+    turns it off. For objects alone; 0.75 spares near duplicates."""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ SMALL = 4 * ROWS * 20
 """Bytes that force several waves."""
 
 SHARED = (
-    "separated, cosface, 4 labels, rate 0.2",
     "softmax, cosface, 1 labels, rate 1.0",
     "fewer classes than ranks",
     "scale beyond the bound",
+    "near classes",
 )
 
 

@@ -48,17 +48,18 @@ TYPES = {
     **dict.fromkeys(("p", "features", "centers", "weighed"), "*bf16"),
     **dict.fromkeys(("scores", "sums", "best", "shift", "factor", "seen"), "*fp32"),
     **dict.fromkeys(("gradient", "values", "whole", "weight"), "*fp32"),
-    **dict.fromkeys(("index", "columns", "labels", "table", "classes", "begins"), "*i64"),
-    **dict.fromkeys(("rows", "slots", "all_rows", "draws", "local"), "i32"),
+    **dict.fromkeys(("index", "columns", "spared", "labels", "table", "classes", "begins"), "*i64"),
+    **dict.fromkeys(("rows", "near", "slots", "all_rows", "draws", "local"), "i32"),
     **dict.fromkeys(("unit", "scale", "margin", "cos_m", "sin_m"), "fp32"),
     "marks": "*i1", "made": "*bf16",
 }  # fmt: skip
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "unit_centers": ({"HAS_CLASSES": True}, {"HAS_CLASSES": False}),
     "score": (
-        {"KEEP": True, "HAS_SHIFT": False, "LABELS": 1},
-        {"KEEP": True, "HAS_SHIFT": True, "LABELS": 16},
-        {"KEEP": False, "HAS_SHIFT": False, "LABELS": 16},
+        {"KEEP": True, "HAS_SHIFT": False, "HAS_NEAR": False, "LABELS": 1},
+        {"KEEP": True, "HAS_SHIFT": False, "HAS_NEAR": True, "LABELS": 1},
+        {"KEEP": True, "HAS_SHIFT": True, "HAS_NEAR": False, "LABELS": 16},
+        {"KEEP": False, "HAS_SHIFT": False, "HAS_NEAR": False, "LABELS": 16},
     ),
     "weigh": (
         {

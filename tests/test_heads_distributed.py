@@ -59,6 +59,10 @@ CASES["only the floor"] = {
     "config": HeadConfig(sample_rate=1e-9, min_negatives=2),
     "draw_rows": 6,
 }
+CASES["near classes"] = {
+    **CASES["separated, cosface, 4 labels, rate 0.2"],
+    "config": HeadConfig(sample_rate=0.2, min_negatives=5, near_classes=0.6),
+}
 CASES["scale beyond the bound"] = {
     **CASES["softmax, cosface, 4 labels, rate 1.0"],
     "config": HeadConfig(loss="softmax", scale=200.0, sample_rate=1.0),
@@ -137,6 +141,8 @@ def train(
     """Some steps of two micro-steps each; what this rank saw."""
     place = place_of(world, data, tensor, nodes)
     head = build_head(case["config"], case["classes"], DIM, place, seed=3, chunk_bytes=case["chunk_bytes"])
+    if case["config"].near_classes:
+        head.spare_near(torch.randn((case["classes"], 4), generator=torch.Generator().manual_seed(0)))
     first = 0
     if resume is not None:
         head.load(reader(resume, "separated, cosface, 4 labels, rate 0.2"))
@@ -245,6 +251,12 @@ def test_ranks_together_equal_one_rank(results: Path, layout: str, case: str) ->
     found = [rank[case] for rank in pieces(results, layout)]
     assert len(found) == world_size(layout)
     assert_agrees(found, pieces(results, "one")[0][case], LAYOUTS[layout][1])
+
+
+def test_near_classes_were_there_and_make_a_difference(results: Path) -> None:
+    [one] = pieces(results, "one")
+    spared, plain = (one[name]["loss"] for name in ("near classes", "separated, cosface, 4 labels, rate 0.2"))
+    assert all(less < more for less, more in zip(spared, plain, strict=True))
 
 
 @pytest.mark.parametrize("saved", ["one", "three", "four", "two by two"])

@@ -22,7 +22,7 @@ from megaregion.training.state import FIXED, changes, facts
 SETTINGS = {one.key for section in sections(RunConfig()) for one in section.settings}
 DATASET = DatasetInfo(4, 9, 9, 5, 6, "a", "b", (ShardEntry("one", 2, 9, "c"), ShardEntry("two", 2, 9, "d")))
 
-_HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives", "weight")
+_HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives", "weight", "near_classes")
 
 FREE = {
     # The seed orders samples, crops and negatives from here on; those of the steps before keep theirs.

@@ -23,6 +23,7 @@ given centers), n classes that took part so far, or probed centers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +32,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaregion.config import OptimizerConfig
-from megaregion.heads.sampling import class_hashes, draw_key
+from megaregion.heads.sampling import NearClasses, class_hashes, draw_key
 from megaregion.heads.tiles import Scratch, lines_at_a_time
 
 BLOCK = 1024
 """Classes that share one random generator."""
+MOST_NEAR = 1024
+"""Classes that may be near one."""
+NEAR_SCORES, NEAR_PAIRS = 1 << 24, 1 << 14
+"""Cosines, and pairs in double precision, that the search for near classes holds at a time."""
 
 
 def random_centers(seed: int, name: str, local: range, dim: int) -> Tensor:
@@ -357,3 +362,59 @@ def _nearest(probed: Tensor, chosen: Tensor, unit: Tensor, local: range) -> tupl
         best = torch.where(better, top, best)
         other = torch.where(better, place + local.start + start, other)
     return best, other
+
+
+@torch.no_grad()
+def find_near(
+    centers: Sequence[np.ndarray | Tensor], local: range, cosine: float, device: torch.device
+) -> NearClasses:
+    """Of every class those on this rank whose given centers are nearer than a cosine to its own.
+
+    It stops where a class has more than MOST_NEAR: nobody could use the lists.
+
+    Args:
+        centers: Those of all classes, [K, C], in one part or more; parts of one width are compared.
+        local: This rank's classes.
+        cosine: The bound.
+        device: Where to multiply.
+    """
+    counts = torch.zeros(sum(map(len, centers)), dtype=torch.int64)
+    found = [counts.new_empty((2, 0))]
+    for pairs in _near_pairs(centers, local, cosine, device):
+        found.append(pairs)
+        counts += pairs[0].bincount(minlength=len(counts))
+        if counts.max() > MOST_NEAR:
+            break
+    whose, near = torch.cat(found, 1)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return NearClasses(starts, near[whose.argsort(stable=True)])
+
+
+def _near_pairs(
+    centers: Sequence[np.ndarray | Tensor], local: range, cosine: float, device: torch.device
+) -> Iterator[Tensor]:
+    """Classes and those of this rank near them, [2, n]; products propose and double precision decides.
+
+    So the pairs do not depend on how the classes are spread.
+    """
+    firsts = np.cumsum([0, *map(len, centers)]).tolist()
+    for first, part in zip(firsts, centers, strict=False):
+        own = range(max(local.start, first), min(local.stop, first + len(part)))
+        mine = _unit_rows(part, own.start - first, len(own), device)
+        block = max(1, NEAR_SCORES // max(1, len(own)))
+        for other_first, other in zip(firsts, centers, strict=False):
+            if not own or other.shape[1] != part.shape[1]:
+                continue
+            for begin in range(0, len(other), block):
+                rows = _unit_rows(other, begin, block, device)
+                close = (rows @ mine.T > cosine - 0.01).nonzero()
+                for lines, columns in (some.T for some in close.split(NEAR_PAIRS)):
+                    exact = (rows[lines].double() * mine[columns].double()).sum(1)
+                    pairs = torch.stack([lines + other_first + begin, columns + own.start])
+                    yield pairs[:, (exact > cosine) & (pairs[0] != pairs[1])].cpu()
+
+
+def _unit_rows(centers: np.ndarray | Tensor, start: int, count: int, device: torch.device) -> Tensor:
+    """Some given centers as unit ones; of a memory map only they are read."""
+    part = torch.from_numpy(np.array(centers[start : start + max(0, count)], dtype=np.float32))
+    return torch.nn.functional.normalize(part.to(device), dim=1)

@@ -27,7 +27,7 @@ from torch import Tensor
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.centers import ClassGradient
-from megaregion.heads.sampling import Draw, DrawRule, build_targets, send
+from megaregion.heads.sampling import Draw, DrawRule, NearClasses, build_targets, send
 from megaregion.heads.streaming import BOUNDED_SCALE, LOG2E, HeadWork, RowSums, StreamedDraws
 from megaregion.heads.tiles import BLOCK_ROWS, Scratch
 from megaregion.parallel.topology import Topology
@@ -290,9 +290,11 @@ class GroupedDraws:
         launch(
             kernels.score, (blocks, spans),
             swept.exponentials, swept.scores, sums, best, features, self._centers, targets.index[swept.rows],
-            targets.columns[swept.rows], swept.sums if swept.shift is None else swept.shift,
-            swept.tables.rows, count, self._unit,
-            KEEP=keep, HAS_SHIFT=swept.shift is not None, LABELS=targets.labels.shape[1],
+            targets.columns[swept.rows], targets.spared[swept.rows],
+            swept.sums if swept.shift is None else swept.shift,
+            swept.tables.rows, count, targets.spared.shape[1], self._unit,
+            KEEP=keep, HAS_SHIFT=swept.shift is not None, HAS_NEAR=targets.spared.shape[1] > 0,
+            LABELS=targets.labels.shape[1],
             ROWS=kernels.ROWS, CLASSES=self._tile.scored, **self._tiling,
         )  # fmt: skip
         if spans > 1:
@@ -419,7 +421,9 @@ def _trial(kind: str, config: RunConfig, device: torch.device, draws: Draws) -> 
     features = features.to(device, operand)
     weight = torch.randn((classes, config.head.embedding_dim), generator=rng).to(device)
     labels = torch.randint(classes, (rows, slots if kind == "text" else 1), generator=rng)
-    rule = DrawRule(kind, classes, range(classes), 1, 0, 0.5, 0)
+    neighbours = NearClasses(torch.arange(classes + 1), torch.arange(classes).roll(1))
+    near = neighbours if config.head.by_kind[kind].near_classes else None
+    rule = DrawRule(kind, classes, range(classes), 1, 0, 0.5, 0, near)
     everyone = torch.ones(rows, dtype=torch.bool)
     targets = build_targets(labels, everyone, rule, 0, 0, rows // 2).to(device)
     gradient, seconds = ClassGradient(weight), []

@@ -101,11 +101,12 @@ def _products(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def score(  # type: ignore[no-untyped-def]
-    p, scores, sums, best, features, centers, index, columns, shift, table, rows, unit,
-    KEEP: tl.constexpr, HAS_SHIFT: tl.constexpr, DIM: tl.constexpr, LABELS: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    p, scores, sums, best, features, centers, index, columns, spared, shift, table, rows, near, unit,
+    KEEP: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_NEAR: tl.constexpr, LABELS: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials of all scores but positives', row sums and maxima of each span, and positives' scores."""
+    """Exponentials of all negatives' scores, row sums and maxima of each span, and positives' scores."""
     first, count, slot, classes, base, stride = _line(table, tl.program_id(0))
     line = tl.arange(0, ROWS)
     row, there = first + line, line < count
@@ -137,6 +138,10 @@ def score(  # type: ignore[no-untyped-def]
         for label in range(LABELS):
             own = tl.load(columns + row * LABELS + label, mask=there, other=-1).to(tl.int32)
             score = tl.where(own[:, None] == column[None, :], float("-inf"), score)
+        if HAS_NEAR:
+            for number in range(near):
+                own = tl.load(spared + row * near + number, mask=there, other=-1).to(tl.int32)
+                score = tl.where(own[:, None] == column[None, :], float("-inf"), score)
         top = tl.maximum(top, tl.max(score, 1))
         if KEEP:
             power = tl.exp2(score - offset[:, None])

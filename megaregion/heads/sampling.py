@@ -101,6 +101,28 @@ def _rate_reaches_floor(rivals: int, rate: float, min_negatives: int) -> bool:
 
 
 @dataclass(frozen=True)
+class NearClasses:
+    """Of every class those on this rank that are much like it, and so no negatives of its regions."""
+
+    starts: Tensor
+    """Where each class's list begins, int64 [K + 1]."""
+    classes: Tensor
+    """The lists, one after the other, int64."""
+
+    def of_rows(self, labels: Tensor) -> Tensor:
+        """Classes near any label of rows [r, T] (-1: none), -1 padded, int64 [r, classes of the longest]."""
+        known = labels.clamp_min(0).flatten()
+        begins, absent = self.starts[known], (labels < 0).flatten()
+        counts = (self.starts[known + 1] - begins).masked_fill(absent, 0)
+        lists = torch.arange(len(counts)).repeat_interleave(counts)
+        within = torch.arange(len(lists)) - (counts.cumsum(0) - counts)[lists]
+        each = counts.view(labels.shape).sum(1)
+        near = labels.new_full((len(labels), int(each.max()) if len(each) else 0), -1)
+        near[torch.arange(near.shape[1]) < each[:, None]] = self.classes[begins[lists] + within]
+        return near
+
+
+@dataclass(frozen=True)
 class DrawRule:
     """What decides a head's draws besides step and rows."""
 
@@ -116,6 +138,8 @@ class DrawRule:
     """Share of classes drawn."""
     min_negatives: int
     """Random negatives that are always drawn."""
+    near: NearClasses | None = None
+    """Classes that are no negatives of a row though they are no positives of it either."""
 
     @property
     def draws_all(self) -> bool:
@@ -150,6 +174,8 @@ class Targets:
     """Distinct positives of these rows, -1 padded, int64 [R, T]."""
     columns: Tensor
     """Where each positive stands among its draw's classes, -1 if not on this rank, int64 [R, T]."""
+    spared: Tensor
+    """Where the classes near a row's positives stand there, -1 padded, int64 [R, S]; S is 0 without any."""
     classes: Tensor | None
     """The draws' classes one after the other, each draw's rising numbers within this rank's range, int64;
     None if every draw, and so the only one, has the whole range."""
@@ -211,9 +237,10 @@ def build_targets(
     chosen = labels[index]
     _check_labels(chosen, index, rule.name, rule.classes)
     chosen = _distinct(chosen)
+    near = chosen[:, :0] if rule.near is None else rule.near.of_rows(chosen)
     draws, slots, found = [], 0, []
     for group, part in _groups(index + first_row, rule, draw_rows or max(1, len(rows))):
-        classes, columns, positives = _draw(chosen[part], rule, step, group)
+        classes, columns, positives = _draw(chosen[part], near[part], rule, step, group)
         size = len(rule.local) if classes is None else len(classes)
         share = -(-rule.classes // rule.ranks)
         if classes is not None:
@@ -223,6 +250,7 @@ def build_targets(
         slots += size
         found.append((classes, columns, positives))
     none = index[:0]
+    columns = torch.cat([torch.cat([chosen, near], 1)[:0], *(columns for _, columns, _ in found)])
     positives = torch.cat([none, *(each for _, _, each in found)])
     whole = max(1, rule.classes * len(draws))
     shares = (
@@ -234,7 +262,8 @@ def build_targets(
     return Targets(
         index=index,
         labels=chosen,
-        columns=torch.cat([chosen[:0], *(columns for _, columns, _ in found)]),
+        columns=columns[:, : chosen.shape[1]].contiguous(),
+        spared=columns[:, chosen.shape[1] :].contiguous(),
         classes=None
         if rule.draws_all
         else torch.cat([none, *(each for each, _, _ in found if each is not None)]),
@@ -280,17 +309,21 @@ def _distinct(labels: Tensor) -> Tensor:
     return ordered
 
 
-def _draw(labels: Tensor, rule: DrawRule, step: int, group: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Classes, columns and positives of a draw for rows with these labels, as :class:`Targets` has them."""
+def _draw(
+    labels: Tensor, near: Tensor, rule: DrawRule, step: int, group: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Classes of a draw, columns of labels and then of near classes, and positives: as :class:`Targets`."""
     key, local = draw_key(rule.seed, rule.name, step, group), rule.local
     found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
-    here = (labels >= local.start) & (labels < local.stop)
-    columns = labels - local.start
+    wanted = torch.cat([labels, near], 1)
+    here = (wanted >= local.start) & (wanted < local.stop)
+    columns = wanted - local.start
     if found is not None and len(local):
-        place = torch.empty(len(local), dtype=torch.int64, device=labels.device)
+        place = torch.full((len(local),), -1, dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
         columns = place[columns.masked_fill(~here, 0)]
-    return found, columns.masked_fill(~here, -1), (labels[here] - local.start).unique()
+    own = labels[here[:, : labels.shape[1]]]
+    return found, columns.masked_fill(~here, -1), (own - local.start).unique()
 
 
 class SamplingWatch:

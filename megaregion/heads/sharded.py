@@ -20,8 +20,9 @@ of a row (padded with -1).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,10 +34,12 @@ from torch import Tensor
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.heads.centers import (
+    MOST_NEAR,
     ClassGradient,
     DeadClasses,
     RowAdamW,
     find_doubles,
+    find_near,
     given_centers,
     random_centers,
 )
@@ -45,6 +48,8 @@ from megaregion.heads.sampling import DrawRule, SamplingWatch, Targets, build_ta
 from megaregion.heads.streaming import HeadWork, score_rows
 from megaregion.heads.tiles import Scratch
 from megaregion.parallel.topology import GatheringRows, Topology, scatter_sums
+
+LOG = logging.getLogger(__name__)
 
 
 class LocalTensor(NamedTuple):
@@ -127,11 +132,7 @@ class ClassShardedHead:
         Raises:
             UserError: Centers of another number of classes.
         """
-        if (given := sum(map(len, centers))) != self.classes:
-            raise UserError(
-                f"head {self.name} has {self.classes} classes but was given {given} centers; "
-                "take centers.npy of the dataset that is trained on"
-            )
+        self._check_number(centers)
         first = 0
         for part in centers:
             own = range(max(self.local.start, first), min(self.local.stop, first + len(part)))
@@ -140,6 +141,36 @@ class ClassShardedHead:
                 wanted = range(own.start - first, own.stop - first)
                 self.weight[place] = given_centers(part, self.rule.seed, self.name, wanted, self.dim)
             first += len(part)
+
+    def spare_near(self, *centers: np.ndarray | Tensor) -> None:
+        """Let classes near a row's positives be no negatives of it, by all classes' centers; a collective.
+
+        Raises:
+            UserError: Centers of another number of classes, or so many near ones that they would not fit.
+        """
+        self._check_number(centers)
+        cosine = self.config.near_classes
+        near = find_near(centers, self.local, cosine, self.device)
+        counts = near.starts.diff().to(self.device)
+        dist.all_reduce(counts, group=self.world_group)
+        if (most := int(counts.max())) > MOST_NEAR:
+            raise UserError(
+                f"head.{self.name}.near_classes {cosine} makes more than {MOST_NEAR} classes near one "
+                f"({most} or more near class {int(counts.argmax())}); raise it"
+            )
+        if self.topology.rank == 0:
+            LOG.info(
+                "head %s: a class has %.2f others nearer than %g, at most %d; they are no negatives of it",
+                self.name, float(counts.double().mean()), cosine, most,
+            )  # fmt: skip
+        self.rule = replace(self.rule, near=near)
+
+    def _check_number(self, centers: Sequence[np.ndarray | Tensor]) -> None:
+        if (given := sum(map(len, centers))) != self.classes:
+            raise UserError(
+                f"head {self.name} has {self.classes} classes but was given {given} centers; "
+                "take centers.npy of the dataset that is trained on"
+            )
 
     def draw(
         self, labels: Tensor, rows: Tensor, step: int, first_row: int = 0, draw_rows: int = 0

@@ -196,7 +196,7 @@ class DrawStream:
         self._draw, self._features, self._results = draw, features, results
         targets = work.targets
         self._index, self._columns = targets.index[draw.rows], targets.columns[draw.rows]
-        self._valid = targets.labels[draw.rows] >= 0
+        self._valid, self._spared = targets.labels[draw.rows] >= 0, targets.spared[draw.rows]
         self._inverse = inverse_norms(centers) if targets.classes is None else None
         self._like = centers
         self._products = Products(work.operand)
@@ -292,7 +292,7 @@ class DrawStream:
     def _multiply(
         self, features: Tensor, rows: slice, tile: slice, out: Tensor, positives: Tensor | None = None
     ) -> None:
-        """Write a tile's products [c, r], -inf at the rows' own positives: they are no negatives.
+        """Write a tile's products [c, r], -inf at the rows' positives and what is near them: no negatives.
 
         The positives' scores are added to ``positives`` [r, T].
         """
@@ -302,6 +302,9 @@ class DrawStream:
             positives += torch.where(inside, self._scaled(out.gather(0, line), tile, line), 0.0).T
         # Adding, where padding adds 0 to line 0, needs no list of pairs and so no size known to the host.
         out.scatter_add_(0, line, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
+        if self._spared.shape[1]:
+            line, inside = own_places(self._spared[rows], tile)
+            out.scatter_add_(0, line, torch.where(inside, float("-inf"), 0.0).to(out.dtype))
 
     def _exponentiate(self, products: Tensor, rows: slice, tile: slice) -> tuple[Tensor, Tensor]:
         shift = None if self._shift is None else self._shift[rows] * LOG2E

@@ -285,8 +285,10 @@ class _Unmultiplied(TorchDispatchMode):
 
 def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     """Parameters of the rank's shard of the encoder, its engine and its heads, as the trainer builds them."""
-    # Given centers are a file of the dataset, and as many numbers as any others.
-    config = dataclasses.replace(layout.config, head=dataclasses.replace(layout.config.head, init="random"))
+    # Given centers are a file of the dataset, and as many numbers as any others; which are near is unknown.
+    head = layout.config.head
+    head = dataclasses.replace(head, init="random", object=dataclasses.replace(head.object, near_classes=0.0))
+    config = dataclasses.replace(layout.config, head=head)
     before, fake = torch.get_default_dtype(), place.device.type == "cuda"
     torch.set_default_dtype(torch.bfloat16 if config.train.bf16 else torch.float32)
     try:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,10 +66,14 @@ class Heads:
             kind: torch.tensor(settings[kind].weight / regions, device=topology.device)
             for kind in self.by_kind
         }
-        if config.head.init == "centers" and "object" in self.by_kind:
-            # Mapped, so that a rank reads the centers of its own classes only.
-            centers = [np.load(path, mmap_mode="r", allow_pickle=False) for _, path in dataset.centers]
-            self.by_kind["object"].start_from(*centers)
+        near, starts = config.head.object.near_classes, config.head.init == "centers"
+        if "object" in self.by_kind and (near or starts):
+            centers = [_centers(path, "head.object.near_classes" if near else "head.init centers")
+                       for _, path in dataset.centers]  # fmt: skip
+            if starts:
+                self.by_kind["object"].start_from(*centers)
+            if near:
+                self.by_kind["object"].spare_near(*centers)
 
     def send_labels(self, batch: Batch) -> GatheringLabels:
         """Send a micro-step's labels to all data ranks; best before the encoder's pass is queued."""
@@ -232,6 +237,23 @@ class StepSums:
             "loss": sum(self._weights[kind] * sums[kind] for kind in sums) / self._regions,
             **{f"loss_{kind}": sums[kind] / counts[kind] if counts[kind] else None for kind in sums},
         }
+
+
+def _centers(path: Path, key: str) -> np.ndarray:
+    """A dataset's centers, mapped: a rank reads those that it needs.
+
+    Raises:
+        UserError: They are not there, or no matrix.
+    """
+    try:
+        centers: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else error
+        raise UserError(
+            f"{key} needs {path}, which cannot be read ({why}); curate or pack the dataset again, or leave "
+            f"{key.split()[0]} at its default"
+        ) from None
+    return centers
 
 
 def _node_groups(config: RunConfig, topology: Topology) -> NodeGroups | None:
