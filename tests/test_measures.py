@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from megaregion.data.image import decode_image
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import DECAYS, choose_decay, fit_probe, hold_out, nearest, vote
@@ -49,6 +50,7 @@ from megaregion.evaluation.scenes import (
     TrueRegion,
     Truth,
     class_map,
+    read_image,
     read_scenes,
     truth_map,
 )
@@ -527,3 +529,16 @@ def test_a_mask_in_the_truth_must_have_the_scenes_size(tmp_path: Path) -> None:
     (tmp_path / "truth.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match=r"mask of 8 x 9 pixels in a scene of 9 x 9"):
         read_scenes(tmp_path)
+
+
+def test_evaluation_decodes_an_image_as_training_does(tmp_path: Path) -> None:
+    """Ink without Adobe's mark, which Pillow alone turns upside down."""
+    ink = Image.new("CMYK", (16, 8), (0, 255, 255, 0))
+    ink.save(tmp_path / "adobe.jpg", quality=95)
+    content = (tmp_path / "adobe.jpg").read_bytes()
+    mark = content.index(b"\xff\xee")
+    (tmp_path / "plain.jpg").write_bytes(content[:mark] + content[mark + 16 :])
+    found = read_image(tmp_path / "plain.jpg", "")
+    assert np.array_equal(found, decode_image((tmp_path / "plain.jpg").read_bytes()))
+    with Image.open(tmp_path / "plain.jpg") as file:
+        assert not np.array_equal(found, file.convert("RGB"))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
-from megaregion.data.image import to_rgb
+from megaregion.data.image import decode_image
 from megaregion.data.info import TOKENIZER_NAME, load_tokenizer, token_set
 from megaregion.data.sample import RLE, BadSample, Box, decode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
@@ -211,9 +211,8 @@ def open_image(scene: Scene) -> Image.Image:
 def read_image(path: Path, advice: str) -> Image.Image:
     """An image, RGB; a UserError that ends with this advice where it is missing or cannot be decoded."""
     try:
-        with Image.open(path) as file:
-            return to_rgb(file)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return decode_image(path.read_bytes())
+    except (OSError, BadSample) as error:
         raise UserError(f"{path} cannot be read ({error}); {advice}") from None
 
 
