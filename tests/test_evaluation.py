@@ -31,6 +31,7 @@ from megaregion.evaluation.scenes import (
     Scene,
     TrueRegion,
     Truth,
+    check_labels,
     most_frequent,
     open_image,
     open_vocabulary,
@@ -191,16 +192,17 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> N
 
 
 def test_the_prior_is_counted_in_the_training_shards(place: Workplace) -> None:
-    vocabulary = open_vocabulary(ShardedDataset(place.dataset), {})
+    vocabulary = open_vocabulary(ShardedDataset(place.dataset))
     assert vocabulary is not None
     words = Truth(read_scenes(place.scenes / "train")).words.names
     assert vocabulary.prior == most_frequent(Counter(t for word in words for t in vocabulary.tokens(word)))
     assert vocabulary.unreadable == 0
 
 
-def test_another_tokenizer_than_the_runs_own_is_refused(place: Workplace) -> None:
-    with pytest.raises(UserError, match=r"not the tokenizer that the run was trained with"):
-        open_vocabulary(ShardedDataset(place.dataset), {"tokenizer_sha256": "0" * 64})
+def test_other_labels_than_the_runs_own_are_refused(place: Workplace) -> None:
+    for key, name in (("tokenizer_sha256", "tokenizer is"), ("centers_sha256", "centers are")):
+        with pytest.raises(UserError, match=f"the {name} not what the run was trained with in here; name"):
+            check_labels(read_info(place.dataset), {key: "0" * 64}, "here")
 
 
 # ---- scenes ----------------------------------------------------------------------------------------
@@ -512,6 +514,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
     assert run_tool(place.run, "--scenes", tmp_path, "--curation", "none") == 2
     assert run_tool(place.run, "--scenes", place.scenes, "--device", "abacus", "--curation", "none") == 2
     assert run_tool(place.run, "--scenes", place.scenes, "--dataset", tmp_path, "--curation", "none") == 2
+    assert run_tool(place.run, "--scenes", place.scenes, "--dataset", "s3://far", "--curation", "none") == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(line.startswith("megaregion: ") for line in lines)

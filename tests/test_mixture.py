@@ -23,6 +23,10 @@ from megaregion.data.sample import parse_sample
 from megaregion.data.shards import Mixture, open_datasets, order_of
 from megaregion.data.transforms import Transform
 from megaregion.errors import UserError
+from megaregion.evaluation import scenes
+from megaregion.evaluation.clusters import confuse
+from megaregion.evaluation.encoders import BoxedImage, Features
+from megaregion.evaluation.scenes import open_vocabulary
 from megaregion.heads.centers import given_centers
 from megaregion.planning.layout import known_labels
 from megaregion.training.state import LABELS
@@ -191,3 +195,35 @@ def test_the_plan_counts_the_classes_of_all_datasets(folder: Path) -> None:
     labels = known_labels(config, None, None)
     assert (labels.object_classes, labels.text_classes) == (2 * OBJECT_CLASSES, TEXT_CLASSES)
     assert labels.source == f"{folder}/one/dataset.json, {folder}/two/dataset.json"
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+
+class Blind:
+    """Says the same of every region."""
+
+    def encode(self, items: Sequence[BoxedImage]) -> Features:
+        rows = np.ones((sum(len(item.boxes) for item in items), 4), dtype=np.float32)
+        return Features(rows, rows)
+
+
+def test_evaluation_asks_about_all_datasets_by_the_classes_that_the_heads_know(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets, _ = mixed(folder, "@one=2,@two=1")
+    centers = np.ones((datasets.info.object_classes, 4), dtype=np.float32)
+    found = confuse(datasets, Blind(), centers, seed=0)  # type: ignore[arg-type]
+    assert found is not None
+    assert {sample < 12 for sample, _ in found.regions} == {True, False}
+    for sample, region in found.regions:
+        assert region.label is not None
+        assert (region.label >= OBJECT_CLASSES) == (sample >= 12)
+
+    monkeypatch.setattr(scenes, "load_tokenizer", lambda path: path)
+    alone, both = (open_vocabulary(each) for each in (datasets.parts[0], datasets))
+    assert both is not None
+    assert (both.size, both.processor) == (TEXT_CLASSES, folder / "one" / "tokenizer.model")
+    # The toy's tokenizers are one and the same, so both datasets have part in the counts.
+    assert alone is not None
+    assert alone.prior != both.prior

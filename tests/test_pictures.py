@@ -185,10 +185,10 @@ def test_a_sample_that_cannot_be_read_is_counted_by_the_confusion_and_by_the_pri
     assert fewer is not None
     assert (all_regions.unreadable, fewer.unreadable) == (0, 1)
     assert len(fewer.regions) == len(all_regions.regions) - 2
-    vocabulary = open_vocabulary(damaged, {})
+    vocabulary = open_vocabulary(damaged)
     assert vocabulary is not None
     assert vocabulary.unreadable == 1
-    assert open_vocabulary(whole, {}).unreadable == 0  # type: ignore[union-attr]
+    assert open_vocabulary(whole).unreadable == 0  # type: ignore[union-attr]
 
 
 def test_like_clusters_lie_beside_each_other() -> None:

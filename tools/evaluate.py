@@ -17,7 +17,19 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from megaregion.bounds import Choice, Count, File, Folder, Images, PositiveInt, Seed, Text, Whole, Workers
+from megaregion.bounds import (
+    Choice,
+    Count,
+    File,
+    Folder,
+    Images,
+    PositiveInt,
+    Seed,
+    Text,
+    Weighted,
+    Whole,
+    Workers,
+)
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.files import write_text
@@ -77,8 +89,7 @@ def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     names = {field.name for field in fields(StudyConfig)}
     asked = {name: value for name, value in vars(arguments).items() if name in names}
-    asked |= {"device": device, "dataset": arguments.dataset or Path(opened.config.data.datasets[0][0])}
-    asked |= {"images": arguments.folder_dataset or arguments.images}
+    asked |= {"device": device, "images": arguments.folder_dataset or arguments.images}
     asked |= {"limit": SCENE_OBJECTS if arguments.limit is None else arguments.limit}
     asked |= {"measures": _chosen(arguments.measures or ",".join(QUICK), MEASURES)}
     config = StudyConfig(**asked)
@@ -284,9 +295,9 @@ def _parser() -> Parser:
     add("--out", Folder, None, "where the results go; by default the run's or the model's folder")
     add(
         "--dataset",
-        Folder,
+        Weighted(),
         None,
-        "shards that the run was trained on; by default the run's data.path, of several the first",
+        "shards that the run was trained on, as data.path names them; by default the run's data.path",
     )
     add("--split", Choice(("test", "val")), "test", "held-out split to ask about; tune on val only (it "
         "writes evaluation_val.json), never on test")  # fmt: skip

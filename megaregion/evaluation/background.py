@@ -42,9 +42,9 @@ def evaluate_step(folder: Path, step: int) -> None:
 
     began = time.monotonic()
     run = open_run(folder, step)
-    wanted, dataset = run.config.evaluate, Path(run.config.data.datasets[0][0])
+    wanted = run.config.evaluate
     config = StudyConfig(
-        Path(wanted.scenes), dataset, wanted.split, wanted.limit, measures=WATCHED, baselines=False
+        Path(wanted.scenes), split=wanted.split, limit=wanted.limit, measures=WATCHED, baselines=False
     )
     study = evaluate(run, config)
     record = {"step": step, "time": time.time(), "seconds": round(time.monotonic() - began, 2)}

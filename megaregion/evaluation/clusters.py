@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megaregion.data.image import decode_image
 from megaregion.data.sample import BadSample, RegionRecord, parse_sample
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.shards import Datasets
 from megaregion.evaluation.classifiers import nearest, unit
 from megaregion.evaluation.encoders import BoxedImage, Encoder, Floats
 from megaregion.evaluation.encoding import Progress, quiet
@@ -52,26 +52,27 @@ class Confusion:
 
 
 def confuse(
-    shards: ShardedDataset,
+    datasets: Datasets,
     encoder: Encoder,
     centers: Floats,
     seed: int,
     batch: int = 32,
     progress: Progress = quiet,
 ) -> Confusion | None:
-    """Ask the object head, whose centers are [K, E], about regions of shards' images that a seed draws.
+    """Ask the object head, whose centers are [K, E], about regions of images that a seed draws.
 
     None if no image that was drawn has an object.
     """
-    drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(shards))[:SAMPLES].tolist()
+    drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(datasets))[:SAMPLES].tolist()
     regions: list[tuple[int, RegionRecord]] = []
     embeddings, unreadable = [], 0
     for start in range(0, len(drawn), batch):
         items = []
         for sample in drawn[start : start + batch]:
-            raw = shards.read(sample)
+            raw = datasets.read(sample)
             try:
-                record, image = parse_sample(raw.record), decode_image(raw.image)
+                record = datasets.labelled(sample, raw.key, parse_sample(raw.record))
+                image = decode_image(raw.image)
             except BadSample:
                 unreadable += 1  # Training skips it too.
                 continue

@@ -7,7 +7,7 @@ them, R regions of the batch one after another, D width, E embedding width, V te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -58,6 +58,11 @@ class NetworkEncoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
+
+    def reading(self, tokens: int) -> NetworkEncoder:
+        """The same, whose text head names one of the first so many classes."""
+        centers = self.text_centers
+        return replace(self, text_centers=None if centers is None else centers[:tokens])
 
     @cached_property
     def transform(self) -> EvalTransform:

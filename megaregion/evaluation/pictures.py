@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from megaregion.data.image import decode_image
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.shards import Datasets
 from megaregion.errors import UserError
 from megaregion.evaluation.clusters import Confusion, confuse
 from megaregion.evaluation.encoders import Floats, as_array, crop
@@ -86,7 +86,7 @@ class Visuals:
     """Longest side at which the frames were read, in pixels."""
     attention: Sequence[SceneAttention]
     confusion: Confusion | None
-    shards: ShardedDataset
+    datasets: Datasets
 
 
 def visualise(study: Study, frames: Path | None = None, side: int = 0, progress: Progress = quiet) -> Visuals:
@@ -103,11 +103,11 @@ def visualise(study: Study, frames: Path | None = None, side: int = 0, progress:
     chosen = read_frames(frames) if frames else [Frame(s.key, open_image(s)) for s in scenes[:FRAMES]]
     maps = [paint(encoder, chosen, side, progress) for encoder in (trained, untrained)]
     attention = [_attend(trained, scene, side) for scene in [s for s in scenes if s.objects][:ATTENDED]]
-    shards, centers = ShardedDataset(config.dataset), run.centers("object")
+    centers = run.centers("object")
     confusion = None
     if centers is not None:
-        confusion = confuse(shards, trained, centers, config.seed, config.batch, progress)
-    return Visuals(chosen, maps, side, attention, confusion, shards)
+        confusion = confuse(study.datasets, trained, centers, config.seed, config.batch, progress)
+    return Visuals(chosen, maps, side, attention, confusion, study.datasets)
 
 
 def read_frames(path: Path) -> list[Frame]:
@@ -233,4 +233,4 @@ def cluster_picture(visuals: Visuals, cluster: int) -> Image.Image:
     assert visuals.confusion is not None
     # Clusters are confused only where a region of each was drawn.
     sample, region = next(own for own in visuals.confusion.regions if own[1].label == cluster)
-    return crop(decode_image(visuals.shards.read(sample).image), region.box)
+    return crop(decode_image(visuals.datasets.read(sample).image), region.box)

@@ -108,7 +108,7 @@ def write_report(
         scenes=[queries.scenes[place] for place in pictures.draw(len(queries.scenes), SCENES, seed)],
         picture=region_picture,
         classes=_class_chart(study),
-        curation=curation_card(study.config.dataset),
+        curation=Markup().join(curation_card(part.folder) for part in study.datasets.parts),
         settings=dotted(asdict(study.run.config)),
     )
 

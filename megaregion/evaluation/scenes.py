@@ -20,9 +20,9 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from megaregion.data.image import decode_image
-from megaregion.data.info import TOKENIZER_NAME, load_tokenizer, token_set
+from megaregion.data.info import TOKENIZER_NAME, DatasetInfo, load_tokenizer, token_set
 from megaregion.data.sample import RLE, BadSample, Box, decode_mask, parse_sample
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.shards import Datasets
 from megaregion.errors import UserError
 
 TRUTH = 96
@@ -31,6 +31,8 @@ IGNORED = -1
 """Owner of a place that belongs to a word: neither object nor background."""
 TOP = 5
 """Tokens that count where a word's are recalled."""
+COUNTED = 200_000
+"""Most training samples whose tokens are counted, evenly spaced."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 Tokens = tuple[int, ...]
@@ -260,10 +262,12 @@ class Vocabulary:
     """A tokenizer and the prior of its tokens."""
 
     processor: SentencePieceProcessor
+    size: int
+    """Its classes, which are the first ones of the text head."""
     prior: Tokens
-    """The five tokens that most text regions of the training shards hold."""
+    """The five tokens that most text regions of the training shards hold, of at most COUNTED samples."""
     unreadable: int
-    """Samples of the shards whose records cannot be read: the prior does not count them."""
+    """Samples whose records cannot be read: the prior does not count them."""
 
     def tokens(self, text: str) -> Tokens:
         """Gold tokens of a text, by curation's own rule."""
@@ -274,30 +278,39 @@ class Vocabulary:
         return [str(self.processor.id_to_piece(token)) for token in tokens]
 
 
-def open_vocabulary(shards: ShardedDataset, trained_on: Mapping[str, Any]) -> Vocabulary | None:
-    """Open a dataset's tokenizer and count its tokens; None for a dataset without text.
+def check_labels(found: DatasetInfo, trained_on: Mapping[str, Any], path: str) -> None:
+    """Refuse shards at a path whose centers or tokenizers are not those of the run's manifest."""
+    for key, name in (("centers_sha256", "centers are"), ("tokenizer_sha256", "tokenizer is")):
+        expected = trained_on.get(key)
+        if expected is not None and expected != getattr(found, key):
+            raise UserError(
+                f"the {name} not what the run was trained with in {path}; name the run's shards with "
+                "--dataset, as its data.path names them"
+            )
+
+
+def open_vocabulary(datasets: Datasets) -> Vocabulary | None:
+    """Open the tokenizer and count its tokens; of several, the first one's. None where there is no text.
 
     Raises:
-        UserError: The tokenizer cannot be read, or is not the one of the dataset that the run was trained on.
+        UserError: The tokenizer cannot be read.
     """
-    if shards.info.text_classes == 0:
+    part = next((part for part in datasets.parts if part.info.text_classes), None)
+    if part is None:
         return None
-    expected = trained_on.get("tokenizer_sha256")
-    if expected is not None and expected != shards.info.tokenizer_sha256:
-        raise UserError(
-            f"{shards.folder / TOKENIZER_NAME} is not the tokenizer that the run was trained with; name the "
-            "run's dataset with --dataset"
-        )
-    processor = load_tokenizer(shards.folder / TOKENIZER_NAME)
+    processor, size = load_tokenizer(part.folder / TOKENIZER_NAME), part.info.text_classes
     counts, unreadable = Counter[int](), 0
-    for index in range(len(shards)):
+    counted = np.linspace(0, len(datasets) - 1, min(len(datasets), COUNTED)).round().astype(np.int64)
+    for index in counted.tolist():
+        raw = datasets.read(index)
         try:
-            record = parse_sample(shards.read(index).record)
+            record = datasets.labelled(index, raw.key, parse_sample(raw.record))
         except BadSample:
             unreadable += 1  # Training skips it too.
             continue
-        counts.update(token for region in record.regions if region.kind == "text" for token in region.labels)
-    return Vocabulary(processor, most_frequent(counts), unreadable)
+        texts = (region for region in record.regions if region.kind == "text")
+        counts.update(token for region in texts for token in region.labels if token < size)
+    return Vocabulary(processor, size, most_frequent(counts), unreadable)
 
 
 def most_frequent(counts: Mapping[int, int]) -> Tokens:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megaregion.data.info import DatasetInfo
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.remote import is_remote
+from megaregion.data.shards import Datasets, open_datasets
 from megaregion.errors import UserError
 from megaregion.evaluation.classifiers import NEIGHBOURS, Neighbours, ballots, nearest, vote
 from megaregion.evaluation.encoders import (
@@ -54,6 +54,7 @@ from megaregion.evaluation.scenes import (
     Tokens,
     Truth,
     Vocabulary,
+    check_labels,
     open_vocabulary,
     pick_scenes,
     read_scenes,
@@ -108,8 +109,8 @@ class StudyConfig:
 
     scenes: Path
     """Scene set with train/ and the evaluated split."""
-    dataset: Path
-    """Shards that the run was trained on: their tokenizer and token counts."""
+    dataset: Path | str | None = None
+    """Shards that the run was trained on, as its data.path names them, if they are elsewhere now."""
     split: str = "test"
     """Split whose regions are asked for; test is for final numbers, never for tuning."""
     limit: int = 4_000
@@ -158,7 +159,7 @@ class Study:
     """Held-out scenes whose regions are asked for."""
     answers: Mapping[str, Answers]
     """About each held-out region: trained, untrained, pixels, then the other encoders."""
-    data: DatasetInfo
+    datasets: Datasets
     """What the run was trained on."""
     vocabulary: Vocabulary | None
     """None for a run without text."""
@@ -205,15 +206,15 @@ def evaluate(
     Raises:
         UserError: Scenes, dataset or checkpoint cannot be used; the text says which and why.
     """
-    shards = ShardedDataset(config.dataset)
-    vocabulary = open_vocabulary(shards, run.reader.manifest.get("dataset", {}))
+    datasets = _open_datasets(run, config)
+    vocabulary = open_vocabulary(datasets)
     drawn = pick_scenes(_scenes(config.scenes / GALLERY_SPLIT), config.limit, config.seed)
     gallery, queries = (
         Truth(scenes, tuple(vocabulary.tokens(w.name) if vocabulary else () for s in scenes for w in s.words))
         for scenes in (drawn, _scenes(config.scenes / config.split))
     )
     folder = read_image_folder(config.images) if config.images else None
-    encoders = [*_own_encoders(run, config), *others]
+    encoders = [*_own_encoders(run, config, vocabulary.size if vocabulary else 0), *others]
     batches = Batches(config.batch, config.workers, progress=progress)
     known = encode_scenes(gallery, encoders, batches, GALLERY_SPLIT)
     asked = encode_scenes(queries, encoders, batches, config.split)
@@ -224,10 +225,20 @@ def evaluate(
     if folder is not None:
         measured.append(image_table(folder, evidence.encoders, config.seeds, batches))
     return Study(
-        config, run, gallery, queries, answers, shards.info, vocabulary, batches.seconds,
+        config, run, gallery, queries, answers, datasets, vocabulary, batches.seconds,
         summary=_summary(evidence, answers, config.split, run.step, form),
         tables=tuple(table for table in measured if table is not None),
     )  # fmt: skip
+
+
+def _open_datasets(run: TrainedRun, config: StudyConfig) -> Datasets:
+    path = run.config.data.path if config.dataset is None else str(config.dataset)
+    data = replace(run.config.data, path=path)
+    if any(is_remote(each) for each, _ in data.datasets):
+        raise UserError(f"evaluation needs shards on this machine, not {path}; name a copy with --dataset")
+    datasets = open_datasets(data)
+    check_labels(datasets.info, run.reader.manifest.get("dataset", {}), path)
+    return datasets
 
 
 def _scenes(folder: Path) -> list[Scene]:
@@ -240,11 +251,12 @@ def _scenes(folder: Path) -> list[Scene]:
     return scenes
 
 
-def _own_encoders(run: TrainedRun, config: StudyConfig) -> list[Encoder]:
-    trained = run.trained(config.device, config.projected)
+def _own_encoders(run: TrainedRun, config: StudyConfig, tokens: int) -> list[Encoder]:
+    """The run's network and its baselines; text heads name the first so many classes."""
+    trained = run.trained(config.device, config.projected).reading(tokens)
     if not config.baselines:
         return [trained]
-    untrained = run.untrained(config.device, config.projected)
+    untrained = run.untrained(config.device, config.projected).reading(tokens)
     see = partial(pixel_map, cells=run.config.model.grid)
     return [trained, untrained, CropEncoder(PIXELS, raw_pixels, see=see)]
 
