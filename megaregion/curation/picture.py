@@ -193,9 +193,12 @@ def area(boxes: Boxes) -> NDArray[np.float64]:
 
 def intersection(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     """Area that each box shares with each of the others, [R, S]."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return np.clip(high - low, 0, None).prod(axis=2)
+    across, down = (
+        np.minimum(boxes[:, None, side + 2], others[None, :, side + 2])
+        - np.maximum(boxes[:, None, side], others[None, :, side])
+        for side in (0, 1)
+    )
+    return np.maximum(across, 0) * np.maximum(down, 0)
 
 
 def iou(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:

@@ -240,16 +240,26 @@ def run_lengths(
 ) -> list[tuple[tuple[float, float, float, float], RLE] | None]:
     """The host's part of it: a mask and a pixel for each end of a run, and what else :func:`edges` found."""
     count, height, width = len(first), down.shape[1], across.shape[1]
-    found: list[tuple[tuple[float, float, float, float], RLE] | None] = []
-    for number, changes in enumerate(np.split(place, np.cumsum(np.bincount(owner, minlength=count))[:-1])):
-        x, y = np.flatnonzero(across[number]), np.flatnonzero(down[number])
-        if not len(x):
-            found.append(None)
-            continue
-        ends = np.concatenate([[0] if first[number] else [], changes + 1, [height * width]]).astype(np.int64)
-        box = (float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1))
-        found.append((box, RLE((height, width), tuple(np.diff(ends, prepend=0).tolist()))))
-    return found
+    # Where the runs of all masks end: at 0 where the first pixel is in, at changes, and at the last pixel.
+    stops = np.cumsum(np.bincount(owner, minlength=count) + first + 1)
+    starts = np.concatenate([[0], stops[:-1]])
+    ends, inner = np.empty(stops[-1], dtype=np.int64), np.ones(stops[-1], dtype=bool)
+    ends[starts[first]], ends[stops - 1] = 0, height * width
+    inner[starts[first]] = inner[stops - 1] = False
+    ends[inner] = place + 1
+    runs = np.diff(ends, prepend=0)
+    runs[starts] = ends[starts]
+    told = runs.tolist()
+    boxes = np.stack(
+        [
+            across.argmax(1), down.argmax(1),
+            width - across[:, ::-1].argmax(1), height - down[:, ::-1].argmax(1),
+        ], axis=1,
+    ).astype(float).tolist()  # fmt: skip
+    return [
+        (tuple(box), RLE((height, width), tuple(told[start:stop]))) if seen else None
+        for box, start, stop, seen in zip(boxes, starts, stops, across.max(1), strict=True)
+    ]
 
 
 def _fix_places(model: Any) -> None:
