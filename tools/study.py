@@ -44,7 +44,7 @@ from megaregion.schemas.evaluation import (
     text,
     write_evaluation,
 )
-from megaregion.settings import read_file, to_yaml
+from megaregion.settings import read_file
 
 SUPPORT = 3
 """Seeds below which no trend is decided."""
@@ -313,7 +313,12 @@ class Task:
     @property
     def folder(self) -> Path:
         """Where it lies; arms of the same settings share their runs."""
-        content = [LABELS[self.arm.labels].flags, self.curation, to_yaml(self.settings), self.steps]
+        from megaregion.evaluation.report import dotted
+
+        # Of settings what is no default, so that one that comes later makes no run a new one.
+        usual = dotted(asdict(RunConfig()))
+        chosen = {key: value for key, value in dotted(asdict(self.settings)).items() if value != usual[key]}
+        content = [LABELS[self.arm.labels].flags, self.curation, chosen, self.steps]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
         return self.out / "runs" / f"{self.arm.labels}-{digest}-{self.seed}"
 
