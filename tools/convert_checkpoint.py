@@ -4,6 +4,7 @@ python tools/convert_checkpoint.py to-hf runs/demo exported/demo --check
 python tools/convert_checkpoint.py to-hf runs/demo exported/demo-regions --regions --dtype bf16
 python tools/convert_checkpoint.py from-hf rice-vit-large-patch14-560 start/rice --image-size 336
 python tools/convert_checkpoint.py check runs/demo exported/demo --images photos
+python tools/convert_checkpoint.py push exported/demo somebody/demo --dry-run
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from megaregion.bounds import Choice, File, Folder, NonNegative, Pixels, Real, shown
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
+from megaregion.tables import aligned
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +105,20 @@ def _compare(
     print(f"{'checked':<12}features equal to {worst:.1e} of the largest")
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from megaregion.export.hub import files_to_push, push
+
+    files = files_to_push(arguments.folder)
+    rows = [[name, f"{size / 2**20:,.2f} MiB"] for name, size in files.items()]
+    print(aligned([*rows, [f"{len(files)} files", f"{sum(files.values()) / 2**20:,.2f} MiB"]]))
+    kind = "private" if arguments.private else "public"
+    if arguments.dry_run:
+        print(f"{'would go to':<12}{arguments.repo}, {kind} if it is new; nothing was sent")
+    else:
+        told = push(arguments.folder, arguments.repo, list(files), arguments.private, arguments.message)
+        print(f"{'pushed to':<12}{told}")
+
+
 def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -134,6 +150,18 @@ def _parser() -> Parser:
     add("--images", Folder, None, "folder of images, of which 8 are taken; noise if not given")
     add("--tolerance", NonNegative, TOLERANCE, "largest difference, as a share of the largest feature",
         metavar="SHARE")  # fmt: skip
+    to_hub = commands.add_parser(
+        "push", help="an exported folder to a model of the HuggingFace Hub",
+        description="Send an exported folder with its card to the HuggingFace Hub in one commit, under the "
+        "token of HF_TOKEN or of `hf auth login`.",
+    )  # fmt: skip
+    to_hub.set_defaults(command=_push)
+    add = to_hub.add_flag
+    add("folder", Folder, None, "what to-hf has written", metavar="FOLDER")
+    add("repo", _repo, None, "OWNER/NAME of the model, which is made if there is none", metavar="REPO")
+    add("--private", bool, False, "make it private, where it is new")
+    add("--message", str, "Encoder trained with megaregion", "of the commit", metavar="TEXT")
+    add("--dry-run", bool, False, "show what would go, and send nothing")
     return parser
 
 
@@ -158,6 +186,13 @@ def _license(text: str) -> str:
     """An identifier of the hub's; anything else could write into the card's head."""
     if not re.fullmatch(r"[\w.+-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be the hub's name of a licence, as mit, got {shown(text)}")
+    return text
+
+
+def _repo(text: str) -> str:
+    name = r"[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9])?"
+    if not re.fullmatch(rf"({name}/)?{name}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be OWNER/NAME, as somebody/photos-vit, got {shown(text)}")
     return text
 
 

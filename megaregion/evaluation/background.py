@@ -38,7 +38,7 @@ def evaluate_step(folder: Path, step: int) -> None:
     # At the lowest priority by now, and not in the way of the first steps of the run.
     from megaregion.evaluation.network import open_run
     from megaregion.evaluation.study import StudyConfig, evaluate
-    from megaregion.schemas.evaluation import scalars, write_board
+    from megaregion.schemas.evaluation import TRAINED, scalars, write_board
 
     began = time.monotonic()
     run = open_run(folder, step)
@@ -48,7 +48,7 @@ def evaluate_step(folder: Path, step: int) -> None:
     )
     study = evaluate(run, config)
     record = {"step": step, "time": time.time(), "seconds": round(time.monotonic() - began, 2)}
-    record |= {name: round(value, 5) for name, value in scalars(study.tables, "trained").items()}
+    record |= {name: round(value, 5) for name, value in scalars(study.tables, TRAINED).items()}
     with (folder / EVALUATIONS).open("a") as file:
         file.write(json.dumps(record) + "\n")
     write_board(folder / "tensorboard", step, study.tables)

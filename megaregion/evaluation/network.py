@@ -38,6 +38,7 @@ from megaregion.evaluation.encoders import (
 )
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
+from megaregion.schemas.evaluation import TRAINED
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class TrainedRun:
                         f"settings ask for {list(parameter.shape)}; the checkpoint and its config differ"
                     )
                 parameter.copy_(value)
-        return NetworkEncoder("trained", model, self.config.data, device, projected, self.centers("text"))
+        return NetworkEncoder(TRAINED, model, self.config.data, device, projected, self.centers("text"))
 
     def untrained(self, device: str = "cpu", projected: bool = False) -> NetworkEncoder:
         """The same network with the weights that the run began with."""

@@ -22,7 +22,14 @@ from megaregion.evaluation.study import Study
 from megaregion.files import read_json
 from megaregion.schemas.curation import DROPPED
 from megaregion.schemas.curation import SUMMARY as CURATED
-from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Evaluation, Table, read_evaluation
+from megaregion.schemas.evaluation import (
+    EVALUATION,
+    SUMMARY,
+    TRAINED,
+    Evaluation,
+    Table,
+    read_evaluation,
+)
 from megaregion.schemas.run import EVALUATIONS, METRICS, Metrics, read_metrics
 from megaregion.settings import read_yaml
 
@@ -182,8 +189,6 @@ def _parts(kept: int, dropped: Mapping[str, int]) -> dict[str, int]:
 
 # ---- runs side by side -----------------------------------------------------------------------------
 
-TRAINED = "trained"
-"""The encoder whose rows are compared."""
 COMPARED = ("loss", "loss_object", "loss_text", "images_per_second")
 """Metrics whose curves share a frame."""
 STYLES = 8

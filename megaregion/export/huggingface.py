@@ -36,8 +36,8 @@ from megaregion.checkpoint.reader import (
 )
 from megaregion.config import ModelConfig, RunConfig
 from megaregion.errors import UserError
-from megaregion.export.card import evaluation_section, model_card
 from megaregion.export.folder import filled, grouped, refuse_taken, write_json, write_weights
+from megaregion.export.hub import CARD, measured_at, model_card
 from megaregion.export.layouts import (
     ASPECT,
     ASPECT_CODE,
@@ -126,16 +126,16 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     if options.regions:
         settings |= region_config(config, projected=PROJECTION in names)
     card = model_card(
+        measured_at(reader.folder, out.name, options.evaluation),
         name=out.name, config=config, manifest=reader.manifest, step=reader.step, parameters=parameters,
         layout=options.layout, multiple=config.model.patch_size * layout.merged, text=text,
         regions=options.regions, license=options.license,
-        evaluation=evaluation_section(reader.folder, options.evaluation),
     )  # fmt: skip
     try:
         with filled(out) as folder:
             write_json(folder / "config.json", settings)
             write_json(folder / "preprocessor_config.json", layout.processor(config.model, config.data))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
             if options.regions:
                 _write_code(folder, config)
             given = tensors(tqdm(names, desc="write", unit="tensor", disable=None), reader.read)

@@ -37,6 +37,8 @@ QUICK = ("region", "retrieval", "ocr", "separation")
 """Those that cost little beside encoding the regions."""
 ANNOTATED = ("region", "frequency", "retrieval", "segmentation", "proposals")
 """Those of annotated images, in this order; their tables' keys are NAME/KEY, with the file's name."""
+TRAINED = "trained"
+"""Name of the row of a run's own encoder."""
 FOOTNOTE = "Percent; in brackets the 95% interval over seeds and over the groups of test data."
 DIGITS = 5
 """Decimals of a share in the file: finer than one region in ten thousand."""
