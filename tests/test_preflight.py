@@ -8,13 +8,16 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import Tool, free_port, launch
 from test_run import command
-from toy import toy_dataset
+from torch.distributed.distributed_c10d import _world
+from toy import toy_config, toy_dataset
 
 from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import ShardedDataset
@@ -25,6 +28,7 @@ from megaregion.training.preflight import (
     Verdict,
     checkpoint_bytes,
     crowded,
+    examine,
     judge,
     open_dataset,
     try_to_save,
@@ -121,7 +125,7 @@ def look_once_a_host(whole: Path, broken: Path) -> None:
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"n{rank // 2}"
     place = topology.join(1)
-    hosts = topology.all_gather_strings(topology.host_name(), place)
+    hosts, groups = topology.all_gather_strings(topology.host_name(), place), len(_world.pg_map)
     looked: list[str] = []
     see, compare = ShardedDataset._check_size, ShardedDataset._check_hash
     with pytest.MonkeyPatch.context() as patched:
@@ -142,14 +146,45 @@ def look_once_a_host(whole: Path, broken: Path) -> None:
     assert dataset.read(len(dataset) - 1)
     with pytest.raises(UserError, match=r"^n1: .*\.tar does not exist"):
         open_dataset(DataConfig(path=str(broken if rank >= 2 else whole)), place, hosts)
+    examine(toy_config(whole, whole.parent), place)
+    assert len(_world.pg_map) == groups, "a group that is left keeps a GPU's memory"
     topology.leave()
 
 
-def test_one_rank_of_a_host_looks_at_the_shards_and_all_ranks_hear_what_it_found(tmp_path: Path) -> None:
+def test_one_rank_of_a_host_looks_at_the_shards_and_all_ranks_hear_what_it_found_and_keep_no_group(
+    tmp_path: Path,
+) -> None:
     whole, broken = toy_dataset(tmp_path / "whole"), tmp_path / "broken"
     shutil.copytree(whole, broken)
     next(broken.glob("*.tar")).unlink()
     launch(look_once_a_host, 4, whole, broken)
+
+
+def ask_for_queues() -> None:
+    """Two ranks first as two copies of a model, then as one."""
+    for tensor, wanted in ((1, None), (2, "1")):
+        topology.join(tensor)
+        assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
+    topology.leave()
+
+
+def test_only_ranks_that_share_a_model_ask_a_gpu_to_start_kernels_in_the_order_of_their_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    launch(ask_for_queues, 2)
+
+
+def test_gloo_takes_the_interface_that_leads_to_the_first_rank_and_none_inside_a_host() -> None:
+    """A host that calls itself 127.0.1.1 would tell that to the others, which cannot reach it there."""
+    assert topology.interface_to("127.0.1.1") == topology.interface_to("") == ""
+    outside = {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    }
+    assert {address: topology.interface_to(address) for address in outside} == outside
 
 
 def start(folder: Path, datasets: list[Path], *extra: str) -> list[subprocess.CompletedProcess[str]]:

@@ -159,7 +159,7 @@ def test_an_orphan_behind_a_cut_network_publishes_nothing(tmp_path_factory: pyte
         drill = Drill(cluster, tmp_path_factory.mktemp("islands"))
         drill.torchrun("quiet", ranks=2)
         job = drill.submit(
-            "orphan", nodes=1, per_node=2, GLOO_SOCKET_IFNAME="eth0",
+            "orphan", nodes=1, per_node=2,
             MEGAREGION_FAULT="slow:rank=0:step=4:seconds=0.75",
         )  # fmt: skip
         drill.wait_for_step("orphan", job, 6)

@@ -80,7 +80,7 @@ def test_a_run_of_a_fault_every_twenty_steps_ends_as_an_undisturbed_one(
         flags = [f"--train.steps={steps}", "--train.global_batch=16", "--train.micro_batch=4"]
         flags += ["--checkpoint.keep_last=2"]
         job = drill.submit(
-            "soak", *flags, nodes=1, per_node=RANKS, GLOO_SOCKET_IFNAME="eth0",
+            "soak", *flags, nodes=1, per_node=RANKS,
             MEGAREGION_SETTLE="0", MEGAREGION_MAX_FAULTS="1000", MEGAREGION_FAULT=_variable(strikes),
         )  # fmt: skip
         for strike in strikes:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import os
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,6 +33,8 @@ Group = Any
 _NAMED = hasattr(dist, "all_gather_single")
 all_gather: Any = dist.all_gather_single if _NAMED else dist.all_gather_into_tensor
 reduce_scatter: Any = dist.reduce_scatter_single if _NAMED else dist.reduce_scatter_tensor
+ELSEWHERE = "203.0.113.1"
+"""An address that stands in documents alone; the way there is the way out."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ def join(tensor: int, timeout_minutes: int = 30, deterministic: bool = False) ->
     if tensor > 1:
         # Kernels start in the order of their calls, so that the tensor ranks' sums run beside products.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if world_size > 1:
+        # Gloo asks what this host calls itself, which on many is 127.0.1.1.
+        elsewhere = ELSEWHERE if (ranks_per_node() or world_size) < world_size else ""
+        if found := interface_to(os.environ.get("MASTER_ADDR", "")) or interface_to(elsewhere):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     device = _own_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group(
@@ -121,6 +130,17 @@ def own_store(purpose: str) -> Any:
 def host_name() -> str:
     """This host as SLURM calls it in its commands, else as it calls itself."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def interface_to(host: str) -> str:
+    """The network interface that leads to a host; nothing inside of this one, or if no way is known."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # Sends nothing.
+        own, _ = probe.getsockname()
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in {address.address for address in addresses} and not own.startswith("127."):
+                return name
+    return ""
 
 
 def host_group(hosts: list[str], topology: Topology) -> Group:

@@ -114,6 +114,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         cores=_own_cores(), host_cores=os.cpu_count() or 1,
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
+    dist.destroy_process_group(inside)  # Or NCCL would keep memory for it as long as the run lasts.
     return [Findings(**json.loads(text)) for text in texts]
 
 
@@ -234,8 +235,10 @@ def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> Data
     Raises:
         UserError: A host cannot use it; raised on every rank.
     """
-    dataset, complaint = _open_on_host(data, True, topology, hosts, host_group(hosts, topology))
+    inside = host_group(hosts, topology)
+    dataset, complaint = _open_on_host(data, True, topology, hosts, inside)
     complaints = all_gather_strings(complaint, topology)
+    dist.destroy_process_group(inside)
     for host, complaint in zip(hosts, complaints, strict=True):
         if complaint:
             raise UserError(complaint if len(set(hosts)) == 1 else f"{host}: {complaint}")
