@@ -91,6 +91,7 @@ def test_a_run_that_is_stopped_leaves_no_look_behind(place: Path, tmp_path: Path
     child = looks._process
     assert child is not None
     assert child.poll() is None
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 19, "training and its loader go first"
     looks.after_save(7)
     looks.stop()
     assert child.returncode is not None

@@ -145,6 +145,21 @@ def test_a_thread_in_a_collective_is_told_by_the_collectives_name() -> None:
     assert collective_of(sys._getframe()) == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("norm.item()", "item"), ("self._stream.synchronize()", "synchronize"),
+        ("if bool(bad.any()):", "bool"), ("longest = max(1, int(sizes.max()))", "int"),
+        ("time.sleep(3600)", ""), ("for batch in batches:", ""),
+    ],
+)  # fmt: skip
+def test_a_thread_in_a_line_that_asks_a_device_for_a_number_waits(
+    line: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linecache.getline", lambda file, number: line)
+    assert collective_of(sys._getframe()) == name
+
+
 def spoilt_steps(faults: Faults, steps: tuple[int, ...]) -> list[tuple[int, int]]:
     """Steps of two micro-steps each, and the micro-step whose output was NaN."""
     model = torch.nn.Identity()

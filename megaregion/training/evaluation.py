@@ -20,6 +20,8 @@ COMMAND = "megaregion.evaluation.background"
 """The module that evaluates; takes the run's folder and a step."""
 LAST_SECONDS = 1800.0
 """Time that the end of a run waits for the last evaluation."""
+PRIORITY = 19
+"""The lowest of a process."""
 SHOWN = {"region/knn": "region 5-NN", "region/linear": "linear probe", "ocr/head_recall": "OCR tokens"}
 """Results in the log line, and what they are called there."""
 
@@ -92,10 +94,13 @@ class BackgroundEvaluation:
         alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self._settings.threads)}
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", COMMAND, str(self._folder), str(self._step)],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**ours, **alone},
             )  # fmt: skip
+        # It runs on rank 0's cores, and takes what that and its loader leave.
+        os.setpriority(os.PRIO_PROCESS, process.pid, PRIORITY)
+        return process
 
     def _tell(self, code: int) -> None:
         found = read_evaluations(self._folder).get(self._step)
