@@ -277,11 +277,8 @@ class GroupedDraws:
 
     def _score(self, swept: _Swept, features: Tensor, keep: bool) -> None:
         """Fill a wave's scores, sums, maxima and exponentials; or, without ``keep``, its maxima alone."""
-        kernels, targets, (blocks, count) = (
-            self._kernels,
-            self._work.targets,
-            (len(swept.tables.rows), len(swept.sums)),
-        )
+        kernels, targets = self._kernels, self._work.targets
+        blocks, count = len(swept.tables.rows), len(swept.sums)
         widest = max(draw.size for draw in targets.draws)
         spans = max(1, min(PROGRAMS // blocks, -(-widest // self._tile.scored)))
         sums, best = swept.sums, swept.best
@@ -429,15 +426,8 @@ def _trial(kind: str, config: RunConfig, device: torch.device, draws: Draws) -> 
     gradient, seconds = ClassGradient(weight), []
     for _ in range(1 + REPEATS):
         gradient.clear()
-        work = HeadWork(
-            config.head.by_kind[kind],
-            None,
-            config.head.chunk_bytes,
-            operand,
-            Scratch(weight),
-            targets,
-            weight,
-        )
+        settings, room = config.head.by_kind[kind], config.head.chunk_bytes
+        work = HeadWork(settings, None, room, operand, Scratch(weight), targets, weight)
         begin = _now(device)
         found = draws(work).score(features, gradient)
         seconds.append(_now(device) - begin)
@@ -445,12 +435,8 @@ def _trial(kind: str, config: RunConfig, device: torch.device, draws: Draws) -> 
     centers = torch.zeros_like(weight)
     centers[slice(None) if gradient.rows is None else gradient.rows] = gradient.values
     assert found.grad_features is not None
-    return [
-        found.loss.double(),
-        found.grad_features.double(),
-        centers.double(),
-        torch.tensor(min(seconds[1:])),
-    ]
+    numbers = found.loss, found.grad_features, centers, torch.tensor(min(seconds[1:]))
+    return [number.double() for number in numbers]
 
 
 def _now(device: torch.device) -> float:

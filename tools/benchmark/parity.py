@@ -23,6 +23,7 @@ from megaregion.config import (
     HeadsConfig,
     LossName,
     ModelConfig,
+    Precision,
     RunConfig,
     TrainConfig,
 )
@@ -207,12 +208,9 @@ def _train(sizes: Sizes, device: torch.device) -> list[Tensor]:
     place = alone(device)
     try:
         model = _built(sizes)
-        config = RunConfig(
-            model=sizes.model,
-            train=TrainConfig(
-                global_batch=IMAGES, micro_batch=IMAGES, precision="bf16" if sizes.bf16 else "fp32"
-            ),
-        )
+        precision: Precision = "bf16" if sizes.bf16 else "fp32"
+        train = TrainConfig(global_batch=IMAGES, micro_batch=IMAGES, precision=precision)
+        config = RunConfig(model=sizes.model, train=train)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         placements = parallelize(model, {}, [], place)
         engine = ZeroEngine(model.to(device), placements, config, place, decays)

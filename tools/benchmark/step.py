@@ -79,12 +79,7 @@ FLAGS = (
 
 @part(
     *FLAGS,
-    (
-        "--contestants",
-        Several(Choice(CONTESTANTS)),
-        None,
-        "only these; all that --compile and --fp8 say if not given",
-    ),
+    ("--contestants", Several(Choice(CONTESTANTS)), None, "only these, not all that the others say"),
 )
 def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     """Our training step beside MLCDVisionModel under AdamW, and beside bare matrix products.
@@ -210,14 +205,9 @@ def _sizes(options: argparse.Namespace, device: torch.device) -> Sizes:
         UserError: They do not fit each other.
     """
     model = ModelConfig(
-        image_size=options.size,
-        patch_size=options.patch,
-        width=options.width,
-        depth=options.depth,
-        heads=options.heads,
-        mlp_width=4 * options.width,
-        region_layers=min(4, options.depth),
-    )
+        image_size=options.size, patch_size=options.patch, width=options.width, depth=options.depth,
+        heads=options.heads, mlp_width=4 * options.width, region_layers=min(4, options.depth),
+    )  # fmt: skip
     check_model(model, tensor=1)
     return Sizes(model, options.batch, options.bf16, device)
 
