@@ -280,6 +280,119 @@ def test_proposals_are_scored_by_the_objects_that_they_frame(data: Annotated) ->
     assert overlap_of(boxes, np.array([[1, 0, 3, 2.0]])) == pytest.approx(1 / 3)
 
 
+# ---- formats ------------------------------------------------------------------------------------------
+
+
+def write_formats(folder: Path, count: int, seed: int) -> Path:
+    """The same two noisy squares in each image, annotated in every format, and a box without height."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rng, rows, files, lines, entries = np.random.default_rng(seed), [], [], [], []
+    for number in range(count):
+        name, boxes = f"{number:02d}", list[tuple[str, tuple[int, ...]]]()
+        pixels = rng.integers(0, 256, (SIDE, SIDE, 3))
+        for x in (8, 40):
+            colour = list(COLOURS)[rng.integers(3)]
+            pixels[8:32, x : x + 24] = np.add(
+                COLOURS[colour], rng.normal(0, 200, 3) + rng.normal(0, 50, (24, 24, 3))
+            )
+            boxes.append((colour, (x, 8, x + 24, 32)))
+        boxes += [("red", (4, 40, 20, 40))] * (number == 0)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(images / f"{name}.png")
+        files.append({"id": name, "file_name": f"{name}.png"})
+        xml = yolo = ""
+        for colour, (x0, y0, x1, y1) in boxes:
+            kind, box = list(COLOURS).index(colour), [x0, y0, x1 - x0, y1 - y0]
+            rows.append({"image_id": name, "category_id": kind, "bbox": box})
+            lines.append((name, f"/m/{kind}", *(side / SIDE for side in (x0, x1, y0, y1))))
+            shares = (side / SIDE for side in ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+            yolo += " ".join(map(str, (kind, *shares))) + "\n"
+            sides = f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+            xml += f"<object><name>{colour}</name><bndbox>{sides}</bndbox></object>"
+        objects = {
+            "bbox": [row["bbox"] for row in rows[-len(boxes) :]],
+            "category": [own for own, _ in boxes],
+        }
+        entries.append(json.dumps({"file_name": f"{name}.png", "objects": objects}))
+        packed = [{"bbox": row["bbox"], "predicted_iou": 0.9} for row in rows[-len(boxes) :]]
+        for kind, content in (
+            ("yolo/labels/{}.txt", yolo),
+            ("Annotations/{}.xml", f"<annotation>{xml}</annotation>"),
+            ("sa1b/{}.json", json.dumps({"image": {"width": SIDE, "height": SIDE}, "annotations": packed})),
+        ):
+            (folder / kind).parent.mkdir(parents=True, exist_ok=True)
+            (folder / kind.format(name)).write_text(content)
+    classes = [{"id": place, "name": name} for place, name in enumerate(COLOURS)]
+    (folder / "coco.json").write_text(
+        json.dumps({"annotations": rows, "images": files, "categories": classes})
+    )
+    (folder / "yolo" / "classes.txt").write_text("\n".join(COLOURS))
+    (folder / "metadata.jsonl").write_text("\n".join(entries))
+    head = [("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")]
+    for name, table in (
+        ("boxes.csv", [*head, *lines]),
+        ("class-descriptions.csv", [(f"/m/{place}", name) for place, name in enumerate(COLOURS)]),
+    ):
+        (folder / name).write_text("".join(",".join(map(str, line)) + "\n" for line in table))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("formats")
+    return write_formats(folder / "train", 12, 5), write_formats(folder / "val", 8, 6)
+
+
+def test_the_same_boxes_give_the_same_figures_in_every_format(formats: tuple[Path, Path]) -> None:
+    train, val = formats
+    found = {}
+    for place in ("coco.json", "boxes.csv", "metadata.jsonl", "yolo/labels", "Annotations"):
+        own = read_annotated(val / place, val / "images", train / place, train / "images")
+        assert own.left_out == {"no area": 2}, place
+        tables = score_regions([patches_of("pixels")], own, ("region", "retrieval"), Batches(8))
+        found[place] = [str(table.rows) for table in tables], own.asked.objects.names
+    assert len({str(own) for own in found.values()}) == 1
+    assert 0.2 < mean(tables[0], "pixels", "boxes_linear") < 1
+
+
+def test_boxes_without_classes_are_framed_and_not_named(formats: tuple[Path, Path]) -> None:
+    val = formats[1]
+    own = read_annotated(val / "sa1b", val / "images")
+    assert score_regions([patches_of("pixels")], own) == ()
+    exact = proposals_table(
+        own, "exact", lambda image: np.array([[8, 8, 32, 32], [40, 8, 64, 32.0]]), Batches(8)
+    )
+    assert mean(exact, "exact", "average") == 1.0
+
+
+def test_what_is_wrong_with_annotations_is_told(formats: tuple[Path, Path], tmp_path: Path) -> None:
+    val = formats[1]
+    for name, content in (
+        ("a.json", "{"),
+        ("b.json", "[1]"),
+        ("c.json", "{}"),
+        ("d.csv", "a,b"),
+        ("e.txt", "x"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name} (cannot be read|names no images).*name a JSON of COCO"):
+            read_annotated(tmp_path / name, val / "images")
+    with pytest.raises(UserError, match=r"leaves no image with regions .*image without annotations: 8"):
+        read_annotated(tmp_path, val / "images")
+    content = json.loads((val / "coco.json").read_text())
+    content["images"] += [content["images"][0], {"id": "lvis", "coco_url": "http://x/val/07.png"}, 5]
+    content["annotations"] += [
+        {"image_id": "lvis", "bbox": [1, 1, 9, 9], "category_id": 0},
+        {"image_id": 99},
+        {},
+        3,
+    ]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    found = read_annotated(tmp_path / "odd.json", val / "images")
+    assert found.left_out == {"image named twice": 1, "no area": 1, "row of an unknown image": 2}
+    assert "lvis" in {scene.key for part in (found.known, found.asked) for scene in part.scenes}
+
+
 def test_an_image_that_exif_turns_is_read_as_its_annotations_speak_of_it(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

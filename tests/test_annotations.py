@@ -15,14 +15,14 @@ from PIL import Image
 from pycocotools import mask as coco
 from test_curation_inputs import write_tar
 
-from megaregion.curation.inputs import formats
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.inputs.formats import read_labels, stream_json
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.picture import Picture
 from megaregion.curation.settings import AnnotationSettings
+from megaregion.data import formats
 from megaregion.data.coco import mask_of
+from megaregion.data.formats import read_labels, stream_json
 from megaregion.data.sample import SampleRecord, decode_mask, encode_mask, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from megaregion.bounds import (
     Choice,
     Count,
-    File,
     Folder,
     Images,
+    Located,
     PositiveInt,
     Seed,
     Text,
@@ -183,7 +183,7 @@ def _evaluate_on_images(arguments: argparse.Namespace) -> None:
         print(f"{text([table])}\n\n{fill(table.told, 100)}\n")
     made = {table.key.rpartition("/")[2] for table in tables}
     if data and (missing := [own for own in measures if own not in made]):
-        reason = "for the file lacks masks or frequencies, or no encoder has maps"
+        reason = "for the annotations lack classes, masks or frequencies, or no encoder has maps"
         print(f"not measured, {reason}: {', '.join(missing)}\n")
     print(f"{FOOTNOTE}\n", *files, page, sep="\n")
 
@@ -286,9 +286,11 @@ def _parser() -> Parser:
     add("run", Text("RUN_OR_MODEL"), None, "a run's folder, with its checkpoints and metrics.jsonl; without "
         "--scenes also a vision encoder in HuggingFace form, folder or hub id")  # fmt: skip
     add("--scenes", Folder, None, "scene set of tools/make_scenes.py, with its truth")
-    add("--annotations", File, None, "JSON of COCO, LVIS or Objects365: score boxes and masks of its images")
-    add("--train-annotations", File, None, "JSON of other images to learn from; by default a hash of the "
-        "image ids halves the one file")  # fmt: skip
+    place = Located("FILE_OR_FOLDER")
+    add("--annotations", place, None, "score boxes and masks of images: a JSON of COCO, LVIS or Objects365, "
+        "Open Images' CSV, metadata.jsonl, a folder of YOLO's, VOC's or SA-1B's label files")  # fmt: skip
+    add("--train-annotations", place, None, "those of other images to learn from; by default a hash of "
+        "the image ids halves the one set")  # fmt: skip
     add("--train-images", Folder, None, "folder of those images; by default that of --images")
     add("--folder-dataset", Folder, None, "name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
         "FOLDER/val/CLASS")  # fmt: skip

@@ -1,27 +1,22 @@
-"""COCO's JSON, as LVIS and Objects365 write it too: one file of boxes, shapes and classes for many images.
+"""What a row of an annotation says of its image: a box, and a shape where it has one.
 
-    {"images": [{"id": 1, "file_name": "1.jpg", "width": 640, "height": 480}, ...],
-     "categories": [{"id": 18, "name": "dog", "frequency": "f"}, ...],
-     "annotations": [{"image_id": 1, "category_id": 18, "bbox": [x, y, w, h], "iscrowd": 0,
-                      "segmentation": [[x0, y0, x1, y1, ...], ...] or {"size": [h, w], "counts": RLE}}, ...]}
+    {"bbox": [x, y, w, h], "iscrowd": 0,
+     "segmentation": [[x0, y0, x1, y1, ...], ...] or {"size": [h, w], "counts": RLE}}
 
-Run lengths are a list or packed into text. A shape of several polygons is their union.
+COCO writes rows so; :mod:`megaregion.data.formats` brings those of other formats into this form. Numbers are
+pixels of the image, or shares of its sides in a ``relative`` row. Run lengths are a list or packed text. A
+shape of several polygons is their union.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megaregion.data.sample import RLE, Box
-from megaregion.errors import UserError
-from megaregion.files import read_json
 
 MAX_SHIFT = 60
 """Bits of a run length before its last character: no image has more pixels, and endless numbers cost time."""
@@ -31,124 +26,67 @@ FAR = 10
 MAX_OUTLINE = 2**20
 """Pixels along all edges of a shape's polygons, of which each costs pycocotools 80 bytes."""
 
-Row = dict[str, Any]
+
+class Unusable(ValueError):
+    """A row that gives no region; the text is the reason."""
 
 
-class Category(NamedTuple):
-    """A class of objects."""
-
-    name: str
-    frequency: str = ""
-    """LVIS: r(are), c(ommon) or f(requent), by the images of its training split; empty elsewhere."""
-
-
-@dataclass(frozen=True)
-class CocoImage:
-    """One image and its rows as the file has them; :func:`region_of` reads a row."""
-
-    id: str
-    file_name: str
-    """Below the folder of images, with / between its parts."""
-    width: int
-    """In pixels."""
-    height: int
-    rows: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class Coco:
-    """The content of one file."""
-
-    images: Sequence[CocoImage]
-    """In the order of the file."""
-    categories: Mapping[int, Category]
-    dropped: Counter[str]
-    """Images and rows that cannot be used at all, by reason."""
-
-
-class CocoRegion(NamedTuple):
+class Region(NamedTuple):
     """What a row says."""
 
-    category: Category
     box: Box
-    """x0, y0, x1, y1 in pixels, inside the image."""
+    """x0, y0, x1, y1 in pixels, inside the image; of a row with a shape, around the shape."""
     mask: RLE | None
-    crowd: bool
-    """Whether it covers several objects at once."""
+    boxed: bool
+    """Whether the row has a shape that cannot be used, so that its box stands in."""
 
 
-def read_coco(path: Path) -> Coco:
-    """Read a file whole.
-
-    Raises:
-        UserError: It cannot be read, or is no such file.
-    """
-    try:
-        content = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name a COCO JSON") from None
-    parts = ("images", "annotations", "categories")
-    for part in parts:
-        if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise UserError(f"{path} holds no list of {part}; name a JSON as COCO and LVIS write them")
-    images, rows, named = (content[part] for part in parts)
-    dropped: Counter[str] = Counter()
-    categories = {}
-    for each in named:
-        try:
-            categories[int(each["id"])] = Category(str(each["name"]), str(each.get("frequency", "")))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            dropped["category without id and name"] += 1
-    by_image: dict[str, list[Row]] = {}
-    for row in rows:
-        if isinstance(row, dict) and "image_id" in row:
-            by_image.setdefault(str(row["image_id"]), []).append(row)
-        else:
-            dropped["row without image"] += 1
-    found: dict[str, CocoImage] = {}
-    for each in images:
-        try:
-            image = _image(each, by_image)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            dropped["image without id, name and size"] += 1
-            continue
-        if image.id in found:
-            dropped["image named twice"] += 1
-        found.setdefault(image.id, image)
-    dropped["row of an unknown image"] += sum(len(own) for key, own in by_image.items() if key not in found)
-    return Coco(tuple(found.values()), categories, +dropped)
-
-
-def _image(given: Row, by_image: Mapping[str, Sequence[Row]]) -> CocoImage:
-    # LVIS has no file_name: the last two parts of coco_url are the split's folder and the name.
-    name = given.get("file_name") or "/".join(PurePosixPath(given["coco_url"]).parts[-2:])
-    width, height, key = int(given["width"]), int(given["height"]), str(given["id"])
-    if width <= 0 or height <= 0 or not isinstance(name, str):
-        raise ValueError("no image has this size")
-    return CocoImage(key, name, width, height, by_image.get(key, ()))
-
-
-def region_of(row: Row, image: CocoImage, categories: Mapping[int, Category]) -> CocoRegion | None:
-    """What a row says of its image; None if nothing of it lies inside.
-
-    The box of a row with a shape is the frame of the shape.
+def region_of(row: Mapping[str, Any], width: int, height: int) -> Region:
+    """What a row says of an image of this size.
 
     Raises:
-        ValueError: It contradicts itself, or the file; the text is a short reason.
+        Unusable: It contradicts itself, or nothing of it lies inside.
     """
     try:
-        category = categories[int(row["category_id"])]
+        shape, scale = row.get("segmentation"), (width, height) if row.get("relative") else (1, 1)
+        mask = _mask(shape, width, height, scale) if shape else None
+        if mask is not None and (box := frame(mask)) is not None:
+            return Region(box, mask, False)
+        if mask is not None and isinstance(shape, dict):
+            raise Unusable("no area")
+        outline = shape and isinstance(shape, list) and row.get("bbox") is None
+        box = _inside(_outline(shape) if outline else row["bbox"], width, height, scale)
+    except Unusable:
+        raise
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError("unknown class") from None
-    mask = None
+        raise Unusable("bad annotation") from None
+    return Region(box, None, bool(shape))
+
+
+def _mask(shape: Any, width: int, height: int, scale: tuple[int, int]) -> RLE | None:
+    """The mask of a segmentation, empty for polygons thinner than a pixel; None if it is unusable."""
     try:
-        if row.get("segmentation"):
-            mask = mask_of(row["segmentation"], image.height, image.width)
-        box = clipped(row["bbox"], image.width, image.height) if mask is None else frame(mask)
-        crowd = bool(int(row.get("iscrowd") or 0))
+        if isinstance(shape, list):
+            shape = [[value * scale[place % 2] for place, value in enumerate(polygon)] for polygon in shape]
+        return mask_of(shape, height, width)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError("bad annotation") from None
-    return None if box is None else CocoRegion(category, box, mask, crowd)
+        return None
+
+
+def _inside(bbox: Sequence[float], width: int, height: int, scale: tuple[int, int]) -> Box:
+    bbox = [float(value) * scale[place % 2] for place, value in enumerate(bbox)]
+    box = clipped(bbox, width, height)
+    if min(bbox[2:]) <= 0:
+        raise Unusable("no area")
+    if box is None:
+        raise Unusable("outside the image")
+    return box
+
+
+def _outline(polygons: Any) -> list[float]:
+    """The box [x, y, w, h] around some polygons."""
+    corners = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons])
+    return [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]
 
 
 # ---- shapes ----------------------------------------------------------------------------------------

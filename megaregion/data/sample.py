@@ -195,7 +195,7 @@ class RLE:
 
     size: tuple[int, int]
     """Height and width of the image, in pixels."""
-    counts: tuple[int, ...]
+    counts: Sequence[int]
     """Lengths of the runs; the first is of zeros and may be 0."""
 
     def __post_init__(self) -> None:

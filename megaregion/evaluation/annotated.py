@@ -1,4 +1,4 @@
-"""Real images with annotations as scenes: COCO's JSON and a folder of images, cut into known and asked ones.
+"""Real images with annotations as scenes, in any format that curation reads, cut into known and asked ones.
 
 Crowds name no region; what they cover counts for nothing where places are named. Of objects that overlap, the
 smaller one lies on top, as people draw them.
@@ -7,19 +7,34 @@ smaller one lies on top, as people draw them.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import sys
+from array import array
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from megaregion.data.coco import Category, CocoImage, read_coco, region_of
+from megaregion.data.coco import Unusable, region_of
+from megaregion.data.formats import Category, Entry, Named, Row, plain_text, read_dataset, read_labels
 from megaregion.data.image import to_rgb
 from megaregion.data.sample import RLE
 from megaregion.errors import UserError
-from megaregion.evaluation.scenes import Scene, TrueRegion, Truth, pick_scenes
+from megaregion.evaluation.scenes import IMAGE_ENDINGS, Scene, TrueRegion, Truth, pick_scenes
 
+LABELS = (".txt", ".xml", ".json")
+"""Endings of YOLO's, Pascal VOC's and SA-1B's label files."""
+CLASS_FILES = "class-descriptions*.csv"
+"""Where Open Images names its classes, beside its boxes."""
+KNOWN = (
+    "name a JSON of COCO, LVIS or Objects365, a CSV of Open Images, a metadata.jsonl or .csv, or the folder "
+    "of YOLO's, Pascal VOC's or SA-1B's label files"
+)
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap an image's sides."""
 ORIENTATION = 0x0112
@@ -40,6 +55,11 @@ class Annotated:
     """Images and rows that are not asked about, by reason."""
 
     @property
+    def named(self) -> bool:
+        """Whether objects have classes; SA-1B's have none."""
+        return any(self.known.objects.names)
+
+    @property
     def masks(self) -> bool:
         """Whether every object has a mask."""
         scenes = (*self.known.scenes, *self.asked.scenes)
@@ -57,9 +77,10 @@ def read_annotated(
     """Read what is asked, and what is known of other images.
 
     Args:
-        annotations: COCO's JSON of what is asked.
+        annotations: What is asked: a JSON of COCO, LVIS or Objects365, Open Images' CSV, imagefolder's
+            metadata, or a folder of label files as YOLO, Pascal VOC and SA-1B have them.
         images: Folder of its images.
-        train_annotations: JSON of what is known; None halves the images of one file by a hash of their ids.
+        train_annotations: What is known, likewise; None halves the images by a hash of their ids.
         train_images: Folder of those images, the same one if None.
         limit: Objects of each part, as whole images that the seed draws; 0 takes all.
         seed: Draws them.
@@ -68,22 +89,21 @@ def read_annotated(
         UserError: A file cannot be used, or one of the parts holds no region.
     """
     left_out: Counter[str] = Counter()
-    scenes, named = _read(annotations, images, left_out)
+    scenes, frequency = _read(annotations, images, left_out)
     if train_annotations is None:
         asked = [scene for scene in scenes if _is_asked(scene.key)]
         known = [scene for scene in scenes if not _is_asked(scene.key)]
     else:
         known, also = _read(train_annotations, train_images or images, left_out)
-        asked, named = scenes, {**named, **also}
+        asked, frequency = scenes, frequency | also
     for part, told in ((known, "to learn from"), (asked, "to ask about")):
         if not part:
-            reasons = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items()) or "it names none"
+            reasons = ", ".join(f"{reason}: {n:,}" for reason, n in (+left_out).items()) or "it names none"
             raise UserError(
                 f"{annotations} leaves no image with regions {told} ({reasons}); look at --images"
             )
     known, asked = (pick_scenes(part, limit, seed) for part in (known, asked))
-    frequency = {each.name: each.frequency for each in named.values() if each.frequency}
-    return Annotated(annotations.stem, Truth(known), Truth(asked), frequency, left_out)
+    return Annotated(annotations.stem, Truth(known), Truth(asked), frequency, +left_out)
 
 
 def open_scene(scene: Scene) -> Image.Image:
@@ -105,47 +125,122 @@ def _is_asked(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] < 128
 
 
-def _read(
-    annotations: Path, folder: Path, left_out: Counter[str]
-) -> tuple[list[Scene], Mapping[int, Category]]:
-    coco = read_coco(annotations)
-    left_out.update(coco.dropped)
+class _Said(NamedTuple):
+    """What annotations say of one image."""
+
+    key: str
+    path: Path
+    size: tuple[int, int]
+    """Width and height; 0 where they do not say."""
+    rows: Iterable[tuple[str | None, dict[str, Any]]]
+    """Class, None for an unknown one, and what the row says."""
+
+
+def _read(annotations: Path, folder: Path, left_out: Counter[str]) -> tuple[list[Scene], dict[str, str]]:
+    """The scenes of a file or a folder of label files, and how frequent each class is."""
+    frequency: dict[str, str] = {}
+    if annotations.is_dir():
+        images = _of_label_files(annotations, folder, left_out)
+    else:
+        images = _of_dataset(annotations, folder, left_out, frequency)
     scenes = []
-    for image in coco.images:
-        scene = _scene(image, coco.categories, folder, left_out)
-        if not scene.objects:
-            left_out["image without regions"] += 1
-        elif reason := _misfit(scene):
-            left_out[reason] += 1
+    for said in images:
+        try:
+            scene = _scene(said, left_out)
+        except Unusable as why:
+            left_out[str(why)] += 1
+            continue
+        left_out["image without regions"] += not scene.objects
+        scenes += [scene] if scene.objects else []
+    return scenes, frequency
+
+
+def _of_label_files(place: Path, folder: Path, left_out: Counter[str]) -> Iterator[_Said]:
+    """The images of a folder that have a label file, at the same path below its place or at the top of it."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGE_ENDINGS:
+            continue
+        inner = path.relative_to(folder)
+        files = (place / near.with_suffix(kind) for near in (inner, Path(inner.name)) for kind in LABELS)
+        found = next(filter(None, (read_labels(file) for file in files if file.is_file())), None)
+        if found is None:
+            left_out["image without annotations"] += 1
         else:
-            scenes.append(scene)
-    return scenes, coco.categories
+            rows = [(str(row.get("class", "")), row) for row in found[2]]
+            yield _Said(inner.with_suffix("").as_posix(), path, found[1], rows)
 
 
-def _scene(
-    image: CocoImage, categories: Mapping[int, Category], folder: Path, left_out: Counter[str]
-) -> Scene:
+def _of_dataset(
+    file: Path, folder: Path, left_out: Counter[str], frequency: dict[str, str]
+) -> Iterator[_Said]:
+    """The images that a file names; of their rows in JSON only the places are kept, until each is read."""
+    images: dict[str, Named] = {}
+    rows: dict[str, list[tuple[str, bytes | int, int]]] = {}
+    classes: dict[str, str] = {}
+    try:
+        for entry in _entries(file):
+            match entry:
+                case Row(image, category, content, size):
+                    rows.setdefault(image, []).append((sys.intern(category), content, size))
+                case Named(image):
+                    key = plain_text(image)
+                    left_out["image named twice"] += key in images
+                    images.setdefault(key, entry)
+                case Category(category, name, often):
+                    classes[category] = name
+                    frequency |= {name: often} if often else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); {KNOWN}") from None
+    if not images:
+        raise UserError(f"{file} names no images; {KNOWN}")
+    left_out["row of an unknown image"] += sum(len(rows[key]) for key in rows.keys() - images.keys())
+    with file.open("rb") as stream:
+
+        def read(category: str, content: bytes | int, size: int) -> tuple[str | None, dict[str, Any]]:
+            said = os.pread(stream.fileno(), size, content) if isinstance(content, int) else content
+            return classes.get(category) if classes else category, json.loads(said)
+
+        for key, (_, name, width, height) in images.items():
+            own = (read(*row) for row in rows.pop(key, ()))
+            yield _Said(key, _find(folder, name), (width, height), own)
+
+
+def _entries(file: Path) -> Iterator[Entry]:
+    """What a file says, and what is said of Open Images' classes beside it."""
+    if (yield from read_dataset(file)) == "Open Images":
+        yield from chain.from_iterable(map(read_dataset, sorted(file.parent.glob(CLASS_FILES))))
+
+
+def _find(folder: Path, name: str) -> Path:
+    """An image by the name that annotations give it; LVIS names a split's folder, Open Images no ending."""
+    last = PurePosixPath(name).name
+    places = [folder / name, folder / last, *(folder / f"{last}{ending}" for ending in IMAGE_ENDINGS)]
+    return next((path for path in places if path.is_file()), places[0])
+
+
+def _scene(said: _Said, left_out: Counter[str]) -> Scene:
+    width, height = _sides(said)
     objects: list[TrueRegion] = []
     crowds: list[RLE] = []
-    for row in image.rows:
+    for name, row in said.rows:
         try:
-            region = region_of(row, image, categories)
-        except ValueError as error:
-            left_out[str(error)] += 1
+            if name is None:
+                raise Unusable("unknown class")
+            box, mask, boxed = region_of(row, width, height)
+            if boxed:
+                raise Unusable("shape that cannot be used")
+        except Unusable as why:
+            left_out[str(why)] += 1
             continue
-        if region is None:
-            left_out["outside the image"] += 1
-        elif region.crowd:
+        # 4 bytes a run: a tuple takes 40.
+        mask = mask and replace(mask, counts=array("I", mask.counts))
+        if row.get("iscrowd"):
             left_out["crowd"] += 1
-            crowds += [region.mask] if region.mask is not None else []
+            crowds += [mask] if mask else []
         else:
-            objects.append(TrueRegion(region.category.name, region.box, image.id, region.mask))
+            objects.append(TrueRegion(name, box, said.key, mask))
     objects.sort(key=_area, reverse=True)
-    path = folder / image.file_name
-    if not path.is_file():
-        # LVIS names a split's folder, too.
-        path = folder / PurePosixPath(image.file_name).name
-    return Scene(image.id, path, image.width, image.height, tuple(objects), (), tuple(crowds))
+    return Scene(said.key, said.path, width, height, tuple(objects), (), tuple(crowds))
 
 
 def _area(item: TrueRegion) -> float:
@@ -153,14 +248,16 @@ def _area(item: TrueRegion) -> float:
     return (x1 - x0) * (y1 - y0) if item.mask is None else float(sum(item.mask.counts[1::2]))
 
 
-def _misfit(scene: Scene) -> str:
-    """Why a scene cannot be opened, by its file's header; empty if it can."""
+def _sides(said: _Said) -> tuple[int, int]:
+    """Width and height that annotations speak of; those of the stored image where they do not say."""
     try:
-        with Image.open(scene.path) as file:
+        with Image.open(said.path) as file:
             turned = file.getexif().get(ORIENTATION, 1) in TURNED
             sizes = [file.size, file.size[::-1]] if turned else [file.size]
     except FileNotFoundError:
-        return "image is not there"
+        raise Unusable("image is not there") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "image cannot be read"
-    return "" if (scene.width, scene.height) in sizes else "image has another size"
+        raise Unusable("image cannot be read") from None
+    if all(said.size) and said.size not in sizes:
+        raise Unusable("image has another size")
+    return said.size if all(said.size) else sizes[0]

@@ -73,13 +73,13 @@ def score_regions(
         batches: How images are read; gathers the seconds.
 
     Returns:
-        The tables that the data allows.
+        The tables that the data allows; none of objects without classes.
 
     Raises:
         UserError: An image cannot be read, or features are not finite.
     """
     found: list[Table] = []
-    for encoder in encoders:
+    for encoder in encoders if data.named else ():
         tables = _Scores(encoder, data, batches or Batches()).tables(measures)
         known = {table.key: place for place, table in enumerate(found)}
         for table in tables:

@@ -33,7 +33,7 @@ TOP = 5
 """Tokens that count where a word's are recalled."""
 COUNTED = 200_000
 """Most training samples whose tokens are counted, evenly spaced."""
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 Tokens = tuple[int, ...]
 

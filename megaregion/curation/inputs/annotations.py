@@ -18,16 +18,10 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from megaregion.curation.picture import BadImage, Picture, Proposal
-from megaregion.data.coco import clipped, frame, mask_of
+from megaregion.data.coco import Unusable, region_of
 from megaregion.data.sample import RLE, Box, decode_mask, encode_mask
 from megaregion.schemas.curation import BOXED, POSES
-
-
-class Unusable(ValueError):
-    """A row that gives no region; the text is the reason."""
 
 
 def read_annotations(
@@ -151,40 +145,7 @@ def _region(row: dict[str, Any], turn: _Turn | None, counts: Counter[str]) -> Pr
     score = float(row.get("predicted_iou", row.get("score", 1.0)))
     if not math.isfinite(score):
         raise ValueError(f"a score of {score}")
-    region = Proposal((0, 0, 0, 0), min(max(score, 0.0), 1.0))
-    shape, scale = row.get("segmentation"), (turn.width, turn.height) if row.get("relative") else (1, 1)
-    mask = _mask(shape, turn, scale) if shape else None
-    if mask is not None and (box := frame(mask)) is not None:
-        return replace(region, box=turn.box(box), mask=turn.mask(mask))
-    if mask is not None and isinstance(shape, dict):
-        raise Unusable("no area")
-    outline = shape and isinstance(shape, list) and row.get("bbox") is None
-    box = _inside(_outline(shape) if outline else row["bbox"], turn, scale)
-    counts[BOXED] += bool(shape)
-    return replace(region, box=turn.box(box))
-
-
-def _mask(shape: Any, turn: _Turn, scale: tuple[int, int]) -> RLE | None:
-    """The mask of a segmentation, empty for polygons thinner than a pixel; None if it is unusable."""
-    try:
-        if isinstance(shape, list):
-            shape = [[value * scale[place % 2] for place, value in enumerate(polygon)] for polygon in shape]
-        return mask_of(shape, turn.height, turn.width)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-
-
-def _inside(bbox: list[float], turn: _Turn, scale: tuple[int, int]) -> Box:
-    bbox = [float(value) * scale[place % 2] for place, value in enumerate(bbox)]
-    box = clipped(bbox, turn.width, turn.height)
-    if min(bbox[2:]) <= 0:
-        raise Unusable("no area")
-    if box is None:
-        raise Unusable("outside the image")
-    return box
-
-
-def _outline(polygons: Any) -> list[float]:
-    """The box [x, y, w, h] around some polygons."""
-    corners = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons])
-    return [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]
+    box, mask, boxed = region_of(row, turn.width, turn.height)
+    counts[BOXED] += boxed
+    upright = None if mask is None else turn.mask(mask)
+    return Proposal(turn.box(box), min(max(score, 0.0), 1.0), mask=upright)

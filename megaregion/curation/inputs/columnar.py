@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megaregion.curation.inputs.formats import BOXES, CLASS_NAMES, regions_of
 from megaregion.curation.inputs.index import MAX_CAPTION
 from megaregion.curation.picture import BadImage
+from megaregion.data.formats import BOXES, CLASS_NAMES, regions_of
 from megaregion.errors import UserError
 
 CAPTIONS = ("caption", "text", "captions")

@@ -24,7 +24,9 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from megaregion.curation.inputs.formats import (
+from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
+from megaregion.curation.settings import AnnotationSettings
+from megaregion.data.formats import (
     CLASSES,
     Caption,
     Category,
@@ -37,8 +39,6 @@ from megaregion.curation.inputs.formats import (
     read_labels,
     row_of,
 )
-from megaregion.curation.picture import ENDINGS, OTHER_FORMATS
-from megaregion.curation.settings import AnnotationSettings
 from megaregion.errors import UserError
 from megaregion.schemas.curation import EXAMPLES
 
@@ -426,6 +426,8 @@ def _columns(entry: Entry) -> tuple[Any, ...]:
     match entry:
         case Named(image, name, width, height):
             return plain_text(image), plain_text((_plain(name) or ("",))[-1]), plain_text(name), width, height
+        case Category(category, name):
+            return plain_text(category), plain_text(name)
     return tuple(map(plain_text, entry))
 
 

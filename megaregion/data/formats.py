@@ -1,9 +1,8 @@
 """Annotation files of other people, as entries of one kind: images, rows, classes and captions.
 
 COCO, LVIS and Objects365 (one JSON), Open Images (CSV) and HuggingFace's imagefolder (metadata.csv or .jsonl)
-annotate many images, YOLO (text) and Pascal VOC
-(XML) one. A row is COCO's: bbox [x, y, w, h], segmentation (polygons or run lengths), iscrowd, score. Where
-``relative`` is set, its numbers are shares of the image's sides.
+annotate many images, YOLO (text), Pascal VOC (XML) and SA-1B (JSON) one. A row is COCO's, with iscrowd and
+score, as :mod:`megaregion.data.coco` reads it.
 """
 
 from __future__ import annotations
@@ -32,15 +31,8 @@ SIDES = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax")
 """Columns that tell Open Images' boxes."""
 BOXES = ("bbox", "bboxes", "boxes")
 CLASS_NAMES = (
-    "category",
-    "categories",
-    "label",
-    "labels",
-    "class",
-    "category_name",
-    "category_id",
-    "class_id",
-)
+    "category", "categories", "label", "labels", "class", "category_name", "category_id", "class_id",
+)  # fmt: skip
 """What HuggingFace's datasets call boxes and classes; the first name that is there counts."""
 TEXTS = ("caption", "text")
 """Columns of a metadata file that hold a text about the image."""
@@ -93,6 +85,8 @@ class Category(NamedTuple):
 
     category: str
     name: str
+    frequency: str = ""
+    """LVIS: r(are), c(ommon) or f(requent), by the images of its training split; empty elsewhere."""
 
 
 class Caption(NamedTuple):
@@ -143,7 +137,8 @@ def _read_coco(file: BinaryIO) -> Generator[Entry, None, str]:
             kind = "LVIS" if "neg_category_ids" in item else "Objects365" if "objects365" in name else kind
             yield Named(str(item.get("id")), name, _side(item.get("width")), _side(item.get("height")))
         elif key == "categories":
-            yield Category(str(item.get("id")), str(item.get("name", item.get("id"))))
+            number, often = str(item.get("id")), str(item.get("frequency", ""))
+            yield Category(number, str(item.get("name", number)), often)
     return kind if named else ""
 
 
@@ -331,7 +326,20 @@ def read_labels(path: Path) -> tuple[str, tuple[int, int], list[dict[str, Any]]]
     content = path.read_bytes()[:MAX_LABELS]
     if path.suffix.lower() == ".xml":
         return _read_voc(content)
+    if path.suffix.lower() == ".json":
+        return _read_record(content)
     return _read_yolo(content.decode("utf-8-sig", errors="replace"), _yolo_classes(path.parent))
+
+
+def _read_record(content: bytes) -> tuple[str, tuple[int, int], list[dict[str, Any]]] | None:
+    """SA-1B's JSON of one image; its rows have no class."""
+    try:
+        record = json.loads(content.decode("utf-8-sig"))
+        rows, image = record["annotations"], record.get("image") or {}
+        size = _side(image.get("width")), _side(image.get("height"))
+        return "SA-1B", size, [row if isinstance(row, dict) else {} for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _read_voc(content: bytes) -> tuple[str, tuple[int, int], list[dict[str, Any]]] | None:
