@@ -280,7 +280,7 @@ def _parser() -> Parser:
     parser = Parser(
         description="Measure an encoder on scenes with known truth, on annotated images or on folders of "
         "classes, beside the same network untrained, raw pixels and the curation encoder. Prints tables; "
-        "RUN gets evaluation.json, evaluation.md, TensorBoard scalars and a page.",
+        "RUN gets evaluation.json, evaluation.md, TensorBoard scalars and a page."
     )
     add = parser.add_flag
     add("run", Text("RUN_OR_MODEL"), None, "a run's folder, with its checkpoints and metrics.jsonl; without "

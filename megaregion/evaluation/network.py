@@ -28,14 +28,7 @@ from megaregion.config import DataConfig, RunConfig
 from megaregion.data.sample import Box
 from megaregion.data.transforms import EvalTransform
 from megaregion.errors import UserError
-from megaregion.evaluation.encoders import (
-    BoxedImage,
-    Features,
-    Floats,
-    PooledEncoder,
-    as_array,
-    pixels_of,
-)
+from megaregion.evaluation.encoders import BoxedImage, Features, Floats, PooledEncoder, as_array, pixels_of
 from megaregion.heads.centers import random_centers
 from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.evaluation import TRAINED

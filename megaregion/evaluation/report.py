@@ -22,14 +22,7 @@ from megaregion.evaluation.study import Study
 from megaregion.files import read_json
 from megaregion.schemas.curation import DROPPED
 from megaregion.schemas.curation import SUMMARY as CURATED
-from megaregion.schemas.evaluation import (
-    EVALUATION,
-    SUMMARY,
-    TRAINED,
-    Evaluation,
-    Table,
-    read_evaluation,
-)
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, TRAINED, Evaluation, Table, read_evaluation
 from megaregion.schemas.run import EVALUATIONS, METRICS, Metrics, read_metrics
 from megaregion.settings import read_yaml
 

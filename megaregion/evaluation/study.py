@@ -196,10 +196,7 @@ class Study:
 
 
 def evaluate(
-    run: TrainedRun,
-    config: StudyConfig,
-    others: Sequence[Encoder] = (),
-    progress: Progress = quiet,
+    run: TrainedRun, config: StudyConfig, others: Sequence[Encoder] = (), progress: Progress = quiet
 ) -> Study:
     """Measure the run's network, the same network untrained, raw pixels and other encoders.
 
