@@ -15,18 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from megaregion.bounds import (
-    Choice,
-    File,
-    Kind,
-    Misfit,
-    Several,
-    Switch,
-    Text,
-    did_you_mean,
-    kind_of,
-    shown,
-)
+from megaregion.bounds import Choice, File, Kind, Misfit, Several, Switch, Text, did_you_mean, kind_of, shown
 from megaregion.checks import check_config
 from megaregion.config import RunConfig
 from megaregion.errors import FENCED_EXIT, USER_ERROR_EXIT, Fenced, UserError, say

@@ -13,6 +13,7 @@ from megaregion.checkpoint.format import Piece, publish, step_folder, write_piec
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, find_checkpoint
 from megaregion.checkpoint.saver import Retention, retire
 from megaregion.errors import UserError
+from megaregion.parallel.tensor_parallel import Placement
 
 
 def write(checkpoints: Path, step: int, cuts: list[slice] | None = None) -> torch.Tensor:
@@ -38,6 +39,23 @@ def test_any_box_comes_back_from_any_cut(tmp_path: Path, cuts: list[slice] | Non
         for left in range(6):
             box = reader.read("matrix", (top, left), (7 - top, min(2, 6 - left)))
             assert torch.equal(box, full[top:, left : left + 2])
+
+
+def test_a_partition_that_cuts_rows_is_saved_as_boxes_that_make_up_the_tensor(tmp_path: Path) -> None:
+    full = torch.arange(3 * 4 * 5, dtype=torch.float32).reshape(3, 4, 5)
+    place = Placement((3, 4, 5), (0, 1, 0), (3, 3, 5))  # This tensor rank's part.
+    own, unfinished = place.shard(full).flatten(), tmp_path / "step-00000001.unfinished"
+    unfinished.mkdir()
+    write_pieces(unfinished, 0, [Piece("cube", (3, 4, 5), (0, 0, 0), full[:, :1])])
+    for rank, (start, stop) in enumerate([(0, 7), (7, 8), (8, 8), (8, 42), (42, 45)], start=1):
+        boxes = list(place.boxes(start, own[start:stop]))
+        assert len(boxes) <= 5, "at most a part of a row, whole rows and a part again in each direction"
+        assert all(part.shape == box.shape for box, part in boxes)
+        write_pieces(
+            unfinished, rank, [Piece("cube", box.full_shape, box.offset, part) for box, part in boxes]
+        )
+    publish(unfinished, step_folder(tmp_path, 1), {"step": 1, "position": 0})
+    assert torch.equal(CheckpointReader(step_folder(tmp_path, 1)).read("cube"), full)
 
 
 def test_a_scalar_tensor_comes_back(tmp_path: Path) -> None:

@@ -295,12 +295,8 @@ def _parser() -> Parser:
     add("--folder-dataset", Folder, None, "name whole images: FOLDER/CLASS/*.jpg, or FOLDER/train/CLASS and "
         "FOLDER/val/CLASS")  # fmt: skip
     add("--out", Folder, None, "where the results go; by default the run's or the model's folder")
-    add(
-        "--dataset",
-        Weighted(),
-        None,
-        "shards that the run was trained on, as data.path names them; by default the run's data.path",
-    )
+    add("--dataset", Weighted(), None, "shards that the run was trained on, as data.path names them; by "
+        "default the run's data.path")  # fmt: skip
     add("--split", Choice(("test", "val")), "test", "held-out split to ask about; tune on val only (it "
         "writes evaluation_val.json), never on test")  # fmt: skip
     add("--checkpoint", Count, None, "evaluate this step instead of the newest", metavar="STEP")
@@ -317,18 +313,10 @@ def _parser() -> Parser:
     add("--images", Folder, None, "images of --annotations; without it, as --folder-dataset")
     add("--compare", Text("MODEL"), [], "a vision transformer in HuggingFace form, folder or hub id, as "
         "further rows; repeatable", action="append")  # fmt: skip
-    add(
-        "--without-crops",
-        bool,
-        False,
-        "leave out the rows that encode every region's crop, which costs a pass each",
-    )
-    add(
-        "--trust-remote-code",
-        bool,
-        False,
-        "run the code beside a model's weights: region tokens of our exports",
-    )
+    add("--without-crops", bool, False, "leave out the rows that encode every region's crop, which costs a "
+        "pass each")  # fmt: skip
+    add("--trust-remote-code", bool, False, "run the code beside a model's weights: region tokens of our "
+        "exports")  # fmt: skip
     add("--frames", Folder, None, "image or folder of frames whose features the report paints; by default "
         "held-out scenes", metavar="PATH")  # fmt: skip
     add("--map-side", Whole(0, 16_384, "PX"), 0,

@@ -411,11 +411,7 @@ def _decode(image: Image.Image | Jpeg, eighths: int) -> tuple[Pixels | Image.Ima
     width, height = (-(-edge * eighths // 8) for edge in image.size)
     try:
         pixels = simplejpeg.decode_jpeg(
-            image.content,
-            "RGB",
-            min_width=width,
-            min_height=height,
-            buffer=_SCRATCH.of(3 * width * height),
+            image.content, "RGB", min_width=width, min_height=height, buffer=_SCRATCH.of(3 * width * height)
         )
         if pixels.shape[:2] == (height, width):
             return pixels, eighths

@@ -13,13 +13,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megaregion.data.info import (
-    CENTERS_NAME,
-    INFO_NAME,
-    TOKENIZER_NAME,
-    DatasetInfo,
-    ShardEntry,
-)
+from megaregion.data.info import CENTERS_NAME, INFO_NAME, TOKENIZER_NAME, DatasetInfo, ShardEntry
 from megaregion.data.sample import SampleRecord
 from megaregion.errors import UserError
 from megaregion.files import known_sha256, new_file, partial_name, write_text

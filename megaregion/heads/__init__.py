@@ -9,11 +9,4 @@ from megaregion.heads.sharded import (
     NonFiniteFeatures,
 )
 
-__all__ = [
-    "ClassShardedHead",
-    "GatheredFeatures",
-    "HeadLoss",
-    "LocalTensor",
-    "NonFiniteFeatures",
-    "Targets",
-]
+__all__ = ["ClassShardedHead", "GatheredFeatures", "HeadLoss", "LocalTensor", "NonFiniteFeatures", "Targets"]

@@ -19,6 +19,8 @@ width, D width.
 from __future__ import annotations
 
 import logging
+import math
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -72,6 +74,33 @@ class Placement:
         for axis, (start, length) in enumerate(zip(self.offset, self.shape, strict=True)):
             full = full.narrow(axis, start, length)
         return full
+
+    def boxes(self, start: int, values: Tensor) -> Iterator[tuple[Placement, Tensor]]:
+        """Cut a run of this rank's flattened tensor into boxes: of a matrix, parts of rows and whole rows."""
+        for offset, shape in _boxes(self.shape, start, start + len(values)):
+            part, values = values.split([math.prod(shape), len(values) - math.prod(shape)])
+            at = tuple(map(operator.add, self.offset, offset))
+            yield Placement(self.full_shape, at, shape), part.view(shape)
+
+
+def _boxes(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and shapes, in order, of boxes that hold the elements [start, stop) of a flattened tensor."""
+    if (start, stop) == (0, math.prod(shape)):
+        yield (0,) * len(shape), shape
+        return
+    row = math.prod(shape[1:])
+    while start < stop:
+        at, within = divmod(start, row)
+        if rows := 0 if within else (stop - start) // row:
+            yield (at, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
+            start += rows * row
+        else:
+            end = min(stop, (at + 1) * row)
+            for offset, part in _boxes(shape[1:], within, end - at * row):
+                yield (at, *offset), (1, *part)
+            start = end
 
 
 class _Column(ColumnParallelLinear):

@@ -10,6 +10,7 @@ where each ZeRO stage keeps what.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import defaultdict
@@ -149,24 +150,29 @@ class ZeroEngine:
             return torch.ones_like(norm)
         return 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)
 
-    def tensors(self) -> Iterator[tuple[str, Placement, Tensor]]:
-        """Every tensor of the training state of this tensor rank, one at a time; a collective.
+    def pieces(self) -> Iterator[tuple[str, Placement, Tensor]]:
+        """What this rank saves of the training state, one tensor at a time; a collective.
 
-        A :class:`Placement` says where each lies in the full tensor, so any stage and any number of data
-        ranks can go on from any other.
+        The pieces of all ranks are the state, of ZeRO 1 and 2 their partitions, of 0 and 3 whole tensors in
+        turn; any stage and any number of ranks can go on from them.
 
         Yields:
             Name ("weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME", with an average "ema.NAME"), place in the
             full tensor, fp32 value.
         """
+        place, turns = self._topology, itertools.cycle(range(self._topology.data_size))
         for name, parameter in self.parameters.items():
-            place = self.placements[name]
-            yield f"weight.{name}", place, self._adapter.get(parameter, None).view(place.shape)
-            for key in self._adapter.kept:
-                yield f"{key}.{name}", place, self._adapter.get(parameter, key).view(place.shape)
+            whole = self.placements[name]
+            if whole.shape == whole.full_shape and place.tensor_rank > 0:
+                continue  # The first tensor rank saves what tensor parallelism leaves whole.
+            for key in ("weight", *self._adapter.kept):
+                start, values = self._adapter.get(parameter, None if key == "weight" else key)
+                if next(turns) == place.data_rank or not self._adapter.gives_whole:
+                    for box, part in whole.boxes(start, values.flatten()):
+                        yield f"{key}.{name}", box, part
 
     def load(self, read: Callable[[str, Placement], Tensor], step: int) -> None:
-        """Put back what :meth:`tensors` gave, on any stage and any number of ranks; a collective.
+        """Put back what :meth:`pieces` gave, on any stage and any number of ranks; a collective.
 
         ``read`` returns the fp32 value of a named tensor at a place; ``step`` goes on AdamW's bias
         correction.

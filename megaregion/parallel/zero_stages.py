@@ -31,6 +31,9 @@ AVERAGE = "ema"
 class Stage(ABC):
     """DeepSpeed's optimizer, made of torch's AdamW, under one ZeRO stage."""
 
+    gives_whole = True
+    """Whether :meth:`get` gives every rank the whole tensor."""
+
     def __init__(
         self,
         optimizer: Any,
@@ -66,12 +69,15 @@ class Stage(ABC):
         """The fp32 values that this rank updates, flat where they are partitioned."""
 
     @abstractmethod
-    def get(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """Whole fp32 master of a parameter, or the moment of this name; a collective."""
+    def get(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        """A parameter's fp32 master, or its moment of this name; a collective.
+
+        Whole if :attr:`gives_whole`, else the part in this rank's partition, flat, with its place there.
+        """
 
     @abstractmethod
     def set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Undo :meth:`get`; a master is also copied into the model's own (perhaps bf16) parameter."""
+        """Put back a whole one; a master is also copied into the model's own (perhaps bf16) parameter."""
 
     def before_update(self, clip_coefficient: Tensor) -> None:  # noqa: B027 - most need nothing
         """Called before DeepSpeed's step, which clips by itself."""
@@ -146,14 +152,13 @@ class Stage0(Stage):
         """The parameters themselves."""
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def get(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+    def get(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor]:
         """The live tensor."""
-        value: Tensor = parameter.data if key is None else self._optimizer.state[parameter][key]
-        return value
+        return 0, parameter.data if key is None else self._optimizer.state[parameter][key]
 
     def set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Copy into it."""
-        self.get(parameter, key).copy_(value)
+        self.get(parameter, key)[1].copy_(value)
 
     def _norm_squared(self, gradients: list[Tensor]) -> Tensor:
         if not gradients:
@@ -166,14 +171,6 @@ class Stage0(Stage):
 
 class _Partitioned(Stage):
     """What stages 1 to 3 share. A step whose norm is not finite is dropped with all that it has gathered."""
-
-    def get(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """Gather it from the data ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if key is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, key)
 
     def gradients(self) -> list[Tensor]:
         """Those of parameters, their sums in another type, and what is reduced already."""
@@ -190,9 +187,12 @@ class Stage1And2(_Partitioned):
     """Masters and moments are partitioned, in stage 2 gradients too (DeepSpeedZeroOptimizer).
 
     Replaces ``scaled_global_norm`` and ``check_overflow``, whose search the norm makes needless; uses
-    ``single_partition_of_fp32_groups``, ``all_grad_tensors``, ``averaged_gradients``, and
-    ``_lazy_init_hp_params_optimizer_state`` with its flag ``_hp_optimizer_states_linked``.
+    ``single_partition_of_fp32_groups``, ``all_grad_tensors``, ``averaged_gradients``,
+    ``_lazy_init_hp_params_optimizer_state`` with its flag ``_hp_optimizer_states_linked``, and of parameters
+    ``_hp_mapping``.
     """
+
+    gives_whole = False
 
     def __init__(self, optimizer: Any, *rest: Any) -> None:
         super().__init__(optimizer, *rest)
@@ -213,6 +213,13 @@ class Stage1And2(_Partitioned):
     def masters(self) -> list[Tensor]:
         """One a parameter group."""
         return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def get(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        """What this rank holds: nothing is gathered."""
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
     def set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Scatter it over the data ranks."""
@@ -268,6 +275,14 @@ class Stage3(_Partitioned):
         small = self._optimizer.persistent_parameters
         if missing := [parameter for parameter in small if parameter.data.numel() != parameter.ds_numel]:
             missing[0].all_gather(missing)
+
+    def get(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor]:
+        """Gather it: a file with a part of every small tensor from every rank would be all names."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key is None:
+            return 0, safe_get_full_fp32_param(parameter)
+        return 0, safe_get_full_optimizer_state(parameter, key)
 
     def set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Set this rank's part: the setters of whole tensors fail on sizes that data ranks do not divide."""

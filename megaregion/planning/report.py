@@ -202,12 +202,7 @@ def _time(plan: Plan) -> str:
 def _traffic(plan: Plan) -> str:
     rows = [("per step", "each GPU sends", "each node sends", "links busy")]
     rows += [
-        (
-            one.name,
-            f"{one.sent / 1e6:,.0f} MB",
-            f"{one.network / 1e6:,.0f} MB",
-            f"{1e3 * one.seconds:.1f} ms",
-        )
+        (one.name, f"{one.sent / 1e6:,.0f} MB", f"{one.network / 1e6:,.0f} MB", f"{1e3 * one.seconds:.1f} ms")
         for one in plan.time.transfers
     ]
     notes = plan.time.notes

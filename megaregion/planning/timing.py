@@ -112,11 +112,11 @@ def step_time(layout: Layout, hardware: Hardware) -> StepTime:
 def save_seconds(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Seconds for which a save stops training, and seconds until it is on the disk.
 
-    Each rank sees every tensor of its tensor rank on the way to its own share, gathered over the data ranks.
+    ZeRO 3 gathers every tensor of a tensor rank on the way to each rank's share; ZeRO 1 and 2 gather nothing.
     """
     centers = sum(layout.labels.by_kind.values()) * layout.config.head.embedding_dim
     size = STATE_BYTES * (layout.all_parameters + centers)
-    gathered = STATE_BYTES * layout.parameters if layout.data > 1 else 0
+    gathered = STATE_BYTES * layout.parameters if layout.zero_stage == 3 else 0
     copied = size / layout.ranks / (hardware.host_gbytes * 1e9) + gathered / (hardware.inside_gbytes * 1e9)
     writes = size / (hardware.write_gbytes * 1e9)
     return (copied if layout.config.checkpoint.asynchronous else copied + writes), copied + writes

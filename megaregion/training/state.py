@@ -289,12 +289,9 @@ class TrainingState:
         self._events.write("resumed", step=self.step, changed=changed)
 
     def _pieces(self) -> Iterator[Piece]:
-        """This rank's share of the state: body tensors in turn over the data ranks, its own classes."""
-        for index, (name, place, tensor) in enumerate(self._engine.tensors()):
-            # A tensor that tensor parallelism leaves whole is the same on all tensor ranks.
-            repeated = place.shape == place.full_shape and self._topology.tensor_rank > 0
-            if index % self._topology.data_size == self._topology.data_rank and not repeated:
-                yield Piece(f"body.{name}", place.full_shape, place.offset, tensor)
+        """This rank's share of the state: of the body, and its own classes."""
+        for name, place, tensor in self._engine.pieces():
+            yield Piece(f"body.{name}", place.full_shape, place.offset, tensor)
         yield from self._heads.state()
 
     def _facts(self) -> dict[str, Any]:

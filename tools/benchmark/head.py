@@ -55,10 +55,7 @@ class HeadSizes:
 
 
 STANDARD = {
-    "million": (
-        HeadSizes(1_000_000, 256, 1024, 0.1, 112),
-        {"step": 3.0, "memory": 8.0, "gemm": 1 / 1.35},
-    ),
+    "million": (HeadSizes(1_000_000, 256, 1024, 0.1, 112), {"step": 3.0, "memory": 8.0, "gemm": 1 / 1.35}),
     "full": (
         HeadSizes(100_000, 512, 2048, 1.0, 16),
         {"passes": 1.7, "memory": 10.0, "gemm": 1 / 1.35, "dense": 1.15, "dense_memory": 10.0},

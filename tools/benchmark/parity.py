@@ -222,7 +222,7 @@ def _train(sizes: Sizes, device: torch.device) -> list[Tensor]:
             engine.backward((embeddings.float() * direction).sum())
             engine.norm(nothing)
             engine.update(1e-3)
-        after = {name: tensor.cpu() for name, _, tensor in engine.tensors()}
+        after = {name: tensor.cpu() for name, _, tensor in engine.pieces()}
         return [after[f"weight.{name}"] - weight for name, weight in before.items()]
     finally:
         topology.leave()

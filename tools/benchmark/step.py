@@ -232,10 +232,7 @@ class Pooled(nn.Module):
                 parameter.copy_(initial_value(name, parameter.shape, model, 0))
 
     def forward(
-        self,
-        images: Tensor,
-        visible: Tensor | None = None,
-        grids: tuple[tuple[int, int], ...] | None = None,
+        self, images: Tensor, visible: Tensor | None = None, grids: tuple[tuple[int, int], ...] | None = None
     ) -> Tensor:
         """Features of the class token, [images, 1, width]; with regions theirs, [images, regions, width]."""
         tokens = self.vit(images, visible, regions_only=self._regions_only, grids=grids)
