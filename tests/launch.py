@@ -59,6 +59,7 @@ def tool(
     environment: Mapping[str, str] | None = None,
     timeout: float = 900,
     warns: bool = False,
+    forks: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What `python -W ignore tools/NAME.py ...` says and how it ends.
 
@@ -68,8 +69,9 @@ def tool(
         environment: Its environment, if not this process's.
         timeout: Seconds after which it is killed, and the test fails.
         warns: Whether it shows Python's warnings, as `python` alone would.
+        forks: Whether the Python commands that it starts are forks as well.
     """
-    return Tool(*command, cwd=cwd, environment=environment, warns=warns).wait(timeout)
+    return Tool(*command, cwd=cwd, environment=environment, warns=warns, forks=forks).wait(timeout)
 
 
 class Tool:
@@ -81,6 +83,7 @@ class Tool:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
         warns: bool = False,
+        forks: bool = False,
     ) -> None:
         self._words = [str(word) for word in command]
         self._place = tempfile.TemporaryDirectory()
@@ -89,6 +92,7 @@ class Tool:
             target=_run_tool,
             args=(
                 self._words, str(cwd or repository()), dict(environment or os.environ), self._streams, warns,
+                forks,
             ),
             daemon=False,
         )  # fmt: skip
@@ -152,7 +156,7 @@ def _start(
 
 
 def _run_tool(
-    words: list[str], cwd: str, environment: dict[str, str], streams: list[Path], warns: bool
+    words: list[str], cwd: str, environment: dict[str, str], streams: list[Path], warns: bool, forks: bool
 ) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -164,6 +168,8 @@ def _run_tool(
     gc.freeze()
     warnings.simplefilter("default" if warns else "ignore")
     torch.set_num_threads(1)
+    if forks:
+        subprocess.Popen = _Python  # type: ignore[assignment,misc]
     _be_python(words)
 
 
@@ -174,9 +180,12 @@ def _be_python(words: list[str]) -> NoReturn:
         if words[0] == "-m":
             from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-            subprocess_handler.Popen = _Rank
+            subprocess_handler.Popen = _Python
             sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+            exec(words[1], {"__name__": "__main__"})
         else:
             script = Path.cwd() / words[0]
             sys.argv, sys.path[0] = words, str(script.parent)
@@ -192,17 +201,42 @@ def _be_python(words: list[str]) -> NoReturn:
     end_process(int(code))
 
 
-class _Rank:
-    """What torch.distributed.run starts a rank by, in place of a Popen: a fork of the launcher."""
+POPEN = subprocess.Popen
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str], **_: Any) -> None:
+
+class _Python:
+    """What stands in for a Popen of `python ...`: a fork of the process that starts it.
+
+    torch.distributed.run starts its ranks so, and a tool that `forks` the project's other commands.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        start_new_session: bool = False,
+        **_: Any,
+    ) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        python, unbuffered, *words = args
-        assert (python, unbuffered) == (sys.executable, "-u"), args
-        self._process = multiprocessing.get_context("fork").Process(target=_be_rank, args=(words, dict(env)))
+        python, *words = args
+        assert python == sys.executable, args
+        words = words[1:] if words[0] == "-u" else words
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_be_child, args=(words, dict(os.environ if env is None else env), start_new_session)
+        )
         self._process.start()
         self.pid = self._process.pid
+
+    def __enter__(self) -> _Python:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -210,11 +244,13 @@ class _Rank:
     def wait(self, timeout: float | None = None) -> None:
         self._process.join(timeout)
         if self.poll() is None:
-            raise subprocess.TimeoutExpired("rank", timeout or 0)
+            raise subprocess.TimeoutExpired("python", timeout or 0)
 
 
-def _be_rank(words: list[str], environment: dict[str, str]) -> None:
-    os.setsid()
+def _be_child(words: list[str], environment: dict[str, str], alone: bool) -> None:
+    if alone:
+        os.setsid()
+    subprocess.Popen = POPEN  # type: ignore[misc]
     os.environ.clear()
     os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from launch import repository
+from launch import tool
 
 from megaregion.schemas.evaluation import read_evaluation
 
@@ -25,14 +23,9 @@ def test_images_become_an_encoder_that_transformers_loads(tmp_path: Path) -> Non
     config = tmp_path / "small.yaml"
     config.write_text(SETTINGS)
     run = tmp_path / "runs" / "small"
-    done = subprocess.run(
-        [
-            sys.executable, "-W", "ignore", "tools/demo.py",
-            "--data", str(tmp_path / "data"), "--run", str(run),
-            "--config", str(config), "--train-scenes", "56", "--test-scenes", "10", "--first-steps", "4",
-            "--gate", "-1",
-        ],
-        cwd=repository(), capture_output=True, text=True, timeout=900, check=False,
+    done = tool(
+        "tools/demo.py", "--data", tmp_path / "data", "--run", run, "--config", config,
+        "--train-scenes", 56, "--test-scenes", 10, "--first-steps", 4, "--gate", -1, forks=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "4 ranks: tensor 2 x data 2" in done.stdout

@@ -22,6 +22,7 @@ from torch import Tensor
 from toy_scenes import write_run as write_toy_run
 from toy_scenes import write_scenes, write_shards
 
+import convert_checkpoint
 from megaregion.checkpoint.format import publish, write_pieces
 from megaregion.checkpoint.pretrained import open_pretrained
 from megaregion.config import ModelConfig, RunConfig
@@ -30,6 +31,7 @@ from megaregion.errors import UserError
 from megaregion.evaluation.network import open_run
 from megaregion.evaluation.study import StudyConfig, evaluate
 from megaregion.export import ExportOptions, export_checkpoint
+from megaregion.export.layouts import LAYOUTS
 from megaregion.export.parity import load_transformer
 from megaregion.models import RegionEncoder, VisionTransformer, initialise
 from megaregion.schemas.evaluation import write_evaluation
@@ -51,6 +53,10 @@ def test_the_loaded_export_gives_our_features_at_any_size(tmp_path: Path, activa
             pooled = vit.pool(tokens[:, 0])
         torch.testing.assert_close(output.last_hidden_state, tokens, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.pooler_output, pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_the_command_offers_every_layout() -> None:
+    assert tuple(LAYOUTS) == convert_checkpoint.FORMATS
 
 
 def test_a_tensor_parallel_checkpoint_exports_to_the_same_bytes(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from megaregion.config import ModelConfig
 
+FORMATS = ("mlcd", "llava-onevision-1.5")
+"""The layouts of megaregion.export, which would bring torch along before a flag is read."""
 TOLERANCE = 1e-4
 """Largest difference of features, as a share of the largest feature, that rounding can explain."""
 
@@ -166,11 +168,9 @@ def _parser() -> Parser:
 
 
 def _add_to_hf(add: Callable[..., None]) -> None:
-    from megaregion.export.layouts import LAYOUTS
-
     add("checkpoint", Folder, None, _OURS, metavar="CHECKPOINT")
     add("out", Folder, None, "folder to write; must be absent or empty", metavar="OUT")
-    add("--format", Choice(tuple(LAYOUTS)), "mlcd", "whose names and settings to write")
+    add("--format", Choice(FORMATS), "mlcd", "whose names and settings to write")
     add("--llm", File, None, "config.json of the LLM that --format llava-onevision-1.5 will feed",
         metavar="CONFIG")  # fmt: skip
     add("--dtype", Choice(("fp32", "bf16")), "fp32", "type of the written weights")
