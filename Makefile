@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Empty is off: a suite of a hundred processes compiles each file once.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-one test-other drills lint types layers clean help
 
