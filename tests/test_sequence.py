@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from launch import launch
 from torch import Tensor, nn
 
-from megaregion.parallel.tensor_parallel import CutStream, gathered_linear, scattered_linear, sum_over_ranks
+from megaregion.parallel.tensor_parallel import CutStream, shared_linear, sum_over_ranks
 
 RANKS, WIDTH, HIDDEN = 3, 8, 12
 TOKENS = {"divided": (2, 6), "one row over": (1, 7), "fewer than ranks": (1, 2)}
@@ -50,9 +50,10 @@ class Cut(Residual):
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.stream.scatter(x)
-        rows = gathered_linear(self.norm(part), self.first.weight, self.first.bias, self.group)
-        hidden = F.gelu(rows)[: x.shape[0] * x.shape[1]].view(*x.shape[:2], -1)
-        part = part + scattered_linear(hidden, self.second.weight, self.second.bias, self.group)
+        shared = self.group.group_name
+        rows = shared_linear(self.norm(part), self.first.weight, self.first.bias, shared, column=True)
+        hidden = F.gelu(rows)[: x.shape[0] * x.shape[1]]
+        part = part + shared_linear(hidden, self.second.weight, self.second.bias, shared, column=False)
         return self.stream.gather(part, *x.shape[:2])
 
 

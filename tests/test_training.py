@@ -83,7 +83,9 @@ def differences(one: CheckpointReader, other: CheckpointReader, prefix: str = ""
 
 def alone(config: RunConfig) -> RunConfig:
     """The run without what says how ranks share it, and how they spare memory."""
-    train = dataclasses.replace(config.train, micro_batch=1, recompute=False, activation_gib=0.0)
+    train = dataclasses.replace(
+        config.train, micro_batch=1, recompute=False, activation_gib=0.0, compile=False
+    )
     data = dataclasses.replace(config.data, workers=0)
     return dataclasses.replace(config, name="dense", parallel=ParallelConfig(), train=train, data=data)
 
@@ -252,9 +254,22 @@ CONTINUED = {
 }
 
 
+COMPILED = {
+    # A block that runs again, and cheap ones; tokens cut over the ranks, and whole on each.
+    "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5},
+    "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False},
+}
+
+
 def run_of(data: Path, runs: Path, name: str, **changes: object) -> RunConfig:
     """A toy run by the name of its changes."""
-    found = {**TOPOLOGIES, **VARIANTS, **WHOLE, **{new: own for new, (_, own) in CONTINUED.items()}}[name]
+    found = {
+        **TOPOLOGIES,
+        **VARIANTS,
+        **COMPILED,
+        **WHOLE,
+        **{new: own for new, (_, own) in CONTINUED.items()},
+    }[name]
     config = toy_config(data, runs, name, **{**changes, **found})
     path = config.data.path.format(data)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
@@ -278,6 +293,13 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
         train(run_of(data, runs, name, **TWO_OF_FOUR), resume_from=middle)
     if torch.distributed.get_rank() == 0:
         (runs / "modules").write_text("\n".join(sys.modules))
+    compile_block = torch.nn.Module.compile
+    # The partitioner of inductor, without its code for a device; fullgraph refuses to cut a block.
+    torch.nn.Module.compile = functools.partialmethod(
+        compile_block, backend="aot_eager_decomp_partition", fullgraph=True
+    )
+    for name in COMPILED:
+        train(run_of(data, runs, name, **FULL))
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +316,7 @@ def four_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", [*TOPOLOGIES, *VARIANTS])
+@pytest.mark.parametrize("name", [*TOPOLOGIES, *VARIANTS, *COMPILED])
 def test_every_topology_equals_one_dense_process(name: str, dataset: Path, four_ranks: Path) -> None:
     config = run_of(dataset, four_ranks, name, **FULL)
     expected_losses, expected = dense_run(alone(config), config.train.steps)

@@ -22,7 +22,7 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from megaregion.parallel.topology import Topology
 from megaregion.processor import outer_sum, product
@@ -106,24 +107,24 @@ def _boxes(
 class _Column(ColumnParallelLinear):
     """A column-parallel linear that returns a tensor, as nn.Linear does."""
 
-    tokens_cut = False
+    tokens_cut, group_name = False, ""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O / T]; where the tokens are cut, parts [S, I] to all rows [T S, O / T]."""
-        if self.tokens_cut:
-            return gathered_linear(x, self.weight, self.bias, self.tp_group)
+        if self.tokens_cut or torch.compiler.is_compiling():
+            return shared_linear(x, self.weight, self.bias, self.group_name, True, self.tokens_cut)
         return super().forward(x)[0]
 
 
 class _Row(RowParallelLinear):
     """A row-parallel linear that returns a tensor, summed over the tensor ranks, as nn.Linear does."""
 
-    tokens_cut = False
+    tokens_cut, group_name = False, ""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I / T] to [..., O]; where the tokens are cut, each rank gets its part of them, [S, O]."""
-        if self.tokens_cut:
-            return scattered_linear(x, self.weight, self.bias, self.tp_group)
+        if self.tokens_cut or torch.compiler.is_compiling():
+            return shared_linear(x, self.weight, self.bias, self.group_name, False, self.tokens_cut)
         return super().forward(x)[0]
 
 
@@ -204,7 +205,7 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
             if split == "column"
             else _Row(*sizes, input_is_parallel=True, **common)
         )
-    cut.tokens_cut = tokens_cut
+    cut.tokens_cut, cut.group_name = tokens_cut, topology.tensor_group.group_name
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
         for key, parameter in linear.named_parameters():
@@ -223,9 +224,9 @@ def sum_over_ranks(model: nn.Module, names: Sequence[str], group: dist.ProcessGr
     this rank's tokens. Nothing fails where they are not summed, the run is just wrong; and a sum for each
     parameter by itself would be hundreds of tiny collectives in every backward pass.
 
-    While the model's forward pass runs, its modules find in a parameter's place what one function of all of
-    them returned: the same values. Autograd calls that function's backward once, last. The parameters stay
-    where they are for all others (optimizer, ZeRO, checkpoints).
+    From a forward pass to the end of its backward pass the modules find in a parameter's place what one
+    function of all of them returned: the same values. Autograd calls that function's backward once, last. The
+    parameters stay where they are for all others (optimizer, ZeRO, checkpoints).
     """
     if not names:
         return
@@ -233,32 +234,38 @@ def sum_over_ranks(model: nn.Module, names: Sequence[str], group: dist.ProcessGr
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
 
     def lend(*_: Any) -> None:
-        for (module, name), lent in zip(places, _SumOverRanks.apply(group, *parameters), strict=True):
+        take_back()
+        if not torch.is_grad_enabled():
+            return
+        all_lent = _SumOverRanks.apply(group, take_back, *parameters)
+        for (module, name), lent in zip(places, all_lent, strict=True):
             # Beside the parameter, not instead of it: an attribute of the object is found first.
             vars(module)[name] = lent
 
-    def take_back(*_: Any) -> None:
+    def take_back() -> None:
         for module, name in places:
             vars(module).pop(name, None)
 
     model.register_forward_pre_hook(lend)
-    model.register_forward_hook(take_back, always_call=True)
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, take_back: Callable[[], None], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.take_back = group, take_back
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     def backward(ctx: Any, *parts: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.take_back()
         # In at least fp32, so that many ranks' parts lose nothing before they meet.
         wide = torch.promote_types(parts[0].dtype, torch.float32)
         total = torch.cat([part.to(wide).flatten() for part in parts])
         dist.all_reduce(total, group=ctx.group)
         sums = total.split([part.numel() for part in parts])
-        return None, *(own.view_as(part).to(part.dtype) for own, part in zip(sums, parts, strict=True))
+        return None, None, *(own.view_as(part).to(part.dtype) for own, part in zip(sums, parts, strict=True))
 
 
 class CutStream:
@@ -278,23 +285,20 @@ class CutStream:
         return rows.view(images, tokens, -1)
 
 
-def gathered_linear(part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """A column-cut linear of all tokens: parts [S, I] to this rank's outputs of all rows, [T S, O / T].
+def shared_linear(
+    tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool = True
+) -> Tensor:
+    """A linear that the tensor ranks share, ``group`` by name, between tokens that are cut too or whole.
 
-    ``weight`` [O / T, I] and ``bias`` [O / T] are this rank's. Only the part is kept for the backward pass,
-    which gathers the tokens again beside a product.
+    Column-cut it takes parts [S, I] (whole: all rows) to this rank's outputs of all rows, [T S, O / T], and
+    keeps only the part for its backward pass, which gathers the tokens again beside a product. Row-cut it
+    takes all rows [R, I / T], sums over the ranks and gives each its part, [S, O] (whole: all rows); ``bias``
+    [O] is whole there, and so is its gradient. ``weight`` is this rank's.
     """
-    outputs: Tensor = _GatheredLinear.apply(part, weight, bias, group)
+    # A compiled block must not see the collectives: its graph would end there, or keep gathered tokens.
+    run: Any = _operator if torch.compiler.is_compiling() else _Shared.apply
+    outputs: Tensor = run(tokens, weight, bias, group, column, cut)
     return outputs
-
-
-def scattered_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """A row-cut linear of all tokens [..., I / T], summed over the ranks; each gets its part, [S, O].
-
-    ``weight`` [O, I / T] is this rank's; ``bias`` [O] is whole, and so is its gradient.
-    """
-    part: Tensor = _ScatteredLinear.apply(inputs.flatten(0, -2), weight, bias, group)
-    return part
 
 
 class _Scatter(torch.autograd.Function):
@@ -319,47 +323,71 @@ class _Gather(torch.autograd.Function):
         return _own(grad, ctx.group), None, None
 
 
-class _GatheredLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.save_for_backward(part, weight)
-        ctx.group, ctx.biased = group, bias is not None
-        return product(_gather(part, group), weight, bias)
+def _multiply(tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool) -> Tensor:
+    if column:
+        return product(_gather(tokens, _ranks(group)) if cut else tokens, weight, bias)
+    part, scattering = _start_scatter(product(tokens, weight), _ranks(group), cut)
+    scattering.wait()
+    return part.add_(bias)
+
+
+def _multiply_back(
+    grad: Tensor, tokens: Tensor, weight: Tensor, group: str, column: bool, cut: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    ranks = _ranks(group)
+    if not column:
+        grad = _gather(grad, ranks)[: len(tokens)] if cut else grad
+        # Every rank has the gradients of all tokens here: the bias needs no sum of its own.
+        return product(grad, weight.T), outer_sum(grad, tokens), grad.sum(0)
+    # Both collectives run beside a product (on a GPU, where CUDA_DEVICE_MAX_CONNECTIONS is 1).
+    rows, gathering = _start_gather(tokens, ranks) if cut else (tokens, None)
+    grad_rows = product(grad, weight.T)
+    if gathering is not None:
+        gathering.wait()
+    grad_tokens, scattering = _start_scatter(grad_rows, ranks, cut)
+    grad_weight, grad_bias = outer_sum(grad, rows), grad.sum(0)
+    scattering.wait()
+    return grad_tokens, grad_weight, grad_bias
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weight, _, *ctx.shared = inputs
+    ctx.save_for_backward(tokens, weight)
+
+
+class _Shared(torch.autograd.Function):
+    forward, setup_context = staticmethod(_multiply), staticmethod(_keep)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        part, weight = ctx.saved_tensors
-        # Both collectives run beside a product (on a GPU, where CUDA_DEVICE_MAX_CONNECTIONS is 1).
-        tokens, gathering = _start_gather(part, ctx.group)
-        grad_tokens = product(grad, weight.T)
-        gathering.wait()
-        grad_part, scattering = _start_scatter(grad_tokens, ctx.group)
-        grad_weight = outer_sum(grad, tokens)
-        grad_bias = grad.sum(0) if ctx.biased else None
-        scattering.wait()
-        return grad_part, grad_weight, grad_bias, None
+        return *_multiply_back(grad, *ctx.saved_tensors, *ctx.shared), None, None, None
 
 
-class _ScatteredLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        ctx.group, ctx.biased = group, bias is not None
-        part, scattering = _start_scatter(_padded(product(inputs, weight), group), group)
-        scattering.wait()
-        return part if bias is None else part.add_(bias)
+OPERATORS: dict[str, Callable[..., Any]] = {"linear": _multiply, "linear_back": _multiply_back}
+"""What the operators of compiled blocks do, by their names."""
+_operator, _operator_back = (
+    torch.library.custom_op(f"megaregion::{name}", run, mutates_args=()) for name, run in OPERATORS.items()
+)
+_operator.register_autograd(
+    lambda ctx, grad: (*_operator_back(grad, *ctx.saved_tensors, *ctx.shared), None, None, None),
+    setup_context=_keep,
+)
 
-    @staticmethod
-    def backward(ctx: Any, grad_part: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        grad = _gather(grad_part, ctx.group)[: len(inputs)]
-        # Every rank has the gradients of all tokens here: the bias needs no sum of its own.
-        grad_bias = grad.sum(0) if ctx.biased else None
-        return product(grad, weight.T), outer_sum(grad, inputs), grad_bias, None
+
+@_operator.register_fake
+def _(tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool) -> Tensor:
+    rows, ranks = tokens.shape[0], _ranks(group).size() if cut else 1
+    return tokens.new_empty(rows * ranks if column else -(-rows // ranks), weight.shape[0])
+
+
+@_operator_back.register_fake
+def _(grad: Tensor, tokens: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _ranks(group: str) -> dist.ProcessGroup:
+    ranks: dist.ProcessGroup = vars(distributed_c10d)["_resolve_process_group"](group)
+    return ranks
 
 
 def _padded(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -383,6 +411,9 @@ def _start_gather(part: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     return rows, dist.all_gather_into_tensor(rows, part.contiguous(), group=group, async_op=True)
 
 
-def _start_scatter(rows: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+def _start_scatter(rows: Tensor, group: dist.ProcessGroup, cut: bool) -> tuple[Tensor, Any]:
+    if not cut:
+        return rows, dist.all_reduce(rows, group=group, async_op=True)
+    rows = _padded(rows, group)
     part = rows.new_empty(len(rows) // group.size(), rows.shape[-1])
     return part, dist.reduce_scatter_tensor(part, rows.contiguous(), group=group, async_op=True)
