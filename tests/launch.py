@@ -6,6 +6,9 @@ Both are forks of one process that has imported what they all need and has done 
 from __future__ import annotations
 
 import gc
+import inspect
+import multiprocessing.process
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -16,15 +19,16 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing
 
 from megaregion.command_line import end_process
 
-FORKS = multiprocessing.get_context("forkserver")
+FORKS = torch.multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["megaregion.training.trainer", "torch._dynamo", "deepspeed"])
 
 
@@ -169,7 +173,7 @@ def _run_tool(
     warnings.simplefilter("default" if warns else "ignore")
     torch.set_num_threads(1)
     if forks:
-        subprocess.Popen = _Python  # type: ignore[assignment,misc]
+        subprocess.Popen = _Python
     _be_python(words)
 
 
@@ -204,58 +208,58 @@ def _be_python(words: list[str]) -> NoReturn:
 POPEN = subprocess.Popen
 
 
-class _Python:
-    """What stands in for a Popen of `python ...`: a fork of the process that starts it.
+class _Python(subprocess.Popen):
+    """A Popen that forks this process where `python ...` is asked for, so that nothing is imported again.
 
-    torch.distributed.run starts its ranks so, and a tool that `forks` the project's other commands.
+    torch.distributed.run starts its ranks so, and a tool that `forks` all Python commands.
     """
 
-    def __init__(
-        self,
-        args: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        start_new_session: bool = False,
-        **_: Any,
-    ) -> None:
+    def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
+        if args[0] != sys.executable:
+            super()._execute_child(args, *rest)
+            return
+        names = list(inspect.signature(POPEN._execute_child).parameters)[2:]
+        given = dict(zip(names, rest, strict=True))
         sys.stdout.flush()
         sys.stderr.flush()
-        python, *words = args
-        assert python == sys.executable, args
-        words = words[1:] if words[0] == "-u" else words
-        self._process = multiprocessing.get_context("fork").Process(
-            target=_be_child, args=(words, dict(os.environ if env is None else env), start_new_session)
-        )
-        self._process.start()
-        self.pid = self._process.pid
-
-    def __enter__(self) -> _Python:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> None:
-        self._process.join(timeout)
-        if self.poll() is None:
-            raise subprocess.TimeoutExpired("python", timeout or 0)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _be_child([str(word) for word in args[1:]], given)
+            finally:
+                os._exit(1)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*map(given.get, ends))
 
 
-def _be_child(words: list[str], environment: dict[str, str], alone: bool) -> None:
-    if alone:
+def _be_child(words: list[str], given: dict[str, Any]) -> NoReturn:
+    """Be the Python that a fork was asked for; `given` are the arguments of Popen's own private method."""
+    for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+        if given[name] not in (-1, number):
+            os.dup2(given[name], number)
+    for name in ("p2cwrite", "c2pread", "errread"):
+        if given[name] != -1:
+            os.close(given[name])
+    if given["start_new_session"]:
         os.setsid()
-    subprocess.Popen = POPEN  # type: ignore[misc]
-    os.environ.clear()
-    os.environ.update(environment)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
+    if given["cwd"]:
+        os.chdir(given["cwd"])
+    if given["env"] is not None:
+        os.environ.clear()
+        os.environ.update(given["env"])
+    sys.path[1:1] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    subprocess.Popen = POPEN
+    # What the parent tidies up at its end is none of its child's.
+    weakref.finalize._registry.clear()
+    multiprocessing.util._finalizer_registry.clear()
+    multiprocessing.process._children.clear()
+    multiprocessing.util._run_after_forkers()
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    while words[0] in ("-u", "-W"):
+        words = words[2 if words[0] == "-W" else 1 :]
     _be_python(words)
 
 
