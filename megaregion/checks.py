@@ -1,4 +1,4 @@
-"""Whether settings of a run fit each other and the number of ranks, and how ranks cut a step's batch."""
+"""Whether settings of a run fit each other and the number of ranks, and how ranks share a step's batch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _check_multiple(key: str, value: int, of: str, unit: int) -> None:
 
 @dataclass(frozen=True)
 class Batching:
-    """How one data-parallel rank cuts its share of a step's global batch."""
+    """How one data-parallel rank takes its share of a step's global batch."""
 
     micro_batch: int
     """Images that the rank passes through the model at once."""
@@ -109,7 +109,7 @@ class Batching:
 
 
 def batching(config: RunConfig, data_ranks: int, stage: StageConfig | None = None) -> Batching:
-    """Cut the global batch, which is the same on any number of ranks, at a resolution, the first if None.
+    """Divide the global batch, which is the same on any number of ranks, at a resolution, the first if None.
 
     Where the wanted micro-batch does not divide a rank's share of it, the next smaller number of images that
     does is taken.
@@ -138,7 +138,7 @@ def batching(config: RunConfig, data_ranks: int, stage: StageConfig | None = Non
 
 
 def check_batching(config: RunConfig, data_ranks: int) -> None:
-    """Check that the global batch can be cut at every resolution of the run.
+    """Check that the global batch can be divided at every resolution of the run.
 
     Raises:
         UserError: As :func:`batching`.

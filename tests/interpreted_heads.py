@@ -53,7 +53,7 @@ def compare(
     chunk, draw_rows = options.pop("chunk_bytes", 10**6), options.pop("draw_rows", 17)
     config = HeadConfig(min_negatives=4, **options)
     head = build_head(config, CLASSES, DIM, place_of(group), chunk_bytes=chunk)
-    head.draws, head.operand = GroupedDraws, operand
+    head.open_draws, head.operand = GroupedDraws, operand
     generator = torch.Generator().manual_seed(labels)
     features = torch.randn((ROWS, DIM), generator=generator).requires_grad_()
     found = torch.randint(-1 if labels > 1 else 0, CLASSES, (ROWS, labels), generator=generator)
@@ -115,7 +115,7 @@ def edges(group: Any) -> None:
     """No rows, no negatives, a row of zeros, and a loss that nobody differentiates."""
     for classes, rows, loss in ((1, 3, "softmax"), (1, 3, "separated"), (9, 0, "softmax")):
         head = build_head(HeadConfig(loss=loss), classes, DIM, place_of(group))
-        head.draws = GroupedDraws
+        head.open_draws = GroupedDraws
         features = torch.zeros((3, DIM), requires_grad=True)
         labels, chosen = torch.zeros((3, 1), dtype=torch.int64), torch.arange(3) < rows
         result = head.score(GatheredFeatures(features, head.topology), targets_of(head, labels, chosen, 0))

@@ -297,7 +297,7 @@ def _poisoned(dataset: str, output: str) -> None:
     embeddings[5, 2] = float("nan")
     labels = trainer.heads.send_labels(batch)
     with pytest.raises(UserError, match="are not finite"):
-        trainer.heads.loss(embeddings, labels, batch.keys, step=0, micro_step=0, cut=batching(config, 1))
+        trainer.heads.loss(embeddings, labels, batch.keys, step=0, micro_step=0, sizes=batching(config, 1))
     log = (Path(output) / "poisoned" / "logs" / "rank-00.log").read_text()
     assert f"features of sample {batch.keys[5]} are not finite" in log
     for kind, head in trainer.heads.by_kind.items():

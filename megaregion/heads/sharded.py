@@ -111,7 +111,7 @@ class ClassShardedHead:
         self.last_positive = torch.full((len(self.local),), -1, dtype=torch.int32)
         self.guard, self.sampling = FiniteGuard(kind), SamplingWatch(kind, rate)
         self.gradient, self.scratch = ClassGradient(self.weight), Scratch(self.weight)
-        self.draws = choose_draws(kind, config, topology)
+        self.open_draws = choose_draws(kind, config, topology)
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +208,7 @@ class ClassShardedHead:
         group = self.world_group if self.world_group.size() > 1 else None
         work = HeadWork(self.config, group, self.chunk_bytes, operand, self.scratch, targets, self.weight)
         # The rows may still be under way: what does not need them comes first.
-        draws = self.draws(work)
+        draws = self.open_draws(work)
         self.guard.watch(features.sums, targets.index)
         loss, found = score_rows(features.rows, self.gradient, draws.score)
         if torch.is_grad_enabled():

@@ -34,7 +34,7 @@ from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotatio
 
 
 class Stream:
-    """The rows between the linears of the blocks; all of them, as one process has them.
+    """The residual stream: rows between the blocks' linears; all of them, as one process has them.
 
     Sequence parallelism puts another in its place, under which norms and residual sums see only this rank's
     rows, and the linears take and give such parts. A part may end in rows that pad it.

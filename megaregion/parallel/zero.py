@@ -46,13 +46,13 @@ def effective_stage(config: RunConfig, data_ranks: int) -> int:
 
 def deepspeed_config(config: RunConfig, data_ranks: int) -> dict[str, Any]:
     """DeepSpeed's settings for so many copies of the model, derived from ours; nobody writes them by hand."""
-    cut = batching(config, data_ranks)
+    sizes = batching(config, data_ranks)
     bf16 = config.train.bf16
     return {
         "train_batch_size": config.train.global_batch,
         # Those of the first resolution; the engine is told with each micro-step which is a step's last.
-        "train_micro_batch_size_per_gpu": cut.micro_batch,
-        "gradient_accumulation_steps": cut.micro_steps,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch,
+        "gradient_accumulation_steps": sizes.micro_steps,
         "gradient_clipping": config.optimizer.clip_norm,
         "data_types": {"grad_accum_dtype": config.train.sum_precision},
         "communication_data_type": config.train.sum_precision,

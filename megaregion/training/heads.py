@@ -87,7 +87,7 @@ class Heads:
         keys: Sequence[str],
         step: int,
         micro_step: int,
-        cut: Batching,
+        sizes: Batching,
         refuse: bool = True,
     ) -> HeadsLoss:
         """Losses of one micro-step and the gradient they send into the body.
@@ -101,15 +101,15 @@ class Heads:
             keys: Keys of these samples.
             step: Steps already taken.
             micro_step: Index of the micro-step within the step.
-            cut: How the step is cut.
+            sizes: The step's micro-batches and draws.
             refuse: Raise NonFiniteFeatures; else the loss is not finite then and the caller judges.
         """
         leaf = embeddings.detach().requires_grad_()
         # While the rows travel, the classes are drawn and the centers fetched.
         rows = GatheredFeatures(leaf.flatten(0, 1), self._topology)
         each = self._config.data.regions_per_image
-        first = micro_step * cut.micro_batch * self._topology.data_size * each
-        marked, draw_rows = labels.arrive(), cut.draw_images * each
+        first = micro_step * sizes.micro_batch * self._topology.data_size * each
+        marked, draw_rows = labels.arrive(), sizes.draw_images * each
         targets = {
             kind: head.draw(marked[:, :-1], marked[:, -1] == KINDS[kind], step, first, draw_rows)
             for kind, head in self.by_kind.items()

@@ -93,7 +93,7 @@ class Trainer:
         self._utilisation = Utilisation(config, classes, topology)
         self.engine = self._build_engine(begin)
         self.events = Events(self.run_folder, topology.rank == 0)
-        self.state = self._own_state()
+        self.state = self._claim_state()
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
         self._refusal: str | None = None
         self._times: Times | None = None
@@ -120,7 +120,7 @@ class Trainer:
             lambda name: learning_rate_factor(name, config.model.depth, config.optimizer.layer_decay),
         )  # fmt: skip
 
-    def _own_state(self) -> TrainingState:
+    def _claim_state(self) -> TrainingState:
         """Claim the run; last, so that a start that is refused takes no run away from its owner."""
         check_local(self.config, self.topology)
         check_newest(self.config, self.dataset.info, self.engine.placements, self.topology)
@@ -202,23 +202,23 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> Values:
         """Take one optimizer step; returns what is worth logging, nothing if the guard refused the step."""
         stage = self.config.stage(self.state.position)
-        cut = self._enter(stage)
+        sizes = self._enter(stage)
         lr = learning_rate(self.config, self.state.step) * stage.lr_scale
         sums, span = StepSums(self.config), self.clock.span
         self.clock.begin_step(self.state.step + 1)
-        for micro_step in range(cut.micro_steps):
+        for micro_step in range(sizes.micro_steps):
             with span("data"):
                 batch, labels = self._next(batches, sums)
             with span("forward"):
                 embeddings = self.encode(batch)
             with span("head"):
                 loss = self.heads.loss(
-                    embeddings, labels, batch.keys, self.state.step, micro_step, cut,
+                    embeddings, labels, batch.keys, self.state.step, micro_step, sizes,
                     refuse=not self.state.guard.enabled,
                 )  # fmt: skip
                 sums.add(loss)
             with span("backward"):
-                last = micro_step == cut.micro_steps - 1
+                last = micro_step == sizes.micro_steps - 1
                 self.engine.backward((embeddings.float() * loss.gradient.float()).sum(), last)
         with span("optimizer"):
             norm = self.engine.norm(self.heads.norm_squared())
@@ -255,9 +255,9 @@ class Trainer:
 
     def _enter(self, stage: StageConfig) -> Batching:
         """Be ready for steps of a resolution; what is recomputed changes no bit."""
-        cut = batching(self.config, self.topology.data_size, stage)
-        self._vit.recompute = recompute_of_run(self.config, cut.micro_batch, stage.image_size)
-        return cut
+        sizes = batching(self.config, self.topology.data_size, stage)
+        self._vit.recompute = recompute_of_run(self.config, sizes.micro_batch, stage.image_size)
+        return sizes
 
     def _next(self, batches: Iterator[Batch], sums: StepSums) -> tuple[Batch, GatheringLabels]:
         """The next micro-batch on the device, and its labels on their way to all data ranks."""
