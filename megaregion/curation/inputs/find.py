@@ -193,6 +193,8 @@ class _Search:
         self._ambiguous: set[str] = set()
         self._datasets: list[Path] = []
         self._annotations: dict[str, Any] = {}
+        self._counted: dict[str, dict[str, Any]] = {}
+        """What tars hold that were looked into for annotations."""
         self.found = 0
         """Images, duplicates left out."""
 
@@ -232,7 +234,7 @@ class _Search:
         loose = (row["path"] for row, first in zip(candidates.rows(), self._firsts, strict=True) if first)
         # The number of a row is no name.
         tars = [tar for tar in self._tars if tar.path.suffix.lower() not in COLUMNAR]
-        members = ((tar.name, member.name) for tar in tars for member in scan_tar(tar.path).members)
+        members = ((tar.name, name) for tar in tars for name in self._members(tar))
         index.match(loose, members)
         self._annotations = index.summary()
         # What lies beside an image counts as the image's.
@@ -246,6 +248,12 @@ class _Search:
             self._kinds.add(ANNOTATION, *examples, count=len(used))
         for path, why in index.damaged.items():
             self._tell(path, why)  # Its kind is counted already.
+
+    def _members(self, tar: Found) -> Iterator[str]:
+        """The images of a tar; what is counted by the way need not be looked for again."""
+        names: list[str] = []
+        self._counted[tar.name] = _count(tar.path, self._column, names)
+        yield from names
 
     @cached_property
     def _firsts(self) -> NDArray[np.bool_]:
@@ -281,7 +289,7 @@ class _Search:
         for tar in self._tars:
             state = _state(tar.path)
             own = {"path": tar.name, "size": state.st_size, "changed": state.st_mtime_ns}
-            row = known.of(tar.name, state)
+            row = self._counted.get(tar.name) or known.of(tar.name, state)
             rows.append({**(row if row.get("asked", self._column) == self._column else {}), **own})
         new = [row for row in rows if "images" not in row]
         paths = [self._folder / row["path"] for row in new]
@@ -425,8 +433,8 @@ def _scanned_alike(place: Path) -> bool:
         return False
 
 
-def _count(path: Path, column: str) -> dict[str, Any]:
-    """What a row says of the images in a tar, or in a Parquet or Arrow file."""
+def _count(path: Path, column: str, names: list[str] | None = None) -> dict[str, Any]:
+    """What a row says of the images in a tar, or in a Parquet or Arrow file; a tar's names are added."""
     with _reading(path):
         before = path.stat()
         if path.suffix.lower() in COLUMNAR:
@@ -436,6 +444,8 @@ def _count(path: Path, column: str) -> dict[str, Any]:
             found = count_rows(path, column)
         else:
             scan = scan_tar(path)
+            if names is not None:
+                names.extend(member.name for member in scan.members)
             found = {"images": len(scan.members), "kinds": scan.kinds, "damage": scan.damage}
         after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

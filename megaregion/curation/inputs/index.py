@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -112,14 +112,16 @@ class AnnotationIndex:
 
     def digest(self, path: str, last: str = "") -> str:
         """Hash of what files say of an image, or of all up to the last one; empty for nothing."""
-        found = hashlib.sha256()
-        empty = found.digest()
-        for name, file, width, height, category, _, size, mark in self._said(
-            plain_text(path), plain_text(last or path)
-        ):
-            said = f"{name}\0{width}\0{height}\0{self._class(file, category)}\0{size}\0{mark}\n"
+        found, names = hashlib.sha256(), lru_cache(maxsize=None)(self._class)
+        rows = iter(self._said(plain_text(path), plain_text(last or path)))
+        said = ""
+        while some := list(islice(rows, BATCH)):
+            said = "".join(
+                f"{name}\0{width}\0{height}\0{names(file, category)}\0{size}\0{mark}\n"
+                for name, file, width, height, category, _, size, mark in some
+            )
             found.update(said.encode())
-        return "" if found.digest() == empty else found.hexdigest()
+        return found.hexdigest() if said else ""
 
     def _said(self, first: str, last: str) -> Iterable[tuple[Any, ...]]:
         return self._base.execute(_SAID, (first, last)) if self._base is not None else ()
@@ -300,7 +302,7 @@ class IndexWriter(AnnotationIndex):
         try:
             while True:
                 entry = next(entries)
-                waiting[type(entry)].append((file, *_columns(entry)))
+                waiting[type(entry)].append((file, *(entry if isinstance(entry, Row) else _columns(entry))))
                 if len(waiting[type(entry)]) >= BATCH:
                     self._flush(waiting)
         except StopIteration as end:
@@ -421,9 +423,9 @@ class IndexWriter(AnnotationIndex):
 
 def _columns(entry: Entry) -> tuple[Any, ...]:
     """An entry as its table has it, without the file."""
-    if isinstance(entry, Row):
-        return entry
     match entry:
+        case Row():
+            return entry
         case Named(image, name, width, height):
             return plain_text(image), plain_text((_plain(name) or ("",))[-1]), plain_text(name), width, height
         case Category(category, name):

@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -57,6 +58,24 @@ class Scan(NamedTuple):
     """What is wrong with the tar, or empty; the members before the damage are whole."""
 
 
+class _Header(tarfile.TarInfo):
+    """A plain file's header of which no more is read than is asked here; any other is left to tarfile."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """One header; raises as tarfile does."""
+        size, told = buf[124:135], buf[148:154]
+        if buf[156:157] == b"0" and size.isdigit() and told.isdigit() and buf[135] in b" \0":
+            with suppress(ValueError):
+                if int(told, 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+                    name, prefix = (bytes(part).partition(b"\0")[0] for part in (buf[:100], buf[345:500]))
+                    path = prefix + b"/" + name if prefix else name
+                    found = cls(path.decode(encoding, errors))
+                    found.size = int(size, 8)
+                    return found
+        return super().frombuf(buf, encoding, errors)
+
+
 def scan_tar(path: Path) -> Scan:
     """Read all headers of a tar."""
     images: dict[str, Part] = {}
@@ -64,7 +83,7 @@ def scan_tar(path: Path) -> Scan:
     rest: list[tuple[str, Part | None]] = []
     kinds, damage = Kinds(), ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             for name, part in _members(tar):
                 stem, ending = split_name(name)
                 if name.rpartition("/")[2].startswith("."):
