@@ -15,9 +15,11 @@ from PIL import Image
 from pycocotools import mask as coco
 from test_curation_inputs import write_tar
 
+from megaregion.curation.inputs import find
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
+from megaregion.curation.inputs.tars import scan_tar
 from megaregion.curation.picture import Picture
 from megaregion.curation.settings import AnnotationSettings
 from megaregion.data import formats
@@ -221,6 +223,17 @@ def test_an_annotation_goes_to_the_image_whose_path_ends_alike_or_whose_folder_i
     }  # fmt: skip
     assert summary["images that they do not name"] == 1
     assert source.left_out["others"] == 1, "settings.json annotates nothing"
+
+
+def test_a_tar_is_scanned_once_however_it_is_annotated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "in" / "x.tar", [("1.jpg", b"1")])
+    write(tmp_path / "in" / "a.json", dataset("1.jpg"))
+    scans = []
+    monkeypatch.setattr(find, "scan_tar", lambda path: scans.append(path) or scan_tar(path))
+    assert boxes_of(listed(tmp_path / "in", tmp_path / "out")) == {"x.tar/1": [0, 0, 5, 5]}
+    assert len(scans) == 1
 
 
 def test_of_two_images_that_an_annotation_fits_alike_none_gets_it(tmp_path: Path) -> None:

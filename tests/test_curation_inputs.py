@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from pyarrow import parquet
 from megaregion.curation.inputs.annotations import read_annotations
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
-from megaregion.curation.inputs.tars import Scan, scan_tar
+from megaregion.curation.inputs.tars import Scan, _Header, scan_tar
 from megaregion.curation.picture import BadImage, Picture, read_picture
 from megaregion.curation.pipeline import curate
 from megaregion.data.sample import decode_mask, encode_mask, parse_sample
@@ -377,6 +378,29 @@ def test_keys_never_collide_across_tars_and_folders(tmp_path: Path) -> None:
     # The keys of x.tar's images are others now, so what was made of them is stale.
     assert [found.identity(n)[:5] for n in range(found.slices)].count(before) == 1
     assert before not in [found.identity(n) for n in range(found.slices)]
+
+
+def test_a_plain_header_is_read_as_tarfile_reads_it(tmp_path: Path) -> None:
+    names = ["a.jpg", "b/ü.jpg", f"{'d/' * 60}e.jpg", "f" * 140, os.fsdecode(b"caf\xe9.jpg"), ""]
+    for place in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        for name, size in itertools.product(names, (0, 1, 8**11)):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.uid = size, 1.5, 2**30
+            try:
+                blocks = info.tobuf(place, "utf-8", "surrogateescape")
+            except ValueError:
+                continue  # This format has no room for it.
+            for start in range(0, len(blocks), 512):
+                for block in (blocks[start : start + 512], blocks[start : start + 511] + b"x"):
+                    assert _read_header(_Header, block) == _read_header(tarfile.TarInfo, block)
+
+
+def _read_header(kind: type[tarfile.TarInfo], block: bytes) -> object:
+    try:
+        found = kind.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return str(error)
+    return found.name, found.size, found.isreg(), found.isdir(), found.type == tarfile.AREGTYPE
 
 
 def test_a_tar_that_vanishes_or_changes_is_never_taken_for_an_empty_one(

@@ -217,10 +217,7 @@ def _encoders(arguments: argparse.Namespace) -> tuple[str, int, Path, list[Any]]
         found = model.name, 0, path if path.is_dir() else Path(f"evaluation-{model.name}")
     models = [own for own in (*own, *others) if isinstance(own, HuggingFaceEncoder)]
     encoders = [*own, *others, *(tokens for model in models if (tokens := model.tokens()))]
-    names = [encoder.name for encoder in encoders]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two rows would be called {name}; give the folder of a model another name")
+    _check_apart([encoder.name for encoder in encoders])
     if arguments.without_crops:
         encoders = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
     return *found, encoders
@@ -260,11 +257,13 @@ def _others(arguments: argparse.Namespace, device: str, cells: int) -> list[Enco
     for name in arguments.compare:
         model = load_huggingface(name, device, arguments.trust_remote_code)
         others += [model, model.crops()]
-    names = [other.name for other in others]
-    for name in names:
-        if names.count(name) > 1 or name in ("trained", "untrained", "pixels"):
-            raise UserError(f"two rows would be called {name}; give the folder of --compare another name")
+    _check_apart([*(other.name for other in others), "trained", "untrained", "pixels"])
     return others
+
+
+def _check_apart(names: list[str]) -> None:
+    if same := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two rows would be called {same[0]}; give the folder of a model another name")
 
 
 def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:

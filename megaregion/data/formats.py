@@ -127,9 +127,7 @@ def _read_coco(file: BinaryIO) -> Generator[Entry, None, str]:
             if "caption" in item:
                 yield Caption(str(item.get("image_id")), str(item["caption"]).strip())
             elif "segments_info" not in item:
-                image, category = item.get("image_id"), item.get("category_id", "")
-                image = str(image) if type(image) is int else plain_text(image)
-                category = str(category) if type(category) is int else plain_text(category)
+                image, category = plain_text(item.get("image_id")), plain_text(item.get("category_id", ""))
                 yield Row(image, category, place, len(content), crc32(content.encode("latin-1")))
         elif key == "images":
             # LVIS names no file, but where COCO has it.

@@ -35,9 +35,6 @@ KNOWN = (
     "name a JSON of COCO, LVIS or Objects365, a CSV of Open Images, a metadata.jsonl or .csv, or the folder "
     "of YOLO's, Pascal VOC's or SA-1B's label files"
 )
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap an image's sides."""
-ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,7 @@ def _sides(said: _Said) -> tuple[int, int]:
     """Width and height that annotations speak of; those of the stored image where they do not say."""
     try:
         with Image.open(said.path) as file:
-            turned = file.getexif().get(ORIENTATION, 1) in TURNED
+            turned = file.getexif().get(0x0112) in (5, 6, 7, 8)  # Orientations that swap its sides.
             sizes = [file.size, file.size[::-1]] if turned else [file.size]
     except FileNotFoundError:
         raise Unusable("image is not there") from None

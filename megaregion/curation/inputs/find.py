@@ -47,22 +47,7 @@ from megaregion.curation.settings import AnnotationSettings
 from megaregion.data.writer import MAX_KEY_BYTES
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, read_json, write_bytes
-from megaregion.schemas.curation import (
-    ANNOTATION,
-    BESIDE,
-    BROKEN,
-    BROKEN_TABLE,
-    DUPLICATE,
-    FORMAT,
-    HIDDEN,
-    LINK,
-    OTHER,
-    OUTPUT,
-    TABLE,
-    TAR,
-    UNREADABLE,
-    Kinds,
-)
+from megaregion.schemas import curation as kinds
 
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Files that are looked into; one that is compressed is named with the way out."""
@@ -187,7 +172,7 @@ class _Search:
         self._folder, self._out, self._hashed, self._column = folder, out.resolve(), hashed, column
         self._tars: list[Found] = []
         self._parquets = self._damaged = 0
-        self._kinds = Kinds()
+        self._kinds = kinds.Kinds()
         self._bad: dict[str, str] = {}
         self._contents, self._keys, self._others = array("Q"), array("Q"), array("Q")
         self._ambiguous: set[str] = set()
@@ -205,7 +190,7 @@ class _Search:
             if file.name.lower().endswith((*TAR_ENDINGS, *COLUMNAR)):
                 self._tars += [] if file.packed else [file]
                 if file.packed:
-                    self._kinds.add(OUTPUT, file.name)
+                    self._kinds.add(kinds.OUTPUT, file.name)
             elif _is_image(file, ending):
                 state = _state(file.path)
                 row = known.of(file.name, state)
@@ -219,9 +204,9 @@ class _Search:
                     **({"annotation": annotation} if annotation else {}),
                 }  # fmt: skip
             elif ending in OTHER_FORMATS:
-                self._kinds.add(FORMAT + ending, file.name)
+                self._kinds.add(kinds.FORMAT + ending, file.name)
             else:
-                self._kinds.add(BESIDE if file.beside else OTHER, file.name)
+                self._kinds.add(kinds.BESIDE if file.beside else kinds.OTHER, file.name)
                 if not file.beside:
                     self._others.append(mark(file.name))
                 # One that lies beside an image counts as the image's.
@@ -240,12 +225,12 @@ class _Search:
         # What lies beside an image counts as the image's.
         used = set(np.intersect1d(self._others, index.used).tolist())
         if used:
-            others, names = self._kinds.pop(OTHER)
+            others, names = self._kinds.pop(kinds.OTHER)
             if others > len(used):
                 rest = [name for name in names if mark(name) not in used]
-                self._kinds.add(OTHER, *rest, count=others - len(used))
+                self._kinds.add(kinds.OTHER, *rest, count=others - len(used))
             examples = [name for name in index.examples if mark(name) in used]
-            self._kinds.add(ANNOTATION, *examples, count=len(used))
+            self._kinds.add(kinds.ANNOTATION, *examples, count=len(used))
         for path, why in index.damaged.items():
             self._tell(path, why)  # Its kind is counted already.
 
@@ -272,7 +257,7 @@ class _Search:
         for number, row in enumerate(candidates.rows()):
             name = row["path"]
             if not first[number]:
-                self._kinds.add(DUPLICATE, name)
+                self._kinds.add(kinds.DUPLICATE, name)
             else:
                 key = plain_key(_stem(name))
                 if shared[number] or len(key.encode()) > MAX_KEY_BYTES:
@@ -313,12 +298,12 @@ class _Search:
         self.found += row["images"]
         for kind, (count, examples) in row["kinds"].items():
             self._kinds.add(kind, *(f"{path}/{name}" for name in examples), count=count)
-        whole, broken = (TABLE, BROKEN_TABLE) if "column" in row else (TAR, BROKEN)
+        whole, broken = (kinds.TABLE, kinds.BROKEN_TABLE) if "column" in row else (kinds.TAR, kinds.BROKEN)
         if row["damage"]:
             self._name(broken, path, f"{row['damage']}; images before it: {row['images']}")
         elif row.get("column") == "":
             self._parquets += 1
-            self._kinds.add(OTHER, path)
+            self._kinds.add(kinds.OTHER, path)
         else:
             self._kinds.add(whole, path)
 
@@ -326,9 +311,9 @@ class _Search:
         """What is not in the rows; JSON."""
         return {
             "version": VERSION, "scan": SCAN, "folder": str(self._folder.resolve()),
-            "duplicates": self._kinds.count(DUPLICATE), "others": self._kinds.count(OTHER),
-            "outputs": self._kinds.count(OUTPUT), "formats": self._kinds.formats, "damaged": self._damaged,
-            "bad": self._bad, "kinds": self._kinds, "annotations": self._annotations,
+            "duplicates": self._kinds.count(kinds.DUPLICATE), "others": self._kinds.count(kinds.OTHER),
+            "outputs": self._kinds.count(kinds.OUTPUT), "formats": self._kinds.formats, "bad": self._bad,
+            "damaged": self._damaged, "kinds": self._kinds, "annotations": self._annotations,
         }  # fmt: skip
 
     def no_image(self) -> UserError:
@@ -338,7 +323,7 @@ class _Search:
             path, why = next(iter(self._bad.items()))
             inside = any(tar.name.lower().endswith(TAR_ENDINGS) for tar in self._tars)
             return UserError(f"{holds} no image{' in its tars' * inside}; {path}: {why}")
-        if self._kinds.count(OUTPUT):
+        if self._kinds.count(kinds.OUTPUT):
             return UserError(
                 f"{holds} nothing but what megaregion wrote (shards, stages, runs, an atlas); "
                 "give the folder of the original images"
@@ -349,7 +334,7 @@ class _Search:
             return UserError(
                 f"{holds} images of {', '.join(self._kinds.formats)} only; convert them to JPEG or PNG"
             )
-        others = self._kinds.count(OTHER)
+        others = self._kinds.count(kinds.OTHER)
         return UserError(f"{holds} no {', '.join(ENDINGS)} or .tar file among its {others} files")
 
     def _walk(self, folder: Path, below: str) -> Iterator[Found]:
@@ -357,7 +342,7 @@ class _Search:
         with _reading(folder), os.scandir(folder) as found:
             entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry for entry in found}
         if any(marks <= entries.keys() for marks in WRITTEN):
-            self._kinds.add(OUTPUT, below)
+            self._kinds.add(kinds.OUTPUT, below)
             return
         samples = {sample_of(stem) for stem, ending in map(split_name, entries) if ending in ENDINGS}
         for name in sorted(entries):
@@ -366,13 +351,13 @@ class _Search:
                 self._hide(path, below + name)
             elif name.endswith("/"):
                 if path.resolve() == self._out or (name == "stages/" and "run.json" in entries):
-                    self._kinds.add(OUTPUT, below + name)
+                    self._kinds.add(kinds.OUTPUT, below + name)
                 elif not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
-                    self._name(UNREADABLE, below + name, "a folder that may not be read")
+                    self._name(kinds.UNREADABLE, below + name, "a folder that may not be read")
                 else:
                     yield from self._walk(path, below + name)
             elif entry.is_file() and not os.access(path, os.R_OK, effective_ids=True):
-                self._name(UNREADABLE, below + name, "a file that may not be read")
+                self._name(kinds.UNREADABLE, below + name, "a file that may not be read")
             elif entry.is_file():
                 stem = path.stem
                 beside = ENDINGS if path.suffix.lower() == ".json" else (".json",)
@@ -382,20 +367,20 @@ class _Search:
                 )
             elif entry.is_symlink():
                 kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
-                self._name(LINK, below + name, kind)
+                self._name(kinds.LINK, below + name, kind)
             else:
                 # A socket or a pipe, unless it is gone.
                 _state(path)
-                self._kinds.add(OTHER, below + name)
+                self._kinds.add(kinds.OTHER, below + name)
 
     def _hide(self, path: Path, name: str) -> None:
         """Count a hidden file, or all files of a hidden folder, the run's own ones left out."""
         if not name.endswith("/"):
-            self._kinds.add(HIDDEN, name)
+            self._kinds.add(kinds.HIDDEN, name)
         elif path.resolve() != self._out:
             files = sum(len(names) for _, _, names in os.walk(path))
             if files:
-                self._kinds.add(HIDDEN, name, count=files)
+                self._kinds.add(kinds.HIDDEN, name, count=files)
 
     def _tar_keys(self, rows: list[dict[str, Any]]) -> list[str]:
         """How the keys of each tar's images begin; no image of another tar or folder begins likewise."""

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property, lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -112,14 +112,10 @@ class AnnotationIndex:
 
     def digest(self, path: str, last: str = "") -> str:
         """Hash of what files say of an image, or of all up to the last one; empty for nothing."""
-        found, names = hashlib.sha256(), lru_cache(maxsize=None)(self._class)
-        rows = iter(self._said(plain_text(path), plain_text(last or path)))
-        said = ""
-        while some := list(islice(rows, BATCH)):
-            said = "".join(
-                f"{name}\0{width}\0{height}\0{names(file, category)}\0{size}\0{mark}\n"
-                for name, file, width, height, category, _, size, mark in some
-            )
+        found, said = hashlib.sha256(), ""
+        rows = self._said(plain_text(path), plain_text(last or path))
+        for name, file, width, height, category, _, size, mark in rows:
+            said = f"{name}\0{width}\0{height}\0{self._class(file, category)}\0{size}\0{mark}\n"
             found.update(said.encode())
         return found.hexdigest() if said else ""
 

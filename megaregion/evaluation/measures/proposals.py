@@ -51,13 +51,11 @@ def proposals_table(data: Annotated, proposer: str, propose: Propose, batches: B
     images = [found for part in parts for found in part]
     groups = np.repeat([scene.key for scene in searched], [len(scene.objects) for scene in searched])
     best, whole = (np.concatenate([getattr(found, key) for found in images]) for key in ("best", "whole"))
+    mean = "recall, mean of IoU 0.5 to 0.95"
     verdicts = {
         "recall_50": ("recall at IoU 0.5", lambda iou: iou >= 0.5),
         "recall_75": ("recall at IoU 0.75", lambda iou: iou >= 0.75),
-        "average": (
-            "recall, mean of IoU 0.5 to 0.95",
-            lambda iou: (iou[:, None] >= STEPS - 1e-9).mean(axis=1),
-        ),
+        "average": (mean, lambda iou: (iou[:, None] >= STEPS - 1e-9).mean(axis=1)),
     }
     row: dict[str, Estimate | None] = {key: share(told(best), groups) for key, (_, told) in verdicts.items()}
     columns = tuple(
@@ -67,14 +65,8 @@ def proposals_table(data: Annotated, proposer: str, propose: Propose, batches: B
         f"{len(best):,} objects of {len(searched):,} images of {data.name}, against all boxes of {proposer}, "
         f"{np.mean([found.boxes for found in images]):,.0f} an image. No encoder is asked."
     )
-    return Table(
-        f"{data.name}/proposals",
-        f"Framing objects, {data.name}",
-        told,
-        columns,
-        {proposer: row},
-        "whole image",
-    )
+    key, title = f"{data.name}/proposals", f"Framing objects, {data.name}"
+    return Table(key, title, told, columns, {proposer: row}, "whole image")
 
 
 def overlap_of(boxes: Floats, others: NDArray[np.float64]) -> NDArray[np.float64]:
