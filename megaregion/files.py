@@ -17,6 +17,12 @@ LARGE = 2**26
 """Bytes from which a file is not hashed again as long as nobody has touched it."""
 
 
+def home(folder: str) -> Path:
+    """tools/ or configs/: beside the package in a checkout, inside it where it was installed."""
+    package = Path(__file__).parent
+    return (package.parent if (package.parent / "pyproject.toml").is_file() else package) / folder
+
+
 def partial_name(path: Path, shared: bool = False) -> Path:
     """The hidden name beside its own under which a file or folder is made.
 

@@ -14,8 +14,7 @@ import pytest
 from launch import repository, tool
 
 from megaregion.planning.faults import LLAMA3_FAULTS, FaultModel, best_interval, expected, simulate, young
-from megaregion.planning.hardware import Hardware
-from megaregion.planning.load import Load
+from megaregion.planning.hardware import Hardware, Load
 
 
 @pytest.mark.parametrize("gpus", [64, 1024, 16_384])

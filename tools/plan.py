@@ -19,8 +19,7 @@ from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.planning import faults
 from megaregion.planning.faults import FaultModel
-from megaregion.planning.hardware import GIB, Hardware, Ranks, check_hardware, load_hardware
-from megaregion.planning.load import Load
+from megaregion.planning.hardware import GIB, Hardware, Load, Ranks, check_hardware, load_hardware
 
 if TYPE_CHECKING:
     from megaregion.planning.plan import Plan

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaregion.planning.fake_cuda import DEVICE, fake_gpu
-from megaregion.planning.hardware import Hardware
+from megaregion.planning.hardware import Hardware, Load
 from megaregion.planning.kernels import KernelCounter, Tally
-from megaregion.planning.load import Load
 from megaregion.tables import aligned
 
 Networks = Mapping[str, tuple[int, Callable[[], Any]]]

@@ -1,4 +1,4 @@
-"""What a run will find: processors, links and storage of a cluster, as the plan reckons with them.
+"""What a plan reckons with: processors, links and storage of a cluster, and what is to be curated there.
 
 A description is a YAML file of these fields; configs/clusters/ holds presets. Rates are those that are
 reached, not those of a data sheet: ``pretrain.py --preflight`` and ``benchmark.py plan`` measure them.
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megaregion.bounds import Real, Whole
+from megaregion.bounds import LARGE, PositiveInt, Real, Text, Whole
 from megaregion.errors import UserError
+from megaregion.files import home
 from megaregion.settings import check, flag_name, read_file
 
-PRESETS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
+PRESETS = home("configs") / "clusters"
 GIB = 2**30
 
 Gib = Annotated[float, Real(0, 10**6, "GIB")]
@@ -124,3 +125,27 @@ def check_hardware(hardware: Hardware) -> None:
         raise UserError(
             f"--reserve-gib {hardware.reserve_gib:g} leaves nothing of --memory-gib {hardware.memory_gib:g}"
         )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be curated."""
+
+    images: Annotated[int, Whole(1, LARGE, "IMAGES")] = 400_000_000
+    """Images of the dataset."""
+    regions: Annotated[float, Real(0, 1000, "REGIONS")] = 5.0
+    """Object regions of an image that are embedded."""
+    cores: PositiveInt = 12
+    """Processor cores beside each GPU."""
+    grid: Annotated[int, Whole(1, 256)] = 16
+    """SAM: points along each side of the prompt grid."""
+    masks: Annotated[int, Whole(0, 10**5)] = 200
+    """SAM: masks of an image that are good enough to be brought to its size."""
+    clusters: PositiveInt = 1_000_000
+    """Centers of k-means."""
+    passes: PositiveInt = 20
+    """Passes of k-means."""
+    encoder: Annotated[str, Text("FOLDER")] = ""
+    """Folder with config.json of the encoder; CLIP ViT-L/14 at 224 px if empty."""
+    sam: Annotated[str, Text("FOLDER")] = ""
+    """Folder with config.json of SAM; SAM ViT-B if empty."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megaregion.curation.engines.lite0 import FeatureMaps, Lite0
 from megaregion.curation.picture import Boxes, Pixels, Proposal, area, resize
+from megaregion.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -51,6 +52,11 @@ class SelectiveSearch:
     """
 
     def __init__(self, sides: Sequence[int], scales: Sequence[int] = (150,)) -> None:
+        if not hasattr(cv2, "ximgproc"):
+            raise UserError(
+                "OpenCV lacks selective search: two of its wheels share a folder, and the one without it was "
+                "installed last; pip install --force-reinstall --no-deps opencv-contrib-python-headless"
+            )
         self._sides, self._scales = tuple(sides), tuple(scales)
 
     def stream(
