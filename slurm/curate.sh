@@ -40,6 +40,11 @@ if [[ ${1:-} == --job ]]; then
     --stage "$stage" "${share[@]}"
 fi
 
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  run_python tools/curate.py --help
+  exit 0
+fi
+
 # A mistake in the settings ends here, before anything is submitted.
 jobs=$(run_python tools/curate.py "$@" --jobs)
 

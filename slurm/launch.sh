@@ -13,6 +13,11 @@
 # A job is requeued only while SLURM calls it RUNNING, so scancel is final.
 set -euo pipefail
 
+if [[ -z ${SLURM_JOB_ID:-} || -z ${1:-} ]]; then
+  echo "launch.sh: runs inside a job and needs a config; use sbatch slurm/pretrain_64gpu.sh, or without SLURM torchrun" >&2
+  exit 2
+fi
+
 cd "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}"
 # shellcheck source=slurm/site.sh
 source slurm/site.sh

@@ -19,4 +19,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-exec bash "${MEGAREGION_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh" configs/vit_l14_64gpu.yaml "$@"
+exec bash "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" configs/vit_l14_64gpu.yaml "$@"

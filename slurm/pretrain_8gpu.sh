@@ -16,4 +16,4 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-exec bash "${MEGAREGION_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh" configs/vit_b16_8gpu.yaml "$@"
+exec bash "${MEGAREGION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" configs/vit_b16_8gpu.yaml "$@"

@@ -26,6 +26,9 @@ load_modules() {
 run_python() {
   if ((${#srun_options[@]})); then
     srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${python[@]}" "$@"
+  elif ! command -v "${python[0]}" >/dev/null; then
+    echo "there is no ${python[0]}; run make .venv/ready here, or name a Python by MEGAREGION_PYTHON in slurm/site.env" >&2
+    return 2
   else
     "${python[@]}" "$@"
   fi

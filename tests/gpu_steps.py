@@ -5,7 +5,11 @@ from megaregion.planning.cuda_guard import load_guard
 load_guard()
 
 import json  # noqa: E402
+import sys  # noqa: E402
 from typing import Any  # noqa: E402
+
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from megaregion.config import (  # noqa: E402
     DataConfig,
@@ -17,17 +21,23 @@ from megaregion.config import (  # noqa: E402
     RunConfig,
     TrainConfig,
 )
+from megaregion.evaluation import encoders, network  # noqa: E402
+from megaregion.models import RegionEncoder  # noqa: E402
+from megaregion.planning import kernels  # noqa: E402
 from megaregion.planning.dry_run import dry_run  # noqa: E402
+from megaregion.planning.fake_cuda import DEVICE, fake_gpu  # noqa: E402
 from megaregion.planning.hardware import load_hardware  # noqa: E402
 from megaregion.planning.layout import Labels  # noqa: E402
 from megaregion.planning.plan import make_plan  # noqa: E402
 from megaregion.planning.timing import head_kernels  # noqa: E402
+from megaregion.training.watchdog import collective_of  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO 1": {},
     "deeper": {"depth": 4},
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 3": {"zero_stage": 3},
+    "tensor 2": {"tensor": 2},
     "tensor 8": {"tensor": 8, "sequence": False},
     "sequence": {"tensor": 8},
     "recompute": {"recompute": True},
@@ -44,6 +54,40 @@ CASES: dict[str, dict[str, Any]] = {
     "all classes": {"depth": 1, "sample_rate": 1.0, "classes": 1_000_000, "dim": 64},
     "several waves": {"depth": 1, "draw_images": 640, "chunk_bytes": 2**20},
 }
+
+
+MISSED: list[str] = []
+"""Where the host waits and a watchdog would not say so."""
+_caller = kernels._caller
+
+
+def _watched() -> str:
+    frame, between = sys._getframe(1), ("/torch/_dynamo/", "/torch/_compile", "/torch/_ops", kernels.__file__)
+    while frame.f_back is not None and any(place in frame.f_code.co_filename for place in between):
+        frame = frame.f_back
+    if not collective_of(frame):
+        MISSED.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+    return _caller()
+
+
+def evaluate() -> list[str]:
+    """Where an evaluation on a GPU waits: class tokens of images, then maps of them."""
+    model = ModelConfig(
+        image_size=64, patch_size=16, width=64, depth=2, heads=2, mlp_width=128, region_layers=1
+    )
+    images, tally = [Image.new("RGB", (90, 60))] * 4, kernels.Tally()
+    network.as_array = encoders.as_array = _fetched
+    with fake_gpu():
+        encoder = network.NetworkEncoder("fake", RegionEncoder(model, 32), DataConfig(), str(DEVICE))
+        with kernels.KernelCounter(tally):
+            encoder.images(images)
+            encoder.maps(images)
+    return tally.waits
+
+
+def _fetched(values: Tensor) -> Tensor:
+    """As far as numbers that are not there can go."""
+    return values.float().cpu()
 
 
 def count(
@@ -87,9 +131,13 @@ def count(
     planned = {
         "planned": plan.memory.activations,
         "head_kernels": sum(head_kernels(plan.layout).values()),
+        "share": sum(ran.counted[kind] for kind in ("masters", "moments", "head")),
+        "whole": 12 * ran.parameters,
     }
     return {**ran.values()["gpu_step"], **planned}
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: count(**changes) for name, changes in CASES.items()}))
+    kernels._caller = _watched
+    found = {name: count(**changes) for name, changes in CASES.items()}
+    print(json.dumps({**found, "evaluation": evaluate(), "missed": MISSED}))

@@ -96,9 +96,6 @@ SMALLER = {
         )
         for flag in ("images", "compare", "frames")
     },
-    "$python tools/benchmark.py model": Smaller(
-        "--width 32 --depth 1 --heads 2 --size 32 --batch 2 --rounds 1"
-    ),
     "tools/pretrain.py report": Smaller(replaced=("NAME", "photos")),
     "tools/benchmark.py plan": Smaller(
         "--model toy --batch 1 --steps 2 --threads 1", ("--case all", "--case 1 2-tensor")

@@ -171,14 +171,16 @@ def test_a_part_of_which_one_case_failed_keeps_the_others(tmp_path: Path) -> Non
         script.write_text(f"import sys, time\n{WRITES}\n{end}\n")
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("benchmark.gpu.__file__", str(script.parent / "benchmark" / "gpu.py"))
-            good, *bad = run_entry("part", ("parity",), {"a": 1.5}, time.monotonic() + 3)
+            good, optional, *bad = run_entry("part", ("parity",), {"a": 1.5}, time.monotonic() + 3)
         assert (good.case, good.goal, good.holds) == ("part, a", 1.5, True)
+        assert (optional.unmeasured, optional.failure) == ("c: pip install it", "")
         assert told in bad[-1].failure
 
 
 WRITES = """
 import json
 cases = [{"case": "a", "ours": 1.0, "peer": 2.0, "unit": "s", "goal": 0},
+         {"case": "c", "ours": None, "peer": None, "unit": "", "goal": 0, "failure": "c: pip install it"},
          {"case": "b", "ours": None, "peer": None, "unit": "", "goal": 0, "failure": "no kernel"}]
 open(sys.argv[-1].removeprefix("--json="), "w").write(json.dumps({"cases": cases}))
 """
@@ -267,8 +269,8 @@ def test_every_entry_for_a_gpu_runs_on_fake_tensors_or_says_why_not(faked: list[
             assert any(case.endswith(end) for case in own), (entry.name, end)
     why = {case["unmeasured"].rpartition(": ")[2] for case in told if "unmeasured" in case}
     assert why == {
-        "fake tensors take no time", "torch.compile makes no kernels for fake tensors",
-        "no bytes are there to write", "no numbers are there to compare", "pip install torchao==0.18.0",
+        "fake tensors take no time", "asks nothing of a GPU", "no bytes are there to write",
+        "no numbers are there to compare", "pip install torchao==0.18.0",
     }  # fmt: skip
     assert {case["case"].rpartition(": ")[2] for case in told if "unmeasured" not in case} == {
         "tokens of a packed step, without padding"

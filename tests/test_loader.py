@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import OBJECT_CLASSES, toy_config, toy_dataset
 
 from megaregion.config import DataConfig
@@ -149,6 +151,40 @@ def test_shapes_are_those_of_the_config(folder: Path) -> None:
     assert (objects[:, 0] >= 0).all()
     assert (objects[:, 1:] == -1).all()
     assert int(objects.max()) < OBJECT_CLASSES
+
+
+class Stream:
+    """Notes what a GPU's queues are told."""
+
+    said: ClassVar[list[object]] = []
+
+    def __init__(self, name: object) -> None:
+        self.name = name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        self.said.append(f"{self.name} takes")
+
+    def __exit__(self, *_: object) -> None:
+        self.said.append(f"{self.name} took")
+
+
+def test_a_batch_goes_to_a_gpu_by_a_queue_of_its_own_for_which_what_is_computed_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (batch,) = take(folder, [range(5)])
+    computes = Stream("computing")
+    monkeypatch.setattr("megaregion.data.batch._copying", lambda device: Stream("copying"))
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: computes)
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda own, stream: kept.append(stream))
+    with FakeTensorMode() as fake:
+        assert batch._each(fake.from_tensor).to("cuda:0").pixels.is_cuda
+    assert Stream.said == ["copying takes", "copying took", "computing waits for copying"]
+    assert kept == [computes] * 5, "their memory is given back before they were read"
 
 
 def test_global_random_state_is_neither_read_nor_changed(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_a_short_command_runs_with_the_ranks_python(
         env={**settings, "MEGAREGION_SRUN": srun}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert started in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("launch.sh configs/demo.yaml", 2, "runs inside a job"),
+        ("pretrain_8gpu.sh --data.path=here", 2, "use sbatch slurm/pretrain_64gpu.sh"),
+        ("curate.sh --images here", 2, "there is no /nowhere/python; run make .venv/ready here"),
+        ("curate.sh --help", 0, "--images"),
+    ],
+)
+def test_a_script_that_is_started_by_hand_says_what_it_needs(command: str, code: int, told: str) -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    python = "/nowhere/python" if code else sys.executable
+    done = subprocess.run(
+        ["bash", *f"slurm/{command}".split()], cwd=repository(), check=False, text=True,
+        env={**outside, "MEGAREGION_PYTHON": python}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert told in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == (1 if code else 0)
 
 
 def test_every_script_is_clean() -> None:

@@ -141,8 +141,16 @@ class Batch:
         return normalise(self.pixels, self.mean, self.std)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; from pinned memory the copy does not wait."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device; from pinned memory the host does not wait, nor does what a GPU computes."""
+        if (device := torch.device(device)).type != "cuda":
+            return self._each(lambda tensor: tensor.to(device))
+        copies, computes = _copying(device), torch.cuda.current_stream(device)
+        with torch.cuda.stream(copies):
+            sent = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        computes.wait_stream(copies)
+        for name in TENSORS:  # Or the memory would be taken again by the next copy.
+            getattr(sent, name).record_stream(computes)
+        return sent
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies on its own; DataLoader calls it."""
@@ -225,6 +233,12 @@ def normalise(pixels: Tensor, mean: Color, std: Color) -> Tensor:
     """Bring bytes, uint8 [..., 3, H, W], to zero mean and unit deviation, float32 on the same device."""
     shift, deviation = _statistics(mean, std, pixels.device)
     return pixels.to(torch.float32).sub_(shift).div_(deviation)
+
+
+@lru_cache(maxsize=8)
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream by which batches go to a GPU, beside what it computes."""
+    return torch.cuda.Stream(device)
 
 
 @lru_cache(maxsize=8)

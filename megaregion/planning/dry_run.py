@@ -6,6 +6,7 @@ processor an image goes through it and back; weights and matrix products are lef
 On a GPU that is not there, fake tensors, which hold no numbers at all, take a step of one micro-step:
 
     batch to the device | encoder | heads | encoder's backward pass (with ZeRO's copies) | norms and update
+    | what a checkpoint gathers and copies to the host
 
 What a count can tell: bytes, kernels, operations, where the host waits, what autograd keeps, and operands on
 two devices, which raise. What it cannot: seconds, and the inside of a Triton kernel.
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from megaregion.checkpoint.saver import Snapshot
 from megaregion.checks import batching
 from megaregion.data.batch import OBJECT, TEXT, Batch, Findings, Sample, collate
 from megaregion.errors import UserError
@@ -50,6 +52,7 @@ from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
 from megaregion.training.heads import Heads
+from megaregion.training.state import own_pieces
 
 MIB = 2**20
 TOLERANCE = 0.05
@@ -78,7 +81,8 @@ class DryRun:
     @property
     def waits(self) -> list[str]:
         """Where the host waits inside a micro-step, as file:line."""
-        return [wait for name, tally in self.parts.items() if name != "update" for wait in tally.waits]
+        between = ("update", "checkpoint")
+        return [wait for name, tally in self.parts.items() if name not in between for wait in tally.waits]
 
     def off(self, kind: str) -> float:
         """Share by which the plan of a kind is above (or below, negative) what was counted."""
@@ -147,7 +151,7 @@ class DryRun:
         each, rest = (size / self.scores for size in (heads.of_scores, heads.moved.total() - heads.of_scores))
         places = [f"{place} ({count})" for place, count in Counter(self.waits).items()]
         return (
-            f"one micro-step and the update, on fake CUDA tensors\n{aligned(rows, indent='  ')}\n"
+            f"one micro-step, the update and a save, on fake CUDA tensors\n{aligned(rows, indent='  ')}\n"
             f"  waits inside the micro-step: {', '.join(places) or 'none'}\n"
             f"  CopySlices in the backward graph: {self.copy_slices}\n"
             f"  bytes of each of {self.scores / 1e6:,.0f} million scores of heads: {each:.1f} of its own, "
@@ -207,6 +211,7 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
             counted["gradients"] = storage_bytes(engine.held()["gradients"])
         else:
             part("update", lambda: _update(engine, heads))
+            part("checkpoint", lambda: Snapshot(place.device).take(own_pieces(engine, heads)))
     planned = _planned(plan, rank, "gpu" if gpu else "processor")
     own = {kind: planned[kind] for kind in counted}
     scores = sum(head.rows * head.drawn for head in layout.heads.values())

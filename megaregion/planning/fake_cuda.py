@@ -66,6 +66,8 @@ def fake_cuda(labels: Tensor | None = None) -> Iterator[None]:
         (grouped, "launch", count_launch),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", _Stream),
+        (Tensor, "record_stream", lambda tensor, stream: None),
         (GatheringLabels, "arrive", arrive_real),
         (ClassShardedHead, "draw", draw_real),
         # How many classes took part is a number on the device: all of them.
@@ -78,7 +80,7 @@ def fake_cuda(labels: Tensor | None = None) -> Iterator[None]:
         stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": str(DEVICE.index)}))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         # Real tables are of no use in here, nor fake ones outside.
-        for table in (rotary._patch_table, pixels._statistics):
+        for table in (rotary._patch_table, pixels._statistics, pixels._copying):
             table.cache_clear()
             stack.callback(table.cache_clear)
         stack.enter_context(fake_gpu())
@@ -170,6 +172,7 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 
 def _answer_deepspeed() -> None:
     """Answer what DeepSpeed asks of CUDA."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Or it would look for a device and say what it found.
     import deepspeed.ops
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

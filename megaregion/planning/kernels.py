@@ -93,6 +93,10 @@ class KernelCounter(TorchDispatchMode):
         out = self._without_numbers(func, args)
         if out is not None:
             return out
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":
+            with self:  # Some come whole there that are several operations elsewhere.
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
         out = func(*args, **kwargs)
         if self.tally is None:
             return out

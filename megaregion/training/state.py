@@ -161,7 +161,7 @@ class TrainingState:
     def _start(self, saver: Saver, checkpoints: Path) -> bool:
         saved = saver.prepare(checkpoints, self.step)
         if saved:
-            own = self._pieces()
+            own = own_pieces(self._engine, self._heads)
             if self._config.checkpoint.asynchronous:
                 pieces = self._snapshot.take(own)
             else:
@@ -288,12 +288,6 @@ class TrainingState:
                 )  # fmt: skip
         self._events.write("resumed", step=self.step, changed=changed)
 
-    def _pieces(self) -> Iterator[Piece]:
-        """This rank's share of the state: of the body, and its own classes."""
-        for name, place, tensor in self._engine.pieces():
-            yield Piece(f"body.{name}", place.full_shape, place.offset, tensor)
-        yield from self._heads.state()
-
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -306,6 +300,13 @@ class TrainingState:
     def _run_facts(self, position: int) -> dict[str, Any]:
         place = self._topology
         return facts(self._config, position, self._dataset, place.tensor_size, place.data_size)
+
+
+def own_pieces(engine: ZeroEngine, heads: Heads) -> Iterator[Piece]:
+    """This rank's share of the state: of the body, and its own classes."""
+    for name, place, tensor in engine.pieces():
+        yield Piece(f"body.{name}", place.full_shape, place.offset, tensor)
+    yield from heads.state()
 
 
 def check_local(config: RunConfig, topology: Topology) -> None:

@@ -36,7 +36,7 @@ LAST_RESORT_SECONDS = 30.0
 _COLLECTIVE_FILES = re.compile(r"torch/distributed/(?!elastic)|deepspeed/comm/")
 _WRAPPERS = ("wrapper", "log_wrapper")
 """Functions of these files that only call the collective."""
-_WAITING_LINE = re.compile(r"\b(wait|item|tolist|cpu|synchronize|bool|float|int|tensor)\(")
+_WAITING_LINE = re.compile(r"\b(wait|item|tolist|to|cpu|synchronize|bool|float|int|tensor)\(")
 """Numbers that come from a device, or go there, are waited for by the host."""
 _HOUSE = str(Path(__file__).parents[1])
 

@@ -24,6 +24,7 @@ from megaregion.schemas.run import Events
 
 GOAL = 20.0
 """Least ratio of the synchronous save's time to what the asynchronous one blocks: at most 5%."""
+TOLD = "the run's first call blocks", "steps slowed meanwhile", "until it is visible"
 ROW = 1024
 """Width of the state's matrices."""
 
@@ -50,16 +51,16 @@ def checkpoint(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
             snapshot = Snapshot(watch.device)
             found = watch.fastest({"copy to the host": lambda: snapshot.take(pieces)}, 1)["copy to the host"]
             yield Case(f"{name}: the call blocks", found, found, "s", GOAL)
-            yield Case(f"{name}: until it is visible", 0, 0, "s", unmeasured="no bytes are there to write")
+            for told in TOLD:
+                yield Case(f"{name}: {told}", 0, 0, "s", unmeasured="no bytes are there to write")
             return
         synchronous, blocked, slowed, written = _save(pieces, folder, options.repeats, watch)
     topology.leave()
     # The first save of each kind stands apart.
     peer = min(synchronous[1:])
     yield Case(f"{name}: the call blocks", min(blocked[1:]), peer, "s", GOAL)
-    yield Case(f"{name}: the run's first call blocks", blocked[0], peer, "s")
-    yield Case(f"{name}: steps slowed meanwhile", min(slowed[1:]), peer, "s")
-    yield Case(f"{name}: until it is visible", min(written[1:]), peer, "s")
+    for told, seconds in zip(TOLD, (blocked[0], min(slowed[1:]), min(written[1:])), strict=True):
+        yield Case(f"{name}: {told}", seconds, peer, "s")
 
 
 def _save(pieces: list[Piece], folder: Path, repeats: int, watch: Stopwatch) -> tuple[list[float], ...]:

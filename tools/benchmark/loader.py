@@ -50,6 +50,7 @@ OBJECTS, TEXTS = 9, 3
 
 Share = list[tuple[bytes, Crop]]
 """Encoded images and what is cut from them."""
+RESUMED = "first batch at position 10^9, beside the limit", "samples read for it, beside its images"
 
 
 @part(
@@ -131,7 +132,11 @@ def _count_copy(data: DataConfig, images: int, batch: int, watch: Stopwatch) -> 
         reader.close()
     found = watch.fastest({"a batch to the GPU": lambda: first.to(watch.device).images}, 1)
     seconds = found["a batch to the GPU"]
-    yield Case(f"{batch} images to the GPU: plain webdataset with Pillow", seconds, seconds, "ms", WEBDATASET)
+    name, why = f"{batch} images to the GPU", "asks nothing of a GPU"
+    yield Case(f"{name}: plain webdataset with Pillow", seconds, seconds, "ms", WEBDATASET)
+    yield Case(f"{name}: decoding and resizing alone", 0, 0, "ms", ALONE, unmeasured=why)
+    for told in RESUMED:
+        yield Case(told, 0, 0, "", 1.0, unmeasured=why)
 
 
 def _compare_resume(data: DataConfig, batch: int) -> Iterator[Case]:
@@ -143,8 +148,8 @@ def _compare_resume(data: DataConfig, batch: int) -> Iterator[Case]:
     seconds = time.perf_counter() - began
     reader.close()
     wanted = batch + first.found.bad + first.found.empty
-    yield Case("first batch at position 10^9, beside the limit", seconds, RESUME_SECONDS, "s", 1.0)
-    yield Case("samples read for it, beside its images", dataset.reads.value, wanted, "samples", 1.0)
+    yield Case(RESUMED[0], seconds, RESUME_SECONDS, "s", 1.0)
+    yield Case(RESUMED[1], dataset.reads.value, wanted, "samples", 1.0)
 
 
 class CountedReads(ShardedDataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +18,12 @@ from megaregion.bounds import Choice, PositiveInt, Several
 from megaregion.checks import check_model
 from megaregion.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megaregion.data.image import Crop, fitting_grid
-from megaregion.errors import UserError
 from megaregion.models import VisionTransformer, decays
 from megaregion.models.costs import Recompute, encoder_flops, everywhere
 from megaregion.models.initialisation import initial_value
 from megaregion.models.layers import compile_blocks, use_float8
 from megaregion.models.rotary import packed_rotation
+from megaregion.planning.compiled import counted_compilation
 from megaregion.processor import keep_freed_memory, product
 
 GOALS = {"peer": 1.08, "rate": 0.82, "memory": 1 / 0.9, "regions": 1 / 1.06, "packed": 1.25, "padding": 0.97}
@@ -40,9 +41,9 @@ SHAPES = (1 / 3, 0.42, 0.5, 0.62, 0.75, 0.9, 1.0, 1.0, 1.1, 1.33, 1.5, 1.6, 1.78
 
 STEP: tuple[Row, ...] = (
     ("peer", "step, MLCDVisionModel + AdamW", "ours", "peer", "s"),
-    ("rate", "step, its products at the matrix rate", "ours", "ideal", "s"),
+    ("rate", "step, MFU: its products at the matrix rate", "ours", "ideal", "s"),
     ("", "step, its products at the rate of the fastest library", "ours", "fastest-ideal", "s"),
-    ("", "MLCDVisionModel + AdamW, its products at the matrix rate", "peer", "ideal", "s"),
+    ("", "MLCDVisionModel + AdamW, MFU: its products at the matrix rate", "peer", "ideal", "s"),
     ("memory", "peak memory, MLCDVisionModel + AdamW", "ours: memory", "peer: memory", "MB"),
     ("", "step, norms and GELU made again, MLCDVisionModel", "cheap", "peer", "s"),
     ("", "its peak memory, MLCDVisionModel + AdamW", "cheap: memory", "peer: memory", "MB"),
@@ -52,16 +53,13 @@ STEP: tuple[Row, ...] = (
     ("", "the same as trained", "trained", "ours", "s"),
     ("", "step, MLCDVisionModel + compile + AdamW", "ours", "peer-compiled", "s"),
     ("", "step with train.compile, without", "compiled", "ours", "s"),
-    ("", "step with train.compile, its products at the matrix rate", "compiled", "ideal", "s"),
-    ("", "MLCDVisionModel + compile + AdamW, its products at the matrix rate", "peer-compiled", "ideal", "s"),
+    ("", "step with train.compile, MFU: its products at the matrix rate", "compiled", "ideal", "s"),
+    ("", "MLCDVisionModel + compile, MFU: its products at the matrix rate", "peer-compiled", "ideal", "s"),
     ("", "step with train.fp8, without", "fp8", "ours", "s"),
 )
-MODEL: tuple[Row, ...] = (
-    ("", "MLCDVisionModel", "ours", "peer", "s"),
-    ("", "its products at the matrix rate", "ours", "ideal", "s"),
-    ("", "MLCDVisionModel + compile", "ours", "peer-compiled", "s"),
-)
-FLAGS = (
+
+
+@part(
     ("--width", PositiveInt, 768, "width D of a token"),
     ("--depth", PositiveInt, 12, "blocks"),
     ("--heads", PositiveInt, 12, "attention heads"),
@@ -74,11 +72,6 @@ FLAGS = (
     ("--rounds", PositiveInt, 5, "timed steps of each; the fastest counts"),
     ("--seconds", PositiveInt, None, "what is not ready by then is named and left out"),
     CLOCK,
-)
-
-
-@part(
-    *FLAGS,
     ("--contestants", Several(Choice(CONTESTANTS)), None, "only these, not all that the others say"),
 )
 def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
@@ -105,14 +98,12 @@ def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
         "peer-compiled": partial(_peer_step, sizes, compiled=True),
         "fp8": partial(_our_step, sizes, fp8=True),
     }
-    if watch.counts:
-        builds |= dict.fromkeys(("compiled", "peer-compiled"), _uncompiled)
     dear = {"compiled": options.compile, "peer-compiled": options.compile, "fp8": options.fp8}
     chosen = options.contestants or [name for name in builds if dear.get(name, True)]
-    found, failed = watch.race(
-        {name: builds[name] for name in builds if name in chosen}, options.rounds,
-        [name for name in ("ours", "peer", "cheap") if name in chosen],
-    )  # fmt: skip
+    taken = {name: builds[name] for name in builds if name in chosen}
+    weighed = [name for name in ("ours", "peer", "cheap") if name in chosen]
+    with counted_compilation() if watch.counts else nullcontext():
+        found, failed = watch.race(taken, options.rounds, weighed)
     for name in found:
         if name.endswith("ideal"):
             found[name] *= sizes.products
@@ -122,31 +113,6 @@ def step(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
         found["computed tokens"], found["tokens"] = _packed_tokens(sizes)
     default = sizes == Sizes(ModelConfig(), 8, False, watch.device)
     yield from cases(sizes.label, STEP, found, GOALS if default else {}, failed)
-
-
-def _uncompiled() -> Work:
-    """What stands for torch.compile where it would quietly leave fake tensors uncompiled."""
-    raise UserError("torch.compile makes no kernels for fake tensors")
-
-
-@part(*FLAGS)
-def model(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
-    """Our transformer alone, beside MLCDVisionModel and the matrix rate: forward, and forward with backward.
-
-    Ratios are peer / ours. Every contestant has a process of its own, and they take turns.
-    """
-    sizes = _sizes(options, watch.device)
-    for backward, told in ((False, "forward"), (True, "forward + backward")):
-        builds: dict[str, Build] = {
-            "ideal": partial(_square_product, sizes),
-            "ours": partial(_our_model, sizes, backward),
-            "peer": partial(_peer_model, sizes, backward),
-        }
-        if options.compile:
-            builds["peer-compiled"] = partial(_peer_model, sizes, backward, compiled=True)
-        found, failed = watch.race(builds, options.rounds)
-        found["ideal"] *= sizes.products / (1 if backward else 3)
-        yield from cases(f"{sizes.label}: {told}", MODEL, found, {}, failed)
 
 
 @dataclass(frozen=True)
@@ -327,27 +293,6 @@ def _peer(sizes: Sizes, compiled: bool) -> tuple[nn.Module, Callable[[Tensor], T
     model: nn.Module = built.to(sizes.device, sizes.dtype).train()
     forward: Any = torch.compile(model) if compiled else model
     return model, lambda images: forward(pixel_values=images).pooler_output
-
-
-def _our_model(sizes: Sizes, backward: bool) -> Work:
-    model = Pooled(sizes.model).to(sizes.device, sizes.dtype)
-    return _passes(model, model, sizes.images(), backward)
-
-
-def _peer_model(sizes: Sizes, backward: bool, compiled: bool = False) -> Work:
-    return _passes(*_peer(sizes, compiled), sizes.images(), backward)
-
-
-def _passes(model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, backward: bool) -> Work:
-    def infer() -> None:
-        with torch.inference_mode():
-            forward(images)
-
-    def learn() -> None:
-        forward(images).float().square().sum().backward()
-        model.zero_grad()
-
-    return learn if backward else infer
 
 
 def _native_grids(sizes: Sizes) -> tuple[tuple[int, int], ...]:
