@@ -32,6 +32,7 @@ from megaregion.evaluation.encoders import (
     CropEncoder,
     Features,
     PooledEncoder,
+    load_huggingface,
     pixel_map,
     raw_pixels,
 )
@@ -39,6 +40,7 @@ from megaregion.evaluation.encoding import Batches
 from megaregion.evaluation.harness import score_regions
 from megaregion.evaluation.measures.proposals import overlap_of, proposals_table
 from megaregion.evaluation.mteb import mteb_model
+from megaregion.evaluation.scenes import Truth
 from megaregion.schemas.evaluation import Table, read_evaluation
 
 SIDE = 64
@@ -467,7 +469,7 @@ def test_an_export_and_any_model_are_scored_without_a_run(
 ) -> None:
     export, model = tmp_path / "photos-regions", tmp_path / "clip"
     assert convert("to-hf", run, export, "--regions") == 0
-    _save_clip(model)
+    _save_model("CLIPVision", model)
     options = (
         "--images",
         shapes.parent / "images",
@@ -480,6 +482,7 @@ def test_an_export_and_any_model_are_scored_without_a_run(
     rows = read_evaluation(export / "evaluation.json").table("shapes/region").rows
     assert list(rows) == [
         "photos-regions", "photos-regions/crops", "pixels", "clip", "clip/crops", "photos-regions/token",
+        "clip/masked",
     ]  # fmt: skip
     # The export's own region tokens are the run's; masks are drawn at the network's size.
     of_run = read_evaluation(run / "evaluation.json").table("shapes/region").rows["trained"]
@@ -501,13 +504,61 @@ def test_an_export_and_any_model_are_scored_without_a_run(
     assert "photos-regions" in capsys.readouterr().out
 
 
-def _save_clip(folder: Path) -> None:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+def _save_model(kind: str, folder: Path) -> None:
+    """A vision encoder of HuggingFace with random weights, with its processor."""
+    import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    CLIPVisionModel(CLIPVisionConfig(**size, image_size=32, patch_size=8)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+    size |= {"num_patches": 16} if kind == "Siglip2Vision" else {"image_size": 32}
+    size |= {"mlp_ratio": 2} if kind.startswith("Dinov2") else {"intermediate_size": 64}
+    # The hub's folders hold a text model, too.
+    size = {"vision_config": size, "text_config": {**size, "vocab_size": 99}} if kind == "Siglip" else size
+    config = getattr(transformers, f"{kind}Config")(**size)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    name = {"Dinov2": "Bit", "Siglip2Vision": "Siglip2"}.get(kind, "CLIP")
+    processor = getattr(transformers, f"{name}ImageProcessor")
+    processor(image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "Siglip", "Siglip2Vision", "Dinov2", "MLCDVision"])
+def test_any_vision_encoder_is_asked_by_patches_by_crops_and_by_what_it_pools_of_a_region(
+    kind: str, data: Annotated, tmp_path: Path
+) -> None:
+    _save_model(kind, tmp_path)
+    model = load_huggingface(str(tmp_path))
+    pools = model.tokens()
+    assert pools is not None
+    assert pools.name.endswith("/head" if "Siglip" in kind else "/masked")
+    image, mask = open_scene(data.asked.scenes[0]), data.asked.scenes[0].objects[0].mask
+    whole, half = ([0, 0, side, SIDE] for side in (SIDE, SIDE // 2))
+    asked = [
+        BoxedImage(image, np.array(boxes, np.float32), masks)
+        for boxes, masks in (([whole], ()), ([whole, half, half], (None, None, mask)))
+    ]
+    regions = pools.encode(asked).region
+    # The whole image as a region is the image; half of it is not, nor what a mask leaves of that.
+    assert np.allclose(regions[:2], model.images([image] * 2), atol=1e-5)
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(regions[1:], 2)) > 1e-4
+    few = dataclasses.replace(data, known=Truth(data.known.scenes[:4]), asked=Truth(data.asked.scenes[:4]))
+    [table] = score_regions([model, pools, model.crops()], few, ("region",))
+    assert [row["boxes_linear"] is not None for row in table.rows.values()] == [True] * 3
+    assert [row["masks_linear"] is not None for row in table.rows.values()] == [True, True, False]
+
+
+def test_patches_for_siglip_2_are_cut_as_its_processor_cuts_them(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    _save_model("Siglip2Vision", tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(
+        image, return_tensors="pt", max_num_patches=16, patch_size=8
+    )
+    ours = load_huggingface(str(tmp_path)).inputs([image])
+    assert {key: value.tolist() for key, value in theirs.items() if key != "pixel_values"} == {
+        key: value.tolist() for key, value in ours.items() if key != "pixel_values"
+    }
+    assert torch.allclose(theirs["pixel_values"], ours["pixel_values"], atol=1e-4)
 
 
 def test_the_readmes_example_of_the_harness_runs(

@@ -219,7 +219,7 @@ def _encoders(arguments: argparse.Namespace) -> tuple[str, int, Path, list[Any]]
     encoders = [*own, *others, *(tokens for model in models if (tokens := model.tokens()))]
     _check_apart([encoder.name for encoder in encoders])
     if arguments.without_crops:
-        encoders = [encoder for encoder in encoders if not encoder.name.endswith("/crops")]
+        encoders = [encoder for encoder in encoders if not encoder.name.endswith(("/crops", "/masked"))]
     return *found, encoders
 
 
@@ -312,8 +312,8 @@ def _parser() -> Parser:
     add("--images", Folder, None, "images of --annotations; without it, as --folder-dataset")
     add("--compare", Text("MODEL"), [], "a vision transformer in HuggingFace form, folder or hub id, as "
         "further rows; repeatable", action="append")  # fmt: skip
-    add("--without-crops", bool, False, "leave out the rows that encode every region's crop, which costs a "
-        "pass each")  # fmt: skip
+    add("--without-crops", bool, False, "leave out the rows of crops and masked class tokens, which cost a "
+        "pass for every region")  # fmt: skip
     add("--trust-remote-code", bool, False, "run the code beside a model's weights: region tokens of our "
         "exports")  # fmt: skip
     add("--frames", Folder, None, "image or folder of frames whose features the report paints; by default "

@@ -6,6 +6,7 @@ embedding width, V text classes, h x w pixels of a crop or cells of a map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ BATCH = 32
 """Crops that go through a model of HuggingFace at once."""
 LAST_NORMS = ("post_layernorm", "layernorm", "norm")
 """Names that its vision transformers give the norm behind their last block."""
+
+LEARNED_PATCHES = ("siglip", "dinov2", "dinov3")
+"""Kinds of models whose own loss reads what their last block makes of patches."""
+SEES = "megaregion_sees"
+"""Name of :func:`_attend` among transformers' ways to attend."""
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -246,24 +252,52 @@ class HuggingFaceEncoder:
         """The same model asked about each region's crop."""
         return crops_of(self.name, self.images)
 
-    def tokens(self) -> TokenEncoder | None:
-        """The same model by its own region tokens; None where it has none."""
-        return TokenEncoder(self) if hasattr(self.model, "get_region_features") else None
+    def tokens(self) -> TokenEncoder | MaskedEncoder | None:
+        """The same model by region tokens of its own, else by what it pools from a region's patches alone.
+
+        None where a model neither has a pooling head of SigLIP's kind nor attends as transformers' own do.
+        """
+        if hasattr(self.model, "get_region_features"):
+            return TokenEncoder(self)
+        if isinstance(head := getattr(self.model, "head", None), torch.nn.Module):
+            return MaskedEncoder(self, head) if hasattr(head, "probe") else None
+        own = type(self.model).__module__.startswith("transformers.")
+        return MaskedEncoder(self) if own and self.model._supports_attention_backend else None
+
+    def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the model takes for whole images."""
+        pixels, side = pixels_of(images, self.transform, self.device), self.transform.patch
+        if hasattr(self.model.config, "image_size"):
+            return {"pixel_values": pixels}
+        # SigLIP 2 reads lists of patches, of images of any shape.
+        cells = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+        shapes = torch.tensor(cells.shape[1:3], device=self.device).expand(len(images), 2)
+        patches = cells.flatten(3).flatten(1, 2)
+        seen = torch.ones(patches.shape[:2], dtype=torch.long, device=self.device)
+        return {"pixel_values": patches, "pixel_attention_mask": seen, "spatial_shapes": shapes}
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[Image.Image]) -> tuple[Floats, Floats]:
-        """Pooled features [B, C], and maps of what enters the last block, as of the run's own network."""
-        output = self.model(
-            pixel_values=pixels_of(images, self.transform, self.device), output_hidden_states=True
-        )
-        pooled = getattr(output, "pooler_output", None)
-        image = output.last_hidden_state[:, 0] if pooled is None else pooled
+        """Pooled features [B, C], and maps of what enters the last block, as of the run's own network.
+
+        Where the model's own loss reads patches, they are what leaves the last block.
+        """
+        output = self.model(**self.inputs(images), output_hidden_states=True)
         side = self.transform.patch
         rows, columns = self.transform.height // side, self.transform.width // side
-        norms = (getattr(self.model, name, None) for name in LAST_NORMS)
-        norm = next((norm for norm in norms if norm is not None), torch.nn.Identity())
-        patches = norm(output.hidden_states[-2])[:, -rows * columns :]
-        return as_array(image), as_array(patches.unflatten(1, (rows, columns)))
+        patches = output.last_hidden_state
+        if not self.model.config.model_type.startswith(LEARNED_PATCHES):
+            norms = (getattr(self.model, name, None) for name in LAST_NORMS)
+            norm = next((norm for norm in norms if norm is not None), torch.nn.Identity())
+            patches = norm(output.hidden_states[-2])
+        cells = patches[:, -rows * columns :].unflatten(1, (rows, columns))
+        return as_array(self.pooled(output)), as_array(cells)
+
+    @staticmethod
+    def pooled(output: Any) -> Tensor:
+        """What a model says of whole images, [B, C]: what it pools, or its class token."""
+        pooled = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None else pooled
 
 
 @dataclass(frozen=True)
@@ -315,6 +349,64 @@ class TokenEncoder:
         return torch.from_numpy(np.stack(own)) if own else torch.zeros(0, len(rows), len(columns)).bool()
 
 
+@dataclass(frozen=True)
+class MaskedEncoder:
+    """Regions by what a model makes of an image if it may pool a region's patches alone.
+
+    The class token sees itself and these patches in every block, patches see all: a pass for every region. A
+    head that pools patches reads these alone: no further pass.
+    """
+
+    whole: HuggingFaceEncoder
+    head: Any = None
+    """SigLIP's pooling head; None for a model with a class token."""
+    names_images: ClassVar[bool] = False
+    sees_masks: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Name of its rows."""
+        return f"{self.whole.name}/{'masked' if self.head is None else 'head'}"
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[BoxedImage]) -> Features:
+        """Pooled features of the regions, [R, C]."""
+        see, model = self.whole.transform.visible, self.whole.model
+        each = [see(item.image.size, item.boxes.tolist(), item.masks) for item in images]
+        seen = torch.from_numpy(np.concatenate(each)).to(self.whole.device)
+        place = torch.arange(len(images)).repeat_interleave(torch.tensor([len(own) for own in each]))
+        inputs = self.whole.inputs([item.image for item in images])
+        parts = zip(seen.split(BATCH), place.to(self.whole.device).split(BATCH), strict=True)
+        if self.head is None:
+            from transformers import AttentionInterface
+
+            AttentionInterface.register(SEES, _attend)
+            model.set_attn_implementation(SEES)
+            pixels = inputs["pixel_values"]
+            found = [self.whole.pooled(model(pixel_values=pixels[rows], seen=own)) for own, rows in parts]
+        else:
+            patches, found = model(**inputs).last_hidden_state, []
+            for own, rows in parts:
+                mask = {"key_padding_mask": ~own}
+                hook = self.head.attention.register_forward_pre_hook(
+                    lambda _, given, named, mask=mask: (given, named | mask), with_kwargs=True
+                )
+                with hook:
+                    found.append(self.head(patches[rows]))
+        return Features(as_array(torch.cat(found)))
+
+
+def _attend(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any) -> Any:
+    """Attention for transformers; of patches that are ``seen`` [B, N] the class token sees no others."""
+    if (seen := given.get("seen")) is not None:
+        mask = torch.ones(len(seen), 1, *2 * [key.shape[2]], dtype=torch.bool, device=key.device)
+        mask[:, 0, 0, 1:] = False
+        mask[:, 0, 0, -seen.shape[1] :] = seen
+    scale = given.get("scaling")
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return found.transpose(1, 2).contiguous(), None
+
+
 def load_huggingface(path: str, device: str = "cpu", trust: bool = False) -> HuggingFaceEncoder:
     """Load a folder that save_pretrained wrote, or a model by its hub id, from safetensors alone.
 
@@ -339,7 +431,8 @@ def load_huggingface(path: str, device: str = "cpu", trust: bool = False) -> Hug
         raise UserError(f"{path} cannot be loaded ({reason}); {advice}") from None
     if not hasattr(model, "get_region_features"):
         model = getattr(model, "vision_model", model)
-    side, patch = (getattr(model.config, key, None) for key in ("image_size", "patch_size"))
+    patches, patch = (getattr(model.config, key, None) for key in ("num_patches", "patch_size"))
+    side = getattr(model.config, "image_size", None) or (patches and patch and patch * math.isqrt(patches))
     if not isinstance(side, int) or not isinstance(patch, int):
         missing = "its config has no image_size and patch_size in pixels"
         raise UserError(f"{path} is no vision transformer: {missing}")
