@@ -287,7 +287,7 @@ WAITS = {
     # Whether all rows were finite.
     "head, our update": ("heads/sharded.py",),
     # How many are scored again, and what is fetched.
-    "labels": ("curation/nearest.py", "tools/benchmark/kmeans.py"),
+    "labels": ("curation/kmeans.py", "tools/benchmark/kmeans.py"),
 }  # fmt: skip
 """Where the host may wait, by what is counted."""
 

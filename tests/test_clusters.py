@@ -23,6 +23,7 @@ from benchmark.scenes import scene_features
 from megaregion.command_line import Parser
 from megaregion.curation.embeddings import unit
 from megaregion.curation.inputs.find import find_images
+from megaregion.curation.kmeans import Pass
 from megaregion.curation.pipeline import Pipeline, record_run, recorded_run
 from megaregion.curation.settings import CurationSettings
 from megaregion.curation.stages.regions import FEATURES, Embed
@@ -128,19 +129,19 @@ def test_any_number_of_workers_and_any_kill_give_the_same_bytes(
     killed = tmp_path / "killed"
     kept = killed / "stages" / "cluster" / ".00000-passes.npz"
 
-    def die(done: Any) -> None:
-        if done.number == 1:
+    def die(last: Pass, path: Path, key: str) -> None:
+        save(last, path, key)
+        numbers.append(last.number)
+        if len(numbers) == 1:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("megaregion.curation.stages.cluster._tell", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(killed)
+    numbers, save = list[int](), Pass.save
+    monkeypatch.setattr(Pass, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
     assert kept.exists()
-    passes: list[int] = []
-    monkeypatch.setattr("megaregion.curation.stages.cluster._tell", lambda done: passes.append(done.number))
     run(killed)
-    assert passes[0] == 2
+    assert numbers[:2] == [1, 2]
     assert written(killed) == whole
     assert not kept.exists()
 

@@ -20,8 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megaregion.curation.engines import Reader, load_embedder, load_reader
 from megaregion.curation.engines.boxes import Objectness, SelectiveSearch, objectness
-from megaregion.curation.kmeans import find_centers
-from megaregion.curation.nearest import nearest
+from megaregion.curation.kmeans import find_centers, nearest
 from megaregion.curation.picture import Proposal, crop, iou
 from megaregion.curation.report import script_of
 from megaregion.curation.settings import EmbedSettings, OcrSettings, ProposeSettings

@@ -12,19 +12,17 @@ from launch import launch
 
 from benchmark.kmeans import gaussian_features
 from megaregion.curation import kmeans
-from megaregion.curation import nearest as tiles
 from megaregion.curation.embeddings import Embeddings, evenly, rows_in, unit
 from megaregion.curation.kmeans import (
     Pass,
-    SavedPass,
     add_up,
     assign,
-    cluster,
     find_centers,
     first_guess,
+    nearest,
+    passes,
     share_out,
 )
-from megaregion.curation.nearest import nearest
 from megaregion.curation.settings import ClusterSettings
 from megaregion.errors import UserError
 from megaregion.parallel import topology
@@ -34,6 +32,11 @@ PLAN = ClusterSettings(clusters=40, cluster_iterations=16, cluster_seed=3, first
 
 def features(count: int = 1200, channels: int = 24, spread: float = 1.2) -> np.ndarray:
     return gaussian_features(count, channels, 40, spread).astype(np.float16)
+
+
+def cluster(embeddings: Embeddings, settings: ClusterSettings) -> torch.Tensor:
+    *_, last = passes(embeddings, settings)
+    return last.centers
 
 
 def tensor(values: np.ndarray) -> torch.Tensor:
@@ -58,8 +61,8 @@ def inertia(vectors: torch.Tensor, centers: torch.Tensor) -> float:
 def test_the_nearest_center_is_that_of_all_scores_whatever_the_tiles_and_the_precision(
     tile: tuple[int, int], precisions: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tiles.TILE, "cpu", tile)
-    monkeypatch.setitem(tiles.LADDER, "cpu", precisions)
+    monkeypatch.setitem(kmeans.TILE, "cpu", tile)
+    monkeypatch.setitem(kmeans.LADDER, "cpu", precisions)
     vectors, centers = (
         tensor(gaussian_features(300, 16, 60, 2.0)),
         tensor(gaussian_features(97, 16, 60, 2.0, 1)),
@@ -70,7 +73,7 @@ def test_the_nearest_center_is_that_of_all_scores_whatever_the_tiles_and_the_pre
     assert torch.allclose(found.best.double(), scores.amax(1), atol=1e-6), "whatever the first precision"
     second = scores.topk(2).values[:, 1]
     assert (found.other >= second).all()
-    assert (found.other - second).max() < 3 * tiles.ROUNDING[precisions[0]]
+    assert (found.other - second).max() < 3 * kmeans.ROUNDING[precisions[0]]
     assert torch.equal(nearest(vectors, centers, but=found.labels).labels, scores.topk(2).indices[:, 1])
 
 
@@ -78,7 +81,7 @@ def test_the_nearest_center_is_that_of_all_scores_whatever_the_tiles_and_the_pre
 def test_of_equally_near_centers_the_first_is_chosen(
     tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    monkeypatch.setitem(kmeans.TILE, "cpu", tile)
     # Cosines of such unit vectors are multiples of 1/16, exact in whatever order one adds: many are equal.
     vectors, centers = (
         np.random.default_rng(n).choice([-0.25, 0.25], (n, 16)).astype(np.float32) for n in (40, 23)
@@ -147,10 +150,10 @@ def test_sums_of_segments_are_those_of_the_rows_and_do_not_overflow_16_bits() ->
 
 def test_each_pass_is_nearer_and_ends_below_flat_k_means_with_faiss() -> None:
     vectors = gaussian_features(4000, 64, 400, 1.0)
-    embeddings, told = Embeddings([vectors], 512), list[Pass]()
+    embeddings = Embeddings([vectors], 512)
     plan = ClusterSettings(400, 20, 0, first_level=20)
-    guess = first_guess(embeddings, plan)
-    centers = cluster(embeddings, plan, on_pass=told.append)
+    guess, told = first_guess(embeddings, plan), list(passes(embeddings, plan))
+    centers = told[-1].centers
     flat = inertia(tensor(vectors), tensor(find_centers(vectors, 400, 25, 0)[0]))
     assert inertia(tensor(vectors), centers) < 0.97 * flat
     assert inertia(tensor(vectors), guess) > 1.1 * flat
@@ -171,7 +174,8 @@ def test_an_empty_center_takes_half_of_the_cluster_that_gains_most() -> None:
     add_up(sums, tensor(rows), labels)
     centers = torch.nn.functional.normalize(sums)
     centers[3, 7] = 1
-    taken = kmeans.exchange(embeddings, centers, sums, torch.bincount(labels, minlength=4), [labels], 0)
+    known = [kmeans.Nearest(labels, labels, labels)]
+    taken = kmeans.exchange(embeddings, centers, sums, torch.bincount(labels, minlength=4), known, 0)
     assert taken == 1
     assert sorted((centers @ tensor(means).T).argmax(1).tolist()) == [0, 1, 2, 3]
 
@@ -193,28 +197,20 @@ def test_threads_change_no_bit_and_the_seed_does() -> None:
 
 
 def test_a_kill_after_any_pass_costs_that_pass_and_no_bit(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    embeddings, told = Embeddings([features()], 512), list[Pass]()
-    whole = cluster(embeddings, PLAN, on_pass=told.append)
-    assert len(told) > 4
-    saved = SavedPass(tmp_path / "progress.npz", "key")
-    for kill in (1, 3, len(told)):
-
-        def die(done: Pass, kill: int = kill) -> None:
-            if done.number == kill:
-                raise Killed
-
-        with pytest.raises(Killed):
-            cluster(embeddings, PLAN, saved, die)
-    rest: list[Pass] = []
-    assert torch.equal(cluster(embeddings, PLAN, saved, rest.append), whole)
-    assert not rest, "the last pass that was done had settled"
-    cluster(embeddings, PLAN, SavedPass(tmp_path / "progress.npz", "another"), rest.append)
-    assert len(rest) == len(told), "what another key left is not believed"
-    (tmp_path / "progress.npz").write_bytes(b"half")
-    assert saved.load() is None
+    embeddings, path = Embeddings([features()], 512), tmp_path / "pass.npz"
+    whole = list(passes(embeddings, PLAN))
+    assert len(whole) > 4
+    assert whole[-1].settled
+    for kept in (whole[0], whole[2], whole[-1]):
+        kept.save(path, "key")
+        rest = list(passes(embeddings, PLAN, Pass.load(path, "key")))
+        assert [each.number for each in rest] == [each.number for each in whole[kept.number :]]
+        for one, other in zip(rest, whole[kept.number :], strict=True):
+            assert torch.equal(one.centers, other.centers)
+            assert one[:3] == other[:3]
+    assert Pass.load(path, "another") is None, "what another key left is not believed"
+    path.write_bytes(b"half")
+    assert Pass.load(path, "key") is None
 
 
 def _cluster_on_ranks(out: str) -> None:

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-WORKING = 3
-"""Float32 copies of a chunk that are alive at once while it is worked on."""
-
 
 def unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     """Rows scaled to length 1, [n, C]; a row of zeros stays so, and one that is not finite becomes zero."""
@@ -25,15 +22,27 @@ def unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     return (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
+def usable(rows: NDArray[np.floating], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unit vectors of the rows that have an embedding, [m, C], and which these are, bool [n]."""
+    vectors = torch.from_numpy(unit(rows)).to(device)
+    some = vectors.any(1)
+    return (vectors if some.all() else vectors[some]), some
+
+
 def evenly(total: int, wanted: int) -> NDArray[np.int64]:
     """At most ``wanted`` different rows out of ``total``, evenly spaced, so that no order biases them."""
     count = min(total, wanted)
     return (np.arange(count, dtype=np.int64) * total) // max(count, 1)
 
 
+def own_device() -> torch.device:
+    """This process's GPU, if it has one."""
+    return torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+
+
 def rows_in(memory: int, channels: int) -> int:
-    """Rows of a chunk that keeps within so many MiB."""
-    return max(1, memory * 2**20 // (4 * channels * WORKING))
+    """Rows of a chunk that keeps within so many MiB with three float32 copies of it, as work on it makes."""
+    return max(1, memory * 2**20 // (12 * channels))
 
 
 class Embeddings:
@@ -58,34 +67,35 @@ class Embeddings:
         self._ends = np.cumsum([rows for rows, _ in shapes])
         self.total = int(self._ends[-1])
         """Rows of all ranks."""
-        own = self.own(self.total)
         self.chunk = rows_in(memory, self.channels)
-        self._spans = [np.arange(row, min(row + self.chunk, own.stop)) for row in own[:: self.chunk]]
         on_gpu = self.device.type == "cuda"
         room = torch.cuda.mem_get_info(self.device)[0] // 2 if on_gpu else memory * 2**20
-        size = len(own) * self.channels * (2 if on_gpu else 4)
+        size = len(self.own(self.total)) * self.channels * (2 if on_gpu else 4)
         self._held: list[Tensor] | None = [] if size <= room else None
-        usable = broken = 0
-        for rows in self._spans:
-            raw = self.read(rows)
-            vectors = self._usable(raw)
-            usable += len(vectors)
-            broken += len(raw) - int(np.isfinite(raw).all(axis=1).sum())
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        for raw in self._raw():
+            vectors, _ = usable(raw, self.device)
+            counts += counts.new_tensor([len(vectors), (~np.isfinite(raw).all(axis=1)).sum()])
             if self._held is not None:
                 self._held.append(vectors.half() if on_gpu else vectors)
-        self.usable, self.broken = self.add(torch.tensor([usable, broken], device=self.device)).tolist()
+        self.usable, self.broken = self.add(counts).tolist()
         """Rows of all ranks with an embedding, and rows that are not finite."""
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unit vectors of this rank's part, float32 [n, C], always in the same chunks."""
         if self._held is None:
-            yield from (self._usable(self.read(rows)) for rows in self._spans)
+            yield from (usable(raw, self.device)[0] for raw in self._raw())
         else:
             yield from (v if v.dtype == torch.float32 else normalize(v.float()) for v in self._held)
 
     def own(self, total: int) -> range:
         """This rank's part of so many things."""
         return range(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)
+
+    def chunks(self, total: int) -> list[slice]:
+        """The same, as many at once as a chunk has rows."""
+        own = self.own(total)
+        return [slice(row, min(row + self.chunk, own.stop)) for row in own[:: self.chunk]]
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.floating]:
         """Rising rows as they lie on disk, counted over all ranks, [len(rows), C]."""
@@ -106,10 +116,8 @@ class Embeddings:
             dist.broadcast(values, 0)
         return values
 
-    def _usable(self, raw: NDArray[np.floating]) -> Tensor:
-        vectors = unit(raw)
-        usable = vectors.any(axis=1)
-        return torch.from_numpy(vectors if usable.all() else vectors[usable]).to(self.device)
+    def _raw(self) -> Iterator[NDArray[np.floating]]:
+        return (self.read(np.arange(part.start, part.stop)) for part in self.chunks(self.total))
 
 
 def _open(part: Path | NDArray[np.floating]) -> NDArray[np.floating]:

@@ -1,17 +1,18 @@
 """Exact spherical k-means over ranks: every pass assigns each embedding to the nearest of all centers.
 
-What bounds prove unchanged is not scored again: each embedding keeps a bound on its cosine with all centers
-but its own, which rises by no more than these move. The few that move far are scored against all embeddings,
-so that the bound rises by the movement of the others alone. No pass would mend a guess that has two centers
-where one cluster is, and one where there are two. So pairs of centers are merged, and what that frees, like
-an empty center, takes half of the cluster that gains most.
+Scores are never all written: tiles of them are products with a running best and second best. Where the two
+are closer than the product's rounding, the embedding is scored again in the next precision, up to float64: so
+labels do not depend on precision, blocks, threads, device or library. What bounds prove unchanged is not
+scored at all: each embedding keeps a bound on its cosine with all centers but its own, which rises by no more
+than these move. No pass mends a guess that has two centers in one cluster and one in two. So pairs of centers
+are merged, and what that frees, like an empty center, takes half of the cluster that gains most.
 
 Shapes: n embeddings of a chunk, G cells, K centers, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -23,24 +24,85 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megaregion.curation.embeddings import Embeddings, evenly, unit
-from megaregion.curation.nearest import ROUNDING, Nearest, dot, nearest, scan
+from megaregion.curation.embeddings import Embeddings, evenly, unit, usable
 from megaregion.curation.settings import ClusterSettings
 from megaregion.errors import UserError
 from megaregion.files import new_file
-from megaregion.processor import in_order
+from megaregion.processor import in_order, product
 
-FLAT = 512
-"""Most centers that are guessed at in one cell."""
-CELL_SAMPLE, CENTER_SAMPLE, GUESS_PASSES = 256, 32, 10
-"""Embeddings that the guess sees for each cell, and for each center of a cell; passes: it need not settle."""
+TILE = {"cpu": (1024, 2048), "cuda": (16_384, 32_768)}
+"""Vectors and centers that are scored at once; a processor's scores stay in its cache."""
+LADDER = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.float32, torch.float64)}
+"""Precisions of the products, rising."""
+ROUNDING = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+"""How far two scores of unit vectors may be off from each other: closer ones are scored again, or equal."""
 SLACK = ROUNDING[torch.float32]
-JUMPERS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
-"""Sixty-fourths of the centers that may be scored against all embeddings because they moved furthest."""
-HALVINGS = 4
-"""Passes of the k-means that halves every cluster."""
-WORTH = 1e-3
-"""Share of the centers below which exchanges end."""
+FLAT, CELL_SAMPLE, CENTER_SAMPLE, GUESS_PASSES = 512, 256, 32, 10
+"""The guess: most centers of one cell; embeddings that it sees for each cell, and for each center; passes."""
+HALVINGS, WORTH = 4, 1e-3
+"""Passes of the k-means that halves every cluster; share of the centers below which exchanges end."""
+
+
+class Nearest(NamedTuple):
+    """Of each vector the nearest center, int64 [n], the cosine to it, and what no other's exceeds, [n]."""
+
+    labels: Tensor
+    best: Tensor
+    other: Tensor
+
+
+def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
+    """The nearest center of each vector, both unit vectors; of equally near ones the first.
+
+    With ``but``, int64 [n] or [n, m], the centers that each vector may not choose.
+    """
+    n, device = len(vectors), vectors.device
+    labels = torch.zeros(n, dtype=torch.int64, device=device)
+    other = torch.full((n,), -torch.inf, device=device)
+    rows = torch.arange(n, device=device)
+    for precision in LADDER[device.type]:
+        if len(rows):
+            part = vectors if len(rows) == n else vectors[rows]
+            found = scan(part.to(precision), centers.to(precision), None if but is None else but[rows])
+            labels[rows] = found.labels
+            other[rows] = found.other.float() + max(ROUNDING[precision], ROUNDING[torch.float32])
+            rows = rows[(found.best - found.other) < ROUNDING[precision]]
+    return Nearest(labels, dot(vectors, centers[labels]), other)
+
+
+def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
+    """What :func:`nearest` finds with the scores of one precision, that of vectors and centers."""
+    (height, width), on_cpu = TILE[vectors.device.type], vectors.device.type == "cpu"
+    tie = ROUNDING[torch.float64] if vectors.dtype == torch.float64 else 0.0
+
+    def block(start: int) -> Nearest:
+        rows = vectors[start : start + height]
+        best = rows.new_full((len(rows),), -torch.inf)
+        second, labels = best.clone(), torch.zeros_like(best, dtype=torch.int64)
+        for first in range(0, len(centers), width):
+            scores = product(rows, centers[first : first + width])
+            if but is not None:
+                place = but[start : start + height].view(len(rows), -1) - first
+                here, which = ((place >= 0) & (place < scores.shape[1])).nonzero().unbind(1)
+                scores[here, place[here, which]] = -torch.inf
+            # Equal but for rounding.
+            equal = (scores >= scores.amax(1, keepdim=True) - tie).double() if tie else scores
+            # On a processor numpy's is six times as fast as torch's.
+            place = torch.from_numpy(equal.numpy().argmax(1)) if on_cpu else equal.argmax(1)
+            value = scores.gather(1, place[:, None])[:, 0]
+            scores.scatter_(1, place[:, None], -torch.inf)
+            second = torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value))
+            labels = torch.where(value > best + tie, place + first, labels)
+            best = torch.maximum(best, value)
+        return Nearest(labels, best, second)
+
+    found = in_order(block, range(0, len(vectors), height))
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def dot(some: Tensor, others: Tensor) -> Tensor:
+    """Row by row, [n]: the same bits whatever the rows beside."""
+    return (some * others).sum(1)
 
 
 def find_centers(
@@ -55,13 +117,11 @@ def find_centers(
 
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
-    try:
-        # Every vector counts; faiss would take a sample and warn about small clusters.
-        every: dict[str, Any] = {"min_points_per_centroid": 1, "max_points_per_centroid": len(vectors)}
-        means = faiss.Kmeans(vectors.shape[1], clusters, niter=iterations, seed=seed, spherical=True, **every)
-        means.train(np.ascontiguousarray(vectors))
-    finally:
-        faiss.omp_set_num_threads(before)
+    # Every vector counts; faiss would take a sample and warn about small clusters.
+    every: dict[str, Any] = {"min_points_per_centroid": 1, "max_points_per_centroid": len(vectors)}
+    means = faiss.Kmeans(vectors.shape[1], clusters, niter=iterations, seed=seed, spherical=True, **every)
+    means.train(np.ascontiguousarray(vectors))
+    faiss.omp_set_num_threads(before)
     return np.asarray(means.centroids, dtype=np.float32), np.asarray(means.obj).tolist()
 
 
@@ -69,12 +129,14 @@ def first_guess(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     """The paper's hierarchical split: centers inside cells, each with as many as its size asks for, [K, C].
 
     Sample, cells and seeds do not depend on the ranks; each rank splits cells of its own, on torch's threads.
-    Raises UserError where there are fewer embeddings than centers.
     """
     clusters, seed, total = settings.clusters, settings.cluster_seed, embeddings.total
     cells = find_cells(embeddings, settings)
     for rows in (evenly(total, CENTER_SAMPLE * clusters), np.arange(total)):
-        cell_of = _route(embeddings, rows, cells)
+        found = torch.zeros(len(rows), dtype=torch.int64, device=embeddings.device)
+        for part in embeddings.chunks(len(rows)):
+            found[part] = label_rows(embeddings.read(rows[part]), cells)[0][:, 0]
+        cell_of = embeddings.add(found).cpu().numpy()
         if (cell_of >= 0).sum() >= clusters:
             break
         # So many rows have no embedding that the sample has too few: all are looked at.
@@ -99,116 +161,88 @@ def find_cells(embeddings: Embeddings, settings: ClusterSettings) -> Tensor:
     count = settings.first_level or (1 if clusters <= FLAT else round(clusters**0.5))
     cells = torch.zeros(count, embeddings.channels)
     if embeddings.rank == 0 and count > 1:
-        sample = unit(embeddings.read(evenly(embeddings.total, CELL_SAMPLE * count)))
-        sample = sample[sample.any(axis=1)]
+        rows = embeddings.read(evenly(embeddings.total, CELL_SAMPLE * count))
+        sample = usable(rows, cells.device)[0].numpy()
         if len(sample) >= count:
             cells = torch.from_numpy(find_centers(sample, count, GUESS_PASSES, settings.cluster_seed)[0])
     return embeddings.agree(cells.to(embeddings.device))
 
 
-def _route(embeddings: Embeddings, rows: NDArray[np.int64], cells: Tensor) -> NDArray[np.int64]:
-    """The nearest cell of each row, [len(rows)]; -1 without embedding."""
-    found = torch.zeros(len(rows), dtype=torch.int64, device=embeddings.device)
-    own = embeddings.own(len(rows))
-    for start in own[:: embeddings.chunk]:
-        part = slice(start, min(start + embeddings.chunk, own.stop))
-        # Numbers from 1, so that the sum over ranks tells a row without embedding from cell 0.
-        found[part] = 1 + label_rows(embeddings.read(rows[part]), cells)[0]
-    return embeddings.add(found).cpu().numpy() - 1
-
-
 def share_out(sizes: NDArray[np.int64], clusters: int) -> NDArray[np.int64]:
     """Centers of each cell, int64 [G], by its number of vectors: largest remainders, at most one a vector."""
     total = int(sizes.sum())
-    if not total:
-        raise UserError(
-            "no image has a region that can be embedded; loosen --min-edge, --max-area or --min-objectness"
-        )
     if total < clusters:
-        raise UserError(
-            f"--clusters must be at most the {total} regions that were embedded, got {clusters}; "
-            "use fewer clusters or more images"
-        )
+        few = f"--clusters must be at most the {total} regions that were embedded, got {clusters}"
+        none = "no image has a region that can be embedded; loosen --min-edge, --max-area or --min-objectness"
+        raise UserError(f"{few}; use fewer clusters or more images" if total else none)
     shares, remainders = np.divmod(sizes * clusters, total)
     # A stable order, so that every rank comes to the same.
     shares[np.argsort(-remainders, kind="stable")[: clusters - shares.sum()]] += 1
     return shares
 
 
-def label_rows(
-    rows: NDArray[np.floating], centers: Tensor, but: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The nearest center of each row, int64 [n], -1 for one without embedding, and the cosine to it, [n].
+def label_rows(rows: NDArray[np.floating], centers: Tensor, wanted: int = 1) -> tuple[Tensor, Tensor]:
+    """The centers nearest to each row, int64 [n, wanted], nearest first, and the cosine to the first, [n].
 
-    With ``but``, int64 [n, m], the centers that each row may not choose.
+    A row without embedding has -1, and 0.
     """
-    vectors = torch.from_numpy(unit(rows)).to(centers.device)
-    usable = vectors.any(1)
-    if not usable.all():
-        vectors, but = vectors[usable], None if but is None else but[usable]
-    found = nearest(vectors, centers, but)
-    labels = found.labels.new_full((len(rows),), -1).masked_scatter_(usable, found.labels)
-    return labels, found.best.new_zeros(len(rows)).masked_scatter_(usable, found.best)
+    vectors, some = usable(rows, centers.device)
+    first = nearest(vectors, centers)
+    found = first.labels[:, None]
+    while found.shape[1] < wanted:
+        # One pass over the centers for each label: every one is exact, as the first.
+        found = torch.cat([found, nearest(vectors, centers, found).labels[:, None]], 1)
+    labels = found.new_full((len(rows), wanted), -1).masked_scatter_(some[:, None], found)
+    return labels, first.best.new_zeros(len(rows)).masked_scatter_(some, first.best)
 
 
 class Pass(NamedTuple):
-    """What the caller of :func:`cluster` is told after each pass."""
+    """What a pass ended with: the next one needs no more, so a kill costs one."""
 
     number: int
-    centers: Tensor
-    """Those that the next pass starts from."""
-    cosine: float
-    """Mean cosine of an embedding to the center that it chose."""
     exchanged: int
     """Centers that were freed or empty and took half of a cluster."""
-    scored: float
+    settled: bool
+    """No center moved: another pass would do the same."""
+    centers: Tensor
+    """Those that the next pass starts from."""
+    cosine: float = 0.0
+    """Mean cosine of an embedding to the center that it chose."""
+    scored: float = 0.0
     """Share of all scores, embeddings times centers, that had to be looked at."""
 
+    def save(self, path: Path, key: str) -> None:
+        """Keep it in a file, with what it was made from."""
+        with new_file(path) as file:
+            np.savez(file, key=key, state=self[:3], centers=self.centers.cpu().numpy())
 
-class SavedPass(NamedTuple):
-    """The file that keeps the centers after each pass, so that a kill costs one."""
-
-    path: Path
-    key: str
-    """What the centers are made from; what another key left is of no use."""
-
-    def load(self) -> tuple[int, int, Tensor] | None:
-        """Passes that are done, whether exchanges go on, and centers; None if there is nothing of use."""
-        with suppress(OSError, ValueError, KeyError, EOFError), np.load(self.path, allow_pickle=False) as old:
-            if str(old["key"]) == self.key:
-                return int(old["done"]), int(old["mending"]), torch.from_numpy(old["centers"])
+    @classmethod
+    def load(cls, path: Path, key: str) -> Pass | None:
+        """What was kept; None if there is nothing, or it was made from something else."""
+        with suppress(OSError, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as old:
+            if str(old["key"]) == key:
+                return cls(*old["state"].tolist(), torch.from_numpy(old["centers"]))
         return None
 
-    def save(self, done: int, mending: int, centers: Tensor) -> None:
-        """Keep the centers after a pass."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(self.path) as file:
-            np.savez(file, key=self.key, done=done, mending=mending, centers=centers.cpu().numpy())
 
+def passes(embeddings: Embeddings, settings: ClusterSettings, last: Pass | None = None) -> Iterator[Pass]:
+    """Exact passes until no center moves, on all ranks together; the first rank says which was the last.
 
-def cluster(
-    embeddings: Embeddings,
-    settings: ClusterSettings,
-    saved: SavedPass | None = None,
-    on_pass: Callable[[Pass], None] | None = None,
-) -> Tensor:
-    """Find centers, unit vectors, float32 [K, C], the same on every rank; all ranks call it together.
-
-    The outcome is a function of the embeddings, the settings, the ranks and the chunks: threads and kills
-    change no bit of it. Raises UserError where there are fewer embeddings than centers.
+    Centers are unit vectors, float32 [K, C], the same on every rank: a function of the embeddings, the
+    settings, the ranks and the chunks. Threads and kills change no bit of them.
+    Raises UserError where there are fewer embeddings than centers.
     """
-    clusters, most, seed = settings.clusters, settings.cluster_iterations, settings.cluster_seed
-    found = saved.load() if saved and embeddings.rank == 0 else None
-    done, mending, centers = found or (0, 1, torch.zeros(clusters, embeddings.channels))
-    done, mending = map(int, embeddings.agree(torch.tensor([done, mending], device=embeddings.device)))
-    centers = centers.to(embeddings.device) if done else first_guess(embeddings, settings)
-    embeddings.agree(centers)
+    clusters, most, device = settings.clusters, settings.cluster_iterations, embeddings.device
+    last = last or Pass(0, clusters, False, torch.zeros(clusters, embeddings.channels))
+    number, exchanged, settled = embeddings.agree(torch.tensor(last[:3], device=device)).tolist()
+    centers = embeddings.agree(last.centers.to(device) if number else first_guess(embeddings, settings))
     known: list[Nearest] = []
-    moved = torch.zeros(clusters, device=embeddings.device)
-    for number in range(done + 1, most + 1):
-        sums, before, known = torch.zeros_like(centers), known, []
-        counts = torch.zeros(clusters, dtype=torch.int64, device=embeddings.device)
-        told = torch.zeros(2, dtype=torch.float64, device=embeddings.device)
+    moved = torch.zeros(clusters, device=device)
+    while number < most and not settled:
+        number, before, known = number + 1, known, []
+        sums = torch.zeros_like(centers)
+        counts = torch.zeros(clusters, dtype=torch.int64, device=device)
+        told = torch.zeros(2, dtype=torch.float64, device=device)
         for vectors, past in zip_longest(embeddings, before):
             now, scores = assign(vectors, centers, past, moved)
             add_up(sums, vectors, now.labels)
@@ -218,22 +252,15 @@ def cluster(
         for values in (sums, counts, told):
             embeddings.add(values)
         # Embeddings that cancel out leave no direction; the center stays where it was.
-        new, exchanged = torch.where(sums.any(1, keepdim=True), normalize(sums), centers), 0
-        if (mending and number <= most // 2) or not bool(counts.all()):
-            labels = [each.labels for each in known]
-            exchanged = exchange(embeddings, new, sums, counts, labels, seed + number)
-            mending = exchanged > WORTH * clusters
+        new = torch.where(sums.any(1, keepdim=True), normalize(sums), centers)
+        worthwhile, exchanged = number <= most // 2 and exchanged > WORTH * clusters, 0
+        if worthwhile or not bool(counts.all()):
+            exchanged = exchange(embeddings, new, sums, counts, known, settings.cluster_seed + number)
         embeddings.agree(new)
         moved, centers = (new - centers).norm(dim=1), new
         settled = not bool(moved.any())
-        if saved and embeddings.rank == 0:
-            saved.save(most if settled else number, mending, centers)
-        if on_pass:
-            cosine, scored = (told / embeddings.usable).tolist()
-            on_pass(Pass(number, centers, cosine, exchanged, scored / clusters))
-        if settled:
-            break
-    return centers
+        cosine, scored = (told / embeddings.usable).tolist()
+        yield Pass(number, exchanged, settled, centers, cosine, scored / clusters)
 
 
 def add_up(sums: Tensor, vectors: Tensor, labels: Tensor) -> None:
@@ -256,45 +283,32 @@ def assign(vectors: Tensor, centers: Tensor, known: Nearest | None, moved: Tenso
 
     Given what was known before each of the centers moved, [K]; None where nothing was.
     """
+    n, k = len(vectors), len(centers)
     if known is None:
-        return nearest(vectors, centers), len(vectors) * len(centers)
+        return nearest(vectors, centers), n * k
     labels, best = known.labels.clone(), dot(vectors, centers[known.labels])
-    jumpers, rise, scores = _jumpers(best - known.other, moved)
-    other = known.other + rise
-    again = best - other <= SLACK
-    rest = (~again).nonzero()[:, 0]
-    if len(jumpers) and len(rest):
-        found, mine, before = scan(vectors[rest], centers[jumpers]), best[rest], labels[rest]
-        place = jumpers[found.labels]
-        rival = torch.where(place == before, found.other, found.best)
-        takes = rival > mine
-        labels[rest], best[rest] = torch.where(takes, place, before), torch.maximum(mine, rival)
-        beaten = torch.where(takes, torch.maximum(mine, found.other), rival) + SLACK
-        other[rest] = torch.maximum(other[rest], beaten)
-        again[rest] = best[rest] - other[rest] <= SLACK
-    rows = again.nonzero()[:, 0]
+    # As many of those that moved furthest are scored against all as make the fewest scores, with all centers
+    # for the embeddings that the movement of the others brings into doubt.
+    rises, far = moved.sort(descending=True, stable=True)
+    doubts = torch.searchsorted((best - known.other).sort().values, rises + SLACK, right=True)
+    scores, few = (doubts * k + (n - doubts) * torch.arange(k, device=moved.device)).min(0)
+    jumpers, other = far[:few], known.other + rises[few]
+    rows = (best - other > SLACK).nonzero()[:, 0]
+    if len(jumpers) and len(rows):
+        own, mine = labels[rows], best[rows]
+        found = scan(vectors[rows], centers[jumpers], but=far.argsort()[own])
+        takes = found.best > mine
+        beaten = torch.where(takes, torch.maximum(mine, found.other), found.best) + SLACK
+        labels[rows] = torch.where(takes, jumpers[found.labels], own)
+        best[rows], other[rows] = torch.maximum(mine, found.best), torch.maximum(other[rows], beaten)
+    rows = (best - other <= SLACK).nonzero()[:, 0]
     if len(rows):
         labels[rows], best[rows], other[rows] = nearest(vectors[rows], centers)
-    return Nearest(labels, best, other), scores
-
-
-def _jumpers(margins: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The centers to score against all embeddings, how far the others moved at most, and what both cost.
-
-    The margins, [n], say by how much each embedding's own center is nearer than any other could be.
-    """
-    n, k = len(margins), len(moved)
-    far = moved.argsort(descending=True, stable=True)
-    sizes = [k * part // 64 for part in JUMPERS]
-    rises = moved[far[sizes]]
-    fails = torch.searchsorted(margins.sort().values, rises + SLACK, right=True).tolist()
-    costs = [fail * k + (n - fail) * size for fail, size in zip(fails, sizes, strict=True)]
-    best = int(np.argmin(costs))
-    return far[: sizes[best]], rises[best], costs[best]
+    return Nearest(labels, best, other), int(scores)
 
 
 def exchange(
-    embeddings: Embeddings, centers: Tensor, sums: Tensor, counts: Tensor, labels: Sequence[Tensor], seed: int
+    embeddings: Embeddings, centers: Tensor, sums: Tensor, counts: Tensor, known: Sequence[Nearest], seed: int
 ) -> int:
     """Merge pairs of clusters and halve others, in place, where the sum of cosines rises by it.
 
@@ -303,43 +317,38 @@ def exchange(
     The seed chooses the direction in which clusters are cut first. Gives the centers that took a half.
     """
     lengths, filled = sums.norm(dim=1), counts > 0
-    halves = _halve(embeddings, sums / counts.clamp(min=1)[:, None], labels, seed)
+    halves = _halve(embeddings, sums / counts.clamp(min=1)[:, None], known, seed)
     gains = (halves.norm(dim=2).sum(1) - lengths * (1 + SLACK)) * (1 - WORTH) * filled
-    first, second = _pairs(embeddings, centers, filled)
-    losses = lengths[first] + lengths[second] - (sums[first] + sums[second]).norm(dim=1)
-    order = losses.argsort(stable=True)
-    first, second = first[order], second[order]
+    pairs = _pairs(embeddings, centers, filled)
+    losses, cheapest = (lengths[pairs].sum(0) - sums[pairs].sum(0).norm(dim=1)).sort(stable=True)
     empty = (~filled).nonzero()[:, 0]
-    # Cheapest first.
-    freed = torch.cat([empty, second])
-    prices = torch.cat([losses.new_zeros(len(empty)), losses[order]])
+    # An empty center is freed as one that is merged with itself.
+    prices = torch.cat([losses.new_zeros(len(empty)), losses])
+    pairs = torch.cat([empty.expand(2, -1), pairs[:, cheapest]], 1)
 
     def worthwhile() -> int:
         return int((gains.sort(descending=True).values[: len(prices)] > prices).sum())
 
-    pairs = max(0, worthwhile() - len(empty))
-    gains[first[:pairs]] = gains[second[:pairs]] = 0
+    gains[pairs[:, : worthwhile()]] = 0
     taken = worthwhile()
-    pairs = max(0, taken - len(empty))
-    halved = gains.argsort(descending=True, stable=True)[:taken]
-    centers[first[:pairs]] = normalize(sums[first[:pairs]] + sums[second[:pairs]])
-    centers[halved], centers[freed[:taken]] = normalize(halves[halved], dim=2).unbind(1)
+    halved, (merged, freed) = gains.argsort(descending=True, stable=True)[:taken], pairs[:, :taken]
+    centers[merged] = normalize(sums[merged] + sums[freed])
+    centers[halved], centers[freed] = normalize(halves[halved], dim=2).unbind(1)
     return taken
 
 
-def _pairs(embeddings: Embeddings, centers: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
-    """Clusters that are each other's nearest, each pair once; every rank looks for some of them."""
+def _pairs(embeddings: Embeddings, centers: Tensor, filled: Tensor) -> Tensor:
+    """Clusters that are each other's nearest, [2, pairs], each pair once; ranks share the work."""
     numbers = torch.arange(len(centers), device=centers.device)
-    span = embeddings.own(len(centers))
-    own = numbers[span.start : span.stop]
     partner = torch.zeros_like(numbers)
-    partner[own] = nearest(centers[own], centers, but=own).labels
+    for part in embeddings.chunks(len(centers)):
+        partner[part] = nearest(centers[part], centers, but=numbers[part]).labels
     embeddings.add(partner)
     first = ((partner[partner] == numbers) & (numbers < partner) & filled & filled[partner]).nonzero()[:, 0]
-    return first, partner[first]
+    return torch.stack([first, partner[first]])
 
 
-def _halve(embeddings: Embeddings, means: Tensor, labels: Sequence[Tensor], seed: int) -> Tensor:
+def _halve(embeddings: Embeddings, means: Tensor, known: Sequence[Nearest], seed: int) -> Tensor:
     """Sums of two halves of every cluster, [K, 2, C]: two-means in each, begun along a random direction."""
     k, channels = means.shape
     random = np.random.Generator(np.random.Philox(key=seed)).standard_normal((1, channels), dtype=np.float32)
@@ -347,7 +356,7 @@ def _halve(embeddings: Embeddings, means: Tensor, labels: Sequence[Tensor], seed
     middle = dot(means, toward)
     for _ in range(HALVINGS):
         sums = means.new_zeros(2 * k, channels)
-        for vectors, own in zip(embeddings, labels, strict=True):
+        for vectors, (own, _, _) in zip(embeddings, known, strict=True):
             add_up(sums, vectors, 2 * own + (dot(vectors, toward[own]) > middle[own]))
         halves = embeddings.add(sums).view(k, 2, channels)
         low, high = normalize(halves, dim=2).unbind(1)

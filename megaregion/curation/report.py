@@ -277,7 +277,7 @@ def _members(job: Job, clusters: NDArray[np.int64]) -> dict[int, NDArray[np.floa
 
 
 def _nearest(vectors: NDArray[np.float32], centers: NDArray[np.float32]) -> NDArray[np.int64]:
-    return label_rows(vectors, torch.from_numpy(centers))[0].numpy()
+    return label_rows(vectors, torch.from_numpy(centers))[0][:, 0].numpy()
 
 
 def text_quality(job: Job) -> TextQuality:

@@ -19,8 +19,7 @@ from benchmark.part import Case, part
 from benchmark.scenes import scene_features
 from megaregion.bounds import COUNT, Choice, File, Positive, PositiveInt, Whole
 from megaregion.curation.embeddings import Embeddings, unit
-from megaregion.curation.kmeans import Pass, cluster, find_centers
-from megaregion.curation.nearest import LADDER, TILE, nearest
+from megaregion.curation.kmeans import LADDER, TILE, Pass, find_centers, nearest, passes
 from megaregion.curation.settings import AssignSettings, ClusterSettings
 from megaregion.errors import UserError
 from megaregion.processor import in_order, keep_freed_memory, product
@@ -123,13 +122,11 @@ def _run_ours(
     keep_freed_memory()
     with tqdm(total=settings.cluster_iterations, desc="exact passes", unit="pass", disable=None) as bar:
         began = time.perf_counter()
-
-        def tell(done: Pass) -> None:
+        embeddings = Embeddings([vectors], AssignSettings().chunk_memory, device)
+        for done in passes(embeddings, settings):
             told.append((time.perf_counter() - began, done))
             bar.update()
-
-        embeddings = Embeddings([vectors], AssignSettings().chunk_memory, device)
-        return cluster(embeddings, settings, on_pass=tell), told
+        return done.centers, told
 
 
 def _compare_kmeans(

@@ -215,7 +215,7 @@ class Balance(Stage):
         cells = find_cells(
             Embeddings([centers], self.job.settings.assign.chunk_memory), self.job.settings.cluster
         )
-        return nested_shares(sizes, label_rows(centers, cells)[0].numpy(), temperature)
+        return nested_shares(sizes, label_rows(centers, cells)[0][:, 0].numpy(), temperature)
 
     def _labels(
         self, starts: Integers, near: NDArray[np.bool_] | None, shares: NDArray[np.float64] | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,6 @@ from megaregion.curation.stages.stage import Job, Output, Piece, Stage, plain
 CENTERS = "centers.npy"
 LABELS, COSINES, OTHERS = "labels.npy", "cosines.npy", "others.npy"
 LOG = logging.getLogger("megaregion.curation")
-
-if TYPE_CHECKING:
-    # Torch takes seconds to import, and most jobs are of stages that do without it.
-    import torch
-
-    from megaregion.curation.kmeans import Pass
 
 
 class Cluster(Stage):
@@ -43,31 +37,24 @@ class Cluster(Stage):
 
     @override
     def work(self, number: int, output: Output) -> None:
-        from megaregion.curation.embeddings import Embeddings
-        from megaregion.curation.kmeans import SavedPass, cluster
+        from megaregion.curation.embeddings import Embeddings, own_device
+        from megaregion.curation.kmeans import Pass, passes
 
         files = [self.path(piece, FEATURES) for piece in self.needs(number)]
-        embeddings = Embeddings(files, self.job.settings.assign.chunk_memory, _device())
-        saved = SavedPass(output.kept("passes.npz"), output.key)
-        centers = cluster(embeddings, self.job.settings.cluster, saved, _tell)
-        if embeddings.rank == 0:
+        embeddings = Embeddings(files, self.job.settings.assign.chunk_memory, own_device())
+        kept = output.kept("passes.npz")
+        last = begun = Pass.load(kept, output.key)
+        for last in passes(embeddings, self.job.settings.cluster, begun):
+            LOG.info(
+                "pass %d: mean cosine %.6f, %d centers exchanged, %.1f%% of all scores looked at",
+                last.number, last.cosine, last.exchanged, 100 * last.scored,
+            )  # fmt: skip
+            if embeddings.rank == 0:
+                last.save(kept, output.key)
+        if embeddings.rank == 0 and last:
             output.counts["embeddings not finite"] += embeddings.broken
-            output.save(CENTERS, centers.cpu().numpy())
+            output.save(CENTERS, last.centers.cpu().numpy())
             output.tick()
-
-
-def _tell(done: Pass) -> None:
-    LOG.info(
-        "pass %d: mean cosine %.6f, %d centers exchanged, %.1f%% of all scores looked at",
-        done.number, done.cosine, done.exchanged, 100 * done.scored,
-    )  # fmt: skip
-
-
-def _device() -> torch.device:
-    import torch
-
-    gpu = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 class Assign(Stage):
@@ -91,30 +78,21 @@ class Assign(Stage):
     def work(self, number: int, output: Output) -> None:
         import torch
 
-        from megaregion.curation.embeddings import rows_in
+        from megaregion.curation.embeddings import own_device, rows_in
         from megaregion.curation.kmeans import label_rows
 
         features, clustered = self.needs(number)
         rows = self.job.store.load(features, FEATURES, mapped=True)
         size = rows_in(self.job.settings.assign.chunk_memory, rows.shape[1])
-        centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(_device())
-        starts = range(0, max(1, len(rows)), size)
+        centers = torch.from_numpy(self.job.store.load(clustered, CENTERS)).to(own_device())
         wanted = min(self.job.settings.assign.labels_per_region, len(centers))
-        chosen, cosines = [], []
-        for start in starts:
-            part = rows[start : start + size]
-            labels, near = label_rows(part, centers)
-            own = labels[:, None]
-            while own.shape[1] < wanted:
-                # One pass over the centers for each label: every one is exact, as the first.
-                own = torch.cat([own, label_rows(part, centers, own)[0][:, None]], 1)
-            chosen.append(own)
-            cosines.append(near)
-        found = torch.cat(chosen).cpu().numpy()
-        output.save(LABELS, np.ascontiguousarray(found[:, 0]))
-        output.save(COSINES, torch.cat(cosines).cpu().numpy())
+        parts = (rows[start : start + size] for start in range(0, max(1, len(rows)), size))
+        found = [label_rows(part, centers, wanted) for part in parts]
+        labels, cosines = (torch.cat(each).cpu().numpy() for each in zip(*found, strict=True))
+        output.save(LABELS, np.ascontiguousarray(labels[:, 0]))
+        output.save(COSINES, cosines)
         if self.settings():
-            output.save(OTHERS, np.ascontiguousarray(found[:, 1:]))
+            output.save(OTHERS, np.ascontiguousarray(labels[:, 1:]))
         for _ in range(self.count(number)):
             output.tick()
 
@@ -129,7 +107,5 @@ def cluster_sizes(job: Job, labels: Iterable[NDArray[np.int64]] | None = None) -
     """Regions of each cluster in the whole run, [K]; by these labels of its slices, if given."""
     sizes = np.zeros(job.settings.cluster.clusters, dtype=np.int64)
     for own in read_labels(job) if labels is None else labels:
-        # A slice knows few of a million clusters: counting all of them for each would take hours.
-        clusters, counts = np.unique(own[own >= 0], return_counts=True)
-        sizes[clusters] += counts
+        np.add.at(sizes, own[own >= 0], 1)
     return sizes
