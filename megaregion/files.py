@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,9 +135,12 @@ def read_json(path: Path | str) -> Any:
         OSError: It cannot be read.
         ValueError: It is no JSON, or nested beyond all files of this project.
     """
-    # Unbuffered, for these files are small, and there may be a quarter of a million of them.
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        return parse_json(file.read())
+    # Without a file object, for these files are small, and there may be a quarter of a million of them.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return parse_json(b"".join(iter(partial(os.read, descriptor, 2**16), b"")))
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -91,7 +91,7 @@ def write(folder: Path, samples: dict[str, tuple[bytes, SampleRecord]], classes:
     with ShardWriter(folder, "shard-00000") as writer:
         for key, (image, record) in samples.items():
             writer.add(key, image, record)
-    entry = dataclasses.replace(writer.entry, max_label=-1)
+    entry = writer.entry._replace(max_label=-1)
     write_dataset(folder, [entry], classes, 0)
     return folder
 

@@ -85,7 +85,6 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
                 place = but[start : start + height].view(len(rows), -1) - first
                 here, which = ((place >= 0) & (place < scores.shape[1])).nonzero().unbind(1)
                 scores[here, place[here, which]] = -torch.inf
-            # Equal but for rounding.
             equal = (scores >= scores.amax(1, keepdim=True) - tie).double() if tie else scores
             # On a processor numpy's is six times as fast as torch's.
             place = torch.from_numpy(equal.numpy().argmax(1)) if on_cpu else equal.argmax(1)
@@ -220,8 +219,9 @@ class Pass(NamedTuple):
     def load(cls, path: Path, key: str) -> Pass | None:
         """What was kept; None if there is nothing, or it was made from something else."""
         with suppress(OSError, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as old:
+            number, exchanged, settled = old["state"].tolist()
             if str(old["key"]) == key:
-                return cls(*old["state"].tolist(), torch.from_numpy(old["centers"]))
+                return cls(number, exchanged, settled, torch.from_numpy(old["centers"]))
         return None
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megaregion.bounds import shown
 from megaregion.errors import UserError
@@ -31,9 +31,8 @@ WORD_START = "▁"
 """The piece that sentencepiece puts in front of a word; alone, it says nothing about the text."""
 
 
-@dataclass(frozen=True)
-class ShardEntry:
-    """One finished shard, as dataset.json lists it."""
+class ShardEntry(NamedTuple):
+    """One finished shard, as dataset.json lists it; there may be 45,000."""
 
     name: str
     """File name without its ending; the files are NAME.tar and NAME.index.npy."""
@@ -99,7 +98,7 @@ class DatasetInfo:
             "text_classes": self.text_classes,
             "centers_sha256": self.centers_sha256,
             "tokenizer_sha256": self.tokenizer_sha256,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard._asdict() for shard in self.shards],
         }
 
 
@@ -124,7 +123,7 @@ def read_info(folder: Path) -> DatasetInfo:
             f"{path} has version {version!r}, this program reads version {VERSION}; pack it again"
         )
     try:
-        known = {field.name for field in fields(ShardEntry)}
+        known = set(ShardEntry._fields)
         info = DatasetInfo(
             samples=content["samples"],
             objects=content["regions"]["object"],
@@ -152,20 +151,23 @@ def read_info(folder: Path) -> DatasetInfo:
 
 def _check_types(info: DatasetInfo) -> None:
     """See that numbers are whole and names are names of files beside dataset.json; raises TypeError."""
-    parts: tuple[tuple[Any, Sequence[Any]], ...] = ((DatasetInfo, [info]), (ShardEntry, info.shards))
-    for kind, rows in parts:
-        for field in fields(kind):
-            name, wanted = field.name, str(field.type)
-            values = [getattr(row, name) for row in rows]
-            if wanted == "int":
-                wrong = [value for value in values if type(value) is not int or not -1 <= value < 2**63]
-                _refuse(wrong, f"{name} must be a whole number")
-            elif wanted in ("str", "str | None"):
-                right = str if wanted == "str" else str | None
-                _refuse([value for value in values if not isinstance(value, right)], f"{name} must be text")
-            if name == "name":
-                wrong = [v for v in values if not v.isprintable() or "/" in v or v[:1] in ("", ".")]
-                _refuse(wrong, f"{name} must be the name of a file")
+    columns: list[tuple[str, str, Sequence[Any]]] = [
+        *((field.name, str(field.type), [getattr(info, field.name)]) for field in fields(DatasetInfo)),
+        *(
+            (name, "str" if name in ("name", "sha256") else "int", values)
+            for name, values in zip(ShardEntry._fields, zip(*info.shards, strict=True), strict=False)
+        ),
+    ]
+    for name, wanted, values in columns:
+        if wanted == "int":
+            wrong = [value for value in values if type(value) is not int or not -1 <= value < 2**63]
+            _refuse(wrong, f"{name} must be a whole number")
+        elif wanted in ("str", "str | None"):
+            right = str if wanted == "str" else str | None
+            _refuse([value for value in values if not isinstance(value, right)], f"{name} must be text")
+        if name == "name":
+            wrong = [v for v in values if not v.isprintable() or "/" in v or v[:1] in ("", ".")]
+            _refuse(wrong, f"{name} must be the name of a file")
     if info.shards and min(info.shard_sizes) < 1:
         raise TypeError("samples must be 1 or more in every shard")
     if max(info.object_classes, info.text_classes) >= 2**31:
@@ -182,7 +184,7 @@ def join(infos: Sequence[DatasetInfo], names: Sequence[str]) -> tuple[DatasetInf
     objects, object_classes, centers = _joined([(i.centers_sha256, i.object_classes) for i in infos])
     texts, text_classes, tokenizer = _joined([(i.tokenizer_sha256, i.text_classes) for i in infos])
     shards = [
-        replace(shard, name=f"{name}/{shard.name}")
+        shard._replace(name=f"{name}/{shard.name}")
         for name, info in zip(names, infos, strict=True)
         for shard in info.shards
     ]

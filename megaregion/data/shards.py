@@ -13,7 +13,8 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from itertools import accumulate
 from pathlib import Path
 from tokenize import TokenError
@@ -255,18 +256,18 @@ class ShardedDataset:
         """See that every shard is whole; gives when each was written."""
         # The folder tells at once which of 90,000 files there are; only the tars are looked at one by one.
         with os.scandir(self.folder) as entries:
-            found = {entry.name: entry for entry in entries}
+            found = {entry.name for entry in entries if entry.is_file()}
         return [self._check_size(shard, found) for shard in self.info.shards]
 
-    def _check_size(self, shard: ShardEntry, found: Mapping[str, os.DirEntry[str]]) -> int:
+    def _check_size(self, shard: ShardEntry, found: AbstractSet[str]) -> int:
         tar, index = f"{shard.name}.tar", f"{shard.name}.index.npy"
         for name in (index, tar):
-            if name not in found or not found[name].is_file():
+            if name not in found:
                 raise UserError(
                     f"{self.folder}/{name} does not exist, but {self.folder}/dataset.json names it; "
                     "pack it again"
                 )
-        state = found[tar].stat()
+        state = os.stat(f"{self.folder}/{tar}")  # noqa: PTH116
         if shard.samples < 1 or not state.st_size:
             raise UserError(f"{self.folder}/{tar} is empty; pack it again or take it out of dataset.json")
         if state.st_size != shard.bytes:

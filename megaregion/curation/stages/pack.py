@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -104,7 +103,7 @@ class Pack(Stage):
                 writer.add(*first)
                 for sample in samples:
                     writer.add(*sample)
-            entry = asdict(writer.entry)
+            entry = writer.entry._asdict()
             output.counts["shards"] += 1
             output.files.append(self.job.shards / f"{name}.tar")
             output.files.append(self.job.shards / f"{name}.index.npy")

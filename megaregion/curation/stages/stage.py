@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -188,13 +188,16 @@ class Store:
             if row is None or row[:2] != [state.st_ino, state.st_mtime_ns]:
                 manifest = self._parse(piece)
                 sizes = {path: size for path, (size, _) in manifest.files.items()}
-                told = Glance(manifest.digest, hash_of(manifest.recipes), manifest.seconds)
+                # Pieces of a stage name the same recipes.
+                told = Glance(manifest.digest, _hash_of(*manifest.recipes.items()), manifest.seconds)
                 row = rows[str(piece.number)] = [state.st_ino, state.st_mtime_ns, sizes, *told]
                 self._read_anew[piece.stage] += 1
-            whole = all(self._is_whole(path, size, None) for path, size in row[2].items())
+            for path, size in row[2].items():
+                if not self._is_whole(path, size, None):
+                    return None
         except BROKEN:
             return None
-        return Glance(*row[3:]) if whole else None
+        return Glance(*row[3:])
 
     def glances(self, stage: str, pieces: int) -> list[Glance | None]:
         """The same of all pieces of a stage; of many, what was read is kept for the next process."""
@@ -454,6 +457,11 @@ def _as_it_is(seen: Any) -> Any:
 def hash_of(content: Any) -> str:
     """Hash of what JSON can say."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@cache
+def _hash_of(*recipes: tuple[str, str]) -> str:
+    return hash_of(dict(recipes))
 
 
 def recipes_of(name: str, stages: Mapping[str, Stage]) -> dict[str, str]:
