@@ -29,7 +29,9 @@ import torch.multiprocessing
 from megaregion.command_line import end_process
 
 FORKS = torch.multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megaregion.training.trainer", "torch._dynamo", "deepspeed"])
+FORKS.set_forkserver_preload(
+    ["megaregion.training.trainer", "torch._dynamo", "deepspeed", "megatron.core.tensor_parallel"]
+)
 
 
 def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -50,12 +51,6 @@ def uncompiled() -> AbstractContextManager[object]:
     """
     return patch.object(torch, "compile", lambda function=None, **_: function or (lambda later: later))
 
-
-with warnings.catch_warnings(), uncompiled():
-    # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 Split = Literal["column", "row"]
 
@@ -104,28 +99,37 @@ def _boxes(
             start = end
 
 
-class _Column(ColumnParallelLinear):
-    """A column-parallel linear that returns a tensor, as nn.Linear does."""
+@cache
+def _megatron() -> tuple[dict[Split, Any], Any]:
+    """megatron-core's linears by their cut, which give a tensor as nn.Linear does, and its configuration.
 
-    tokens_cut, group_name = False, ""
+    Imported where ranks share a model, since it takes a rank nearly as long as torch.
+    """
+    with warnings.catch_warnings(), uncompiled():
+        # Four paragraphs from every rank about fused optimizers, of which nothing here uses one.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        from megatron.core import ModelParallelConfig
+        from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O / T]; where the tokens are cut, parts [S, I] to all rows [T S, O / T]."""
-        if self.tokens_cut or torch.compiler.is_compiling():
-            return shared_linear(x, self.weight, self.bias, self.group_name, True, self.tokens_cut)
-        return super().forward(x)[0]
+    class Column(ColumnParallelLinear):
+        tokens_cut, group_name = False, ""
 
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., I] to [..., O / T]; where the tokens are cut, parts [S, I] to all rows [T S, O / T]."""
+            if self.tokens_cut or torch.compiler.is_compiling():
+                return shared_linear(x, self.weight, self.bias, self.group_name, True, self.tokens_cut)
+            return super().forward(x)[0]
 
-class _Row(RowParallelLinear):
-    """A row-parallel linear that returns a tensor, summed over the tensor ranks, as nn.Linear does."""
+    class Row(RowParallelLinear):
+        tokens_cut, group_name = False, ""
 
-    tokens_cut, group_name = False, ""
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., I / T] to [..., O], summed; where the tokens are cut, each rank gets its part, [S, O]."""
+            if self.tokens_cut or torch.compiler.is_compiling():
+                return shared_linear(x, self.weight, self.bias, self.group_name, False, self.tokens_cut)
+            return super().forward(x)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I / T] to [..., O]; where the tokens are cut, each rank gets its part of them, [S, O]."""
-        if self.tokens_cut or torch.compiler.is_compiling():
-            return shared_linear(x, self.weight, self.bias, self.group_name, False, self.tokens_cut)
-        return super().forward(x)[0]
+    return {"column": Column, "row": Row}, ModelParallelConfig
 
 
 def parallelize(
@@ -181,7 +185,8 @@ def _linear_placements(
 
 
 def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut: bool) -> nn.Module:
-    config = ModelParallelConfig(
+    linears, model_parallel_config = _megatron()
+    config = model_parallel_config(
         tensor_model_parallel_size=topology.tensor_size,
         # The values come from the whole model, so megatron neither draws any nor needs a GPU for it.
         use_cpu_initialization=True,
@@ -200,11 +205,8 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
     with warnings.catch_warnings():
         # topology.join sets it; without a GPU it means nothing.
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
-        cut = (
-            _Column(*sizes, gather_output=False, **common)
-            if split == "column"
-            else _Row(*sizes, input_is_parallel=True, **common)
-        )
+        of_cut = {"column": {"gather_output": False}, "row": {"input_is_parallel": True}}
+        cut: Any = linears[split](*sizes, **of_cut[split], **common)
     cut.tokens_cut, cut.group_name = tokens_cut, topology.tensor_group.group_name
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
@@ -214,7 +216,7 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
             target.copy_(place.shard(parameter))
             # DeepSpeed counts a parameter's norm once per tensor rank only if it is marked as cut.
             target.tensor_model_parallel = place.shape != place.full_shape  # type: ignore[attr-defined]
-    return cut
+    return cut  # type: ignore[no-any-return]
 
 
 def sum_over_ranks(model: nn.Module, names: Sequence[str], group: dist.ProcessGroup) -> None:
