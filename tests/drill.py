@@ -135,10 +135,10 @@ class Drill:
         reader.verify()
         return {tensor: reader.read(tensor) for tensor in reader.names()}
 
-    def is_trained(self, name: str) -> bool:
+    def is_trained(self, name: str, steps: int = STEPS) -> bool:
         """Whether the run reached its last step and says so."""
         reader = CheckpointReader(find_checkpoint(self.folder / name))
-        return reader.step == STEPS and (self.folder / name / "DONE").exists()
+        return reader.step == steps and (self.folder / name / "DONE").exists()
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

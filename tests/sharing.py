@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 LONGEST = (
-    "test_slurm", "test_readme", "test_training", "test_demo", "test_guard", "test_gpu_step", "test_run",
-    "test_heads_distributed", "test_benchmark", "test_curation", "test_start", "test_export", "test_fuzz",
+    "test_slurm", "test_readme", "test_training", "test_demo", "test_benchmark", "test_gpu_step",
+    "test_guard", "test_heads_distributed", "test_curation", "test_saving", "test_run", "test_study",
+    "test_cli", "test_clusters", "test_export", "test_atlas", "test_background", "test_start", "test_fuzz",
 )  # fmt: skip
 """Files that are taken first, so that no pytest is left alone with one of them at the end."""
 CLUSTERS = {"drill", "binding"}

@@ -10,37 +10,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drill import STEPS, Drill, assert_same
+from drill import Drill, assert_same
 from launch import repository
 from pretend_cluster import BindingCluster, pretend_cluster
 
 RANKS = 3
 """The fewest whose sums depend on their order; `make drills` plays its faults on eight."""
-THIRDS = "--train.micro_batch=8"
-"""Micro-steps that three ranks share evenly."""
+STEPS = 16
+SHORT = ("--train.micro_batch=8", f"--train.steps={STEPS}")
+"""Micro-steps that three ranks share evenly; the drills take more of them."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(drill: Drill) -> str:
     """A run that nothing happened to, started by torchrun; returns its name."""
-    drill.torchrun("undisturbed-on-three", RANKS, THIRDS)
+    drill.torchrun("undisturbed-on-three", RANKS, *SHORT)
     return "undisturbed-on-three"
 
 
 def test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit(drill: Drill, undisturbed: str) -> None:
-    job = drill.submit("submitted", THIRDS, nodes=RANKS)
+    job = drill.submit("submitted", *SHORT, nodes=RANKS)
     assert drill.finish("submitted", job) == "COMPLETED", drill.log("submitted")
-    assert drill.is_trained("submitted")
+    assert drill.is_trained("submitted", STEPS)
     assert drill.losses("submitted") == drill.losses(undisturbed)
     assert_same(drill.state("submitted"), drill.state(undisturbed))
-    again = drill.submit("submitted", THIRDS, nodes=RANKS)
+    again = drill.submit("submitted", *SHORT, nodes=RANKS)
     assert drill.finish("submitted", again) == "COMPLETED"
     assert len(drill.records("submitted")) == STEPS, "a job that follows a finished run leaves at once"
 
 
 def test_two_time_limits_cost_no_step_and_change_no_bit(drill: Drill, undisturbed: str) -> None:
-    job = drill.submit("limited", THIRDS, nodes=RANKS)
-    for step in (6, 17):
+    job = drill.submit("limited", *SHORT, nodes=RANKS)
+    for step in (4, 9):
         drill.wait_for_step("limited", job, step)
         drill.ask_to_stop(job)
     assert drill.finish("limited", job) == "COMPLETED", drill.log("limited")
