@@ -29,9 +29,7 @@ import torch.multiprocessing
 from megaregion.command_line import end_process
 
 FORKS = torch.multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["megaregion.training.trainer", "torch._dynamo", "deepspeed", "megatron.core.tensor_parallel"]
-)
+FORKS.set_forkserver_preload(["megaregion.training.trainer", "torch._dynamo", "deepspeed", "tests.preloaded"])
 
 
 def launch(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
