@@ -23,6 +23,7 @@ from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.parallel import topology
+from megaregion.parallel.zero_stages import STAGES, VERSION, Stage
 from megaregion.training.preflight import (
     Findings,
     Verdict,
@@ -173,6 +174,20 @@ def test_only_ranks_that_share_a_model_ask_a_gpu_to_start_kernels_in_the_order_o
 ) -> None:
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     launch(ask_for_queues, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_deepspeed_than_the_one_whose_inside_is_known_is_refused(
+    stage: type[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.1+cu130")
+    told = (
+        rf"deepspeed 0\.20\.1\+cu130 is installed, but megaregion knows the inside of {VERSION} alone; inst"
+    )
+    with pytest.raises(UserError, match=told):
+        stage(None, {}, {}, None)
 
 
 def test_gloo_takes_the_interface_that_leads_to_the_first_rank_and_none_inside_a_host() -> None:

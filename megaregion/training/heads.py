@@ -166,7 +166,7 @@ class Heads:
             head.step(lr, scale)
             head.zero_grad()
 
-    def census(self, step: int) -> dict[str, float]:
+    def find_dead_classes(self, step: int) -> dict[str, float]:
         """Report idle classes and probed centers with a double; gives their shares by kind; a collective."""
         shares = {}
         for kind, head in self.by_kind.items():

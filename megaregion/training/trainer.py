@@ -330,7 +330,7 @@ class Trainer:
             }  # fmt: skip
         every = self.config.head.census_every
         if every and self.state.step % every == 0:
-            values.update(self.heads.census(self.state.step))
+            values.update(self.heads.find_dead_classes(self.state.step))
         return values
 
     def _samples_of_datasets(self) -> dict[str, int]:
