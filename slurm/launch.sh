@@ -32,7 +32,10 @@ run=$runs/$name
 restarts=${SLURM_RESTART_COUNT:-0} # unset at the first start
 start=$SLURM_JOB_ID.$restarts
 logs=$run/logs/$start
-train=(tools/pretrain.py --config "$config" --output "$runs" --name "$name" "$@")
+# The machines are looked at by the ranks that will train, before anything is built: seconds, not a start of its own.
+look=(--preflight first)
+if [[ ${MEGAREGION_PREFLIGHT:-yes} == no ]]; then look=(); fi
+train=(tools/pretrain.py "${look[@]}" --config "$config" --output "$runs" --name "$name" "$@")
 
 say() { echo "$(date '+%F %T') $start: $*"; }
 
@@ -123,11 +126,8 @@ export TOKENIZERS_PARALLELISM=false
 say "$nodes of $SLURM_JOB_NUM_NODES nodes x $per_node tasks, ranks meet at $MASTER_ADDR:$MASTER_PORT, logs in $logs"
 if [[ -n $stopping ]]; then requeue "asked to stop before training began"; fi
 
-# The machines are looked at by the ranks that will train, before anything is built: seconds, not a start of its own.
-look=(--preflight first)
-if [[ ${MEGAREGION_PREFLIGHT:-yes} == no ]]; then look=(); fi
 code=0
-run_step "${python[@]}" "${train[@]}" --resume auto "${look[@]}" || code=$?
+run_step "${python[@]}" "${train[@]}" --resume auto || code=$?
 say "srun ended with $code"
 case $code in
   0)

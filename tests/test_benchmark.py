@@ -281,7 +281,10 @@ WAITS = {
     # Batches, weights and results of what is compared, and what a head is built from.
     "parity": ("tools/benchmark/parity.py", "heads/sharded.py", "heads/centers.py", "parallel/"),
     # DeepSpeed's look at the norm.
-    "ViT-L/14, ours": ("parallel/",), "ViT-L/14-336, ours": ("parallel/",), "ViT-B/16, ours": ("parallel/",),
+    **{
+        f"{size}, {name}": ("parallel/",)
+        for size in ("ViT-L/14", "ViT-L/14-336", "ViT-B/16") for name in ("ours", "compiled")
+    },
     "packed": ("parallel/",), "fp8, ours": ("parallel/",),
     "head, PartialFC": ("tools/benchmark/head.py",),
     # Whether all rows were finite.
@@ -296,6 +299,8 @@ def test_the_host_waits_for_a_gpu_only_where_it_is_known_to(faked: list[dict[str
     counted = {case["case"]: case["counts"] for case in faked if "counts" in case}
     assert counted["ViT-L/14, ours"]["kernels"] > counted["head, our passes"]["kernels"] > 0
     assert counted["head, our update"]["kernels"] > 0
+    # A compiled peer runs fused kernels, and its optimizer takes all weights at once.
+    assert 0 < counted["ViT-L/14, peer-compiled"]["kernels"] < counted["ViT-L/14, ours"]["kernels"]
     for name, counts in counted.items():
         assert counts["mismatches"] == 0, name
         assert counts["kernels"] > 0, name

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +19,7 @@ from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.costs import choose_recompute, kept_bytes
-from megaregion.models.layers import run_and_count
+from megaregion.models.layers import compile_blocks, run_and_count
 from megaregion.models.rotary import Rotation, pack, rotation, split_and_turn
 from megaregion.models.vit import Attention, Block, _by_columns, _mask, packed_attention
 
@@ -278,6 +279,26 @@ def test_a_compiled_block_is_one_graph_that_gives_the_same_and_keeps_no_more() -
         torch.testing.assert_close(same, grads, atol=1e-4, rtol=1e-5)
         assert kept[level] <= eager
     assert kept["full"] < kept["cheap"] < kept["keep"]
+
+
+def test_other_numbers_of_images_and_other_sizes_make_few_graphs_and_leave_no_block_uncompiled() -> None:
+    model, counter = encoder(replace(SMALL, depth=2, region_layers=1)), CompileCounter()
+    torch._dynamo.reset()
+    compile_blocks(())
+    for block in model.vit.blocks:
+        # A block that goes on uncompiled, since there are too many graphs, is refused.
+        block.compile(backend=counter, fullgraph=True)
+    made = []
+    for count, side in ((4, 64), (2, 64), (3, 96), (2, 128)):
+        model(noise(count, 3, side, side), some_patches(count, 5, (side // 16) ** 2))
+        made.append(counter.frame_count)
+    for grids in (((2, 5), (4, 4)), ((3, 3), (2, 2)), ((1, 6), (5, 2))):
+        patches = sum(rows * columns for rows, columns in grids)
+        model(noise(patches, 3, 16, 16), some_patches(1, 5, patches)[0], grids)
+        made.append(counter.frame_count)
+    assert made[2] == made[3], "another number of images, and another size"
+    assert made[5] == made[6], "packed images"
+    assert made[-1] <= 24
 
 
 @pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])

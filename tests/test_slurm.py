@@ -76,13 +76,13 @@ def test_srun_gives_every_rank_the_cores_that_the_job_asked_for(
     binding: Drill, ranks: int, cores_a_rank: int
 ) -> None:
     name = f"bound{ranks}"
-    job = binding.submit(
-        name, "--head.draw_images=6", "--stop-at=1", nodes=1, per_node=ranks, cpus=cores_a_rank
-    )
+    flags = "--head.draw_images=6", "--preflight=only"
+    job = binding.submit(name, *flags, nodes=1, per_node=ranks, cpus=cores_a_rank)
     assert binding.finish(name, job) == "COMPLETED", binding.log(name)
     text = next((binding.folder / name / "logs").glob("*/rank-0.out")).read_text()
     host = next(line.split() for line in text.splitlines() if line.startswith("n1 "))
     assert (host[1], host[5]) == (str(ranks), str(cores_a_rank)), text
+    assert not (binding.folder / name / "checkpoints").exists(), "it was to look alone"
 
 
 def test_jobs_of_one_host_and_starts_of_one_job_have_ports_of_their_own() -> None:

@@ -22,6 +22,8 @@ LEAST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with 8-bit matrix units (Ada, then Hopper)."""
 TORCHAO = "torchao==0.18.0"
 """Not in requirements.txt: where it is installed, transformers loads all of it with every import."""
+GRAPHS = 64
+"""Most that a block's code may have."""
 GRAIN = 16
 """Widths must be multiples of it."""
 
@@ -134,8 +136,13 @@ def recomputed(
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Let torch.compile fuse what stands between the products of each block, in place."""
+    import torch._dynamo
+
     # Warns that in-place operations are not allowed in a part that is made again; there are none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # All blocks share a code, and its graphs: each kind of block has one for a first size and one for others.
+    # Torch's limit of 8 would let those of a run of several resolutions go on uncompiled.
+    torch._dynamo.config.recompile_limit = GRAPHS
     for block in blocks:
         block.compile()
 

@@ -28,7 +28,7 @@ from megaregion.bounds import Choice, PositiveInt, Several
 from megaregion.command_line import Parser
 
 VIT_L = ("--width=1024", "--depth=24", "--heads=16", "--patch=14")
-TOY = ("--width=64", "--depth=2", "--heads=2", "--size=32", "--batch=2", "--rounds=1", "--bf16")
+TOY = ("--width=64", "--depth=1", "--heads=2", "--size=32", "--batch=2", "--rounds=1", "--bf16")
 BESIDE = ("--contestants", "ideal", "ours", "compiled", "peer-compiled")
 PACKED = ("--contestants", "packed", "padded")
 STEPS = (

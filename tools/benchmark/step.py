@@ -271,7 +271,10 @@ def _training(model: Pooled, sizes: Sizes, inputs: tuple[Any, ...]) -> Work:
 def _peer_step(sizes: Sizes, compiled: bool = False) -> Work:
     """Transformers' MLCDVisionModel under torch's AdamW, as a user would write it."""
     model, features = _peer(sizes, compiled)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.2)
+    # As torch takes it by itself on a GPU, but not where tensors are fake.
+    several = True if sizes.device.type == "cuda" else None
+    rule = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.2, foreach=several)
+    optimizer = rule(model.parameters())
     images, direction = sizes.images(), sizes.direction()
 
     def train() -> None:
