@@ -109,17 +109,14 @@ class NearClasses:
     classes: Tensor
     """The lists, one after the other, int64."""
 
-    def of_rows(self, labels: Tensor) -> Tensor:
-        """Classes near any label of rows [r, T] (-1: none), -1 padded, int64 [r, classes of the longest]."""
+    def of_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes near any label of rows [r, T] (-1: none), row by row: whose each is, and which, [n]."""
         known = labels.clamp_min(0).flatten()
         begins, absent = self.starts[known], (labels < 0).flatten()
         counts = (self.starts[known + 1] - begins).masked_fill(absent, 0)
         lists = torch.arange(len(counts)).repeat_interleave(counts)
-        within = torch.arange(len(lists)) - (counts.cumsum(0) - counts)[lists]
-        each = counts.view(labels.shape).sum(1)
-        near = labels.new_full((len(labels), int(each.max()) if len(each) else 0), -1)
-        near[torch.arange(near.shape[1]) < each[:, None]] = self.classes[begins[lists] + within]
-        return near
+        shift = begins - counts.cumsum(0) + counts
+        return lists // max(1, labels.shape[1]), self.classes[shift[lists] + torch.arange(len(lists))]
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ class Targets:
     columns: Tensor
     """Where each positive stands among its draw's classes, -1 if not on this rank, int64 [R, T]."""
     spared: Tensor
-    """Where the classes near a row's positives stand there, -1 padded, int64 [R, S]; S is 0 without any."""
+    """Where what is drawn of the classes near a row's positives stands, -1 padded, int64 [R, S]."""
     classes: Tensor | None
     """The draws' classes one after the other, each draw's rising numbers within this rank's range, int64;
     None if every draw, and so the only one, has the whole range."""
@@ -237,10 +234,11 @@ def build_targets(
     chosen = labels[index]
     _check_labels(chosen, index, rule.name, rule.classes)
     chosen = _distinct(chosen)
-    near = chosen[:, :0] if rule.near is None else rule.near.of_rows(chosen)
+    whose, near = (index[:0], index[:0]) if rule.near is None else rule.near.of_rows(chosen)
     draws, slots, found = [], 0, []
     for group, part in _groups(index + first_row, rule, draw_rows or max(1, len(rows))):
-        classes, columns, positives = _draw(chosen[part], near[part], rule, step, group)
+        some = slice(*torch.searchsorted(whose, torch.tensor([part.start, part.stop])).tolist())
+        classes, columns, spared, positives = _draw(chosen[part], near[some], rule, step, group)
         size = len(rule.local) if classes is None else len(classes)
         share = -(-rule.classes // rule.ranks)
         if classes is not None:
@@ -248,10 +246,11 @@ def build_targets(
             share = math.ceil(share * (1 - (1 - rule.rate) * missed))
         draws.append(Draw(part, slice(slots, slots + size), share))
         slots += size
-        found.append((classes, columns, positives))
+        found.append((classes, columns, spared, positives))
     none = index[:0]
-    columns = torch.cat([torch.cat([chosen, near], 1)[:0], *(columns for _, columns, _ in found)])
-    positives = torch.cat([none, *(each for _, _, each in found)])
+    columns = torch.cat([chosen[:0], *(columns for _, columns, _, _ in found)])
+    spared = torch.cat([none, *(columns for _, _, columns, _ in found)])
+    positives = torch.cat([none, *(each for *_, each in found)])
     whole = max(1, rule.classes * len(draws))
     shares = (
         max(slots / whole, 1e-30),  # a divisor
@@ -262,11 +261,11 @@ def build_targets(
     return Targets(
         index=index,
         labels=chosen,
-        columns=columns[:, : chosen.shape[1]].contiguous(),
-        spared=columns[:, chosen.shape[1] :].contiguous(),
+        columns=columns,
+        spared=_padded(whose[spared >= 0], spared[spared >= 0], len(chosen)),
         classes=None
         if rule.draws_all
-        else torch.cat([none, *(each for each, _, _ in found if each is not None)]),
+        else torch.cat([none, *(each for each, *_ in found if each is not None)]),
         positives=positives,
         count=torch.tensor(len(index), device=labels.device),
         shares=torch.tensor(shares, dtype=torch.float64, device=labels.device),
@@ -311,19 +310,25 @@ def _distinct(labels: Tensor) -> Tensor:
 
 def _draw(
     labels: Tensor, near: Tensor, rule: DrawRule, step: int, group: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Classes of a draw, columns of labels and then of near classes, and positives: as :class:`Targets`."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Classes of a draw, columns of labels and of near classes, and positives: as :class:`Targets`."""
     key, local = draw_key(rule.seed, rule.name, step, group), rule.local
     found = drawn_classes(key, rule.classes, local, labels, rule.rate, rule.min_negatives)
-    wanted = torch.cat([labels, near], 1)
-    here = (wanted >= local.start) & (wanted < local.stop)
-    columns = wanted - local.start
+    here = (labels >= local.start) & (labels < local.stop)
+    columns, spared = (labels - local.start).masked_fill(~here, 0), near - local.start
     if found is not None and len(local):
         place = torch.full((len(local),), -1, dtype=torch.int64, device=labels.device)
         place[found] = torch.arange(len(found), device=labels.device)
-        columns = place[columns.masked_fill(~here, 0)]
-    own = labels[here[:, : labels.shape[1]]]
-    return found, columns.masked_fill(~here, -1), (own - local.start).unique()
+        columns, spared = place[columns], place[spared]
+    return found, columns.masked_fill(~here, -1), spared, (labels[here] - local.start).unique()
+
+
+def _padded(whose: Tensor, values: Tensor, rows: int) -> Tensor:
+    """Values [n] as a line for each row, by whose they are, which rises; -1 padded, [rows, most]."""
+    counts = whose.bincount(minlength=rows)
+    table = values.new_full((rows, int(counts.max()) if rows else 0), -1)
+    table[whose, torch.arange(len(whose)) - (counts.cumsum(0) - counts)[whose]] = values
+    return table
 
 
 class SamplingWatch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmark.part import CLOCK, Case, Row, cases, part
 from megaregion.bounds import Choice, PositiveInt, PositiveShare
 from megaregion.config import HeadConfig, HeadsConfig, LossName, RunConfig, TrainConfig
 from megaregion.heads import ClassShardedHead, GatheredFeatures
+from megaregion.heads.sampling import DrawRule, NearClasses, build_targets
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.processor import product
@@ -25,6 +27,7 @@ from megaregion.processor import product
 GEMM_BLOCK = 16_384
 """Classes of one product when the bare matrix products are timed: enough for their full rate."""
 MIB = 2**20
+NEAR = "near"
 SCALE, MARGIN = HeadConfig().scale, HeadConfig().margin
 
 
@@ -75,7 +78,12 @@ ROWS: tuple[Row, ...] = (
 
 
 @part(
-    ("--case", Choice((*STANDARD, "all")), "all", "standard sizes with goals"),
+    (
+        "--case",
+        Choice((*STANDARD, NEAR, "all")),
+        "all",
+        "standard sizes, or draws with near classes",
+    ),
     ("--classes", PositiveInt, None, "classes K; given, it replaces the standard sizes"),
     ("--dim", PositiveInt, 256, "embedding width"),
     ("--rows", PositiveInt, 1024, "region features of a step"),
@@ -94,7 +102,9 @@ def head(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     their users run: a softmax with the CosFace margin over L2-normalised rows and centers, and a dense AdamW,
     as ours is with ``loss: softmax``.
     """
-    chosen = list(STANDARD.values()) if options.case == "all" else [STANDARD[options.case]]
+    chosen = [found for name, found in STANDARD.items() if options.case in (name, "all")]
+    if options.case in (NEAR, "all") and options.classes is None:
+        yield _near_case(watch, options.repeats)
     if options.classes is not None:
         asked = (
             getattr(options, name) for name in ("dim", "rows", "sample_rate", "chunk_mib", "loss", "bf16")
@@ -103,6 +113,30 @@ def head(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     for sizes, goals in chosen:
         dense = options.dense or sizes.sample_rate == 1.0
         yield from compare(sizes, goals, options.repeats, watch, dense)
+
+
+def _near_case(watch: Stopwatch, repeats: int) -> Case:
+    """Host time of a micro-step's draw on one of 64 ranks at the paper's size, with near classes and without.
+
+    48 classes are near one, and ten times as many for a hundredth of the classes.
+    """
+    classes, ranks, rows = 1_000_000, 64, 64 * 105 * 10
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.full((classes,), 48 / ranks).masked_fill_(torch.arange(classes) % 100 == 0, 480 / ranks)
+    counts = torch.poisson(counts, generator).long()
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    near = torch.randint(0, classes // ranks, (int(starts[-1]),), generator=generator)
+    alone = DrawRule("object", classes, range(classes // ranks), ranks, 0, 0.1, 0)
+    labels = torch.randint(0, classes, (rows, 1), generator=generator)
+    rules = {"with": replace(alone, near=NearClasses(starts, near)), "without": alone}
+    steps = itertools.count()
+
+    def draw(rule: DrawRule) -> None:
+        build_targets(labels, torch.ones(rows, dtype=torch.bool), rule, next(steps), 0, 0)
+
+    found = watch.fastest({name: partial(draw, rule) for name, rule in rules.items()}, repeats)
+    told = f"a rank's draw of K={classes:,} on {ranks} ranks, rows={rows:,}: near classes, none"
+    return Case(told, 1e3 * found["with"], 1e3 * found["without"], "ms")
 
 
 def compare(
