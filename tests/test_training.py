@@ -185,6 +185,9 @@ TWO_OF_FOUR = {"train__steps": 4, "checkpoint__every": 2, **AVERAGED}
 # Each step has its own size of image and number of micro-steps.
 STAGES = (StageConfig(48, 16, 0.5, micro_batch=1), StageConfig(24, 32, 0.1, micro_batch=4))
 
+STAGES_TP2 = (StageConfig(48, 16, 0.5, micro_batch=2), StageConfig(24, 32, 0.1, micro_batch=8))
+"""The same numbers of micro-steps on half as many data ranks."""
+
 TWO = "{0}=2,{0}/second=1"
 """Paths and weights of two datasets, with the first one's folder left out."""
 
@@ -201,7 +204,7 @@ VARIANTS = {
     "cheap-tp2": {**TP2, "train__activation_gib": 1e-4},
     "stages": {"stages": STAGES, "train__steps": 3},
     "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2},
-    "stages-tp2-zero3": {"stages": STAGES, "train__steps": 3, **ZERO3, "parallel__tensor": 2},
+    "stages-tp2-zero3": {**TP2, **ZERO3, "stages": STAGES_TP2, "train__steps": 3},
     "within-memory": {"train__activation_gib": 1e-4},
     "layers": {"optimizer__layer_decay": 0.5},
     "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5},
