@@ -22,7 +22,7 @@ from megaregion.data.info import read_info
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:\$python )?tools/\w+\.py [^`]+)`")
-SHELL = re.compile(r"\$python |make |torchrun |\. slurm/|megaregion ")
+SHELL = re.compile(r"^ *(\$python |make |torchrun |\. slurm/|megaregion )", re.MULTILINE)
 
 CURATION = "--clusters 4 --vocab 384 --piece-images 4 --crop-side 96"
 """A command that names no workers has two; any number of them gives the same outcome."""
@@ -108,6 +108,7 @@ ELSEWHERE = {
     "pip install": "test_a_wheel_brings_commands_and_configs",
     "megaregion fit": "test_photos_with_boxes_become_an_encoder_that_transformers_loads",
     "make test": "test_a_command_of_the_readme_runs",
+    "make .venv/ready": "test_a_command_of_the_readme_runs",
     ". slurm/site.env && sbatch": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
     ". slurm/site.env && slurm/curate.sh": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
     ". slurm/site.env && MEGAREGION_CURATE_cluster": "test_two_ranks_of_slurm_give_the_labels_of_one",
