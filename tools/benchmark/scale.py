@@ -76,9 +76,14 @@ def scale(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     each; a tiny random CLIP embeds them. The small input runs once more, killed by SIGKILL in the middle of
     three stages and started again: its shards have the same bytes.
     """
+    sizes = {"small": max(1, options.images // options.factor), "large": options.images}
+    # Some of a shape's regions are dropped, as near-duplicates of another one's.
+    if options.clusters > (most := sizes["small"] * SHAPES * 4 // 5):
+        raise UserError(
+            f"--clusters must be at most {most:,} for {sizes['small']:,} images, got {options.clusters:,}"
+        )
     with passing_folder(options.folder, BYTES_PER_IMAGE * options.images) as folder:
         encoder = save_tiny_encoder(folder / "encoder")
-        sizes = {"small": max(1, options.images // options.factor), "large": options.images}
         costs: dict[str, dict[str, Cost]] = {}
         for name, images in sizes.items():
             compose_tars(folder / name, images, options.tar_images, options.workers)
