@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -367,6 +368,18 @@ def test_boxes_without_classes_are_framed_and_not_named(formats: tuple[Path, Pat
     assert mean(exact, "exact", "average") == 1.0
 
 
+def test_names_that_are_no_text_are_names(formats: tuple[Path, Path], tmp_path: Path) -> None:
+    val, images = formats[1], tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        name = images / os.fsdecode(b"caf\xe9%d.png" % number)
+        shutil.copy(val / "images" / f"{number:02d}.png", name)
+        shutil.copy(val / "Annotations" / f"{number:02d}.xml", name.with_suffix(".xml"))
+    found = read_annotated(images, images)
+    assert len(found.known.scenes) + len(found.asked.scenes) == 8
+    assert found.left_out == {"no area": 1}
+
+
 def test_what_is_wrong_with_annotations_is_told(formats: tuple[Path, Path], tmp_path: Path) -> None:
     val = formats[1]
     for name, content in (
@@ -448,6 +461,25 @@ def test_a_run_is_scored_by_tokens_patches_and_crops(
     keys = [table.key for table in read_evaluation(run / "evaluation.json").tables]
     assert keys[0] == "shapes/region"
     assert keys[-1] == "more/retrieval"
+
+
+def test_label_files_are_scored_from_the_command_line(
+    run: Path, formats: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, val = formats
+    rest = ("--images", val / "images", "--out", tmp_path, "--curation", "none", "--without-crops")
+    learn = ("--train-images", train / "images", "--train-annotations")
+    options = (*rest, *learn, train / "yolo" / "labels")
+    assert run_tool(run, "--annotations", val / "yolo" / "labels", *options) == 0
+    said = capsys.readouterr().out
+    assert "Left out: no area 2." in " ".join(said.split())
+    assert "not measured, for the annotations lack classes, masks or frequencies" in said
+    assert run_tool(run, "--annotations", val / "sa1b", *rest) == 0
+    assert "segmentation" in capsys.readouterr().out.rpartition("not measured")[2]
+    keys = [table.key for table in read_evaluation(tmp_path / "evaluation.json").tables]
+    assert keys == ["labels/region", "labels/retrieval", "labels/proposals", "sa1b/proposals"]
+    assert run_tool(run, "--annotations", val / "images", *rest) == 2
+    assert "image without annotations: 8" in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(

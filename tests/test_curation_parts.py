@@ -227,6 +227,45 @@ def test_letters_in_a_column_and_one_tall_letter_are_read_as_they_stand(reader: 
     assert {word.text for word in reader.read(np.asarray(single))} <= {"I", "l"}, "it is no dash"
 
 
+STROKES = {
+    "中": [(1, 3, 9, 3), (1, 7, 9, 7), (1, 3, 1, 7), (9, 3, 9, 7), (5, 0, 5, 10)],
+    "山": [(5, 0, 5, 9), (1, 4, 1, 9), (9, 4, 9, 9), (1, 9, 9, 9)],
+    "王": [(1, 1, 9, 1), (1.5, 5, 8.5, 5), (0.5, 9, 9.5, 9), (5, 1, 5, 9)],
+}
+"""Chinese characters as lines on a grid of ten, so that no font is needed: x0, y0, x1, y1."""
+
+
+def strokes(text: str, angle: float, stacked: bool = False) -> np.ndarray:
+    """A Chinese word from stroke to stroke, in a row or a column, turned against the clock."""
+    page = Image.new("RGB", (480, 480), "white")
+    draw = ImageDraw.Draw(page)
+    for place, letter in enumerate(text):
+        begin = 240 - 76 * len(text) / 2 + 76 * place
+        x, y = (208, begin) if stacked else (begin, 208)
+        for x0, y0, x1, y1 in STROKES[letter]:
+            ends = (x + 6.4 * x0, y + 6.4 * y0, x + 6.4 * x1, y + 6.4 * y1)
+            draw.line(ends, fill="black", width=6)
+    return np.asarray(page.rotate(angle, fillcolor="white", resample=Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("angle", "stacked", "direction"),
+    [
+        (0, False, ""), (10, False, ""), (-15, False, ""), (90, False, "upwards"),
+        (180, False, "upside down"), (170, False, "upside down"), (270, False, "downwards"),
+        (0, True, "downwards"), (8, True, "downwards"), (-8, True, "downwards"),
+    ],
+)  # fmt: skip
+def test_a_chinese_word_is_read_right_in_a_row_and_a_column_however_it_is_turned(
+    angle: int, stacked: bool, direction: str, reader: Reader
+) -> None:
+    (word,) = reader.read(strokes("中山王", angle, stacked))
+    assert word.text == "中山王"
+    assert word.score > 0.9
+    assert word.direction in ({"stacked", direction} if stacked else {direction})
+    assert script_of(word.text) == "cjk"
+
+
 @pytest.mark.parametrize(
     ("text", "script"),
     [

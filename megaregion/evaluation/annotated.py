@@ -119,7 +119,7 @@ def open_scene(scene: Scene) -> Image.Image:
 
 
 def _is_asked(key: str) -> bool:
-    return hashlib.sha256(key.encode()).digest()[0] < 128
+    return hashlib.sha256(os.fsencode(key)).digest()[0] < 128  # A path may hold bytes that are no text.
 
 
 class _Said(NamedTuple):
