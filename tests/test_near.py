@@ -25,7 +25,7 @@ from toy import toy_config, toy_dataset
 
 from megaregion.checks import check_config
 from megaregion.config import HeadConfig, RunConfig
-from megaregion.data.shards import ShardedDataset
+from megaregion.data.shards import ShardedDataset, open_datasets
 from megaregion.errors import UserError
 from megaregion.heads import GatheredFeatures, sharded, tiles
 from megaregion.heads import centers as given
@@ -168,3 +168,19 @@ def test_near_classes_that_cannot_be_are_refused(changes: dict[str, object], mes
     config: RunConfig = toy_config(Path("data"), Path("runs"), **changes)
     with pytest.raises(UserError, match=message):
         check_config(config)
+
+
+def test_a_ranks_centers_are_read_out_of_the_mapped_file_of_all(
+    group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million centers it holds a part; every rank of a host would read 3 GB at each start."""
+    path, given_to = toy_dataset(tmp_path / "shards"), list[np.ndarray]()
+    config = toy_config(path, tmp_path, head__init="centers")
+    start = sharded.ClassShardedHead.start_from
+    monkeypatch.setattr(
+        sharded.ClassShardedHead,
+        "start_from",
+        lambda head, *parts: (given_to.extend(parts), start(head, *parts)),
+    )
+    Heads(config, open_datasets(config.data), place_of(group))
+    assert [type(part) for part in given_to] == [np.memmap]
