@@ -29,7 +29,8 @@ from megaregion.curation.engines.sam import SamProposer, encode_masks, load_sam
 from megaregion.curation.picture import Pixels, crop
 from megaregion.curation.pipeline import curate, open_job
 from megaregion.curation.stages.regions import Embed
-from megaregion.curation.stages.stage import Output
+from megaregion.curation.stages.stage import Job, Output
+from megaregion.curation.stages.text import Ocr
 from megaregion.data.sample import decode_mask, encode_mask
 from megaregion.errors import UserError
 
@@ -237,6 +238,20 @@ def embedded(out: Path) -> dict[str, bytes]:
         for name, content in contents(out / "stages" / "embed").items()
         if name.endswith((".npy", ".jsonl"))
     }
+
+
+def test_where_nobody_reads_no_image_is_decoded_for_words(
+    place: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _, out = place
+    job = open_job(images, out, settings_from({**FEW, "ocr": "none"}))
+    monkeypatch.setattr(Job, "read", None)
+    ticks = list[int]()
+    output = Output(tmp_path / "00001", lambda: ticks.append(1))
+    output.folder.mkdir()
+    Ocr(job).work(1, output)
+    assert len(ticks) == 4
+    assert output.files[0].read_bytes() == (out / "stages" / "ocr" / "00001" / "words.jsonl").read_bytes()
 
 
 def test_decoders_ahead_of_a_network_change_no_byte_and_count_bad_images(

@@ -160,6 +160,11 @@ def test_only_a_jpeg_that_shows_its_own_pixels_upright_is_packed_as_it_is() -> N
     pictures = {name: read_picture(content, 10**6) for name, content in kept.items()}
     assert {name for name, picture in pictures.items() if picture.jpeg == kept[name]} == {"color", "grey"}
     assert all(isinstance(open_image(picture.encode()), Jpeg) for picture in pictures.values())
+    undecoded = {name: read_picture(content, 10**6, decode=False) for name, content in kept.items()}
+    assert {name: picture.encode() for name, picture in undecoded.items()} == {
+        name: picture.encode() for name, picture in pictures.items()
+    }
+    assert {name for name, picture in undecoded.items() if not picture.pixels.size} == {"color", "grey"}
 
 
 def test_a_damaged_profile_and_one_of_other_channels_change_nothing() -> None:

@@ -60,6 +60,7 @@ class Picture:
     """One decoded image."""
 
     pixels: Pixels
+    """[0, 0, 3] where only the JPEG was asked for, and the file is one."""
     jpeg: bytes | None
     """The file's own bytes if they are an upright JPEG of these pixels; else None."""
     orientation: int = 1
@@ -86,9 +87,10 @@ class Picture:
         return buffer.getvalue()
 
 
-def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
+def read_picture(content: bytes, max_pixels: int, min_side: int = 1, decode: bool = True) -> Picture:
     """Decode a file; one of more pixels is refused before that, one with a shorter edge likewise.
 
+    Without ``decode``, no more is done than :meth:`Picture.encode` needs.
     Raises BadImage where it is no image, truncated, damaged, too large, too small or too elongated.
     """
     if not content:
@@ -108,7 +110,9 @@ def read_picture(content: bytes, max_pixels: int, min_side: int = 1) -> Picture:
             orientation = int(image.getexif().get(ORIENTATION, 1))
             kept = image.format == "JPEG" and orientation == 1 and is_plain(image)
             frames = _several(image)
-            pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+            needed = decode or not kept
+            upright = to_rgb(ImageOps.exif_transpose(image)) if needed else Image.new("RGB", (0, 0))
+            pixels = np.asarray(upright)
             return Picture(pixels, content if kept else None, orientation, frames)
     except BadImage:
         raise

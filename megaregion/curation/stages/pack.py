@@ -136,7 +136,8 @@ class Pack(Stage):
             output.counts["images packed"] += 1
             output.counts["object regions"] += len(objects)
             output.counts["text regions"] += len(regions) - len(objects)
-            picture: Picture = self.job.read(image)
+            # Propose has seen that it can be decoded, and a file that changed since then is refused.
+            picture: Picture = self.job.read(image, decode=False)
             caption = self.job.source.caption(image) if self.job.settings.annotation.captions else ""
             output.counts["captions"] += bool(caption)
             yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions, caption)

@@ -282,10 +282,13 @@ class Job:
         """The dataset's folder."""
         return self.store.root / "shards"
 
-    def read(self, image: ImageFile) -> Picture:
-        """Decode an image; raises BadImage where it cannot be used, UserError where it is gone or changed."""
-        settings = self.settings.image
-        return read_picture(self.source.read(image), settings.max_image_pixels, settings.min_image_side)
+    def read(self, image: ImageFile, decode: bool = True) -> Picture:
+        """Decode an image; raises BadImage where it cannot be used, UserError where it is gone or changed.
+
+        Without ``decode``, no more is done than :meth:`Picture.encode` needs.
+        """
+        settings, content = self.settings.image, self.source.read(image)
+        return read_picture(content, settings.max_image_pixels, settings.min_image_side, decode)
 
 
 class Stage(ABC):

@@ -12,7 +12,7 @@ import io
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,20 @@ class Ocr(ImageStage):
     @override
     def work(self, number: int, output: Output) -> None:
         with output.file(WORDS) as file:
-            for image, pixels in self.looks(((image, None) for image in self.images(number)), output):
+            for image, pixels in self._pixels(number, output):
                 words = [] if pixels is None else self._reader.read(pixels)
                 write_words(file, ImageWords(image.key, words))
                 output.counts["words found"] += len(words)
                 output.counts.update(f"words {word.direction}" for word in words if word.direction)
+
+    def _pixels(self, number: int, output: Output) -> Iterator[tuple[ImageFile, Pixels | None]]:
+        """Each image of a piece; None where it cannot be used, or nobody reads."""
+        if self.job.settings.reader.ocr != "none":
+            yield from self.looks(((image, None) for image in self.images(number)), output)
+            return
+        for image in self.images(number):
+            yield image, None
+            output.tick()
 
     @override
     def on_gpu(self) -> bool:
