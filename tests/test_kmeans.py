@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +98,84 @@ def test_of_equally_near_centers_the_first_is_chosen(
     assert np.array_equal(labels.numpy(), (cosines == best).argmax(axis=1))
     twice = unit(np.random.default_rng(0).standard_normal((7, 100), dtype=np.float32))
     assert (nearest(tensor(twice), tensor(np.tile(twice, (9, 1)))).labels == torch.arange(7)).all()
+
+
+on_linux = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="triton has wheels for Linux only"
+)
+INTERPRETED = """
+import torch
+from megaregion.curation.kmeans import scan
+from megaregion.curation.nearest_kernel import scan_all
+
+def compare(n, k, channels, outs):
+    generator = torch.Generator().manual_seed(n)
+    vectors, centers = (
+        torch.nn.functional.normalize(torch.randn(rows, channels, generator=generator)).half()
+        for rows in (n, k)
+    )
+    centers[k // 2] = centers[0]
+    vectors[0] = centers[0]
+    but = torch.stack([torch.randperm(k, generator=generator)[:outs] for _ in range(n)]) if outs else None
+    if outs:
+        but[0] = k + 7
+    found, right = scan_all(vectors, centers, but), scan(vectors.double(), centers.double(), but)
+    for mine, exact in zip(found[1:], right[1:]):
+        torch.testing.assert_close(mine.double(), exact, atol=1e-3, rtol=0)
+    sure = right.best - right.other > 2e-3
+    assert sure.any() or k < 3
+    assert torch.equal(found[0][sure], right.labels[sure])
+    assert k == 1 or found[0][0] == 0, "of equally near centers the first"
+    if outs:
+        assert not (found[0][:, None] == but).any()
+
+compare(5, 300, 24, 0)
+compare(130, 140, 70, 3)
+compare(3, 1, 16, 0)
+"""
+
+
+@on_linux
+def test_the_kernel_that_writes_no_score_finds_the_nearest_of_all(tmp_path: Path) -> None:
+    """In a process of its own, since Triton decides at import whether to interpret."""
+    script = tmp_path / "compare.py"
+    script.write_text(INTERPRETED)
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@on_linux
+@pytest.mark.parametrize(("arch", "room"), [(80, 163), (90, 227), (100, 227)])
+def test_the_kernel_compiles_for_gpus_without_spills(arch: int, room: int, tmp_path: Path) -> None:
+    import triton
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megaregion.curation import nearest_kernel as kernel
+
+    constants = {"ROWS": kernel.tile_rows(arch // 10), "CENTERS": kernel.CENTERS, "DEPTH": kernel.DEPTH}
+    types = dict.fromkeys(kernel.scan_tiles.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    types |= {"vectors": "*fp16", "centers": "*fp16", "but": "*i64", "labels": "*i64"}
+    types |= {"best": "*fp32", "second": "*fp32"}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.scan_tiles.arg_names)
+        if types[name].startswith("*") or name == "channels"
+    }
+    source = ASTSource(fn=kernel.scan_tiles, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": kernel.WARPS, "num_stages": kernel.STAGES}
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    (tmp_path / "kernel.cubin").write_bytes(found.asm["cubin"])
+    command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    [(registers, stack)] = re.findall(r"REG:(\d+) STACK:(\d+)", told)
+    print(f"sm_{arch}: {registers} registers, {found.metadata.shared} bytes shared")
+    assert int(stack) == 0, "what does not fit the registers is spilled there"
+    assert found.metadata.shared <= room * 1024
 
 
 def test_one_center_is_everybodys_and_no_vector_has_none() -> None:

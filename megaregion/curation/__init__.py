@@ -2,7 +2,7 @@
 
     picture.py an image, regions and words in it            settings.py   every setting, by stage
     inputs/    find the images and read them                engines/      proposers, embedders, OCR
-    kmeans.py  centers of embeddings.py, and the nearest    stages/       the steps, cut into pieces
+    kmeans.py  centers of embeddings.py (nearest_kernel.py) stages/       the steps, cut into pieces
     workers.py who does the pieces                          pipeline.py   which pieces are to do
     status.py  how far a run is, what it found              report.py     whether the labels are any good
 

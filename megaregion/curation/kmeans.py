@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,10 @@ def nearest(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Near
 
 def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest:
     """What :func:`nearest` finds with the scores of one precision, that of vectors and centers."""
+    if vectors.is_cuda and vectors.dtype == torch.float16 and find_spec("triton"):
+        from megaregion.curation.nearest_kernel import scan_on_gpu
+
+        return Nearest(*scan_on_gpu(vectors, centers, but))
     (height, width), on_cpu = TILE[vectors.device.type], vectors.device.type == "cpu"
     tie = ROUNDING[torch.float64] if vectors.dtype == torch.float64 else 0.0
 
