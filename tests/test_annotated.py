@@ -597,7 +597,7 @@ def test_the_readmes_example_of_the_harness_runs(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (repository() / "megaregion" / "evaluation" / "README.md").read_text()
-    [code] = [block for language, block in FENCE.findall(page) if language == "py"]
+    code = [block for language, block in FENCE.findall(page) if language == "py"][1]
     shutil.copy(shapes, tmp_path / "instances_val2017.json")
     (tmp_path / "val2017").symlink_to(shapes.parent / "images")
     monkeypatch.chdir(tmp_path)
@@ -605,6 +605,32 @@ def test_the_readmes_example_of_the_harness_runs(
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("colour"))
     assert line.split()[1] == "100.0"
     assert line.split()[-1] == "-"
+
+
+def test_the_readmes_way_from_ade20k_to_a_score_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (repository() / "megaregion" / "evaluation" / "README.md").read_text()
+    code = next(block for language, block in FENCE.findall(page) if language == "py")
+    ade = tmp_path / "ADEChallengeData2016"
+    for kind in ("images", "annotations"):
+        (ade / kind / "validation").mkdir(parents=True)
+    names = "".join(f"{number}\t0.1\t1\t1\t{name}\n" for number, name in enumerate(COLOURS, 1))
+    (ade / "objectInfo150.txt").write_text(f"Idx\tRatio\tTrain\tVal\tName\n{names}")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        # Four quarters of three classes; the last one has no class, and any colour.
+        quarters = np.append(rng.permutation(3) + 1, 0).reshape(2, 2).astype(np.uint8)
+        colours = np.array([rng.integers(0, 256, 3), *COLOURS.values()], np.uint8)
+        for kind, content in (("annotations", quarters), ("images", colours[quarters])):
+            large = np.repeat(np.repeat(content, 32, axis=0), 32, axis=1)
+            ending = "png" if kind == "annotations" else "jpg"
+            Image.fromarray(large).save(ade / kind / "validation" / f"{number}.{ending}", quality=95)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = read_annotated(Path("ade20k_val.json"), ade / "images" / "validation")
+    assert found.left_out == {"crowd": 12}
+    [table] = score_regions([patches_of("oracle")], found, ("segmentation",), Batches(8))
+    assert "over the 3 classes that occur" in table.told
+    assert mean(table, "oracle", "miou") > 0.9
 
 
 def test_mteb_takes_an_encoder_for_its_image_tasks() -> None:
