@@ -150,4 +150,4 @@ if __name__ == "__main__":
         narrow_and_at_the_edges()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(on_rank, (folder,), nprocs=3)
+            torch.multiprocessing.start_processes(on_rank, (folder,), nprocs=3, start_method="fork")
