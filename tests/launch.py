@@ -180,6 +180,7 @@ def _run_tool(
 def _be_python(words: list[str]) -> NoReturn:
     """Run as `python WORDS` would, and end."""
     code: Any = 0
+    sys.path[1:1] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     try:
         if words[0] == "-m":
             from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -248,7 +249,6 @@ def _be_child(words: list[str], given: dict[str, Any]) -> NoReturn:
     if given["env"] is not None:
         os.environ.clear()
         os.environ.update(given["env"])
-    sys.path[1:1] = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     subprocess.Popen = POPEN
     # What the parent tidies up at its end is none of its child's.
     weakref.finalize._registry.clear()

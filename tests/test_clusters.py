@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from curation_scenes import settings_from
-from launch import free_port
+from launch import Tool, free_port
 
 from benchmark.kmeans import assign, gaussian_features, kmeans
 from benchmark.part import Part
@@ -224,12 +223,10 @@ def test_two_ranks_of_torchrun_do_the_stage_together_and_give_the_labels_of_one(
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([*sys.path, "tests"]),
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", start], env=environment, stdout=subprocess.PIPE)
-        )
-    said = [process.communicate(timeout=120)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert "cluster 0 of 1: pieces 0 to 0, 1 done now" in said[0]
+        processes.append(Tool("-c", start, environment=environment))
+    done = [process.wait(timeout=120) for process in processes]
+    assert [rank.returncode for rank in done] == [0, 0], done
+    assert "cluster 0 of 1: pieces 0 to 0, 1 done now" in done[0].stdout
     run(ranks)
     assert np.array_equal(labels_of(ranks), labels_of(alone))
     one, two = (np.load(out / "stages" / "cluster" / "00000" / "centers.npy") for out in (alone, ranks))
