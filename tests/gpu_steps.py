@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 sums": {"grad_precision": "bf16"},
     "packed, bf16 sums": {"packing": "native", "grad_precision": "bf16"},
     "compiled": {"compile": True, "grad_precision": "bf16"},
+    "deeper, compiled": {"depth": 4, "compile": True, "grad_precision": "bf16"},
     "1 draw": {"depth": 1, "draw_images": 640},
     "4 draws": {"depth": 1, "draw_images": 160},
     "draw after draw": {"depth": 1, "draw_images": 160, "backend": "torch"},

@@ -461,7 +461,7 @@ def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -
     def read(attention: Attention) -> tuple[Tensor, Tensor]:
         query, key, value = attention.project(image, angles)
         region = attention.project_regions(regions, angles, 3)
-        return attention.mix(query, key, value), attention.mix(region, key, value)
+        return attention.mix(query, key, value)[0], attention.mix(region, key, value)[0]
 
     parts = []
     for rank in range(2):

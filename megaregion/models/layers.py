@@ -6,8 +6,9 @@ Shapes: I input width, O output width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ TORCHAO = "torchao==0.18.0"
 """Not in requirements.txt: where it is installed, transformers loads all of it with every import."""
 GRAPHS = 64
 """Most that a block's code may have."""
+ELEMENTS = 264 * 1024
+"""Of a row that programs take at once on a GPU: 2,048 for each multiprocessor of an H100."""
 GRAIN = 16
 """Widths must be multiples of it."""
 
@@ -33,12 +36,19 @@ Result = TypeVar("Result")
 class Linear(nn.Linear):
     """``nn.Linear`` with the same parameters and the same result, up to rounding."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map tokens [..., I] to [..., O]."""
+    def forward(self, input: Tensor, apart: bool = False) -> Tensor:
+        """Map tokens [..., I] to [..., O]; ``apart`` leaves the bias's gradient to others."""
+        bias = self.bias.detach() if apart else self.bias
         if input.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.linear(input, self.weight, self.bias)
-        outputs: Tensor = _Linear.apply(input, self.weight, self.bias)
+            return F.linear(input, self.weight, bias)
+        outputs: Tensor = _Linear.apply(input, self.weight, bias)
         return outputs
+
+
+def apart(linear: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a linear gives, and its bias if the one reader is to sum its gradient beside its own work."""
+    # A linear that ranks share, or of 8 bits, sees to its bias.
+    return (linear(inputs, True), linear.bias) if type(linear) is Linear else (linear(inputs), None)
 
 
 class _Linear(torch.autograd.Function):
@@ -58,13 +68,126 @@ class _Linear(torch.autograd.Function):
         return (
             product(rows, weight.T).view(inputs.shape) if of_inputs else None,
             outer_sum(rows, _rows(inputs)) if of_weight else None,
-            # Six tenths of the time of torch's sum.
-            torch.mv(rows.T, rows.new_ones(len(rows))) if of_bias else None,
+            _column_sums(rows) if of_bias else None,
         )
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    # Six tenths of the time of torch's sum.
+    return torch.mv(rows.T, rows.new_ones(len(rows)))
 
 
 def _rows(tokens: Tensor) -> Tensor:
     return tokens.reshape(-1, tokens.shape[-1])
+
+
+def norm_beside(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens [R, D] as they are, and normed, as a pre-norm block wants both.
+
+    On the way back one pass norms the gradient, adds that of the tokens as they are, and sums the gradient of
+    a bias that was ``added`` to them (:func:`apart`); autograd and torch's norm take five.
+    """
+    passed, normed = _NormBeside.apply(x, norm.weight, norm.bias, added, norm.eps)
+    return passed, normed
+
+
+class _NormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, mean, factor = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, factor, weight)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), normed
+
+    @staticmethod
+    def backward(ctx: Any, passed: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return passed, None, None, None if passed is None else passed.sum(0), None
+        kept, added = ctx.saved_tensors, ctx.needs_input_grad[3]
+        grad, shares = _norm_back(grad, passed, *kept, added)
+        of_weight, of_bias, of_added = shares.sum(0).to(kept[-1].dtype)
+        return grad, of_weight, of_bias, of_added if added else None, None
+
+
+def activated(hidden: Tensor, bias: Tensor | None, quick: bool) -> Tensor:
+    """GELU of [R, M] or, if ``quick``, its sigmoid form; sums the gradient of a bias of :func:`apart` too."""
+    active: Tensor = _Activated.apply(hidden, bias, quick)
+    return active
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor | None, quick: bool) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.quick = quick
+        return hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back, shares = _active_back(grad, *ctx.saved_tensors, ctx.quick)
+        return back, shares.sum(0).to(grad.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+# As operators of their own they stay whole in a compiled block.
+@torch.library.custom_op("megaregion::active_back", mutates_args=())
+def _active_back(grad: Tensor, hidden: Tensor, quick: bool) -> tuple[Tensor, Tensor]:
+    if quick:
+        gate = torch.sigmoid(1.702 * hidden)
+        back = grad * gate * (1 + 1.702 * hidden * (1 - gate))
+    else:
+        back = torch.ops.aten.gelu_backward(grad, hidden)
+    return back, _column_sums(back)[None]
+
+
+@_active_back.register_fake
+def _(grad: Tensor, hidden: Tensor, quick: bool) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), _no_shares(hidden, hidden.shape[1:])
+
+
+@torch.library.custom_op("megaregion::norm_back", mutates_args=())
+def _norm_back(
+    grad: Tensor, passed: Tensor | None, x: Tensor, mean: Tensor, factor: Tensor, weight: Tensor, added: bool
+) -> tuple[Tensor, Tensor]:
+    # The bias is asked for its type alone.
+    back, *shares = torch.ops.aten.native_layer_norm_backward(
+        grad, x, weight.shape, mean, factor, weight, weight, [True] * 3
+    )
+    back = back if passed is None else back.add_(passed)
+    return back, torch.stack((*shares, _column_sums(back) if added else shares[0]))[None]
+
+
+@_norm_back.register_fake
+def _(grad: Tensor, passed: Tensor | None, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _no_shares(x, (3, x.shape[1]))
+
+
+def _no_shares(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    if not rows.is_cuda:
+        return rows.new_empty(1, *shape)
+    return rows.new_empty(programs(*rows.shape), *shape, dtype=torch.float32)
+
+
+def programs(rows: int, width: int) -> int:
+    """Programs of a GPU that share the rows; each has a share of what is summed over them."""
+    return min(rows, max(1, ELEMENTS // width))
+
+
+if find_spec("triton") is not None:
+
+    @_active_back.register_kernel("cuda")
+    def _(grad: Tensor, hidden: Tensor, quick: bool) -> tuple[Tensor, Tensor]:
+        from megaregion.models.kernels import active_back
+
+        return active_back(grad, hidden, quick, programs(*hidden.shape))
+
+    @_norm_back.register_kernel("cuda")
+    def _(grad: Tensor, passed: Tensor | None, x: Tensor, *kept: Any) -> tuple[Tensor, Tensor]:
+        from megaregion.models.kernels import norm_back
+
+        mean, factor, weight, _ = kept
+        return norm_back(grad, passed, x, mean, factor, weight, programs(*x.shape))
 
 
 def use_float8(blocks: nn.Module, device: torch.device) -> int:

@@ -205,7 +205,7 @@ if find_spec("triton") is not None:
 
     @_split.register_kernel("cuda")
     def _(qkv: Tensor, _: Tensor, cos: Tensor, sin: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        from megaregion.models.rotary_kernel import split_and_turn
+        from megaregion.models.kernels import split_and_turn
 
         split = _empty_split(qkv)
         split_and_turn(qkv.contiguous(), split, cos, sin)
@@ -213,7 +213,7 @@ if find_spec("triton") is not None:
 
     @_join.register_kernel("cuda")
     def _(*operands: Any) -> tuple[Tensor, Tensor]:
-        from megaregion.models.rotary_kernel import join_and_turn_back
+        from megaregion.models.kernels import join_and_turn_back
 
         grads, leading, (cos, sin, slots) = operands[:3], operands[3:5], operands[5:]
         fused = _empty_fused(grads[0])

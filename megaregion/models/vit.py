@@ -16,7 +16,6 @@ batch share one sequence, queries, keys and values have a B of 1, and S counts t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,10 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megaregion.config import Activation, ModelConfig
+from megaregion.config import ModelConfig
 from megaregion.errors import UserError
 from megaregion.models.costs import CHANNELS, Recompute, everywhere
-from megaregion.models.layers import Linear, only_products_kept, recomputed
+from megaregion.models.layers import (
+    Linear,
+    activated,
+    apart,
+    norm_beside,
+    only_products_kept,
+    recomputed,
+)
 from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn
 
 
@@ -108,8 +114,8 @@ class Attention(nn.Module):
         value: Tensor,
         mask: Tensor | None = None,
         packing: Packing | None = None,
-    ) -> Tensor:
-        """Let queries read the image; returns what they read, projected, [B Q, D].
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let queries read the image; returns what they read, projected, [B Q, D], and a bias ``apart``.
 
         Args:
             query: Queries, [B, H, Q, d].
@@ -122,8 +128,7 @@ class Attention(nn.Module):
             read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
             read = packed_attention(query, key, value, mask, packing)
-        out: Tensor = self.out(read.transpose(1, 2).flatten(2).flatten(0, 1))
-        return out
+        return apart(self.out, read.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 def packed_attention(
@@ -178,11 +183,6 @@ def _by_columns(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, packing
     return F.scaled_dot_product_attention(query, own(key), own(value), attn_mask=mask)
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid form of gelu, as in CLIP's first weights."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     # Not a call of the module: in a backward pass ZeRO 3 would take it for the next one's forward pass.
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -197,9 +197,6 @@ def _sum(written: Tensor, tokens: Tensor) -> Tensor:
     return written + tokens if torch.compiler.is_compiling() else written.add_(tokens)
 
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
 class MLP(nn.Module):
     """Two linears with a non-linearity between them."""
 
@@ -207,13 +204,14 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.width, config.mlp_width)
         self.fc2 = Linear(config.mlp_width, config.width)
-        self.activation = ACTIVATIONS[config.activation]
+        self.quick = config.activation == "quick_gelu"
 
     def forward(self, x: Tensor, cheap: bool = False) -> Tensor:
         """Map tokens [R, D] to [R, D]; if ``cheap``, backward makes the non-linearity's result again."""
-        hidden: Tensor = self.fc1(x)
-        active = self.activation(hidden)
-        with recomputed(active, hidden, self.activation) if cheap else nullcontext():
+        hidden, bias = apart(self.fc1, x)
+        active = activated(hidden, bias, self.quick)
+        again = partial(activated, bias=None, quick=self.quick)
+        with recomputed(active, hidden, again) if cheap else nullcontext():
             y: Tensor = self.fc2(active)
         return y
 
@@ -265,14 +263,14 @@ class Block(nn.Module):
         mask: Tensor | None,
         image_ends_here: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        normed = self.norm1(image)
+        image, normed = norm_beside(image, self.norm1)
         with self._renormed(normed, image, self.norm1):
             query, key, value = self.attention.project(normed, angles)
         if regions is not None and self.region is None:
             regions = self._read(regions, key, value, angles, mask)
         if not (image_ends_here and self.region is None):
-            image = _sum(self.attention.mix(query, key, value, packing=angles.packing), image)
-            normed = self.norm2(image)
+            mixed, bias = self.attention.mix(query, key, value, packing=angles.packing)
+            image, normed = norm_beside(_sum(mixed, image), self.norm2, bias)
             with self._renormed(normed, image, self.norm2):
                 image = _sum(self.mlp(normed, self.cheap), image)
         if regions is not None and self.region is not None:
@@ -290,9 +288,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """Region tokens after they have read the image's keys and values, [R, D]."""
         assert mask is not None
-        query = self.attention.project_regions(self.norm1(regions), angles, mask.shape[2])
-        regions = _sum(self.attention.mix(query, key, value, mask, angles.packing), regions)
-        return _sum(self.mlp(self.norm2(regions)), regions)
+        regions, normed = norm_beside(regions, self.norm1)
+        query = self.attention.project_regions(normed, angles, mask.shape[2])
+        mixed, bias = self.attention.mix(query, key, value, mask, angles.packing)
+        regions, normed = norm_beside(_sum(mixed, regions), self.norm2, bias)
+        return _sum(self.mlp(normed), regions)
 
 
 class Tokens(NamedTuple):

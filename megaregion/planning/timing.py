@@ -21,9 +21,11 @@ from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.memory import LIVE_PARAMETERS
 
-KERNELS = {"forward": 11, "backward": 31, "sums": 11, "block of centers": 34}
+KERNELS = {"forward": 11, "backward": 33, "sums": 11, "block of centers": 34}
 """Kernels of one block's forward and backward pass and of adding up its gradients in another type, and of
 updating some centers, as a dry run counts them."""
+COMPILED_KERNELS = {"forward": 10, "backward": 35}
+"""Those of a compiled block."""
 HEAD_KERNELS = {
     "micro-step": 17, "grouped": 13, "wave": 8,
     "head": 25, "draw": 12, "block": 39, "tile": 34, "tile again": 14,
@@ -143,16 +145,18 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     kernels = (
         layout.micro_steps * hardware.launch_us * 1e-6 * (config.model.depth + config.model.region_layers)
     )
-    behind = KERNELS["backward"] + KERNELS["forward"] * full + (KERNELS["sums"] if layout.sums_apart else 0)
-    return max(forward, kernels * KERNELS["forward"]), max(backward, kernels * behind)
+    each = {**KERNELS, **(COMPILED_KERNELS if config.train.compile else {})}
+    behind = each["backward"] + each["forward"] * full + (each["sums"] if layout.sums_apart else 0)
+    return max(forward, kernels * each["forward"]), max(backward, kernels * behind)
 
 
 def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Bytes that the passes between products read and write for one image, forward and backward.
 
     In widths of a token: norms 4, splitting and turning q, k, v 6 (12 on a processor, which takes several
-    passes), residual sums 6, the activation 2 M; on the way back also the biases' sums, two of them over
-    whole tokens on every rank.
+    passes), residual sums 6, the activation 2 M. On the way back norms, with the sums, 8, the activation 3 M,
+    and biases that are not summed on the way (of cut linears M and 5, two of them over whole tokens on every
+    rank); a processor adds gradients and sums biases in passes of their own.
     """
     model, tensor, spread = layout.config.model, layout.tensor, layout.spread
     tokens = (1 + model.grid**2) * (model.depth - 1)
@@ -160,7 +164,10 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     width, mlp, size = model.width, model.mlp_width / tensor, layout.itemsize
     turns = 12 if hardware.device == "processor" else 6
     out = (10 / spread + turns / tensor) * width + 2 * mlp
-    back = (16 / spread + 2 + (turns + 3) / tensor) * width + 4 * mlp
+    norms, biases, active = (8, 1, 3) if tensor == 1 else (8, 2, 4)
+    if hardware.device == "processor":
+        norms, biases, active = 16, 2, 4
+    back = (norms / spread + biases + (turns + 3) / tensor) * width + active * mlp
     return tokens * size * out, tokens * size * back
 
 

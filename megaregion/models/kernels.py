@@ -1,9 +1,10 @@
-"""Rotary positions in one pass over the fused projection each way, for GPUs; rotary.py says what is computed.
+"""What stands between products in one pass, for GPUs; rotary.py and layers.py say what is computed.
 
-A program takes some neighbouring tokens of all heads: it reads their queries, keys and values where the
-projection wrote them, turns the first two, and writes all three where attention reads them; or the way back.
+Rotary positions: a program takes some neighbouring tokens of all heads, reads their queries, keys and values
+where the projection wrote them, turns the first two, and writes all three where attention reads; or back.
+Norms on the way back: a program takes every so many rows, and adds up its share of the weight's gradient.
 
-Shapes: B images, T tokens, H heads, d head width.
+Shapes: B images, T tokens, H heads, d head width, R rows, D width.
 """
 
 from __future__ import annotations
@@ -153,3 +154,94 @@ def _launch(
         BACK=grad_angle is not None, PACKED=slots is not None, HEADS=heads, HALF=width // 2, ROWS=rows,
         PADDED_HEADS=padded[0], PADDED_HALF=padded[1],
     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_back(  # type: ignore[no-untyped-def]
+    grad_normed, passed, x, means, factors, weight, grad, shares, rows,
+    PASSED: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+    PADDED: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    column = tl.arange(0, PADDED)
+    inside = column < WIDTH
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    of_weight, of_bias = tl.zeros((PADDED,), tl.float32), tl.zeros((PADDED,), tl.float32)
+    of_added = tl.zeros((PADDED,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * WIDTH + column
+        factor = tl.load(factors + row)
+        own = tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.where(inside, (value - tl.load(means + row)) * factor, 0.0)
+        of_weight += own * normed
+        of_bias += own
+        own *= scale
+        back = factor * (own - (tl.sum(own, 0) + normed * tl.sum(own * normed, 0)) / WIDTH)
+        if PASSED:
+            back += tl.load(passed + place, mask=inside, other=0.0).to(tl.float32)
+        of_added += back
+        tl.store(grad + place, back, mask=inside)
+    share = shares + tl.program_id(0) * 3 * WIDTH + column
+    tl.store(share, of_weight, mask=inside)
+    tl.store(share + WIDTH, of_bias, mask=inside)
+    tl.store(share + 2 * WIDTH, of_added, mask=inside)
+
+
+def norm_back(
+    grad_normed: Tensor,
+    passed: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    programs: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a norm's operand [R, D] with what has ``passed`` the norm by, and shares of column sums.
+
+    ``mean`` and ``factor`` (one over the deviation) are each row's, [R, 1] float32. The shares of weight,
+    bias and a bias of the operand, [programs, 3, D] float32, are to be added up: no atomics, a fixed order.
+    """
+    (rows, width), grad_normed = x.shape, grad_normed.contiguous()
+    passed = None if passed is None else passed.contiguous()
+    grad, shares = torch.empty_like(grad_normed), x.new_empty(programs, 3, width, dtype=torch.float32)
+    kernel: Any = _norm_back[(programs,)]
+    kernel(
+        grad_normed, passed, x, mean, factor, weight, grad, shares, rows, PASSED=passed is not None,
+        WIDTH=width, PADDED=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return grad, shares
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _active_back(  # type: ignore[no-untyped-def]
+    grad_active, hidden, grad, shares, rows,
+    QUICK: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, total = column < WIDTH, tl.zeros((COLUMNS,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * WIDTH + column
+        own = tl.load(grad_active + place, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+        if QUICK:
+            gate = tl.sigmoid(1.702 * x)
+            own *= gate * (1 + 1.702 * x * (1 - gate))
+        else:
+            # The normal distribution and its density.
+            own *= 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        total += own
+        tl.store(grad + place, own, mask=inside)
+    tl.store(shares + tl.program_id(0) * WIDTH + column, total, mask=inside)
+
+
+def active_back(grad_active: Tensor, hidden: Tensor, quick: bool, programs: int) -> tuple[Tensor, Tensor]:
+    """Gradient of GELU's (or the quick one's) operand [R, M], and shares of its sums, [programs, M]."""
+    (rows, width), grad_active = hidden.shape, grad_active.contiguous()
+    columns = min(1024, triton.next_power_of_2(width))
+    grad, shares = torch.empty_like(grad_active), hidden.new_empty(programs, width, dtype=torch.float32)
+    kernel: Any = _active_back[(programs, triton.cdiv(width, columns))]
+    kernel(grad_active, hidden, grad, shares, rows, QUICK=quick, WIDTH=width, COLUMNS=columns)
+    return grad, shares
