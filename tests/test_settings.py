@@ -308,6 +308,7 @@ TOOLS = [
     ("demo.py --first-steps 0", "--first-steps must lie in"),
     ("benchmark.py head --repeats 0", "--repeats must lie in"),
     ("benchmark.py step --batch nan", "--batch must be a whole number in"),
+    ("benchmark.py gpu --folder nowhere", "--folder nowhere is no folder; make it first"),
     ("benchmark.py heda", "did you mean head?"),
 ]
 

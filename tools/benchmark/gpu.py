@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import parts
-from benchmark.measure import KernelWatch, Stopwatch
+from benchmark.measure import KernelWatch, Stopwatch, passing_folder
 from benchmark.part import FOLDER, Case, Part, part
 from megaregion.bounds import Choice, PositiveInt, Several
 from megaregion.command_line import Parser
@@ -139,12 +139,12 @@ def gpu(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     without numbers: kernels, bytes, operations, host waits and mismatches of devices are counted, no times.
     """
     ends, scale = time.monotonic(), 60 * options.minutes / sum(entry.seconds for entry in LIST)
-    with tempfile.TemporaryDirectory() as folder:
+    with passing_folder(options.folder) as folder:
         for entry in LIST:
             ends += scale * entry.seconds
             if options.only and entry.name not in options.only:
                 continue
-            words = _words(entry, options, Path(folder))
+            words = _words(entry, options, folder)
             print(f"{entry.name}: {' '.join(words)}", file=sys.stderr, flush=True)
             if options.fake:
                 found = count_entry(entry, words)
