@@ -21,6 +21,7 @@ import torch
 from launch import launch, repository, tool
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmark import scenes
 from benchmark.gpu import LIST, run_entry
 from benchmark.head import HeadSizes, compare
 from benchmark.measure import Build, KernelWatch, Stopwatch, Work
@@ -70,6 +71,11 @@ def test_the_head_benchmark_runs_at_any_size(sample_rate: float) -> None:
     cases = compare(sizes, {"step": 3.0}, 1, Stopwatch(CPU, processor=True), dense=True)
     assert [case.goal for case in cases] == [3.0] + 7 * [0]
     assert all(case.unit == "MB" or (case.ours > 0 and case.peer > 0) for case in cases)
+
+
+def test_the_benchmark_of_annotated_images_runs_at_any_size(tmp_path: Path) -> None:
+    scenes._compose_annotated(tmp_path / "set", 24, 120)
+    assert scenes._score_annotated(tmp_path / "set", 6) > 0
 
 
 def test_the_step_benchmark_runs_at_any_size(tmp_path: Path) -> None:

@@ -101,8 +101,6 @@ class _Batch(NamedTuple):
 
     regions: list[Floats]
     """By boxes, and by masks where there are any, [R, C] each."""
-    patches: list[list[Sample]]
-    """Of the sampled regions in the same forms, padded to [P, C] and which are real [P]."""
     places: list[tuple[Floats, NDArray[np.int64]]]
     """Of each known image: features of some cells and their classes."""
     overlaps: list[NDArray[np.float32]]
@@ -163,22 +161,24 @@ class _Scores:
         sampled = np.unique(np.linspace(0, total - 1, min(total, SAMPLED)).round().astype(np.int64))
         starts = np.searchsorted(truth.objects.scene, np.arange(len(truth.scenes) + 1))
         quota = -(-PLACES // len(truth.scenes))
+        kept: list[Patches] = []
 
         def digest(opened: list[tuple[int, BoxedImage]]) -> _Batch:
             seen = self.encoder.encode([image for _, image in opened])
             if not np.isfinite(seen.region).all():
-                name = self.encoder.name
-                raise UserError(
-                    f"encoder {name} gives features that are not finite; its weights are of no use"
-                )
-            batch = _Batch([], [[] for _ in self.forms], [], [])
-            parts = self._by_form(seen.region, [truth.scenes[place] for place, _ in opened])
-            batch.regions.extend(parts)
+                wrong = "gives features that are not finite; its weights are of no use"
+                raise UserError(f"encoder {self.encoder.name} {wrong}")
+            scenes = [truth.scenes[place] for place, _ in opened]
+            batch = _Batch(self._by_form(seen.region, scenes), [], [])
             for (place, _), own in zip(opened, seen.maps or (), strict=False):
                 scene = truth.scenes[place]
-                rows = sampled[(sampled >= starts[place]) & (sampled < starts[place + 1])] - starts[place]
-                for kept, form in zip(batch.patches, self.forms, strict=True):
-                    kept.extend(_patches(own, scene, rows.tolist(), form == "masks"))
+                first, last = np.searchsorted(sampled, starts[place : place + 2]).tolist()
+                if not kept:  # Filled row by row: a list, then an array would take the memory twice.
+                    kept.extend(_no_patches(len(sampled), own.shape[2]) for _ in self.forms)
+                for form, part in zip(self.forms, kept, strict=True):
+                    rows = (sampled[first:last] - starts[place]).tolist()
+                    for row, found in enumerate(_patches(own, scene, rows, form == "masks"), first):
+                        part.features[row], part.real[row] = found
                 if wants_places and probe is None:
                     batch.places.append(self._some_places(own, scene, place, quota))
                 elif wants_places and probe is not None:
@@ -193,7 +193,7 @@ class _Scores:
         forms = range(len(found[0].regions))
         return _Part(
             [np.concatenate([batch.regions[form] for batch in found]) for form in forms],
-            [_stacked([row for batch in found for row in batch.patches[form]]) for form in forms],
+            [*kept] or [None for _ in forms],
             sampled,
             [row for batch in found for row in batch.places],
             [row for batch in found for row in batch.overlaps],
@@ -376,5 +376,5 @@ def _patches(own: Floats, scene: Scene, rows: Sequence[int], masks: bool) -> Ite
         yield padded, np.arange(PATCHES) < len(chosen)
 
 
-def _stacked(rows: Sequence[Sample]) -> Patches | None:
-    return Patches(np.stack([row for row, _ in rows]), np.stack([real for _, real in rows])) if rows else None
+def _no_patches(rows: int, width: int) -> Patches:
+    return Patches(np.zeros((rows, PATCHES, width), np.float16), np.zeros((rows, PATCHES), np.bool_))
