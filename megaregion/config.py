@@ -282,8 +282,8 @@ class TrainConfig:
     precision: Precision = "bf16"
     """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
     grad_precision: Precision = "fp32"
-    """Type in which the body's gradients add up over micro-steps and over the data ranks; bf16 halves their
-    memory and traffic, and rounds every sum."""
+    """Type in which the body's gradients add up over micro-steps and over the data ranks, and those of region
+    embeddings over all ranks; bf16 halves their memory and traffic, and rounds every sum."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     activation_gib: Annotated[float, Real(0, 10**6, "GIB")] = 0.0

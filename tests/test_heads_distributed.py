@@ -126,12 +126,14 @@ def told(*ranks_per_node: str, keep: bool = False) -> Any:
 def both_ways(data: Any, nodes: Any) -> dict[str, list[Tensor]]:
     """What flat and node-by-node collectives bring to this rank; whole numbers, whose sums are exact."""
     generator = torch.Generator().manual_seed(data.rank())
-    found: dict[str, list[Tensor]] = {"gather": [], "scatter": []}
+    found: dict[str, list[Tensor]] = {"gather": [], "scatter": [], "wide": []}
     rows = torch.randint(0, 1000, (4, 2, 3), generator=generator)
     whole = torch.randint(0, 1000, (16, 3), generator=generator).float()
     for way in (None, nodes):
         found["gather"].append(GatheringRows(rows, data, way).arrive())
         found["scatter"].append(scatter_sums(whole, data, way))
+        # No bf16 number holds the sums.
+        found["wide"].append(scatter_sums(whole.bfloat16(), data, way, torch.float32))
     return found
 
 
@@ -270,12 +272,24 @@ def test_a_head_saved_on_some_ranks_goes_on_on_others(results: Path, saved: str)
 
 def test_rows_that_go_node_by_node_come_in_the_same_order_with_the_same_sums(results: Path) -> None:
     for found in pieces(results, "ways"):
-        for way in ("gather", "scatter"):
+        for way in ("gather", "scatter", "wide"):
             flat, by_node = found[way]
             assert torch.equal(flat, by_node)
     numbers = [found["gather"][1] for found in pieces(results, "ways")]
     assert all(torch.equal(one, numbers[0]) for one in numbers)
     assert len(numbers[0]) == 16
+
+
+def test_rows_in_bf16_add_up_in_fp32_if_they_are_asked_to(results: Path) -> None:
+    parts = [torch.Generator().manual_seed(rank) for rank in range(4)]
+    for part in parts:
+        torch.randint(0, 1000, (4, 2, 3), generator=part)  # What both_ways drew first.
+    whole = [torch.randint(0, 1000, (16, 3), generator=part).float().bfloat16().float() for part in parts]
+    expected = torch.stack(whole).sum(0)
+    assert not torch.equal(expected.bfloat16().float(), expected)
+    wide = [found["wide"][0] for found in pieces(results, "ways")]
+    assert wide[0].dtype == torch.float32
+    assert torch.equal(torch.cat(wide), expected)
 
 
 def test_rows_go_node_by_node_only_between_equal_nodes_of_several_ranks(results: Path) -> None:

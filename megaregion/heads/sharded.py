@@ -341,9 +341,12 @@ class GatheredFeatures:
     Until the rows are asked for there is time for other work.
     """
 
-    def __init__(self, features: Tensor, topology: Topology) -> None:
-        """Normalise this rank's region embeddings [r, E], with gradient, and send for those of all."""
-        self._unit, self._topology = _UnitRows.apply(features), topology
+    def __init__(self, features: Tensor, topology: Topology, sums: torch.dtype | None = None) -> None:
+        """Normalise this rank's region embeddings [r, E], with gradient, and send for those of all.
+
+        Their gradients add up over the ranks as ``sums``, their own type if None.
+        """
+        self._unit, self._topology, self._sums_in = _UnitRows.apply(features), topology, sums
         self._gathering = GatheringRows(self._unit.detach(), topology.data_group, topology.node_groups)
         self._rows: Tensor | None = None
         self.narrow = self._unit.is_cuda and self._unit.dtype == torch.bfloat16
@@ -358,7 +361,7 @@ class GatheredFeatures:
     def rows(self) -> Tensor:
         """Unit rows (zero where the feature is zero), with gradient, [R, E]; asked for, they are awaited."""
         if self._rows is None:
-            self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology)
+            self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology, self._sums_in)
         return self._rows
 
 
@@ -384,17 +387,20 @@ class _GatherRows(torch.autograd.Function):
     """All-gather over the data group; backward sums over the world as the gradient contract says."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, gathering: GatheringRows, topology: Topology) -> Tensor:
-        ctx.topology = topology
+    def forward(
+        ctx: Any, unit: Tensor, gathering: GatheringRows, topology: Topology, sums: torch.dtype | None
+    ) -> Tensor:
+        ctx.topology, ctx.sums = topology, sums
         return gathering.arrive()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         place: Topology = ctx.topology
-        own = scatter_sums(gradient, place.data_group, place.node_groups)
+        own = scatter_sums(gradient, place.data_group, place.node_groups, ctx.sums)
         if place.tensor_size > 1:
             dist.all_reduce(own, group=place.tensor_group)
-        return own.mul_(place.data_size), None, None
+        scaled = torch.mul(own, place.data_size, out=torch.empty_like(own, dtype=gradient.dtype))
+        return scaled, None, None, None
 
 
 def unit_scale(rows: Tensor) -> Tensor:

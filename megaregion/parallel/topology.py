@@ -190,17 +190,21 @@ class GatheringRows:
         return by_place.view(shape).transpose(0, 1).flatten(0, 2)
 
 
-def scatter_sums(rows: Tensor, group: Group, nodes: NodeGroups | None = None) -> Tensor:
+def scatter_sums(
+    rows: Tensor, group: Group, nodes: NodeGroups | None = None, sums: torch.dtype | None = None
+) -> Tensor:
     """The way back of the gather: sum all ranks' parts of all rows [R, ...], give each its own, [r, ...].
 
-    With ``nodes`` it goes node by node, and sums are added in another order.
+    With ``nodes`` it goes node by node, and sums are added in another order. They travel and add up as
+    ``sums``, the rows' own type if None.
     """
-    each = len(rows) // group.size()
+    each, sums = len(rows) // group.size(), sums or rows.dtype
     if nodes is None:
-        return _reduce_scatter(rows, each, group)
+        return _reduce_scatter(rows.to(sums), each, group)
     inside, between = nodes.inside, nodes.between
     by_node = rows.view(between.size(), inside.size(), each, *rows.shape[1:])
-    by_place = by_node.transpose(0, 1).flatten(0, 2)
+    # One copy turns and widens.
+    by_place = by_node.transpose(0, 1).to(sums, memory_format=torch.contiguous_format).flatten(0, 2)
     return _reduce_scatter(_reduce_scatter(by_place, between.size() * each, inside), each, between)
 
 

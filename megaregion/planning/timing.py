@@ -339,13 +339,15 @@ def _rows(layout: Layout, hardware: Hardware) -> list[Transfer]:
     """Region rows and labels to all data ranks, their gradients back, and the sums of scores."""
     data, world, steps = layout.data, layout.ranks, layout.micro_steps
     ring, slots = steps * (data - 1) / data, layout.config.data.label_slots
-    features = layout.micro_rows * layout.config.head.embedding_dim * layout.itemsize
+    values = layout.micro_rows * layout.config.head.embedding_dim
     labels = layout.micro_rows * (slots + 1) * 8
     sums = sum(head.rows * (slots + 2) * 4 for head in layout.heads.values())
     blocks = sum(2 * head.waves or head.draws * head.blocks for head in layout.heads.values())
     sent = steps * 2 * (world - 1) / world * sums
     return [
-        _transfer(layout, hardware, "region rows", "data", ring * (features + labels), 2 * steps),
-        _transfer(layout, hardware, "row gradients", "data", ring * features, steps),
+        _transfer(
+            layout, hardware, "region rows", "data", ring * (values * layout.itemsize + labels), 2 * steps
+        ),
+        _transfer(layout, hardware, "row gradients", "data", ring * values * layout.sum_itemsize, steps),
         _transfer(layout, hardware, "row sums", "world", sent, steps * (blocks + 6)),
     ]

@@ -106,7 +106,8 @@ class Heads:
         """
         leaf = embeddings.detach().requires_grad_()
         # While the rows travel, the classes are drawn and the centers fetched.
-        rows = GatheredFeatures(leaf.flatten(0, 1), self._topology)
+        wide = torch.float32 if self._config.train.sum_precision == "fp32" else None
+        rows = GatheredFeatures(leaf.flatten(0, 1), self._topology, wide)
         each = self._config.data.regions_per_image
         first = micro_step * sizes.micro_batch * self._topology.data_size * each
         marked, draw_rows = labels.arrive(), sizes.draw_images * each
