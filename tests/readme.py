@@ -116,6 +116,7 @@ ELSEWHERE = {
     "$python tools/evaluate.py runs/demo --annotations": "test_a_run_is_scored_by_tokens_patches_and_crops",
     "$python tools/evaluate.py photos-regions": "test_an_export_and_any_model_are_scored_without_a_run",
     "$python tools/evaluate.py facebook": "test_an_export_and_any_model_are_scored_without_a_run",
+    "tools/benchmark.py annotated": "test_the_benchmark_of_annotated_images_runs_at_any_size",
     "tools/benchmark.py kmeans": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
     "tools/benchmark.py assign": "test_the_benchmarks_run_at_any_size_and_say_what_they_need",
     "tools/benchmark.py atlas": "test_a_synthetic_atlas_draws_only_what_the_view_needs",

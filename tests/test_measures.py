@@ -451,7 +451,7 @@ def test_files_of_other_endings_are_counted_and_crops_of_a_model_asked_already_a
     photos: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(photos, tmp_path / "photos")
-    for name in ("red/notes.txt", "blue/scan.tiff", "blue/more/raw.CR2"):
+    for name in ("red/notes.txt", "blue/scan.psd", "blue/more/raw.CR2"):
         (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(b"?")
     encoders = [
@@ -462,7 +462,7 @@ def test_files_of_other_endings_are_counted_and_crops_of_a_model_asked_already_a
     assert folder.others == 3
     table = image_table(folder, encoders, 1, Batches(8))
     assert "6 of 30 images" in table.told
-    assert "3 files that are no .jpg, .jpeg, .png, .webp are left out" in table.told
+    assert "3 files that are no .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .avif are left out" in table.told
     assert list(table.rows) == ["model/crops"]
     for name in ("red", "green"):
         shutil.rmtree(tmp_path / "photos" / name)

@@ -234,6 +234,11 @@ def _optimizer(layout: Layout, hardware: Hardware) -> float:
         # Gradients go to a bucket, are averaged, laid out for the reduction and brought back.
         times = layout.micro_steps if stage >= 2 else 1
         moved += times * parameters * 8 * layout.sum_itemsize
+        if stage < 3:
+            # Those of a micro-step are widened, read 2 and written 4, and added to the sums of earlier ones.
+            later = layout.micro_steps - 1
+            widened = 6 * layout.micro_steps if layout.sums_apart else 0
+            moved += parameters * (widened + later * 3 * layout.sum_itemsize)
     touched = sum(head.touched for head in layout.heads.values())
     # Correction and norm of the gradients, then weight and two moments read, moved and written back.
     moved += touched * dim * 4 * (6 + 14)
