@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megaregion import __version__
-from megaregion.bounds import File, Folder, did_you_mean, shown
+from megaregion.bounds import File, Folder, Text, did_you_mean, shown
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.files import home, read_json, write_text
@@ -77,7 +77,7 @@ def _parser() -> Parser:
     parser = Parser(prog="megaregion fit", description="From a folder of images to an encoder that AutoModel "
         "loads. What is done is skipped, so that the same command goes on where it was.")  # fmt: skip
     add = parser.add_flag
-    add("--images", Folder, None, "what `megaregion curate --images` reads", required=True)
+    add("--images", Text("FOLDER"), None, "what `megaregion curate --images` reads", required=True)
     add("--out", Folder, Path("runs/fit"), "folder of all that is made; the encoder is OUT/encoder")
     add(
         "--annotations-file", File, None, "boxes or masks in place of proposals, which also score the encoder"
@@ -165,8 +165,8 @@ def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run
     Raises:
         UserError: A step fails; it has said why.
     """
-    images, out, given = Path(images), Path(out), given or Given()
-    listing = ["--images", str(images), "--out", str(out / "data")]
+    images, out, given = str(images), Path(out), given or Given()
+    listing = ["--images", images, "--out", str(out / "data")]
     if given.annotations is not None:
         listing += ["--annotations-file", str(given.annotations)]
     _run("list", [*_tool("curate"), *listing, "--stage", "list"], quiet=True)
@@ -195,7 +195,7 @@ def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run
 
 
 def _steps(
-    images: Path, out: Path, listing: list[str], chosen: Chosen, given: Given
+    images: str, out: Path, listing: list[str], chosen: Chosen, given: Given
 ) -> Iterator[tuple[str, list[str]]]:
     """Name and command of every step after the list, in order."""
     data, trained = out / "data", out / "run"
@@ -218,7 +218,7 @@ def _steps(
         "--data.path", str(data / "shards"), "--output", str(out), "--name", "run", "--resume", "auto",
     ]  # fmt: skip
     if given.annotations is not None:
-        known = ["--annotations", str(given.annotations), "--images", str(images)]
+        known = ["--annotations", str(given.annotations), "--images", images]
         yield "score", [*_tool("evaluate"), str(trained), *known]
     yield "export", [*_tool("convert"), "to-hf", str(trained), str(out / "encoder"), "--regions", "--check"]
 

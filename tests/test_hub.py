@@ -1,12 +1,15 @@
-"""`convert_checkpoint.py push` against a local stand-in of the Hub's API, over HTTP."""
+"""What goes to the Hub and comes from it, against a local stand-in of its API, over HTTP."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
+import runpy
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +19,18 @@ import pytest
 import yaml
 from export_runs import convert, write_run
 from huggingface_hub import constants
+from launch import repository
+from PIL import Image
 
 from megaregion.export import ExportOptions, export_checkpoint
 from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table, write_evaluation
+
+COMMIT = "1" * 40
+DATASET, RESOLVED = "/api/datasets/somebody/photos", f"/datasets/somebody/photos/resolve/{COMMIT}/"
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
@@ -29,6 +41,8 @@ class Hub(ThreadingHTTPServer):
         self.made: list[dict[str, object]] = []
         self.stored: dict[str, bytes] = {}
         self.commits: list[dict[str, bytes]] = []
+        self.dataset: dict[str, bytes] = {}
+        self.fetched: list[str] = []
 
     @property
     def address(self) -> str:
@@ -52,7 +66,30 @@ class Answers(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers["Content-Length"]))
 
     def do_GET(self) -> None:
-        self.answer({"error": "not found"}, 404)
+        path, files = self.path.split("?")[0], self.server.dataset
+        if path == f"{DATASET}/revision/main" and files:
+            self.answer({"id": "somebody/photos", "sha": COMMIT})
+        elif path == f"{DATASET}/tree/{COMMIT}":
+            told = [
+                {"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])}
+                for name in files
+            ]
+            self.answer(told)
+        elif path.startswith(RESOLVED) and path.removeprefix(RESOLVED) in files:
+            content = files[path.removeprefix(RESOLVED)]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{_oid(content)}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.server.fetched.append(path.removeprefix(RESOLVED))
+                self.wfile.write(content)
+        else:
+            self.answer({"error": "not found"}, 404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_PUT(self) -> None:
         self.server.stored[self.path.rpartition("/")[2]] = self.body()
@@ -106,6 +143,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
@@ -207,3 +246,53 @@ def test_mistakes_of_a_push_end_in_one_line_before_anything_is_committed(
     assert convert("push", exported, "somebody/photos") == 2
     assert re.fullmatch(r"megaregion: somebody/photos cannot be pushed .*\n", capsys.readouterr().err)
     assert hub.commits == []
+
+
+def curate(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["curate.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(repository() / "tools" / "curate.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_a_dataset_of_the_hub_is_copied_once_beside_the_run_and_read_like_any_folder(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(image, "PNG")
+    hub.dataset = {"train/a.png": image.getvalue(), "train/load.py": b"exit()", "test/b.png": b"not this one"}
+    where = ("--images", "hf://datasets/somebody/photos/train", "--out", tmp_path / "run")
+    for _ in range(2):
+        assert curate(monkeypatch, *where, "--stage", "list", "--workers", 0) == 0
+        assert hub.fetched == ["train/a.png"]
+    assert (tmp_path / "run-hub" / "train" / "a.png").read_bytes() == image.getvalue()
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (told["files"], told["left_out"]) == (1, {})
+    # Later stages and shares of them ask nobody.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert curate(monkeypatch, *where, "--stage", "ocr", "--ocr", "none", "--workers", 0) in (0, 2)
+    assert "cannot be fetched" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("hf://somebody/photos", "must be a folder or hf://datasets/OWNER/NAME, got hf://somebody/photos"),
+        ("s3://bucket/photos", "must be a folder or hf://datasets/OWNER/NAME, got s3://bucket/photos"),
+        ("hf://datasets/nobody/photos", "hf://datasets/nobody/photos cannot be fetched"),
+        ("", "--images must not be empty"),
+    ],
+)
+def test_images_that_are_nowhere_are_one_line(
+    hub: Hub,
+    tmp_path: Path,
+    address: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert curate(monkeypatch, "--images", address, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

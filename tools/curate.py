@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaregion.bounds import Choice, Count, File, Folder, PositiveInt, Workers
+from megaregion.bounds import Choice, Count, File, Folder, PositiveInt, Text, Workers
 from megaregion.command_line import Parser, changed_settings, chosen_settings, progress, run
 from megaregion.curation.settings import AnnotationSettings, CurationSettings, ImageSettings, check_settings
 from megaregion.errors import UserError
@@ -34,9 +34,7 @@ def _curate(arguments: argparse.Namespace) -> None:
 
     settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
     check_settings(settings)
-    if arguments.images is None:
-        raise UserError("--images FOLDER is missing; name the folder of the images")
-    where = arguments.images, arguments.out, settings
+    where = _images(arguments), arguments.out, settings
     place = _join() if arguments.stage == "cluster" and not arguments.jobs else None
     if arguments.jobs:
         print("\n".join(job_lines(settings)))
@@ -53,6 +51,20 @@ def _curate(arguments: argparse.Namespace) -> None:
                 return
         span = f"pieces {pieces[0]} to {pieces[-1]}" if pieces else "no piece"
         print(f"{arguments.stage} {share.number} of {share.of}: {span}, {done} done now")
+
+
+def _images(arguments: argparse.Namespace) -> Path:
+    """The folder of the images; a dataset of the hub comes to OUT-hub when a run lists it or checks it."""
+    if not arguments.images:
+        wrong = "FOLDER is missing" if arguments.images is None else "must not be empty"
+        raise UserError(f"--images {wrong}; name the folder of the images")
+    if "://" not in arguments.images:
+        return Path(arguments.images)
+    from megaregion.curation.inputs.columnar import copy_of_hub
+    from megaregion.curation.pipeline import LIST
+
+    lists = arguments.command is _check or (arguments.stage in ("all", LIST) and not arguments.jobs)
+    return copy_of_hub(arguments.images, arguments.out.with_name(f"{arguments.out.name}-hub"), lists)
 
 
 def _join() -> Topology | None:
@@ -77,10 +89,8 @@ def _check(arguments: argparse.Namespace) -> None:
     from megaregion.curation.inputs.check import check_images
     from megaregion.files import write_text
 
-    if arguments.images is None:
-        raise UserError("--images FOLDER is missing; name the folder of the images")
     image, annotation = (changed_settings(arguments, one()) for one in (ImageSettings, AnnotationSettings))
-    found = check_images(arguments.images, arguments.out, image, annotation, progress, arguments.workers)
+    found = check_images(_images(arguments), arguments.out, image, annotation, progress, arguments.workers)
     print(found.table())
     if arguments.json:
         write_text(arguments.json, found.to_json())
@@ -120,8 +130,10 @@ def _parser() -> Parser:
     )
     parser.set_defaults(command=_curate)
     add = parser.add_flag
-    add("--images", Folder, None, "folder of images, WebDataset tars, or Parquet and Arrow files with a "
-        "column of images, searched recursively; annotations that come with them are kept")  # fmt: skip
+    add("--images", Text("FOLDER"), None,
+        "folder of images, WebDataset tars, or Parquet and Arrow files with a column of images, searched "
+        "recursively; annotations that come with them are kept. Or a dataset of HuggingFace's hub, "
+        "hf://datasets/OWNER/NAME[@REVISION][/FOLDER], which is copied to OUT-hub")  # fmt: skip
     add(*OUT)
     add("--stage", Choice(("all", LIST, *NAMES)), "all",
         "do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
@@ -138,7 +150,7 @@ def _parser() -> Parser:
     )
     check = commands.add_parser("check",
         help="read all images, change nothing, print what would be used and why not the rest")  # fmt: skip
-    check.add_flag("--images", Folder, None, "folder of the images")
+    check.add_flag("--images", Text("FOLDER"), None, "folder of the images")
     check.add_flag(*OUT)
     check.add_flag("--json", File, None, "write the table to this file, too")
     check.add_flag("--workers", Workers, 2, "processes; 0 works in this one")

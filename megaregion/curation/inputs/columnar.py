@@ -1,4 +1,4 @@
-"""Parquet and Arrow files of the input, as HuggingFace's datasets and its hub have them: an image a row.
+"""Parquet and Arrow files, an image a row, as HuggingFace has them, and copies of its hub's datasets.
 
 Files consist of blocks: Parquet's row groups, Arrow's record batches. They are read as a stream, from the
 block of a wanted row on, few rows at once: neighbours cost one pass, and no block fills the memory.
@@ -7,6 +7,7 @@ block of a wanted row on, few rows at once: neighbours cost one pass, and no blo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,40 @@ BUFFER = 2**20
 DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, OverflowError)
 """What pyarrow raises on damaged files; an OSError with a number is of the disk."""
 _NONE = pa.RecordBatch.from_pylist([])
+HUB = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<inside>.+))?")
+"""Address of a dataset of the hub, at a branch, tag or commit, or of a folder inside of it."""
+
+
+def copy_of_hub(address: str, folder: Path, fetch: bool = True) -> Path:
+    """Copy hf://datasets/OWNER/NAME[@REVISION][/FOLDER], not its code, into a folder; gives the images' one.
+
+    Stages read images several times and by place, so a stream would load the dataset as often. What is there
+    is not fetched again, and nothing is unless ``fetch`` says so.
+
+    Raises:
+        UserError: The address is none, or the hub does not give the dataset.
+    """
+    from huggingface_hub import snapshot_download
+
+    # That of its HTTP library, whose name has changed.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    if (found := HUB.fullmatch(address)) is None:
+        raise UserError(f"--images must be a folder or hf://datasets/OWNER/NAME, got {address}")
+    inside = found["inside"]
+    if not fetch:
+        return folder / (inside or "")
+    try:
+        snapshot_download(
+            found["name"], repo_type="dataset", revision=found["revision"], local_dir=folder,
+            allow_patterns=None if inside is None else f"{inside}/*", ignore_patterns=["*.py", ".*"],
+        )  # fmt: skip
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--images {address} cannot be fetched ({reason}); see its name, or log in by HF_TOKEN"
+        ) from None
+    return folder / (inside or "")
 
 
 class Columnar:
