@@ -104,7 +104,7 @@ class Chosen:
     """The settings of a fit that depend on the data and the machine."""
 
     clusters: int
-    """Object classes: one for about 80 regions, of five regions an image."""
+    """Object classes: one for about 16 images."""
     vocabulary: int
     """Text classes."""
     config: str
@@ -173,6 +173,9 @@ def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run
     summary, machine = read_json(out / "data" / SUMMARY), _machine()
     count = summary["files"] - summary["duplicates"]
     chosen = choose(count, machine)
+    if given.init is not None:
+        # Those of configs/own_images.md.
+        chosen.settings["optimizer"] |= {"lr": 1e-4, "layer_decay": 0.8}
     write_text(out / "fit.yaml", yaml.safe_dump(chosen.settings))
     rows = [
         ("images", f"{count:,}"),
@@ -206,7 +209,7 @@ def _steps(
     configs: list[object] = [home("configs") / chosen.config, out / "fit.yaml"]
     begin = []
     if given.init is not None:
-        start = out / "start"
+        start = out / f"start-{Path(given.init).name}"
         if not start.is_dir():
             yield "start", [*_tool("convert"), "from-hf", str(given.init), str(start)]
         configs, begin = [*configs, start / "model.yaml"], ["--init", str(start)]

@@ -135,11 +135,30 @@ def test_photos_with_boxes_become_an_encoder_that_transformers_loads(
     assert yaml.safe_load((tmp_path / "mine" / "fit.yaml").read_text())["parallel"] == {"tensor": 1}
 
 
-def test_a_step_that_fails_ends_a_fit_and_says_which(tmp_path: Path) -> None:
+@pytest.fixture
+def nine(tmp_path: Path) -> Path:
+    """A folder with nine photos in which nothing is to be seen."""
     (tmp_path / "photos").mkdir()
     for number in range(9):
         Image.fromarray(np.full((8, 8, 3), 9 * number, np.uint8)).save(tmp_path / "photos" / f"{number}.png")
-    done = megaregion("fit", "--images", "photos", "--out", "mine", cwd=tmp_path)
+    return tmp_path
+
+
+def test_a_fit_that_begins_with_an_encoder_learns_slower_and_a_dry_run_does_nothing_but_list(
+    nine: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(nine)
+    fit("photos", "mine", Given(init="rice"), dry_run=True)
+    *_, start, train, export = capfd.readouterr().out.split("\n# ")
+    assert start.endswith("tools/convert_checkpoint.py from-hf rice mine/start-rice\n")
+    assert "--config mine/start-rice/model.yaml --init mine/start-rice --data.path mine/data/shards" in train
+    assert "to-hf mine/run mine/encoder --regions --check" in export
+    assert yaml.safe_load(Path("mine/fit.yaml").read_text())["optimizer"]["lr"] == 1e-4
+    assert {path.name for path in Path("mine").iterdir()} == {"data", "fit.yaml"}
+
+
+def test_a_step_that_fails_ends_a_fit_and_says_which(nine: Path) -> None:
+    done = megaregion("fit", "--images", "photos", "--out", "mine", cwd=nine)
     assert done.returncode == 2
     assert re.search(r"megaregion: stopped in step 'curate' \(exit code 2\)", done.stderr)
 
