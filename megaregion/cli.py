@@ -79,9 +79,7 @@ def _parser() -> Parser:
     add = parser.add_flag
     add("--images", Text("FOLDER"), None, "what `megaregion curate --images` reads", required=True)
     add("--out", Folder, Path("runs/fit"), "folder of all that is made; the encoder is OUT/encoder")
-    add(
-        "--annotations-file", File, None, "boxes or masks in place of proposals, which also score the encoder"
-    )
+    add("--annotations-file", File, None, "boxes or masks in place of proposals; they score the encoder, too")
     add("--init", Folder, None, "HuggingFace folder of an encoder to begin with: RICE, MLCD, a CLIP tower")
     add("--config", File, None, "settings of training that go before those that are chosen")
     add("--dry-run", bool, False, "list the images, print what is chosen and the commands, and end")

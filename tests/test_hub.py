@@ -270,8 +270,11 @@ def test_a_dataset_of_the_hub_is_copied_once_beside_the_run_and_read_like_any_fo
     assert (told["files"], told["left_out"]) == (1, {})
     # Later stages and shares of them ask nobody.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert curate(monkeypatch, *where, "--stage", "ocr", "--ocr", "none", "--workers", 0) in (0, 2)
+    assert curate(monkeypatch, *where, "--stage", "ocr", "--ocr", "none", "--workers", 0) == 0
     assert "cannot be fetched" not in capsys.readouterr().err
+    # A list does ask, and takes no copy of which nobody knows whether it is whole.
+    assert curate(monkeypatch, *where, "--stage", "list", "--workers", 0) == 2
+    assert "cannot be fetched" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

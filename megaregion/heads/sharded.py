@@ -311,7 +311,7 @@ class FiniteGuard:
         self._unasked: list[tuple[Tensor, Tensor]] = []
 
     def watch(self, sums: Tensor, index: Tensor) -> None:
-        """Note the rows ``index`` [n] of a micro-step, whose features add up to ``sums`` [R]."""
+        """Note the rows ``index`` [n] of a micro-step, whose features add up to ``sum_dtype`` [R]."""
         self._unasked.append((index, sums))
         if sums.device.type == "cpu":
             self.ask()
@@ -341,12 +341,12 @@ class GatheredFeatures:
     Until the rows are asked for there is time for other work.
     """
 
-    def __init__(self, features: Tensor, topology: Topology, sums: torch.dtype | None = None) -> None:
+    def __init__(self, features: Tensor, topology: Topology, sum_dtype: torch.dtype | None = None) -> None:
         """Normalise this rank's region embeddings [r, E], with gradient, and send for those of all.
 
-        Their gradients add up over the ranks as ``sums``, their own type if None.
+        Their gradients add up over the ranks as ``sum_dtype``, their own type if None.
         """
-        self._unit, self._topology, self._sums_in = _UnitRows.apply(features), topology, sums
+        self._unit, self._topology, self._sum_dtype = _UnitRows.apply(features), topology, sum_dtype
         self._gathering = GatheringRows(self._unit.detach(), topology.data_group, topology.node_groups)
         self._rows: Tensor | None = None
         self.narrow = self._unit.is_cuda and self._unit.dtype == torch.bfloat16
@@ -361,7 +361,7 @@ class GatheredFeatures:
     def rows(self) -> Tensor:
         """Unit rows (zero where the feature is zero), with gradient, [R, E]; asked for, they are awaited."""
         if self._rows is None:
-            self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology, self._sums_in)
+            self._rows = _GatherRows.apply(self._unit, self._gathering, self._topology, self._sum_dtype)
         return self._rows
 
 
@@ -388,15 +388,15 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Tensor, gathering: GatheringRows, topology: Topology, sums: torch.dtype | None
+        ctx: Any, unit: Tensor, gathering: GatheringRows, topology: Topology, sum_dtype: torch.dtype | None
     ) -> Tensor:
-        ctx.topology, ctx.sums = topology, sums
+        ctx.topology, ctx.sum_dtype = topology, sum_dtype
         return gathering.arrive()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         place: Topology = ctx.topology
-        own = scatter_sums(gradient, place.data_group, place.node_groups, ctx.sums)
+        own = scatter_sums(gradient, place.data_group, place.node_groups, ctx.sum_dtype)
         if place.tensor_size > 1:
             dist.all_reduce(own, group=place.tensor_group)
         scaled = torch.mul(own, place.data_size, out=torch.empty_like(own, dtype=gradient.dtype))

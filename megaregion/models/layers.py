@@ -103,9 +103,9 @@ class _NormBeside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, passed: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return passed, None, None, None if passed is None else passed.sum(0), None
         kept, added = ctx.saved_tensors, ctx.needs_input_grad[3]
+        if grad is None:
+            return passed, None, None, passed.sum(0) if added and passed is not None else None, None
         grad, shares = _norm_back(grad, passed, *kept, added)
         of_weight, of_bias, of_added = shares.sum(0).to(kept[-1].dtype)
         return grad, of_weight, of_bias, of_added if added else None, None

@@ -191,20 +191,20 @@ class GatheringRows:
 
 
 def scatter_sums(
-    rows: Tensor, group: Group, nodes: NodeGroups | None = None, sums: torch.dtype | None = None
+    rows: Tensor, group: Group, nodes: NodeGroups | None = None, sum_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The way back of the gather: sum all ranks' parts of all rows [R, ...], give each its own, [r, ...].
 
     With ``nodes`` it goes node by node, and sums are added in another order. They travel and add up as
-    ``sums``, the rows' own type if None.
+    ``sum_dtype``, the rows' own type if None.
     """
-    each, sums = len(rows) // group.size(), sums or rows.dtype
+    each, sum_dtype = len(rows) // group.size(), sum_dtype or rows.dtype
     if nodes is None:
-        return _reduce_scatter(rows.to(sums), each, group)
+        return _reduce_scatter(rows.to(sum_dtype), each, group)
     inside, between = nodes.inside, nodes.between
     by_node = rows.view(between.size(), inside.size(), each, *rows.shape[1:])
     # One copy turns and widens.
-    by_place = by_node.transpose(0, 1).to(sums, memory_format=torch.contiguous_format).flatten(0, 2)
+    by_place = by_node.transpose(0, 1).to(sum_dtype, memory_format=torch.contiguous_format).flatten(0, 2)
     return _reduce_scatter(_reduce_scatter(by_place, between.size() * each, inside), each, between)
 
 

@@ -46,7 +46,7 @@ def copy_of_hub(address: str, folder: Path, fetch: bool = True) -> Path:
     Raises:
         UserError: The address is none, or the hub does not give the dataset.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     # That of its HTTP library, whose name has changed.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -57,8 +57,10 @@ def copy_of_hub(address: str, folder: Path, fetch: bool = True) -> Path:
     if not fetch:
         return folder / (inside or "")
     try:
+        # Asked for by its commit, a copy that is not whole is refused where the hub cannot be reached.
+        commit = HfApi().dataset_info(found["name"], revision=found["revision"] or "main").sha
         snapshot_download(
-            found["name"], repo_type="dataset", revision=found["revision"], local_dir=folder,
+            found["name"], repo_type="dataset", revision=commit, local_dir=folder,
             allow_patterns=None if inside is None else f"{inside}/*", ignore_patterns=["*.py", ".*"],
         )  # fmt: skip
     except (HTTPError, OSError, ValueError) as error:
