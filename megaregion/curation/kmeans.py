@@ -80,10 +80,17 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
     (height, width), on_cpu = TILE[vectors.device.type], vectors.device.type == "cpu"
     tie = ROUNDING[torch.float64] if vectors.dtype == torch.float64 else 0.0
 
-    def block(start: int) -> Nearest:
+    found = Nearest(
+        torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device),
+        vectors.new_full((len(vectors),), -torch.inf),
+        vectors.new_full((len(vectors),), -torch.inf),
+    )
+
+    def block(start: int) -> None:
         rows = vectors[start : start + height]
-        best = rows.new_full((len(rows),), -torch.inf)
-        second, labels = best.clone(), torch.zeros_like(best, dtype=torch.int64)
+        # Written in place: what outlives a block would lie in the gap that its freed scores leave, and the
+        # heap would grow by every block's.
+        labels, best, second = (part[start : start + height] for part in found)
         for first in range(0, len(centers), width):
             scores = product(rows, centers[first : first + width])
             if but is not None:
@@ -95,13 +102,12 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
             place = torch.from_numpy(equal.numpy().argmax(1)) if on_cpu else equal.argmax(1)
             value = scores.gather(1, place[:, None])[:, 0]
             scores.scatter_(1, place[:, None], -torch.inf)
-            second = torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value))
-            labels = torch.where(value > best + tie, place + first, labels)
-            best = torch.maximum(best, value)
-        return Nearest(labels, best, second)
+            second.copy_(torch.maximum(torch.maximum(second, scores.amax(1)), torch.minimum(best, value)))
+            labels.copy_(torch.where(value > best + tie, place + first, labels))
+            best.copy_(torch.maximum(best, value))
 
-    found = in_order(block, range(0, len(vectors), height))
-    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    in_order(block, range(0, len(vectors), height))
+    return found
 
 
 def dot(some: Tensor, others: Tensor) -> Tensor:

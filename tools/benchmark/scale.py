@@ -149,7 +149,7 @@ def curation_command(images: Path, out: Path, encoder: Path, options: argparse.N
         sys.executable, str(Path(__file__).parents[1] / "curate.py"), f"--images={images}", f"--out={out}",
         f"--workers={options.workers}", f"--piece-images={options.piece_images}", "--ocr=none",
         f"--samples-per-shard={options.tar_images}", f"--clusters={options.clusters}", "--embedder=clip",
-        f"--clip={encoder}", f"--cluster-iterations={options.passes}", "--vocab=384",
+        f"--clip={encoder}", f"--cluster-iterations={options.passes}", "--vocab=384", "--chunk-memory=128",
     ]  # fmt: skip
 
 
