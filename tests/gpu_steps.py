@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence": {"tensor": 8},
     "recompute": {"recompute": True},
     "cheap": {"activation_gib": 0.09},
+    "dropped": {"drop_path": 0.3},
     "packed": {"packing": "native"},
     "twenty packed": {"packing": "native", "images": 20},
     "bf16 sums": {"grad_precision": "bf16"},
@@ -103,6 +104,7 @@ def count(
     sample_rate: float = 0.1,
     classes: int = 100_000,
     dim: int = 256,
+    drop_path: float = 0.0,
     backend: HeadBackend = "auto",
     **train: Any,
 ) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def count(
             heads=8,
             mlp_width=2048,
             region_layers=min(2, depth),
+            drop_path=drop_path,
         ),
         data=DataConfig(regions_per_image=10, packing=packing),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),

@@ -20,7 +20,7 @@ from megaregion.planning.timing import COMPILED_KERNELS, KERNELS
 from megaregion.training.heads import HeadsLoss, StepSums
 
 STAGES = ["ZeRO 1", "ZeRO 2", "ZeRO 3"]
-CASES = [*STAGES, "tensor 2", "tensor 8", "sequence", "recompute", "cheap", "packed", "compiled"]
+CASES = [*STAGES, "tensor 2", "tensor 8", "sequence", "recompute", "cheap", "dropped", "packed", "compiled"]
 
 
 BUDGETS = {
@@ -128,6 +128,8 @@ def test_the_plan_reckons_with_the_kernels_that_a_block_starts(steps: dict[str, 
         return [more - few for few, more in zip(one, other, strict=True)]
 
     assert of_a_block("ZeRO 1", "deeper") == [KERNELS["forward"], KERNELS["backward"] + KERNELS["sums"]]
+    # Two blocks of image tokens and two of region tokens; what is dropped is known once a micro-step.
+    assert of_a_block("ZeRO 1", "dropped") == [3, 4 * KERNELS["dropped"]]
     assert of_a_block("compiled", "deeper, compiled") == list(COMPILED_KERNELS.values())
 
 

@@ -19,9 +19,9 @@ from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
 from megaregion.models.costs import choose_recompute, kept_bytes
-from megaregion.models.layers import compile_blocks, run_and_count
+from megaregion.models.layers import _by_columns, compile_blocks, packed_attention, run_and_count
 from megaregion.models.rotary import Rotation, pack, rotation, split_and_turn
-from megaregion.models.vit import Attention, Block, _by_columns, _mask, packed_attention
+from megaregion.models.vit import Attention, Block, _mask
 
 SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
 SEPARATE = replace(SMALL, region_weights="separate")
@@ -229,11 +229,70 @@ def test_every_weight_learns_from_regions_alone(config: ModelConfig) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
+class Weighed(nn.Module):
+    """A branch times the factor of its only image."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.factor = branch, torch.ones(())
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.branch(*inputs) * self.factor
+
+
+def some_branches(images: int, blocks: int) -> Tensor:
+    """Factors of which a third is 0, [images, 2 blocks]."""
+    drawn = torch.rand(images, 2 * blocks, generator=torch.Generator().manual_seed(9))
+    return torch.where(drawn < 1 / 3, 0.0, 1 + drawn)
+
+
+@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+def test_a_dropped_branch_is_left_out_for_an_image_and_its_regions_stacked_or_packed(
+    config: ModelConfig,
+) -> None:
+    model = encoder(config)
+    names = [name for name, _ in model.named_parameters()]
+    kept = some_branches(3, 4)
+    images, visible = noise(3, 3, 64, 32), some_patches(3, 5, 8)
+    patches = torch.cat([_cut_into_patches(image, 16) for image in images])
+    ways = {
+        "stacked": (images, visible, None, kept),
+        "packed": (patches, visible.transpose(0, 1).flatten(1), ((4, 2),) * 3, kept),
+    }
+    found = {}
+    for way, inputs in ways.items():
+        embeddings = model(*inputs)
+        found[way] = embeddings, torch.autograd.grad(embeddings.square().sum(), list(model.parameters()))
+    branches = []
+    for block in model.vit.blocks:
+        for own in (block, block.region) if block.region is not None else (block,):
+            own.attention.out, own.mlp = Weighed(own.attention.out), Weighed(own.mlp)
+        branches += [[(own.attention.out, own.mlp) for own in (block, block.region) if own is not None]]
+    alone = []
+    for image, sees, factors in zip(images, visible, kept.view(3, 4, 2), strict=True):
+        for pairs, (attention, mlp) in zip(branches, factors, strict=True):
+            for one, other in pairs:
+                one.factor, other.factor = attention, mlp
+        alone.append(model(image[None], sees[None]))
+        alone[-1].square().sum().backward()
+    grads = {name.replace(".branch", ""): p.grad for name, p in model.named_parameters()}
+    for embeddings, own in found.values():
+        torch.testing.assert_close(embeddings, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dict(zip(names, own, strict=True)), grads, atol=2e-4, rtol=1e-4)
+
+
+def test_a_rate_drops_nothing_that_is_not_asked_for() -> None:
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
+    usual, rated = (encoder(replace(SMALL, drop_path=rate))(images, visible) for rate in (0.0, 0.9))
+    assert torch.equal(usual, rated)
+
+
 @pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConfig, activation: str) -> None:
     model = encoder(replace(config, activation=activation))
     images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
+    kept = some_branches(2, 4) if activation == "gelu" else None
     calls = []
     model.vit.blocks[3].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     results = []
@@ -245,7 +304,7 @@ def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConf
     ):
         model.zero_grad()
         calls.clear()
-        loss = model(images, visible).square().sum()
+        loss = model(images, visible, kept=kept).square().sum()
         loss.backward()
         results.append((len(calls), loss, [parameter.grad for parameter in model.parameters()]))
     (once, loss, grads), *others = results
@@ -255,13 +314,14 @@ def test_recomputing_gives_the_same_bits_of_loss_and_gradients(config: ModelConf
         assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
 
 
-def test_a_compiled_block_is_one_graph_that_gives_the_same_and_keeps_no_more() -> None:
+@pytest.mark.parametrize("dropped", [None, some_branches(2, 2)], ids=["all", "dropped"])
+def test_a_compiled_block_is_one_graph_that_gives_the_same_and_keeps_no_more(dropped: Tensor | None) -> None:
     model = encoder(replace(SMALL, depth=2, region_layers=1))
     images, visible, kept = noise(2, 3, 64, 64), some_patches(2, 5, 16), {}
 
     def run() -> tuple[Tensor, dict[str, Tensor], int]:
         model.zero_grad()
-        embeddings, size = run_and_count(model.parameters(), lambda: model(images, visible))
+        embeddings, size = run_and_count(model.parameters(), lambda: model(images, visible, None, dropped))
         embeddings.square().sum().backward()
         return embeddings, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, size
 
@@ -290,11 +350,13 @@ def test_other_numbers_of_images_and_other_sizes_make_few_graphs_and_leave_no_bl
         block.compile(backend=counter, fullgraph=True)
     made = []
     for count, side in ((4, 64), (2, 64), (3, 96), (2, 128)):
-        model(noise(count, 3, side, side), some_patches(count, 5, (side // 16) ** 2))
+        kept = some_branches(count, 2)
+        model(noise(count, 3, side, side), some_patches(count, 5, (side // 16) ** 2), None, kept)
         made.append(counter.frame_count)
     for grids in (((2, 5), (4, 4)), ((3, 3), (2, 2)), ((1, 6), (5, 2))):
         patches = sum(rows * columns for rows, columns in grids)
-        model(noise(patches, 3, 16, 16), some_patches(1, 5, patches)[0], grids)
+        sees = some_patches(1, 5, patches)[0]
+        model(noise(patches, 3, 16, 16), sees, grids, some_branches(len(grids), 2))
         made.append(counter.frame_count)
     assert made[2] == made[3], "another number of images, and another size"
     assert made[5] == made[6], "packed images"
@@ -456,12 +518,13 @@ def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -
     torch.manual_seed(0)
     whole = Attention(SMALL)
     angles = rotation(noise(8), 4, 4, theta=10_000.0, images=2)
-    image, regions = noise(2 * 17, 64), noise(2 * 3, 64, seed=5)
+    tokens, regions = noise(2 * 17, 64), noise(2 * 3, 64, seed=5)
 
     def read(attention: Attention) -> tuple[Tensor, Tensor]:
-        query, key, value = attention.project(image, angles)
+        query, key, value = attention.project(tokens, angles)
         region = attention.project_regions(regions, angles, 3)
-        return attention.mix(query, key, value)[0], attention.mix(region, key, value)[0]
+        image, own = attention.mix(query, key, value), attention.mix(region, key, value)
+        return attention.out(image), attention.out(own)
 
     parts = []
     for rank in range(2):

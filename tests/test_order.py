@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaregion.data.order import Purpose, SampleOrder, SeededRng, seeded_rng, step_positions
+from megaregion.data.order import Purpose, SampleOrder, SeededRng, kept_branches, seeded_rng, step_positions
 
 SIZES = (7, 3, 11, 5, 1, 8)
 COUNT = sum(SIZES)
@@ -70,6 +70,21 @@ def test_a_seeded_rng_gives_the_numbers_of_each_position() -> None:
             assert again.integers(7, dtype=np.uint32) == fresh.integers(7, dtype=np.uint32)
             assert again.uniform() == fresh.uniform()
             assert again.permutation(9).tolist() == fresh.permutation(9).tolist()
+
+
+def test_stochastic_depth_draws_for_each_position_alone_and_leaves_means_as_they_are() -> None:
+    rates = (0.0, 0.2, 0.4)
+    together = kept_branches(7, range(40_000), rates)
+    assert np.array_equal(kept_branches(7, [31_000, 5], rates), together[[31_000, 5]])
+    assert not np.array_equal(kept_branches(8, range(100), rates), together[:100])
+    assert together.shape == (40_000, 6)
+    stays = 1 - np.repeat(rates, 2)
+    assert np.all(np.isclose(together, 1 / stays) | (together == 0))
+    assert np.all(together[:, :2] == 1), "the first block drops nothing"
+    assert np.abs((together > 0).mean(0) - stays).max() < 0.01
+    assert np.abs(together.mean(0) - 1).max() < 0.02
+    drawn = (together[:, 2:] > 0).astype(float)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.03, "attention and MLP apart"
 
 
 def test_the_order_survives_pickling() -> None:

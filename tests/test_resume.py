@@ -27,7 +27,7 @@ _HEAD = ("loss", "margin", "margin_kind", "scale", "sample_rate", "min_negatives
 FREE = {
     # The seed orders samples, crops and negatives from here on; those of the steps before keep theirs.
     "": ("name", "output", "seed", "init", "stages"),
-    "model": ("image_size", "first_weights"),
+    "model": ("image_size", "drop_path", "first_weights"),
     # The labels must stay: see check_fits.
     "data": (
         "path", "cache", "cache_bytes", "regions_per_image", "max_text_tokens", "max_object_labels",

@@ -25,6 +25,7 @@ FULL = {"head__object__sample_rate": 1.0, "train__steps": 2, **AVERAGED}
 TP2 = {"parallel__tensor": 2, "train__micro_batch": 4}
 TP4 = {"parallel__tensor": 4, "train__micro_batch": 8}
 ZERO3 = {"parallel__zero_stage": 3}
+DROPPED = {"model__drop_path": 0.5}
 
 TOPOLOGIES = {
     "tp1-zero0": {"parallel__zero_stage": 0, "train__micro_batch": 1},
@@ -103,7 +104,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     from megaregion.data.transforms import Transform
     from megaregion.models.initialisation import initialise
     from megaregion.models.vit import RegionEncoder, decays, learning_rate_factor
-    from megaregion.training.trainer import learning_rate
+    from megaregion.training.trainer import draw_kept, learning_rate
 
     dataset = open_datasets(config.data)
     order = order_of(dataset, config.data, config.seed)
@@ -138,9 +139,9 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     positions = [list(range(s * batch_size, (s + 1) * batch_size)) for s in range(steps)]
     seen = []
     for step, batch in enumerate(loader.batches(positions)):
-        rows = torch.nn.functional.normalize(
-            model(batch.images, batch.visible, batch.grids).flatten(0, 1), dim=-1
-        )
+        kept = draw_kept(config, batch.positions, torch.device("cpu"))
+        embeddings = model(batch.images, batch.visible, batch.grids, kept)
+        rows = torch.nn.functional.normalize(embeddings.flatten(0, 1), dim=-1)
         labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
         total = torch.zeros(())
         for kind, code in (("object", OBJECT), ("text", TEXT)):
@@ -195,14 +196,14 @@ WIDE = {"model__width": 128, "model__mlp_width": 256}
 
 VARIANTS = {
     # Each must equal the dense reference too.
-    "separate-tp2": {**TP2, "model__region_weights": "separate"},
+    "separate-tp2": {**TP2, "model__region_weights": "separate", **DROPPED},
     # Linears that ZeRO 3 takes apart: of more than 10,000 numbers a rank.
     "wide-tp2-zero3": {**TP2, **ZERO3, **WIDE},
-    "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True},
+    "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True, **DROPPED},
     # Sequences that the ranks do not divide.
-    "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0)},
-    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4},
-    "stages": {"stages": STAGES, "train__steps": 3},
+    "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0), **DROPPED},
+    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED},
+    "stages": {"stages": STAGES, "train__steps": 3, **DROPPED},
     "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2},
     "stages-tp2-zero3": {**TP2, **ZERO3, "stages": STAGES_TP2, "train__steps": 3},
     "within-memory": {"train__activation_gib": 1e-4},
@@ -228,6 +229,7 @@ NATIVE_STAGES = {
     "data__packing": "native",
     "data__crop_ratio": (0.3, 3.0),
     "stages": (StageConfig(48, 16, micro_batch=1), StageConfig(24, 48)),
+    **DROPPED,
 }
 
 WHOLE = {
@@ -240,7 +242,7 @@ WHOLE = {
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
     "stages-native": NATIVE_STAGES,
-    "sampled-two-datasets": {"data__path": TWO},
+    "sampled-two-datasets": {"data__path": TWO, **DROPPED},
 }
 
 CONTINUED = {
@@ -252,14 +254,14 @@ CONTINUED = {
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
-    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO}),
+    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO, **DROPPED}),
     "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
 }
 
 
 COMPILED = {
     # A block that runs again, and cheap ones; tokens cut over the ranks, and whole on each.
-    "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5},
+    "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5, **DROPPED},
     "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False},
 }
 

@@ -41,6 +41,7 @@ class Purpose(enum.IntEnum):
     REPLACEMENT = 3
     AUGMENTATION = 4
     LABELS = 5
+    DEPTH = 6
 
 
 def seeded_rng(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
@@ -74,6 +75,18 @@ def _words(seed: int, purpose: Purpose, *numbers: int) -> NDArray[np.uint64]:
     # Philox counts up from the lowest word, so sequences that differ in a higher word never meet.
     counter = [0, *numbers, *[0] * (3 - len(numbers))]
     return np.array([seed % 2**64, purpose, *counter], dtype=np.uint64)
+
+
+def kept_branches(seed: int, positions: Sequence[int], rates: Sequence[float]) -> NDArray[np.float32]:
+    """Factors of the residual branches of the samples at positions, by stochastic depth, [B, 2 L].
+
+    Each block drops its attention and its MLP at its own rate, apart from each other: 0 if a branch of a
+    sample is dropped, 1 / (1 - rate) if not, so that its mean stays. A stage, a rank or a step that is taken
+    again changes no draw. (Huang et al., Deep Networks with Stochastic Depth, 2016; by image as in DINOv2.)
+    """
+    rng, stays = SeededRng(seed, Purpose.DEPTH), 1 - np.repeat(np.asarray(rates), 2)
+    drawn = np.array([rng.at(position).random(len(stays)) for position in positions])
+    return np.where(drawn < stays, 1 / stays, 0).astype(np.float32)
 
 
 def mix(numbers: Indices, seed: int) -> NDArray[np.uint64]:

@@ -1,6 +1,7 @@
-"""What the blocks are made of: linears as each device does them fastest, or in 8-bit floats, and recomputing.
+"""What the encoder is made of: linears as each device does them fastest, patches, attention of packed images.
 
-Shapes: I input width, O output width.
+Shapes: I input width, O output width; B images of H x W pixels, P patches of each, D width; H heads, d head
+width, N regions of an image, S tokens of all images of a sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megaregion.config import ModelConfig
 from megaregion.errors import UserError
+from megaregion.models.costs import CHANNELS
+from megaregion.models.rotary import Packing
 from megaregion.processor import outer_sum, product
 
 LEAST_CAPABILITY = (8, 9)
@@ -31,6 +35,8 @@ GRAIN = 16
 """Widths must be multiples of it."""
 
 Result = TypeVar("Result")
+AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""How a part without random numbers is made again in the backward pass."""
 
 
 class Linear(nn.Linear):
@@ -79,6 +85,76 @@ def _column_sums(rows: Tensor) -> Tensor:
 
 def _rows(tokens: Tensor) -> Tensor:
     return tokens.reshape(-1, tokens.shape[-1])
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of each patch's pixels, without bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.width, CHANNELS, self.patch, self.patch))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to patch tokens [B, P, D] in the weight's type."""
+        batch, channels, height, width = images.shape
+        rows, columns = height // self.patch, width // self.patch
+        patches = images.to(self.weight.dtype).view(batch, channels, rows, self.patch, columns, self.patch)
+        # Patches do not overlap: the convolution is one matrix product, which every backend does well.
+        pixels = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        return F.linear(pixels, self.weight.flatten(1))
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packing: Packing
+) -> Tensor:
+    """Let every image's queries read that image's tokens; returns the shape of the queries.
+
+    On a GPU in half precision one kernel takes all image tokens (flash attention over their boundaries), and
+    one takes all regions; elsewhere each image is a call of its own, which costs no operation that a mask
+    would throw away.
+
+    Args:
+        query: Queries of the image tokens, [1, H, S, d]; with a mask those of regions, [images, H, N, d].
+        key: Keys, [1, H, S, d].
+        value: Values, [1, H, S, d].
+        mask: What each region sees, [images, 1, N, columns], 0 or -inf; None for image tokens.
+        packing: How the images share the sequence.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if mask is None:
+            return _by_boundaries(query, key, value, packing)
+        inputs = (query, key, value, mask, packing)
+        # The columns are not worth their memory until the backward pass.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        read: Tensor = checkpoint(_by_columns, *inputs, **AGAIN) if again else _by_columns(*inputs)
+        return read
+    lengths = packing.lengths
+    keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+    if mask is None:
+        own = zip(query.split(lengths, dim=2), keys, values, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in own], dim=2)
+    parts = zip(query.split(1), keys, values, mask.split(1), lengths, strict=True)
+    seen = [F.scaled_dot_product_attention(q, k, v, attn_mask=m[..., :n]) for q, k, v, m, n in parts]
+    return torch.cat(seen)
+
+
+def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The kernel wants [S, H, d].
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    ends, longest = packing.boundaries, max(packing.lengths)
+    read = varlen_attn(q, k, v, ends, ends, longest, longest)
+    assert isinstance(read, Tensor)
+    return read.transpose(0, 1)[None]
+
+
+def _by_columns(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, packing: Packing) -> Tensor:
+    def own(sequence: Tensor) -> Tensor:
+        return packing.in_columns(sequence.squeeze(0).transpose(0, 1)).transpose(1, 2)
+
+    return F.scaled_dot_product_attention(query, own(key), own(value), attn_mask=mask)
 
 
 def norm_beside(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tuple[Tensor, Tensor]:

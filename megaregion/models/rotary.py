@@ -44,6 +44,11 @@ class Packing(NamedTuple):
         """Where each image's class token stands, [images]."""
         return self.boundaries[:-1]
 
+    @property
+    def owners(self) -> Tensor:
+        """Number of the image of each token, [S]."""
+        return self.places // max(self.lengths)
+
     def spread(self, patches: Tensor, own: Tensor) -> Tensor:
         """The sequence [S, ...] of all images' patches, [P, ...], with ``own`` [...] as each class token."""
         return own.expand(len(self.slots), *own.shape).index_copy(0, self.patches, patches)

@@ -16,9 +16,10 @@ batch share one sequence, queries, keys and values have a B of 1, and S counts t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,16 @@ from torch.utils.checkpoint import checkpoint
 
 from megaregion.config import ModelConfig
 from megaregion.errors import UserError
-from megaregion.models.costs import CHANNELS, Recompute, everywhere
+from megaregion.models.costs import Recompute, everywhere
 from megaregion.models.layers import (
+    AGAIN,
     Linear,
+    PatchEmbedding,
     activated,
     apart,
     norm_beside,
     only_products_kept,
+    packed_attention,
     recomputed,
 )
 from megaregion.models.rotary import Packing, Rotation, packed_rotation, rotation, split_and_turn
@@ -53,28 +57,6 @@ class Stream:
     def gather(self, rows: Tensor, images: int, tokens: int) -> Tensor:
         """All ranks' rows [R, D] as tokens [B, T, D], for computations that every rank repeats."""
         return rows.view(images, tokens, -1)
-
-
-class PatchEmbedding(nn.Module):
-    """A linear map of each patch's pixels, without bias."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.patch = config.patch_size
-        self.weight = nn.Parameter(torch.empty(config.width, CHANNELS, self.patch, self.patch))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] to patch tokens [B, P, D] in the weight's type."""
-        batch, channels, height, width = images.shape
-        rows, columns = height // self.patch, width // self.patch
-        patches = images.to(self.weight.dtype).view(batch, channels, rows, self.patch, columns, self.patch)
-        # Patches do not overlap: the convolution is one matrix product, which every backend does well.
-        pixels = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
-        return F.linear(pixels, self.weight.flatten(1))
-
-
-AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-"""How a part without random numbers is made again in the backward pass."""
 
 
 class Attention(nn.Module):
@@ -114,8 +96,8 @@ class Attention(nn.Module):
         value: Tensor,
         mask: Tensor | None = None,
         packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Let queries read the image; returns what they read, projected, [B Q, D], and a bias ``apart``.
+    ) -> Tensor:
+        """Let queries read the image; returns what this rank's heads read, [B Q, H d], for ``out``.
 
         Args:
             query: Queries, [B, H, Q, d].
@@ -128,59 +110,7 @@ class Attention(nn.Module):
             read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
             read = packed_attention(query, key, value, mask, packing)
-        return apart(self.out, read.transpose(1, 2).flatten(2).flatten(0, 1))
-
-
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packing: Packing
-) -> Tensor:
-    """Let every image's queries read that image's tokens; returns the shape of the queries.
-
-    On a GPU in half precision one kernel takes all image tokens (flash attention over their boundaries), and
-    one takes all regions; elsewhere each image is a call of its own, which costs no operation that a mask
-    would throw away.
-
-    Args:
-        query: Queries of the image tokens, [1, H, S, d]; with a mask those of regions, [images, H, N, d].
-        key: Keys, [1, H, S, d].
-        value: Values, [1, H, S, d].
-        mask: What each region sees, [images, 1, N, columns], 0 or -inf; None for image tokens.
-        packing: How the images share the sequence.
-    """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        if mask is None:
-            return _by_boundaries(query, key, value, packing)
-        inputs = (query, key, value, mask, packing)
-        # The columns are not worth their memory until the backward pass.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        read: Tensor = checkpoint(_by_columns, *inputs, **AGAIN) if again else _by_columns(*inputs)
-        return read
-    lengths = packing.lengths
-    keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
-    if mask is None:
-        own = zip(query.split(lengths, dim=2), keys, values, strict=True)
-        return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in own], dim=2)
-    parts = zip(query.split(1), keys, values, mask.split(1), lengths, strict=True)
-    seen = [F.scaled_dot_product_attention(q, k, v, attn_mask=m[..., :n]) for q, k, v, m, n in parts]
-    return torch.cat(seen)
-
-
-def _by_boundaries(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # The kernel wants [S, H, d].
-    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
-    ends, longest = packing.boundaries, max(packing.lengths)
-    read = varlen_attn(q, k, v, ends, ends, longest, longest)
-    assert isinstance(read, Tensor)
-    return read.transpose(0, 1)[None]
-
-
-def _by_columns(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, packing: Packing) -> Tensor:
-    def own(sequence: Tensor) -> Tensor:
-        return packing.in_columns(sequence.squeeze(0).transpose(0, 1)).transpose(1, 2)
-
-    return F.scaled_dot_product_attention(query, own(key), own(value), attn_mask=mask)
+        return read.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -188,11 +118,14 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _sum(written: Tensor, tokens: Tensor) -> Tensor:
+def _sum(written: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
     """Add tokens to what a linear has just written, in its place: the sum needs no memory of its own.
 
-    A linear of a matrix gives no view; the gradient of a sum into a view would be copied whole.
+    A linear of a matrix gives no view; the gradient of a sum into a view would be copied whole. ``kept`` is
+    the factor of each row of what was written, [R].
     """
+    if kept is not None:
+        return torch.addcmul(tokens, written, kept[:, None])
     # A compiler finds the place by itself, and must not see it changed where it makes a part again.
     return written + tokens if torch.compiler.is_compiling() else written.add_(tokens)
 
@@ -238,6 +171,7 @@ class Block(nn.Module):
         angles: Rotation,
         mask: Tensor | None,
         image_ends_here: bool = False,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one block; returns the image tokens and the region tokens after it.
 
@@ -250,10 +184,11 @@ class Block(nn.Module):
             angles: Angles of the image's tokens.
             mask: What each region sees of its image, [B, 1, N, T], 0 or -inf; None without regions.
             image_ends_here: Nobody reads the image tokens after this block: return those that came in.
+            kept: What stochastic depth leaves of each row's two residual branches; None leaves all.
         """
         if self.cheap and torch.compiler.is_compiling():
-            return only_products_kept(self._run, image, regions, angles, mask, image_ends_here)
-        return self._run(image, regions, angles, mask, image_ends_here)
+            return only_products_kept(self._run, image, regions, angles, mask, image_ends_here, kept)
+        return self._run(image, regions, angles, mask, image_ends_here, kept)
 
     def _run(
         self,
@@ -262,21 +197,23 @@ class Block(nn.Module):
         angles: Rotation,
         mask: Tensor | None,
         image_ends_here: bool,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor | None]:
+        of_image, of_regions = (None, None) if kept is None else kept
         image, normed = norm_beside(image, self.norm1)
         with self._renormed(normed, image, self.norm1):
             query, key, value = self.attention.project(normed, angles)
         if regions is not None and self.region is None:
-            regions = self._read(regions, key, value, angles, mask)
+            regions = self._read(regions, key, value, angles, mask, of_regions)
         if not (image_ends_here and self.region is None):
-            mixed, bias = self.attention.mix(query, key, value, packing=angles.packing)
-            image, normed = norm_beside(_sum(mixed, image), self.norm2, bias)
+            read = self.attention.mix(query, key, value, packing=angles.packing)
+            image, normed = self._attended(read, image, of_image)
             with self._renormed(normed, image, self.norm2):
-                image = _sum(self.mlp(normed, self.cheap), image)
+                image = _sum(self.mlp(normed, self.cheap), image, _branch(of_image, 1))
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
-            regions = self.region._read(regions, key, value, angles, mask)
+            regions = self.region._read(regions, key, value, angles, mask, of_regions)
         return image, regions
 
     def _renormed(self, normed: Tensor, image: Tensor, norm: nn.LayerNorm) -> AbstractContextManager[object]:
@@ -284,15 +221,44 @@ class Block(nn.Module):
         return recomputed(normed, image, partial(_norm, norm)) if self.cheap else nullcontext()
 
     def _read(
-        self, regions: Tensor, key: Tensor, value: Tensor, angles: Rotation, mask: Tensor | None
+        self,
+        regions: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: Rotation,
+        mask: Tensor | None,
+        kept: Tensor | None,
     ) -> Tensor:
         """Region tokens after they have read the image's keys and values, [R, D]."""
         assert mask is not None
         regions, normed = norm_beside(regions, self.norm1)
         query = self.attention.project_regions(normed, angles, mask.shape[2])
-        mixed, bias = self.attention.mix(query, key, value, mask, angles.packing)
-        regions, normed = norm_beside(_sum(mixed, regions), self.norm2, bias)
-        return _sum(self.mlp(normed), regions)
+        read = self.attention.mix(query, key, value, mask, angles.packing)
+        regions, normed = self._attended(read, regions, kept)
+        return _sum(self.mlp(normed), regions, _branch(kept, 1))
+
+    def _attended(self, read: Tensor, tokens: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens [R, D] with what they read, and normed for the MLP."""
+        if kept is None:
+            mixed, bias = apart(self.attention.out, read)
+            return norm_beside(_sum(mixed, tokens), self.norm2, bias)
+        # The bias is weighed row by row, as the rest of the branch.
+        mixed = self.attention.out(read)
+        return norm_beside(_sum(mixed, tokens, _branch(kept, 0)), self.norm2)
+
+
+def _branch(kept: Tensor | None, number: int) -> Tensor | None:
+    """Factors [R] of one of a block's two residual branches, of [R, 2]: 0 for attention, 1 for the MLP."""
+    return None if kept is None else kept[:, number]
+
+
+class Kept(NamedTuple):
+    """Factors of the residual branches of one block: 0 where one is dropped, more than 1 where not."""
+
+    image: Tensor
+    """Of image tokens, [R, 2], attention and MLP."""
+    regions: Tensor
+    """Of region tokens, [R, 2]: those of their images."""
 
 
 class Tokens(NamedTuple):
@@ -341,6 +307,7 @@ class VisionTransformer(nn.Module):
         visible: Tensor | None = None,
         regions_only: bool = False,
         grids: tuple[tuple[int, int], ...] | None = None,
+        kept: Tensor | None = None,
     ) -> Tokens:
         """Image tokens and region tokens, before the last norm.
 
@@ -351,6 +318,8 @@ class VisionTransformer(nn.Module):
             grids: Rows and columns of each image's patches where images share one sequence of S tokens, each
                 image's class token in front of its patches. Images are then the patches of all, [P, 3, p, p],
                 visible is [N, P], and image tokens come out as [1, S, D].
+            kept: What stochastic depth leaves of each image's residual branches, [images, 2 L], two a block;
+                an image's regions go with it. None, as in evaluation, leaves all.
 
         Raises:
             UserError: The patch size does not divide the images.
@@ -360,12 +329,13 @@ class VisionTransformer(nn.Module):
         mask = None if visible is None else _mask(visible, image, angles.packing)
         sequences, tokens, width = image.shape
         image, regions, last = self.stream.scatter(image), None, len(self.blocks) - 1
+        leaves = self._by_rows(kept, angles, tokens, 0 if visible is None else visible.shape[-2])
         for index, block in enumerate(self.blocks):
             if visible is not None and index == self.first_region_block:
                 classes = _class_tokens(self.stream.gather(image, sequences, tokens), angles.packing)
                 regions = self.stream.scatter(classes.expand(-1, visible.shape[-2], -1))
             image_ends = regions_only and visible is not None and index == last
-            inputs = (image, regions, angles, mask, image_ends)
+            inputs = (image, regions, angles, mask, image_ends, leaves[index])
             if self._recompute[index] == "full" and torch.is_grad_enabled():
                 image, regions = checkpoint(block, *inputs, **AGAIN)
             else:
@@ -375,6 +345,19 @@ class VisionTransformer(nn.Module):
         if regions_only:
             return Tokens(image.new_empty(sequences, 0, width), regions)
         return Tokens(self.stream.gather(image, sequences, tokens), regions)
+
+    def _by_rows(
+        self, kept: Tensor | None, angles: Rotation, tokens: int, regions: int
+    ) -> Sequence[Kept | None]:
+        """Each block's factors of rows, of those of images [images, 2 L], of T tokens and N regions each."""
+        if kept is None:
+            return [None] * len(self.blocks)
+        kept, packing = kept.to(self.class_embedding.dtype), angles.packing
+        spread = [kept[:, None].expand(-1, count, -1) for count in (tokens, regions)]
+        if packing is not None:
+            spread[0] = kept.index_select(0, packing.owners)[None]
+        parts = (self.stream.scatter(rows).split(2, dim=1) for rows in spread)
+        return [Kept(*own) for own in zip(*parts, strict=True)]
 
     def _embed(self, images: Tensor, grids: tuple[tuple[int, int], ...] | None) -> tuple[Rotation, Tensor]:
         """The angles of all tokens, and the tokens that enter the first block, [B, T, D] or [1, S, D]."""
@@ -443,10 +426,14 @@ class RegionEncoder(nn.Module):
         self.projection = nn.Linear(config.width, embedding_dim, bias=False)
 
     def forward(
-        self, images: Tensor, visible: Tensor, grids: tuple[tuple[int, int], ...] | None = None
+        self,
+        images: Tensor,
+        visible: Tensor,
+        grids: tuple[tuple[int, int], ...] | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Embed regions, not normalised, [B, N, E]; arguments as of :meth:`VisionTransformer.forward`."""
-        tokens = self.vit(images, visible, regions_only=True, grids=grids)
+        tokens = self.vit(images, visible, regions_only=True, grids=grids, kept=kept)
         embeddings: Tensor = self.projection(self.vit.pool(tokens.regions))
         return embeddings
 

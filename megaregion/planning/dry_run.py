@@ -53,6 +53,7 @@ from megaregion.planning.plan import Plan
 from megaregion.tables import aligned
 from megaregion.training.heads import Heads
 from megaregion.training.state import own_pieces
+from megaregion.training.trainer import draw_kept
 
 MIB = 2**20
 TOLERANCE = 0.05
@@ -190,9 +191,9 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
         warnings.simplefilter("ignore")
         parameters, engine, heads = _build(layout, place)
         if gpu:  # What is made once in a process: constants of the pixels, tables of the angles.
-            engine(*_inputs(batch.to(device), layout))
+            engine(*_inputs(batch, layout, device))
         sent = part("batch", lambda: heads.send_labels(batch))
-        inputs = part("batch", lambda: _inputs(batch.to(device), layout))
+        inputs = part("batch", lambda: _inputs(batch, layout, device))
         embeddings, kept = part(
             "encoder", lambda: run_and_count(engine.parameters.values(), lambda: engine(*inputs))
         )
@@ -324,9 +325,10 @@ def _update(engine: ZeroEngine, heads: Heads) -> None:
     heads.step(1e-3, engine.clip_coefficient(norm))
 
 
-def _inputs(batch: Batch, layout: Layout) -> tuple[Any, ...]:
+def _inputs(batch: Batch, layout: Layout, device: torch.device) -> tuple[Any, ...]:
+    kept, batch = draw_kept(layout.config, batch.positions, device), batch.to(device)
     images = batch.images.bfloat16() if layout.config.train.bf16 else batch.images
-    return images, batch.visible, batch.grids
+    return images, batch.visible, batch.grids, kept
 
 
 def _labels(layout: Layout) -> Tensor:

@@ -21,9 +21,9 @@ from megaregion.planning.hardware import Hardware
 from megaregion.planning.layout import HeadLayout, Layout
 from megaregion.planning.memory import LIVE_PARAMETERS
 
-KERNELS = {"forward": 11, "backward": 33, "sums": 11, "block of centers": 34}
-"""Kernels of one block's forward and backward pass and of adding up its gradients in another type, and of
-updating some centers, as a dry run counts them."""
+KERNELS = {"forward": 11, "backward": 33, "dropped": 5, "sums": 11, "block of centers": 34}
+"""Kernels of one block's forward and backward pass, of the latter's under stochastic depth besides, of adding
+up its gradients in another type, and of updating some centers, as a dry run counts them."""
 COMPILED_KERNELS = {"forward": 10, "backward": 35}
 """Those of a compiled block."""
 HEAD_KERNELS = {
@@ -147,6 +147,7 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     )
     each = {**KERNELS, **(COMPILED_KERNELS if config.train.compile else {})}
     behind = each["backward"] + each["forward"] * full + (each["sums"] if layout.sums_apart else 0)
+    behind += each["dropped"] if config.model.drop_path and not config.train.compile else 0
     return max(forward, kernels * each["forward"]), max(backward, kernels * behind)
 
 
@@ -156,7 +157,8 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     In widths of a token: norms 4, splitting and turning q, k, v 6 (12 on a processor, which takes several
     passes), residual sums 6, the activation 2 M. On the way back norms, with the sums, 8, the activation 3 M,
     and biases that are not summed on the way (of cut linears M and 5, two of them over whole tokens on every
-    rank); a processor adds gradients and sums biases in passes of their own.
+    rank); a processor adds gradients and sums biases in passes of their own. Stochastic depth weighs the
+    gradients of two branches, 4, one of which then sums its bias in a pass of its own.
     """
     model, tensor, spread = layout.config.model, layout.tensor, layout.spread
     tokens = (1 + model.grid**2) * (model.depth - 1)
@@ -168,6 +170,7 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     if hardware.device == "processor":
         norms, biases, active = 16, 2, 4
     back = (norms / spread + biases + (turns + 3) / tensor) * width + active * mlp
+    back += (5 if model.drop_path else 0) / spread * width
     return tokens * size * out, tokens * size * back
 
 

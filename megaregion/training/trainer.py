@@ -22,7 +22,7 @@ from megaregion.checks import Batching, batching, check_batching
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
-from megaregion.data.order import MixedOrder, step_positions
+from megaregion.data.order import MixedOrder, kept_branches, step_positions
 from megaregion.data.shards import Mixture, order_of
 from megaregion.data.transforms import Transform
 from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
@@ -208,9 +208,9 @@ class Trainer:
         self.clock.begin_step(self.state.step + 1)
         for micro_step in range(sizes.micro_steps):
             with span("data"):
-                batch, labels = self._next(batches, sums)
+                batch, kept, labels = self._next(batches, sums)
             with span("forward"):
-                embeddings = self.encode(batch)
+                embeddings = self.encode(batch, kept)
             with span("head"):
                 loss = self.heads.loss(
                     embeddings, labels, batch.keys, self.state.step, micro_step, sizes,
@@ -231,10 +231,10 @@ class Trainer:
         self.state.advance()
         return self._record(sums, norm, lr, self.clock.end_step(sums.bad))
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Region embeddings of a micro-batch, [B, N, E]."""
+    def encode(self, batch: Batch, kept: Tensor | None = None) -> Tensor:
+        """Region embeddings of a micro-batch, [B, N, E]; ``kept`` as of :class:`RegionEncoder`."""
         images = batch.images.bfloat16() if self.config.train.bf16 else batch.images
-        embeddings: Tensor = self.engine(images, batch.visible, batch.grids)
+        embeddings: Tensor = self.engine(images, batch.visible, batch.grids, kept)
         return embeddings
 
     def batches(self) -> Iterator[Batch]:
@@ -259,15 +259,15 @@ class Trainer:
         self._vit.recompute = recompute_of_run(self.config, sizes.micro_batch, stage.image_size)
         return sizes
 
-    def _next(self, batches: Iterator[Batch], sums: StepSums) -> tuple[Batch, GatheringLabels]:
-        """The next micro-batch on the device, and its labels on their way to all data ranks."""
+    def _next(self, batches: Iterator[Batch], sums: StepSums) -> tuple[Batch, Tensor | None, GatheringLabels]:
+        """The next micro-batch on the device, what of each block it keeps, and its labels on their way."""
         batch = next(batches)
         for key, reason in zip(batch.found.bad_keys, batch.found.bad_reasons, strict=True):
             LOG.warning("sample %s was replaced: %s", key, reason)
         sums.see(batch)
         self._utilisation.see(batch)
-        labels = self.heads.send_labels(batch)
-        return batch.to(self.topology.device), labels
+        labels, device = self.heads.send_labels(batch), self.topology.device
+        return batch.to(device), draw_kept(self.config, batch.positions, device), labels
 
     def _accepts(self, sums: StepSums, norm: Tensor) -> bool:
         """Let all ranks agree on whether the step is taken, and on whether it is the last for now."""
@@ -391,6 +391,14 @@ class Trainer:
             (self.run_folder / DONE).touch()
         if self._times is not None:
             LOG.info("time since the log line before the last:\n%s", self._times.table(self.hosts))
+
+
+def draw_kept(config: RunConfig, positions: Tensor, device: torch.device) -> Tensor | None:
+    """What stochastic depth keeps of the images at positions, [B, 2 L]; None where it is off."""
+    if not any(rates := config.model.drop_rates):
+        return None
+    kept = torch.from_numpy(kept_branches(config.seed, positions.tolist(), rates))
+    return kept.to(device, non_blocking=True)
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
