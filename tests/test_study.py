@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,29 +36,31 @@ def test_a_study_ends_with_a_verdict_and_runs_nothing_twice(
         assert done.returncode == 0, done.stdout + done.stderr
 
     monkeypatch.setattr(study, "call", call)
+    few = dataclasses.replace(study.LABELS["image-64"], flags=f"{study.GIVEN} --ocr none --clusters 3")
+    monkeypatch.setitem(study.LABELS, "image-64", few)
     (tmp_path / "small.yaml").write_text(CONFIG)
     out = tmp_path / "study"
     words = ["study", "--out", str(out), "--config", str(tmp_path / "small.yaml"), *SMALL.split()]
     monkeypatch.setattr("sys.argv", words)
     study.main()
-    assert called == ["tools/make_scenes.py", *["tools/curate.py"] * 2, *["tools/pretrain.py"] * 2]
+    assert called == ["tools/make_scenes.py", *["tools/curate.py"] * 4, *["tools/pretrain.py"] * 3]
     found = json.loads((out / "study.json").read_text())
     rows = found["tables"][0]["rows"]
-    assert list(rows) == ["objects", "image"]
-    assert rows["objects"]["compute"]["mean"] == 1 > rows["image"]["compute"]["mean"] > 0.8
+    assert list(rows) == ["objects", "image, K = 256", "image, K = 64"]
+    assert rows["objects"]["compute"]["mean"] == 1 > rows["image, K = 64"]["compute"]["mean"] > 0.8
     assert {claim["verdict"] for claim in found["claims"]} == {"undecided"}, "one seed decides nothing"
     given = json.loads((out / "image.json").read_text())
     assert {tuple(row["bbox"]) for row in given["annotations"]} == {(0, 0, 256, 256)}
     assert given["categories"] == [{"id": 1, "name": "region"}], "the truth's classes stay behind"
     page = (out / "study.md").read_text()
-    assert "objects over image" in page
+    assert "objects over image, K = 64" in page
     assert "Not run: regions, clusters" in page
 
     called.clear()
     study.main()
     assert "tools/pretrain.py" not in called
     assert (out / "study.md").read_text() == page
-    assert "2 runs of 2 steps" in capsys.readouterr().out
+    assert "3 runs of 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
