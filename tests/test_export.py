@@ -8,7 +8,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -495,54 +496,93 @@ def test_the_conversion_benchmark_runs_at_any_size(tmp_path: Path) -> None:
     assert all(case.ours > 0 and case.goal == 0 for case in cases)
 
 
-OLD_TRANSFORMERS = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
-"""The last release of the 4 series, with what it pins; the rest it shares with this environment."""
+NEW = ("accelerate==1.15.0",)
+OLD = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2", *NEW)
+"""The last release of the 4 series with what it pins, and what device_map needs."""
 
-LOAD = """
-import sys, torch, transformers
-from transformers import AutoImageProcessor, AutoModel
-images = torch.load(sys.argv[2], weights_only=True)
-model, report = AutoModel.from_pretrained(
-    sys.argv[1], output_loading_info=True, trust_remote_code=len(sys.argv) > 4
-)
-assert not any(report.values()), report
-AutoImageProcessor.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    out = model.eval()(pixel_values=images)
-found = {"version": transformers.__version__, "tokens": out.last_hidden_state, "pooled": out.pooler_output}
-if len(sys.argv) > 4:
-    boxes = [[[0, 0, 30, 40]], [[9, 9, 60, 60]]]
-    found["regions"] = torch.cat(model.get_region_features(images, boxes=boxes))
-torch.save(found, sys.argv[3])
-"""
+
+def installed(folder: Path, *packages: str) -> Path:
+    """A folder with packages of the index, to stand in front of this environment's."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, *packages], check=True, timeout=600)
+    return folder
+
+
+def python(*words: object, first: Sequence[Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with some folders in front of the others."""
+    paths = os.pathsep.join(filter(None, (*map(str, first), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
 
 
 @pytest.mark.drill
-def test_transformers_4_and_5_load_what_was_exported(tmp_path: Path) -> None:
-    """Two environments: this one, and a folder with the older release in front of it."""
-    older = tmp_path / "older"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(older)]
-    subprocess.run([*install, *OLD_TRANSFORMERS], check=True, timeout=600)
-    vit = write_run(tmp_path / "run", ranks=2).vit
+def test_transformers_4_and_5_load_what_was_exported_in_every_way_and_with_right_frequencies(
+    tmp_path: Path,
+) -> None:
+    encoder = write_run(tmp_path / "run", ranks=2)
     export_checkpoint(tmp_path / "run", tmp_path / "plain")
     export_checkpoint(tmp_path / "run", tmp_path / "regions", ExportOptions(regions=True, shard_bytes=99_999))
     images = noise(2, 3, 64, 96)
     torch.save(images, tmp_path / "images.pt")
     with torch.no_grad():
-        tokens = vit(images).image
-        pooled = vit.pool(tokens[:, 0])
-    regions = []
-    for path in (str(older), ""):
-        paths = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
-        for folder, flags in (("plain", []), ("regions", ["trust"])):
-            command = [sys.executable, "-c", LOAD, str(tmp_path / folder), str(tmp_path / "images.pt")]
-            out = tmp_path / "out.pt"
-            subprocess.run(
-                [*command, str(out), *flags], check=True, timeout=600, env={**os.environ, "PYTHONPATH": paths}
-            )
-            found = torch.load(out, weights_only=True)
-            assert found["version"].startswith("4.57." if path else "5.")
-            torch.testing.assert_close(found["tokens"], tokens, atol=1e-5, rtol=0)
-            torch.testing.assert_close(found["pooled"], pooled, atol=1e-5, rtol=0)
-        regions.append(found["regions"])
-    torch.testing.assert_close(regions[0], regions[1], atol=1e-5, rtol=0)
+        tokens = encoder.vit(images).image
+        expected = {"tokens": tokens, "pooled": encoder.vit.pool(tokens[:, 0])}
+    for release, packages in (("5.", NEW), ("4.57.", OLD)):
+        first = installed(tmp_path / release, *packages)
+        for folder in ("regions", "plain"):
+            words = [tmp_path / folder, tmp_path / "images.pt", tmp_path / "out.pt"]
+            done = python(Path(__file__).with_name("loaded_export.py"), *words, first=[first])
+            assert done.returncode == 0, done.stderr
+            found = torch.load(tmp_path / "out.pt", weights_only=True)
+            assert found.pop("version").startswith(release)
+            assert len(found) == (9 if folder == "regions" else 8)
+            expected.update({name: each for name, each in found["usual"].items() if name not in expected})
+            for way, features in found.items():
+                assert features["frequencies"].dtype == torch.float32
+                bound = 0.03 if "float16" in way else 1e-5
+                for name, feature in features.items():
+                    off = float((feature - expected[name]).abs().max() / expected[name].abs().max())
+                    most = 1e-7 if name == "frequencies" else bound
+                    assert off <= most, (release, folder, way, name, off)
+
+
+MATTER = (
+    "save_load", "hidden_states_output", "attention_outputs", "retain_grad_hidden_states_attentions",
+    "training", "training_gradient_checkpointing", "training_gradient_checkpointing_use_reentrant_true",
+    "can_init_all_missing_weights", "init_weights_can_init_buffers", "can_be_initialized_on_meta",
+    "batching_equivalence", "load_with_mismatched_shapes", "model_outputs_equivalence",
+    "can_capture_specific_layers_hidden_states", "can_set_attention_dynamically", "bc_torch_dtype",
+)  # fmt: skip
+"""Tests of transformers that must not skip an encoder, without their ``test_``."""
+
+
+@pytest.mark.drill
+def test_the_model_tests_of_transformers_pass_on_an_export(tmp_path: Path) -> None:
+    """Those of its source distribution, which holds what all models' tests share but no model's own file."""
+    from transformers import __version__
+
+    source = f"transformers=={__version__}"
+    fetch = ["pip", "download", "-q", "--no-binary", ":all:", "--no-deps", "--no-build-isolation"]
+    subprocess.run([sys.executable, "-m", *fetch, "-d", tmp_path, source], check=True, timeout=600)
+    with tarfile.open(tmp_path / f"transformers-{__version__}.tar.gz") as archive:
+        tests = [each for each in archive if each.name.split("/")[1:2] == ["tests"]]
+        archive.extractall(tmp_path, tests, filter="data")
+    (tmp_path / f"transformers-{__version__}" / "tests").rename(theirs := tmp_path / "theirs")
+    # Left out of it are generation, which is not for an encoder, and exporters, of which ONNX is tested here.
+    for module, name in (("exporters/test_export", "Export"), ("generation/test_utils", "Generation")):
+        (theirs / module).parent.mkdir()
+        (theirs / f"{module}.py").write_text(f"class {name}TesterMixin:\n    pass\n")
+    write_run(tmp_path / "run", config=dataclasses.replace(MODEL, depth=2, region_layers=1))
+    export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(regions=True))
+    packages = installed(tmp_path / "packages", "parameterized==0.9.0", *NEW)
+    done = python(
+        "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", tmp_path,
+        Path(__file__).with_name("mlcd_model_tests.py"),
+        first=[tmp_path, packages], EXPORT=str(tmp_path / "out"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
+    passed = set(re.findall(r"::(\w+)::test_(\w+) PASSED", done.stdout))
+    kinds = ("PlainTest", "SharedTest", "SeparateTest")
+    assert {(kind, name) for kind in kinds for name in MATTER} - passed == set()

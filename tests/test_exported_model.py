@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export_runs import MODEL, convert, noise, write_run
+from launch import repository
 from PIL import Image
 from readme import python_blocks
 from safetensors.torch import load_file
@@ -74,14 +76,16 @@ def test_a_region_classifier_learns_through_the_features_and_reaches_every_weigh
 def test_gradient_checkpointing_changes_no_gradient(load: Any, weights: RegionWeights) -> None:
     model = load(weights).train()
     gradients = []
-    for _ in range(2):
+    # transformers 4.57 asks for the reentrant one unless somebody says otherwise.
+    for asked in (None, {"use_reentrant": True}, None):
         model.zero_grad()
         model(noise(2, 3, 64, 64), boxes=BOXES).region_features.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(asked)
     assert all(layer.gradient_checkpointing for layer in (*model.encoder.layers, *model.region_layers))
-    for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(again, plain, atol=0, rtol=0)
+    for plain, *others in zip(*gradients, strict=True):
+        for again in others:
+            torch.testing.assert_close(again, plain, atol=0, rtol=0)
 
 
 def test_every_kind_of_attention_gives_the_same_regions_or_says_what_is_missing(load: Any) -> None:
@@ -104,6 +108,9 @@ def test_hidden_states_and_attentions_come_beside_regions_if_they_are_asked_for(
         plain, full = model(images, **asked), model(images, boxes=BOXES, **asked)
         bare = model(images, boxes=BOXES)
         listed = model(images, boxes=BOXES, return_dict=False)
+        some = model(images, boxes=BOXES, output_hidden_states=[0, -1]).hidden_states
+    assert [each is None for each in some] == [False, *[True] * (MODEL.depth - 1), False]
+    assert torch.equal(some[-1], full.hidden_states[-1])
     assert len(full.hidden_states) == MODEL.depth + 1
     for ours, theirs in zip(full.hidden_states, plain.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
@@ -214,6 +221,20 @@ def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
     assert torch.equal(regions_of(returned), expected)
 
 
+def test_weights_that_a_folder_lacks_are_drawn_and_not_left_as_memory_was(
+    load: Any, folders: dict[RegionWeights, Path]
+) -> None:
+    lacking = {key: each for key, each in load("separate").state_dict().items() if "region_layers" not in key}
+    known = load("separate")
+    model = type(known).from_pretrained(None, config=known.config, state_dict=lacking)
+    layer = model.region_layers[0]
+    assert torch.equal(layer.layer_norm1.weight, torch.ones(MODEL.width))
+    assert torch.equal(layer.mlp.fc1.bias, torch.zeros(MODEL.mlp_width))
+    spread = float(layer.mlp.fc1.weight.detach().std())
+    assert 0.9 < spread * (2 * MODEL.width) ** 0.5 < 1.1
+    assert torch.equal(model.projection.weight, known.projection.weight)
+
+
 @pytest.fixture(scope="module")
 def aspect(folders: dict[RegionWeights, Path]) -> Any:
     from transformers import AutoImageProcessor
@@ -265,3 +286,11 @@ def test_clips_class_refuses_the_export_instead_of_dropping_its_positions(
     for folder in (tmp_path / "plain", folders["shared"]):
         with pytest.raises(Exception, match="MLCD tower, whose rotary positions CLIP's class would drop"):
             CLIPVisionModel.from_pretrained(folder)
+
+
+def test_every_row_of_the_pages_table_names_a_test() -> None:
+    page = (repository() / "megaregion" / "export" / "README.md").read_text()
+    [rows] = re.findall(r"\| what works .*?\n\|[-|]+\n(.*?)\n\n", page, re.S)
+    tests = "".join(path.read_text() for path in (repository() / "tests").glob("test_*.py"))
+    words = [re.findall(r"`(\w+)(?: -m drill)?` \|$", row) for row in rows.splitlines()]
+    assert [row for row in words if len(row) != 1 or not re.search(rf"def test_\w*{row[0]}", tests)] == []

@@ -120,9 +120,13 @@ def test_regions_that_do_not_fit_are_named(pair: tuple[RegionEncoder, Any]) -> N
         model.get_region_features(noise(1, 3, 65, 64), boxes=[[]])
 
 
-def test_the_cards_region_code_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cards_region_code_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_run(tmp_path / "run")
     assert convert("to-hf", tmp_path / "run", tmp_path / "out", "--regions", "--check") == 0
+    # No report of weights that the class does not know.
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
     load, regions = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
     scope: dict[str, Any] = {"image": Image.fromarray(np.full((80, 96, 3), 90, dtype=np.uint8))}
     monkeypatch.chdir(tmp_path / "out")

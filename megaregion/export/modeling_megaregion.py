@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MLCDVisionConfig, MLCDVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mlcd.modeling_mlcd import MLCDEncoderLayer
@@ -93,7 +94,7 @@ class RegionVisionModel(MLCDVisionModel):
         output = RegionOutput(
             last_hidden_state=plain.last_hidden_state,
             pooler_output=plain.pooler_output,
-            hidden_states=plain.hidden_states if asked else None,
+            hidden_states=_chosen(plain.hidden_states, asked),
             attentions=plain.attentions,
             region_features=features,
         )
@@ -139,6 +140,14 @@ class RegionVisionModel(MLCDVisionModel):
         output = self(pixel_values, visible=visible, projected=projected, return_dict=True)
         found = zip(output.region_features, counts, strict=True)
         return [each[:count] for each, count in found]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """Never reentrant, as transformers 4 would: the states that regions read would have no graph."""
+        asked = getattr(gradient_checkpointing_func, "keywords", {})
+        once = partial(checkpoint, **{**asked, "use_reentrant": False})
+        super()._set_gradient_checkpointing(enable, once, **kwargs)
 
     @property
     def _body(self) -> Any:
@@ -217,6 +226,15 @@ class RegionVisionModel(MLCDVisionModel):
         theta = (getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
         steps = torch.arange(0, pairs, 2, dtype=torch.float32, device=device) / pairs
         return 1.0 / theta**steps
+
+
+def _chosen(states: Sequence[Tensor], asked: bool | int | Sequence[int] | None) -> Any:
+    """All hidden states, none, or those of some indices and None for the others, as transformers 5 gives."""
+    if not asked or asked is True:
+        return states if asked else None
+    indices = [asked] if isinstance(asked, int) else asked
+    kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
+    return tuple(state if index in kept else None for index, state in enumerate(states))
 
 
 def _device(layer: Any) -> torch.device:

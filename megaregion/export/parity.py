@@ -87,8 +87,12 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
     from transformers import AutoModel
     from transformers import logging as transformers_logging
 
+    from megaregion.export.modeling_megaregion import RegionVisionModel
+
     transformers_logging.disable_progress_bar()
-    model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+    # Our class and not the folder's copy of it: a check runs no foreign code.
+    kind: Any = RegionVisionModel if folder.of_regions else AutoModel
+    model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
 
     def theirs(images: Tensor) -> tuple[Tensor, Tensor]:
         output = model(pixel_values=images)
