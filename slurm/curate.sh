@@ -9,6 +9,8 @@
 #   MEGAREGION_SHARES=64                     tasks of an array; the outcome is the same for any number
 #   MEGAREGION_CURATE="--cpus-per-task=8"    options of every sbatch; a task uses as many workers as it has CPUs
 #   MEGAREGION_CURATE_embed="--gpus=1"       options of one stage's sbatch, after the others; CPUs decode for the GPU
+#   MEGAREGION_DECODE_ONCE=1                 one array for propose, ocr and embed, whose networks all run on cores;
+#                                            its options are in MEGAREGION_CURATE_propose_ocr_embed
 #   MEGAREGION_CURATE_cluster="--ntasks=8 --gpus-per-task=1"    ranks that share k-means, one job
 set -euo pipefail
 
@@ -46,7 +48,7 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
 fi
 
 # A mistake in the settings ends here, before anything is submitted.
-jobs=$(run_python tools/curate.py "$@" --jobs)
+jobs=$(run_python tools/curate.py "$@" ${MEGAREGION_DECODE_ONCE:+--stage propose+ocr+embed} --jobs)
 
 declare -A ids=()
 undo() {
@@ -58,7 +60,7 @@ trap undo ERR
 # submit STAGE one|many EARLIER,EARLIER
 submit() {
   local stage=$1 kind=$2 after='' earlier of=1 log=%x-%j
-  local extra=MEGAREGION_CURATE_${stage//-/_} options=()
+  local extra=MEGAREGION_CURATE_${stage//[-+]/_} options=()
   # shellcheck disable=SC2206
   options=(${MEGAREGION_CURATE:-} ${!extra:-})
   if [[ $kind == many ]]; then

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -23,7 +24,8 @@ from curation_scenes import contents, save_tiny_clip, save_tiny_sam, scene, sett
 from PIL import Image
 
 from megaregion.curation.inputs.find import find_images
-from megaregion.curation.picture import BadImage, iou, read_picture
+from megaregion.curation.picture import BadImage, Picture, iou, read_picture
+from megaregion.curation.stages import JOINED
 from megaregion.curation.stages.stage import Output, Store
 from megaregion.data.info import load_tokenizer, token_set
 from megaregion.data.sample import parse_sample
@@ -377,18 +379,46 @@ def test_a_stage_before_its_input_is_refused(images: Path, tmp_path: Path) -> No
         run(images, tmp_path / "out", stage="embed")
 
 
-def test_single_stages_in_order_give_the_same_dataset(
-    curated: tuple[Path, Summary], images: Path, tmp_path: Path
+def pieces(out: Path) -> dict[str, bytes]:
+    """All that stages left, but for the time that it took."""
+    return {
+        name: re.sub(rb'"seconds": [\d.]+', b"", content)
+        for name, content in contents(out).items()
+        if name.startswith(("stages/propose/", "stages/ocr/", "stages/embed/", "shards/"))
+    }
+
+
+def test_single_stages_in_order_give_the_same_pieces_and_all_at_once_decode_each_image_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = tmp_path / "few"
     few.mkdir()
     for number in (1, 2, 4, 10):
         shutil.copy2(images / f"scene-{number:02d}.jpg", few)
-    at_once, stepwise = tmp_path / "a", tmp_path / "b"
-    run(few, at_once, clusters=4)
-    for stage in ("ocr", "propose", "embed", "cluster", "assign", "tokenizer", "pack"):
-        run(few, stepwise, stage=stage, clusters=4)
-    assert contents(stepwise / "shards") == contents(at_once / "shards")
+    decoded = []
+
+    def watched(content: bytes, most: int, least: int, decode: bool = True) -> Picture:
+        decoded.extend([1] * decode)
+        return read_picture(content, most, least, decode)
+
+    def decodes(out: str, *stages: str) -> int:
+        decoded.clear()
+        for stage in stages:
+            run(few, tmp_path / out, stage, clusters=4, piece_images=3)
+        return len(decoded)
+
+    monkeypatch.setattr("megaregion.curation.stages.stage.read_picture", watched)
+    assert decodes("at once", "all") == 4
+    assert decodes("stepwise", "ocr", "propose", "embed", "cluster", "assign", "tokenizer", "pack") == 3 * 4
+    assert pieces(tmp_path / "stepwise") == pieces(tmp_path / "at once")
+    # Of the three images of the first piece one is kept, and so is the second piece's only one.
+    monkeypatch.setattr("megaregion.curation.picture.ROOM", 2 * 192 * 192 * 3)
+    assert decodes("little room", JOINED) == 3 + 2 + 2 + 1
+    shutil.rmtree(tmp_path / "little room" / "stages" / "ocr" / "00000")
+    (tmp_path / "little room" / "stages" / "embed" / "00001" / "manifest.json").unlink()
+    assert decodes("little room", JOINED) == 3 + 1, "more than the missing pieces was done"
+    assert decodes("little room", "all") == 0
+    assert pieces(tmp_path / "little room") == pieces(tmp_path / "at once")
 
 
 def test_two_runs_in_one_folder_are_refused(images: Path, tmp_path: Path) -> None:

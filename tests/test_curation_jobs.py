@@ -17,7 +17,7 @@ from launch import repository
 
 from megaregion.curation.pipeline import Share, curate_share, job_lines, open_job, recorded_run
 from megaregion.curation.settings import CurationSettings
-from megaregion.curation.stages import NAMES
+from megaregion.curation.stages import JOINED, LOOKING, NAMES
 from megaregion.curation.status import read_progress, table
 from megaregion.curation.workers import folder_held, held
 from megaregion.errors import UserError
@@ -56,9 +56,12 @@ def test_shares_in_any_order_give_the_dataset_of_one_run(images: Path, at_once: 
     run(images, out, stage="list", **FEW)
     with pytest.raises(UserError, match="--stage embed needs piece 0 of stage propose"):
         share(images, out, "embed", 0, 3)
+    assert [share(images, out, JOINED, number, 3) for number in (2, 0, 1)] == [(2, 6), (1, 3), (1, 3)]
     for stage in NAMES:
         sizes = [share(images, out, stage, number, 3) for number in (2, 0, 1)]
-        assert {done for pieces, done in sizes} <= {pieces for pieces, done in sizes}
+        if stage in LOOKING:
+            assert sizes == [(2, 0), (1, 0), (1, 0)], "a joined share left a piece"
+        assert {done for pieces, done in sizes} <= {0, *(pieces for pieces, done in sizes)}
         assert share(images, out, stage, 1, 2)[1] == 0, "a finished piece was done again"
     assert contents(out / "shards") == contents(at_once / "shards")
     assert json.loads((out / "summary.json").read_text())["counts"]["samples"] == 7
@@ -201,6 +204,10 @@ def test_every_stage_waits_for_what_it_reads() -> None:
         assert kind in ("one", "many")
         assert all(order.index(other) < order.index(name) for other in earlier.split(","))
     assert ["propose", "many", "list"] in lines
+    joined = job_lines(settings_from(FEW), joined=True)
+    assert joined[:3] == ["propose+ocr+embed many list", *joined[1:3]]
+    assert joined[1:3] == ["cluster one propose+ocr+embed", "assign many propose+ocr+embed,cluster"]
+    assert len(joined) == len(lines) - 2
 
 
 def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
@@ -209,7 +216,7 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
     command = [repository() / "slurm" / "curate.sh", "--images", images, "--out", tmp_path / "out", *FLAGS]
     environment = {
         **drill.cluster.environment, "MEGAREGION_HOME": str(repository()), "MEGAREGION_SHARES": "2",
-        "MEGAREGION_PYTHON": sys.executable, "MEGAREGION_LOGS": str(tmp_path),
+        "MEGAREGION_PYTHON": sys.executable, "MEGAREGION_LOGS": str(tmp_path), "MEGAREGION_DECODE_ONCE": "1",
         "PYTHONPATH": str(repository()),
     }  # fmt: skip
 
@@ -227,7 +234,7 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
         submitted = submit()
         assert submitted.returncode == 0, submitted.stderr
         jobs = dict(line.split() for line in submitted.stdout.splitlines())
-        assert list(jobs) == ["list", *(line.split()[0] for line in job_lines(settings_from(FEW)))]
+        assert list(jobs) == ["list", *(line.split()[0] for line in job_lines(settings_from(FEW), True))]
         last = drill.cluster.finish(list(jobs.values())[-1], 300)
         if last == "COMPLETED":
             break

@@ -30,14 +30,14 @@ def main() -> None:
 
 
 def _curate(arguments: argparse.Namespace) -> None:
-    from megaregion.curation.pipeline import Share, curate, curate_share, job_lines
+    from megaregion.curation.pipeline import JOINED, Share, curate, curate_share, job_lines
 
     settings, share = chosen_settings(arguments, CurationSettings()), _share(arguments.piece, arguments.of)
     check_settings(settings)
     where = _images(arguments), arguments.out, settings
     place = _join() if arguments.stage == "cluster" and not arguments.jobs else None
     if arguments.jobs:
-        print("\n".join(job_lines(settings)))
+        print("\n".join(job_lines(settings, arguments.stage == JOINED)))
     elif share is None and place is None:
         print(curate(*where, progress, arguments.stage, arguments.workers).table())
     else:
@@ -121,7 +121,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _parser() -> Parser:
     from megaregion.curation.pipeline import LIST
-    from megaregion.curation.stages import NAMES
+    from megaregion.curation.stages import JOINED, NAMES
 
     parser = Parser(
         description="Turn images into a dataset of labelled regions, OUT/shards. What is done is "
@@ -135,8 +135,9 @@ def _parser() -> Parser:
         "recursively; annotations that come with them are kept. Or a dataset of HuggingFace's hub, "
         "hf://datasets/OWNER/NAME[@REVISION][/FOLDER], which is copied to OUT-hub")  # fmt: skip
     add(*OUT)
-    add("--stage", Choice(("all", LIST, *NAMES)), "all",
-        "do one stage; list only finds the images, pack publishes, too, without --piece")  # fmt: skip
+    add("--stage", Choice(("all", LIST, *NAMES, JOINED)), "all",
+        f"do one stage; list only finds the images, pack publishes, too, without --piece, and {JOINED} "
+        "decodes each image once where all three run on cores")  # fmt: skip
     add("--workers", Workers, 2,
         "processes; the outcome is the same for any number, 0 works in this process")  # fmt: skip
     group = parser.add_argument_group("A share of one stage, beside others on any machine")

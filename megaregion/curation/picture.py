@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +49,8 @@ MAX_ASPECT = 20
 """Greatest ratio of an image's edges; no crop makes sense of a longer strip, and OCR engines fail on it."""
 JPEG_QUALITY = 95
 """Quality of images that have to be encoded anew."""
+ROOM = 512 * 2**20
+"""Bytes of decoded pixels that a process keeps for a later stage."""
 
 
 class BadImage(ValueError):
@@ -85,6 +87,31 @@ class Picture:
         buffer = io.BytesIO()
         Image.fromarray(self.pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
         return buffer.getvalue()
+
+
+class Kept:
+    """Pictures of one piece's images that a later stage will ask for; what does not fit is decoded again."""
+
+    def __init__(self) -> None:
+        self._pictures: dict[str, Picture] = {}
+        self._piece, self._again, self._room = -1, False, 0
+
+    def turn_to(self, piece: int, again: bool) -> None:
+        """A stage begins with a piece of this number; ``again`` says whether a later one will follow."""
+        if piece != self._piece:
+            self._pictures.clear()
+            self._room = ROOM
+        self._piece, self._again = piece, again
+
+    def picture(self, path: str, read: Callable[[], Picture]) -> Picture:
+        """The picture of an image, read if it is not kept."""
+        found = self._pictures.pop(path, None)
+        self._room += 0 if found is None else found.pixels.nbytes
+        found = found or read()
+        if self._again and found.pixels.nbytes <= self._room:
+            self._pictures[path] = found
+            self._room -= found.pixels.nbytes
+        return found
 
 
 def read_picture(content: bytes, max_pixels: int, min_side: int = 1, decode: bool = True) -> Picture:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import Source
 from megaregion.curation.settings import CurationSettings, check_settings
-from megaregion.curation.stages import NAMES, make_stages
+from megaregion.curation.stages import JOINED, LOOKING, NAMES, make_stages
 from megaregion.curation.stages.stage import (
     Job,
     Manifest,
@@ -29,7 +30,7 @@ from megaregion.curation.stages.stage import (
     writable,
 )
 from megaregion.curation.status import summarise
-from megaregion.curation.workers import Task, Workers, folder_held
+from megaregion.curation.workers import Task, Workers, folder_held, gpus
 from megaregion.errors import UserError
 from megaregion.files import read_json, write_bytes
 from megaregion.schemas.curation import Summary
@@ -70,8 +71,7 @@ def curate(
         source = find_images(images, out / "stages", out, size, workers, settings.annotation)
         record_run(out, images, settings)
         with closing(Pipeline(Job(settings, source, Store(out)), bar, workers)) as pipeline:
-            for name in _names(stage):
-                pipeline.run(name)
+            pipeline.run_all(_names(stage))
         return summarise(pipeline.job, pipeline.finished())
 
 
@@ -83,11 +83,11 @@ def curate_share(
     Gives the share's pieces, and how many of them were done now; the others had been done before. Raises
     UserError where the images are not listed, an earlier stage is not done or a run holds the folder.
     """
-    if stage not in NAMES:
-        raise UserError(f"--piece needs --stage with one of {', '.join(NAMES)}, got {stage!r}")
+    if stage not in (*NAMES, JOINED):
+        raise UserError(f"--piece needs --stage with one of {', '.join((*NAMES, JOINED))}, got {stage!r}")
     with folder_held(out, shared=True), writable(out):
         with closing(Pipeline(open_job(images, out, settings), bar, workers, share)) as pipeline:
-            pieces, done = pipeline.run(stage)
+            pieces, done = pipeline.run_all(LOOKING if stage == JOINED else (stage,))
         if stage == NAMES[-1] and pieces:
             # The last share of all leaves the summary that a run in one call leaves.
             summarise(pipeline.job, pipeline.finished())
@@ -111,31 +111,60 @@ class Pipeline:
         self._done: dict[Piece, str] = {}
         self._recipes: dict[str, tuple[dict[str, str], str]] = {}
 
-    def run(self, name: str) -> tuple[range, int]:
-        """Do the pieces of a stage that are missing or stale; gives the share's pieces, and how many it did.
+    def run_all(self, names: Iterable[str]) -> tuple[range, int]:
+        """Run stages in order; gives the share's pieces of the last one, and how many of all were done.
+
+        Neighbours that look at images and whose networks run on cores go through them piece by piece. A GPU
+        takes longer than the decoders beside it, and one model at a time leaves more of it to a batch.
+        """
+        pieces, done = range(0), 0
+        for joined, group in groupby(names, self._on_cores):
+            for each in [tuple(group)] if joined else ((name,) for name in group):
+                pieces, more = self.run(*each)
+                done += more
+        return pieces, done
+
+    def _on_cores(self, name: str) -> bool:
+        return name in LOOKING and not (self._stages[name].on_gpu() and gpus())
+
+    def run(self, *names: str) -> tuple[range, int]:
+        """Do the pieces that are missing or stale of a stage, or of several that look at the same images.
+
+        Gives the share's pieces, and how many were done. Of several, a process does all stages of a piece
+        one after the other, and decodes its images once.
 
         Raises:
             UserError: An earlier stage is not done, or a piece failed.
         """
-        stage = self._stages[name]
-        share = self._share or Share(0, 1)
-        pieces = share.pieces(stage.pieces())
-        tasks = self._missing(stage, pieces)
-        if pieces and name == NAMES[-1]:
+        stages = [self._stages[name] for name in names]
+        pieces = (self._share or Share(0, 1)).pieces(stages[0].pieces())
+        lacking = {stages[0]: [n for n in pieces if self._task(stages[0], n)]}
+        lacking |= {stage: [n for n in pieces if self._lacks(stage, n)] for stage in stages[1:]}
+        if pieces and names[-1] == NAMES[-1]:
             # All that the dataset is made of is done: what a run over more images left is of no more use.
             for each in self._stages.values():
                 self.job.store.prune(each.name, each.pieces())
             for former in FORMER:
                 for folder in (self.job.store.root / "stages").glob(former):
                     shutil.rmtree(folder, ignore_errors=True)
-        if tasks:
-            stage.prepare()
-            for task in tasks:
-                self._done.pop(task.piece, None)
-            images = sum(stage.count(task.piece.number) for task in tasks)
-            with self._bar(name, images) as tick:
-                self._workers.run(tasks, tick)
-        return pieces, len(tasks)
+        with ExitStack() as bars:
+            ticks = {}
+            for stage in reversed([stage for stage in stages if lacking[stage]]):
+                stage.prepare()
+                images = sum(map(stage.count, lacking[stage]))
+                ticks[stage.name] = bars.enter_context(self._bar(stage.name, images))
+            numbers = sorted(set(chain.from_iterable(lacking.values())))
+            done = self._workers.run([self._chain(stages, n) for n in numbers], ticks) if numbers else 0
+        return pieces, done
+
+    def _chain(self, stages: Sequence[Stage], number: int) -> Iterator[Task]:
+        """What the stages have to do for a piece; each is asked for when those before it are done."""
+        for place, stage in enumerate(stages, 1):
+            if task := self._task(stage, number):
+                yield task._replace(again=any(self._lacks(later, number) for later in stages[place:]))
+
+    def _lacks(self, stage: Stage, number: int) -> bool:
+        return self._digest(Piece(stage.name, number)) is None
 
     def finished(self) -> Iterator[tuple[str, Iterator[Manifest]]]:
         """Every stage that is completely done, and the manifests of its pieces; files are not hashed."""
@@ -155,20 +184,18 @@ class Pipeline:
             if manifest is not None:
                 yield manifest
 
-    def _missing(self, stage: Stage, pieces: Sequence[int]) -> list[Task]:
-        tasks = []
-        for number in pieces:
-            piece = Piece(stage.name, number)
-            key = self._key(stage, number)
-            if key is None:
-                first = next(need for need in stage.needs(number) if self._digest(need, stage) is None)
-                raise UserError(
-                    f"--stage {stage.name} needs piece {first.number} of stage {first.stage}, which is not "
-                    f"done for these images and settings; run --stage {first.stage} or --stage all first"
-                )
-            if self._digest(piece) is None:
-                tasks.append(Task(piece, key, self._recipes_of(stage.name)[0]))
-        return tasks
+    def _task(self, stage: Stage, number: int) -> Task | None:
+        """What is to do for a piece that is missing or stale; raises UserError where what it reads is."""
+        key = self._key(stage, number)
+        if key is None:
+            first = next(need for need in stage.needs(number) if self._digest(need, stage) is None)
+            raise UserError(
+                f"--stage {stage.name} needs piece {first.number} of stage {first.stage}, which is not "
+                f"done for these images and settings; run --stage {first.stage} or --stage all first"
+            )
+        if not self._lacks(stage, number):
+            return None
+        return Task(Piece(stage.name, number), key, self._recipes_of(stage.name)[0])
 
     def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
         """Digest of a piece that is done and made from what there is now; ``reader`` is who needs it."""
@@ -213,26 +240,32 @@ def _names(stage: str) -> Sequence[str]:
         return NAMES
     if stage == LIST:
         return ()
+    if stage == JOINED:
+        return LOOKING
     if stage not in NAMES:
         raise UserError(f"--stage must be all, {LIST} or one of {', '.join(NAMES)}, got {stage!r}")
     return ("pack", "publish") if stage == "pack" else (stage,)
 
 
-def job_lines(settings: CurationSettings) -> Sequence[str]:
-    """A line for each job, in an order in which they can be submitted.
+def job_lines(settings: CurationSettings, joined: bool = False) -> Sequence[str]:
+    """A line for each job, in an order in which they can be submitted; joined, those on images are one job.
 
     Returns:
         ``STAGE many|one EARLIER,EARLIER``: whether pieces can be shared, and the stages to wait for, or
         ``list`` where there is none.
     """
-    lines = []
+    jobs: dict[str, tuple[str, dict[str, None]]] = {}
+    named = {name: JOINED if joined and name in LOOKING else name for name in NAMES}
     # Which stages there are does not depend on the images.
     for name, stage in make_stages(Job(settings, cast("Source", None), Store(Path()))).items():
         if not stage.whole or stage.pieces():
-            earlier = [other for other in NAMES if other in (*stage.reads, *stage.reads_whole)]
+            earlier = [named[other] for other in NAMES if other in (*stage.reads, *stage.reads_whole)]
             kind = "one" if stage.whole and stage.pieces() == 1 else "many"
-            lines.append(f"{name} {kind} {','.join(earlier) or 'list'}")
-    return lines
+            jobs.setdefault(named[name], (kind, {}))[1].update(dict.fromkeys(earlier))
+    return [
+        f"{name} {kind} {','.join(other for other in earlier if other != name) or LIST}"
+        for name, (kind, earlier) in jobs.items()
+    ]
 
 
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:

@@ -26,9 +26,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,6 +66,8 @@ class Task(NamedTuple):
     """Hash of what it will be made from."""
     recipes: dict[str, str]
     """Hash of the settings of its stage and of those before it."""
+    again: bool = False
+    """Whether a task on the same images follows, for which decoded pictures are kept."""
 
 
 class Workers:
@@ -78,47 +81,58 @@ class Workers:
         self._processes: dict[Connection, tuple[BaseProcess, str]] = {}
         """Each with the name of its GPU, empty for none."""
 
-    def run(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        """Do tasks, in any order; ``tick`` is called in this process for every image that is done.
+    def run(self, chains: Sequence[Iterator[Task]], ticks: Mapping[str, Callable[[], None]]) -> int:
+        """Do chains of tasks, in any order; of one, a process does each when those before it are done.
 
+        ``ticks``, by stage, are called in this process for every image that is done. Gives the tasks done.
         Raises UserError where a mistake that a user can mend, or the death of several workers, ended a piece.
         """
-        stages = make_stages(self._job)
-        together = any(stages[task.piece.stage].together for task in tasks)
+        stages, done = make_stages(self._job), 0
+        together = any(stages[name].together for name in ticks)
         if self._count == 0 or together:
             with _threads(self._count) if together else nullcontext():
-                for task in tasks:
-                    _do(task, self._job, stages, tick)
-            return
-        waiting, deaths = list(reversed(tasks)), Counter[Piece]()
-        busy: dict[Connection, Task] = {}
-        on_gpu = any(stages[task.piece.stage].on_gpu() for task in tasks)
-        idle = self._crew(gpus() if on_gpu else [], len(tasks))
-        while waiting or busy:
-            while waiting and idle:
-                pipe = idle.pop()
-                busy[pipe] = waiting.pop()
+                for task in chain.from_iterable(chains):
+                    _do(task, self._job, stages, ticks[task.piece.stage])
+                    done += 1
+            return done
+        waiting, deaths = list(reversed(chains)), Counter[Piece]()
+        busy: dict[Connection, tuple[Task, Iterator[Task]]] = {}
+
+        def proceed(pipe: Connection, own: Iterator[Task]) -> None:
+            task = next(own, None)
+            while task is None and waiting:
+                own = waiting.pop()
+                task = next(own, None)
+            if task is not None:
+                busy[pipe] = task, own
                 # A worker that is dead already will be seen to be when it is listened to.
                 with suppress(OSError):
-                    pipe.send(busy[pipe])
+                    pipe.send(task)
+
+        on_gpu = any(stages[name].on_gpu() for name in ticks)
+        for pipe in self._crew(gpus() if on_gpu else [], len(chains)):
+            proceed(pipe, iter(()))
+        while busy:
             ready = wait(list(busy))
             for pipe in [each for each in busy if each in ready]:
+                task, own = busy[pipe]
                 try:
                     message = pipe.recv()
                 except (EOFError, OSError):
-                    task = busy.pop(pipe)
+                    del busy[pipe]
                     deaths[task.piece] += 1
                     gpu = self._bury(pipe, task.piece, deaths[task.piece])
-                    waiting.append(task)
-                    idle.append(self._start(gpu))
+                    proceed(self._start(gpu), chain([task], own))
                     continue
                 if isinstance(message, Exception):
                     raise message
                 if message == IMAGE:
-                    tick()
+                    ticks[task.piece.stage]()
                 else:
+                    done += 1
                     del busy[pipe]
-                    idle.append(pipe)
+                    proceed(pipe, own)
+        return done
 
     def close(self) -> None:
         """End the processes, also in the middle of a piece: it counts as not done."""
@@ -129,13 +143,13 @@ class Workers:
             pipe.close()
         self._processes.clear()
 
-    def _crew(self, names: Sequence[str], tasks: int) -> list[Connection]:
-        """Workers for so many tasks, one for each GPU of these names, or as many as there may be."""
+    def _crew(self, names: Sequence[str], chains: int) -> list[Connection]:
+        """Workers for so many chains, one for each GPU of these names, or as many as there may be."""
         if any(bool(gpu) != bool(names) for _, gpu in self._processes.values()):
             self.close()
         held = [gpu for _, gpu in self._processes.values()]
         missing = [name for name in names if name not in held] if names else [""] * (self._count - len(held))
-        for gpu in missing[: max(0, tasks - len(held))]:
+        for gpu in missing[: max(0, chains - len(held))]:
             self._start(gpu)
         return list(self._processes)
 
@@ -240,6 +254,7 @@ def _serve(pipe: Connection, job: Job, parent: int) -> None:
 def _do(task: Task, job: Job, stages: dict[str, Stage], tick: Callable[[], None]) -> None:
     began = time.monotonic()
     piece = task.piece
+    job.kept.turn_to(piece.number, task.again)
     # Ranks have imported torch to meet; one process alone may do without it.
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_initialized() and dist.get_rank():

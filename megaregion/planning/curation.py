@@ -139,7 +139,8 @@ def text(load: Load, hardware: Hardware, plans: Sequence[StagePlan], host: Mappi
         f"{load.images:,} images, {load.images * load.regions:,.0f} regions on {hardware.name}: "
         f"{hardware.gpus} GPUs with {load.cores} cores each\n{aligned([head, *rows], left=(0, 1, 5))}\n"
         f"  measured here, ms of a core: {measured}\n"
-        f"  of it decoding each image three times instead of once: {again:,.0f} core-hours, beside the GPUs"
+        f"  of it decoding each image three times instead of once: {again:,.0f} core-hours; stages "
+        "share a decode where all three run on cores"
     )
 
 

@@ -6,13 +6,14 @@ import argparse
 import io
 import json
 import multiprocessing
+import shutil
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,23 @@ from benchmark.measure import Stopwatch, passing_folder
 from benchmark.memory import PeakMemory
 from benchmark.part import CLOCK, FOLDER, Case, part
 from benchmark.scenes import CROP_SIDE, ComposedScene, compose
-from megaregion.bounds import COUNT, PositiveInt, Text, Whole
+from megaregion.bounds import COUNT, Choice, PositiveInt, Text, Whole
 from megaregion.curation.costs import networks
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
 from megaregion.curation.engines.ocr import RapidReader
 from megaregion.curation.engines.pretrained import CLIP_STATISTICS, PretrainedEmbedder, normaliser
 from megaregion.curation.picture import Pixels, crop, resize
-from megaregion.curation.pipeline import LIST, Share, curate, curate_share
+from megaregion.curation.pipeline import LIST, Pipeline, Share, curate, curate_share, open_job
 from megaregion.curation.report import READABLE
 from megaregion.curation.settings import (
     ClusterSettings,
     CurationSettings,
     ImageSettings,
+    OcrSettings,
     PackSettings,
     TokenizerSettings,
 )
-from megaregion.curation.stages import NAMES
+from megaregion.curation.stages import LOOKING, NAMES
 from megaregion.demo.assets import load_library
 from megaregion.demo.folder import write_scenes
 from megaregion.demo.scenes import SceneSettings
@@ -106,6 +108,43 @@ def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
     else:
         curate_share(*where, _silent, stage, Share(0, 1), workers=0)
     return PeakMemory(torch.device("cpu")).peak()
+
+
+@part(
+    ("--images", PositiveInt, 24, "images"),
+    ("--side", Whole(96, 8192), 1024, "of an image, in pixels"),
+    ("--ocr", Choice(("rapidocr", "none")), "rapidocr", "as of tools/curate.py"),
+    ("--repeats", PositiveInt, 2, "timed runs of each; the fastest counts"),
+    CLOCK,
+    FOLDER,
+)
+def joined(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
+    """Propose, ocr and embed piece by piece, each image decoded once, beside stage by stage.
+
+    Seconds of one core for a thousand images; ratios are peer / ours. Photos take longer to decode than
+    composed scenes of their size.
+    """
+    settings = CurationSettings(
+        image=ImageSettings(piece_images=options.images), reader=OcrSettings(ocr=options.ocr)
+    )
+    with passing_folder(options.folder) as folder:
+        scenes = SceneSettings(sizes=((options.side, options.side),))
+        write_scenes(folder, load_library(), scenes, {"train": options.images}, workers=1)
+        where = folder / "train" / "images", folder / "out", settings
+        curate(*where, _silent, LIST, workers=0)
+
+        def run(*groups: Sequence[str]) -> None:
+            for stage in LOOKING:
+                shutil.rmtree(folder / "out" / "stages" / stage, ignore_errors=True)
+            with closing(Pipeline(open_job(*where), _silent, 0)) as pipeline:
+                for group in groups:
+                    pipeline.run(*group)
+
+        works = {"joined": lambda: run(LOOKING), "apart": lambda: run(*((stage,) for stage in LOOKING))}
+        seconds = watch.fastest(works, options.repeats)
+    ours, peer = (1000 * seconds[name] / options.images for name in ("joined", "apart"))
+    case = f"{options.images} images of {options.side} px, ocr {options.ocr}, joined / stage by stage"
+    yield Case(case, ours, peer, "s")
 
 
 @part(

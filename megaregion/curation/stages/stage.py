@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaregion.curation.inputs.source import ImageFile, Source
-from megaregion.curation.picture import BadImage, Picture, read_picture
+from megaregion.curation.picture import BadImage, Kept, Picture, read_picture
 from megaregion.curation.settings import CurationSettings
 from megaregion.errors import UserError
 from megaregion.files import file_sha256, new_file, read_json, write_bytes
@@ -276,6 +276,8 @@ class Job:
     store: Store
     decoders: int = 0
     """Processes beside a worker that decode images for it; with 0 it does so itself."""
+    kept: Kept = field(default_factory=Kept)
+    """Pictures that this process has decoded for the stages of one piece."""
 
     @property
     def shards(self) -> Path:
@@ -429,7 +431,8 @@ class Feed:
         """What the stage sees in an image; a mistake is handed on, since torch would wrap it in its own."""
         image, wanted = item
         try:
-            return self._stage.look(image, self._job.read(image), wanted)
+            picture = self._job.kept.picture(image.path, lambda: self._job.read(image))
+            return self._stage.look(image, picture, wanted)
         except (BadImage, UserError) as error:
             return error
 
