@@ -289,6 +289,20 @@ def _plain(node: yaml.Node, left: Iterator[int]) -> Any:
     return values
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= dotted(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def words(value: object) -> str:
+    """A setting's value, a list as on a command line."""
+    return " ".join(map(words, value)) if isinstance(value, list) else str(value)
+
+
 def to_yaml(settings: Any) -> str:
     """All settings as a YAML file."""
 

@@ -38,9 +38,8 @@ from megaregion.evaluation.encoders import (
     raw_pixels,
 )
 from megaregion.evaluation.encoding import Batches
-from megaregion.evaluation.harness import score_regions
+from megaregion.evaluation.harness import mteb_model, score_regions
 from megaregion.evaluation.measures.proposals import overlap_of, proposals_table
-from megaregion.evaluation.mteb import mteb_model
 from megaregion.evaluation.scenes import Truth
 from megaregion.schemas.evaluation import Table, read_evaluation
 

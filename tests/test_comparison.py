@@ -19,7 +19,7 @@ from megaregion.errors import UserError
 from megaregion.evaluation.encoders import BoxedImage, load_huggingface
 from megaregion.evaluation.measures import share
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.report import joined_tables, read_runs
+from megaregion.evaluation.runs import Run, open_runs, tables
 from megaregion.export.huggingface import export_checkpoint
 from megaregion.schemas.evaluation import Column, Estimate, Evaluation, Table, write_evaluation
 
@@ -60,15 +60,19 @@ def two_runs(tmp_path: Path) -> list[Path]:
     return [leave_run(tmp_path / "first", 0.5, 1e-3), leave_run(tmp_path / "second", 0.75, 2e-3)]
 
 
+def read_runs(folders: list[Path]) -> list[Run]:
+    return [run.read() for run in open_runs(folders)]
+
+
 def test_a_comparison_has_a_row_for_each_run_with_its_own_numbers(
     two_runs: list[Path], tmp_path: Path
 ) -> None:
-    table = joined_tables(read_runs(two_runs))[0]
+    table = tables(read_runs(two_runs))[0]
     means = {name: cells["knn"].mean for name, cells in table.rows.items() if cells["knn"]}
     assert means == {"first": 0.5, "second": 0.75}
     assert table.notes == {}
     other = leave_run(tmp_path / "third", 0.5, 1e-3, told="9 objects")
-    notes = joined_tables(read_runs([*two_runs, other]))[0].notes
+    notes = tables(read_runs([*two_runs, other]))[0].notes
     assert notes == {"third": "asked otherwise: 9 objects"}
 
 
@@ -81,7 +85,7 @@ def test_a_run_that_was_not_evaluated_or_logged_is_a_gap_and_no_error(
     out = tmp_path / "page.html"
     assert run_tool(*two_runs, bare, "--out", out) == 0
     assert "Not evaluated: bare" in out.read_text()
-    assert joined_tables(read_runs([*two_runs, bare]))[0].rows["bare"] == {"knn": None}
+    assert tables(read_runs([*two_runs, bare]))[0].rows["bare"] == {"knn": None}
 
 
 def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
@@ -95,7 +99,7 @@ def test_the_page_of_two_runs_fetches_nothing_and_opens_without_a_complaint(
     assert page.count('<img src="data:image/jpeg') == 3
     assert "optimizer.lr" in page
     assert "optimizer.beta1" not in page
-    assert "Region 5-NN while training" in page
+    assert "While training" in page
     assert "What differs" in open_in_browser(out)
 
 
@@ -141,15 +145,15 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
     assert len(line.splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", ["[]\n", "5\n5\n", "x\ny\n", ""])
-def test_metrics_that_cannot_be_read_are_a_gap_that_is_said(
-    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+@pytest.mark.parametrize(("content", "lines"), [("[]\n", 1), ("5\n5\n", 2), ("x\n{}\n", 2)])
+def test_lines_of_metrics_that_cannot_be_read_are_counted_and_leave_a_gap(
+    two_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, lines: int
 ) -> None:
     (two_runs[1] / "metrics.jsonl").write_text(content)
     assert run_tool(*two_runs, "--out", tmp_path / "page.html") == 0
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"megaregion: {two_runs[1]}/metrics.jsonl")
-    assert line.endswith("the page goes without these curves")
+    told = f"{two_runs[1]}: {lines} lines cannot be read; the page goes without them"
+    assert capsys.readouterr().err == f"megaregion: {told}\n"
+    assert f"{lines} lines of {two_runs[1]} could not be read" in (tmp_path / "page.html").read_text()
 
 
 def test_runs_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes(tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_a_run_without_text_is_measured_on_objects_alone(place: Workplace, tmp_p
     for encoder, cells in study.summary.rows.items():
         assert mean(study, encoder, "region_knn") > 0
         assert {cell for key, cell in cells.items() if key.startswith("ocr")} == {None}
-    write_report(study, visualise(study), tmp_path / "run" / "metrics.jsonl", tmp_path / "report.html")
+    write_report(study, visualise(study), tmp_path / "run", tmp_path / "report.html")
     assert "This run has no text to read." in (tmp_path / "report.html").read_text()
 
 

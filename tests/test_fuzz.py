@@ -46,11 +46,12 @@ from megaregion.curation.stages.stage import Piece, Store
 from megaregion.data.sample import BadSample, clip_regions, parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
+from megaregion.evaluation.runs import Run, state_table, write_runs
 from megaregion.evaluation.scenes import read_scenes
 from megaregion.export import export_checkpoint
 from megaregion.files import read_records
 from megaregion.schemas.evaluation import read_evaluation, write_evaluation
-from megaregion.schemas.run import read_events, read_metrics, step_times
+from megaregion.schemas.run import read_events, step_times
 from megaregion.settings import check, read_settings, read_yaml, to_yaml
 
 REFUSALS = (UserError, BadSample, BadImage, DamagedCheckpoint)
@@ -365,7 +366,8 @@ def lines_target(folder: Path) -> Target:
         read_events(folder)
         step_times(folder)
         read_records(folder / "metrics.jsonl")
-        read_metrics(folder / "metrics.jsonl")
+        state_table([Run(folder).read()])
+        write_runs([Run(folder).read()], folder / "page.html")
 
     def parse(found: bytes) -> None:
         for name in ("events.jsonl", "metrics.jsonl"):

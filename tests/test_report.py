@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from markupsafe import escape
 from pages import Page, open_in_browser
 from toy_scenes import write_run, write_scenes, write_shards
 
 from megaregion.data.info import read_info
-from megaregion.errors import UserError
 from megaregion.evaluation.encoders import CropEncoder, centred_pixels, raw_pixels
 from megaregion.evaluation.network import open_run
-from megaregion.evaluation.page import HEIGHT, WIDTH, Line, line_chart, nice_ticks, smoothed
+from megaregion.evaluation.page import (
+    COLUMNS,
+    HEIGHT,
+    WIDTH,
+    Curve,
+    History,
+    Line,
+    line_chart,
+    nice_ticks,
+    running_mean,
+    thinned,
+)  # fmt: skip
 from megaregion.evaluation.pictures import Visuals, visualise
 from megaregion.evaluation.report import curation_card, write_report
 from megaregion.evaluation.study import Study, StudyConfig, evaluate
-from megaregion.schemas.run import Curve, read_metrics
 
 HOSTILE = "\"'><script>"
 """Ends a quoted value and a tag, and begins what must never run; a file's name may hold it."""
@@ -52,7 +61,7 @@ def visuals(study: Study) -> Visuals:
 
 @pytest.fixture(scope="module")
 def report(folder: Path, study: Study, visuals: Visuals) -> Path:
-    write_report(study, visuals, folder / "run" / "metrics.jsonl", folder / "report.html")
+    write_report(study, visuals, folder / "run", folder / "report.html")
     return folder / "report.html"
 
 
@@ -72,7 +81,7 @@ def test_the_page_is_whole_and_fetches_nothing(report: Path) -> None:
     assert "script" not in page.tags
     for heading in (
         "Beside honest baselines", "Every measure", "Naming regions", "What it sees", "Where a region looks",
-        "Confusion of clusters", "How it learned", "Region 5-NN while training", "Nearest neighbours",
+        "Confusion of clusters", "How it learned", "While training", "Nearest neighbours",
         "What it reads", "Class by class", "The scenes", "All settings",
     ):  # fmt: skip
         assert heading in page.text
@@ -91,7 +100,7 @@ def test_samples_that_cannot_be_read_are_told(
     assert visuals.confusion is not None
     damaged = replace(study, vocabulary=replace(study.vocabulary, unreadable=3))
     confused = replace(visuals, confusion=replace(visuals.confusion, unreadable=2))
-    write_report(damaged, confused, tmp_path / "metrics.jsonl", tmp_path / "report.html")
+    write_report(damaged, confused, tmp_path / "none", tmp_path / "report.html")
     text = Page(tmp_path / "report.html").text
     assert "2 of the samples that were drawn cannot be read" in text
     assert "3 samples of the training shards cannot be read" in text
@@ -129,12 +138,12 @@ def test_names_words_keys_settings_and_paths_from_outside_never_become_tags(tmp_
     texts = {name: f"{name}{HOSTILE}" for name in ("title", "told", "chance_is")}
     table = dataclasses.replace(table, columns=columns, notes={"trained": f"note{HOSTILE}"}, **texts)
     study = dataclasses.replace(study, tables=(table,), vocabulary=_Spells())
-    write_report(study, visualise(study), tmp_path / f"{HOSTILE}.jsonl", tmp_path / "report.html")
+    write_report(study, visualise(study), tmp_path / "none", tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert "script" not in page.tags
     for what in ("run", "key", "class", "word", "piece", "encoder", "reason", "column", "note", *texts):
         assert f"{what}{HOSTILE}" in page.text + " ".join(page.values), what
-    assert f"No curves: {tmp_path}/{HOSTILE}.jsonl does not exist" in page.text
+    assert "No step was logged." in page.text
 
 
 class _Spells:
@@ -170,45 +179,12 @@ def test_the_page_shows_curations_summary_where_there_is_one(tmp_path: Path) -> 
 # ---- metrics and charts ----------------------------------------------------------------------------
 
 
-def test_metrics_survive_nulls_a_resume_and_a_half_written_last_line(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(
-        '{"step": 1, "loss": 3.0, "loss_text": null}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": NaN}\n'
-        '{"step": 2, "loss": 2.5}\n{"step": 4, "lo'
-    )
-    metrics = read_metrics(file)
-    assert metrics.curve("loss") == Curve((1, 2), (3.0, 2.5))
-    assert not metrics.curve("loss_text")
-    assert metrics.curve("step").steps == (1, 2, 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "does not exist"),
-        ("", "holds no step"),
-        ("{}\n", "holds no step"),
-        ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2 is not a step's metrics"),
-    ],
-)
-def test_bad_metrics_are_named_in_the_page_and_stop_nothing(
-    study: Study, visuals: Visuals, tmp_path: Path, text: str | None, reason: str
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(UserError, match=re.escape(reason)):
-        read_metrics(file)
-    write_report(study, visuals, file, tmp_path / "report.html")
-    assert escape(reason) in (tmp_path / "report.html").read_text()
-
-
 @pytest.mark.parametrize(
     "values", [(1.0,), (2.0, 2.0, 2.0), (0.0, 0.0), (-3.0, 5e6, 1e-9), tuple(range(5000))]
 )
 def test_a_chart_keeps_every_point_inside_its_frame(values: tuple[float, ...]) -> None:
     curve = Curve(tuple(range(1, len(values) + 1)), values)
-    places = _places(line_chart([Line(smoothed(curve), "text", raw=curve)], "any"))
+    places = _places(line_chart([Line(_smoothed(curve), "text", raw=curve)], "any"))
     assert places
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
 
@@ -245,7 +221,39 @@ def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
 
 
+def _smoothed(curve: Curve) -> Curve:
+    return Curve(curve.steps, tuple(running_mean(np.array(curve.values)).tolist()))
+
+
 def test_the_running_mean_covers_the_last_twentieth_of_the_steps() -> None:
-    assert smoothed(Curve((1, 2, 3), (1.0, 5.0, 3.0))).values == (1.0, 5.0, 3.0)
-    steps = tuple(range(100))
-    assert smoothed(Curve(steps, tuple(map(float, steps)))).values[-1] == pytest.approx(97)
+    assert running_mean(np.array([1.0, 5.0, 3.0])).tolist() == [1.0, 5.0, 3.0]
+    assert running_mean(np.arange(100.0))[-1] == pytest.approx(97)
+
+
+def test_a_thinned_curve_keeps_its_ends_and_every_spike_at_its_step() -> None:
+    steps, values = np.arange(0, 2_000_000, 2), np.sin(np.arange(1_000_000) / 1e5)
+    spikes = {123_457: 9.0, 500_001: -7.0, 999_998: 5.0}
+    for place, value in spikes.items():
+        values[place] = value
+    curve = thinned(steps, values)
+    assert len(curve.steps) <= 2 * COLUMNS + 2
+    assert curve.steps[0] == 0
+    assert curve.steps[-1] == 1_999_998
+    drawn = dict(zip(curve.steps, curve.values, strict=True))
+    assert {2 * place: drawn[2 * place] for place in spikes} == {2 * p: v for p, v in spikes.items()}
+    few = thinned(steps[:COLUMNS], values[:COLUMNS])
+    assert few.values == tuple(values[:COLUMNS])
+
+
+def test_a_history_keeps_the_later_attempt_alone_and_counts_what_is_not_finite() -> None:
+    history = History()
+    assert history.add([{"step": s, "loss": float(s), "odd": "text"} for s in range(1, 9)]) == 0
+    assert history.add([{"step": 5, "loss": 50.0}, {"loss": 1.0}, {"step": "6", "loss": 1.0}]) == 2
+    again = [{"step": 6, "loss": None}, {"step": 7, "loss": math.nan}, {"step": 6, "loss": 60}, {"step": 7}]
+    assert history.add([*again, {"step": 8, "loss": 10**400}, {"step": 9, "loss": 1e300}]) == 0
+    steps, values = history.curve("loss")
+    assert steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert values.tolist() == [1, 2, 3, 4, 50, 60]
+    assert history.steps.tolist() == [*range(1, 10)]
+    assert history.not_finite["loss"] == 2
+    assert "odd" not in history.columns

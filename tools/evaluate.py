@@ -105,7 +105,7 @@ def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     write_board(out / "tensorboard", opened.step, study.tables)
     save_pictures(visuals, out / f"pictures{suffix}")
     page = out / f"report{suffix}.html"
-    write_report(study, visuals, opened.folder / "metrics.jsonl", page, evaluation.tables[1:])
+    write_report(study, visuals, opened.folder, page, evaluation.tables[1:])
     print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
     if study.missing:
         print(f"\nnot measured, for the scenes lack masks or words: {', '.join(study.missing)}")

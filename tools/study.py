@@ -314,7 +314,7 @@ class Task:
     @property
     def folder(self) -> Path:
         """Where it lies; arms of the same settings share their runs."""
-        from megaregion.evaluation.report import dotted
+        from megaregion.settings import dotted
 
         # Of settings what is no default, so that one that comes later makes no run a new one.
         usual = dotted(asdict(RunConfig()))

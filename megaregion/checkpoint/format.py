@@ -27,8 +27,6 @@ VERSION = 1
 MANIFEST = "manifest.json"
 """A folder without one was never finished."""
 LATEST = "latest"
-DONE = "DONE"
-"""Lies in the run's folder once the last step is taken: jobs that were chained to it leave at once."""
 FENCE = "fence"
 UNFINISHED = ".unfinished"
 """Begins the suffix of a folder that is being written."""

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megaregion.evaluation.annotated import Annotated, read_annotated
     from megaregion.evaluation.encoders import BoxedImage, EncodesRegions, Features, load_huggingface
-    from megaregion.evaluation.harness import score_regions
-    from megaregion.evaluation.mteb import mteb_model
+    from megaregion.evaluation.harness import mteb_model, score_regions
 
 __all__ = [
     "Annotated", "BoxedImage", "EncodesRegions", "Features", "load_huggingface", "mteb_model",
@@ -21,8 +20,7 @@ __all__ = [
 _ROOMS = {
     "annotated": ("Annotated", "read_annotated"),
     "encoders": ("BoxedImage", "EncodesRegions", "Features", "load_huggingface"),
-    "harness": ("score_regions",),
-    "mteb": ("mteb_model",),
+    "harness": ("mteb_model", "score_regions"),
 }
 
 

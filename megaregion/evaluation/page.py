@@ -8,25 +8,31 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 from PIL import Image
 
 from megaregion.files import write_text
-from megaregion.schemas.run import Curve
+from megaregion.schemas.run import HUGE
 
 ENCODERS = ("trained", "untrained", "pixels", "curation")
 """Encoders that the style gives a colour of their own; the others share one."""
 WIDTH, HEIGHT = 560, 250
 """Of a chart of lines, in pixels."""
-MOST_POINTS = 400
-"""Points drawn of a curve; more would only blacken the page."""
+COLUMNS = 446
+"""Columns of pixels between a chart's axes; of each the least and the greatest value are drawn."""
+Numbers = NDArray[np.floating[Any]]
 HOVERS = 60
 """Places along a chart that name their value under the pointer."""
 
@@ -39,6 +45,22 @@ def render(template: str, **values: Any) -> Markup:
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Fill a template and write it; readers see the old page or the new one."""
     write_text(path, render(template, **values))
+
+
+def duration(seconds: float) -> str:
+    """As 12 s, 5 min, 3 h 20 min or 4 d 6 h."""
+    seconds = round(max(0.0, seconds))
+    minutes, hours = round(seconds / 60), seconds // 3600
+    if seconds < 90:
+        return f"{seconds} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{hours} h {seconds % 3600 // 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def clock_time(seconds: float) -> str:
+    """As 11-29 22:51:07, in universal time."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%m-%d %H:%M:%S}"
 
 
 def data_uri(image: Image.Image, longest: int) -> str:
@@ -59,6 +81,7 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters |= {
+    "clock": clock_time,
     # About how wide a name is in a bold sans-serif, in letters' heights; the page has no font to measure.
     "ems": lambda name: sum(0.74 if sign.isupper() or sign in "mw" else 0.61 for sign in name),
     "percent": lambda share, digits=1: f"{share:.{digits}%}",
@@ -73,6 +96,58 @@ _templates.filters |= {
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One metric over the steps at which it was logged."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class History:
+    """Numbers by step, a column each: where a run took steps again, the later attempt alone is kept."""
+
+    def __init__(self) -> None:
+        self.steps: NDArray[np.int64] = np.empty(0, np.int64)
+        """Rising."""
+        self.columns: dict[str, Numbers] = {}
+        """NaN where a step has no such number; the time alone needs 8 bytes."""
+        self.not_finite: Counter[str] = Counter()
+        """Numbers by name that were NaN or infinite; columns leave them out."""
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> int:
+        """Add records in their order; gives the number of those that name no step."""
+        taken = [r for r in records if type(r.get("step")) is int and 0 <= r["step"] < 2**50]
+        if not taken:
+            return len(records)
+        steps = np.array([record["step"] for record in taken], np.int64)
+        later = np.minimum.accumulate(steps[::-1])[::-1]
+        stay = np.append(steps[:-1] < later[1:], True)
+        cut = int(np.searchsorted(self.steps, later[0]))
+        self.steps = np.append(self.steps[:cut], steps[stay])
+        for name in dict.fromkeys(chain(self.columns, chain.from_iterable(taken))):
+            given = [record.get(name) for record in taken]
+            if not set(map(type, given)) <= {float, NoneType}:
+                given = [v if type(v) is float or (type(v) is int and abs(v) < HUGE) else None for v in given]
+            if (missing := given.count(None)) == len(given) and name not in self.columns:
+                continue
+            kind = np.float64 if name == "time" else np.float32
+            with np.errstate(over="ignore"):
+                values = np.array(given, np.float64).astype(kind)
+            finite = np.isfinite(values)
+            self.not_finite[name] += int((~finite).sum()) - missing
+            values[~finite] = np.nan
+            old = self.columns.get(name, np.full(cut, np.nan, kind))[:cut]
+            self.columns[name] = np.append(old, values[stay])
+        return len(records) - len(taken)
+
+    def curve(self, name: str) -> tuple[NDArray[np.int64], Numbers]:
+        """The steps that have a number of this name, and the numbers."""
+        values = self.columns.get(name, np.full(len(self.steps), np.nan))
+        there = np.isfinite(values)
+        return self.steps[there], values[there]
+
+
+@dataclass(frozen=True)
 class Line:
     """One curve of a chart; at least one point."""
 
@@ -83,6 +158,17 @@ class Line:
     """Told at the line's end; a chart with one line needs none, and tells the values instead."""
     raw: Curve | None = None
     """Drawn faint behind the curve."""
+    area: bool = False
+    """Whether it is filled down to the axis."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A step at which something happened: a line across the chart."""
+
+    step: int
+    style: str
+    told: str
 
 
 def plain(value: float) -> str:
@@ -103,7 +189,7 @@ class Axes:
     width, height = WIDTH, HEIGHT
     left, right, top, bottom = 52, WIDTH - 62, 14, HEIGHT - 30
 
-    def __init__(self, lines: Sequence[Line]) -> None:
+    def __init__(self, lines: Sequence[Line], marks: Sequence[Mark] = ()) -> None:
         self._first = min(line.curve.steps[0] for line in lines)
         self._last = max(self._first + 1, *(line.curve.steps[-1] for line in lines))
         # All of a curve is shown, and of a raw one all but its 1% of outliers.
@@ -114,6 +200,7 @@ class Axes:
         self.value_ticks = nice_ticks(min(shown), max(shown))
         ticks = nice_ticks(self._first, self._last)
         self.step_ticks = [step for step in ticks if self._first <= step <= self._last]
+        self.marks = [mark for mark in marks if self._first <= mark.step <= self._last]
 
     def x(self, step: float) -> float:
         """Place of a step."""
@@ -126,9 +213,10 @@ class Axes:
 
     def points(self, curve: Curve) -> str:
         """A curve as the points of a polyline."""
-        stride = max(1, math.ceil(len(curve.steps) / MOST_POINTS))
-        chosen = sorted({*range(0, len(curve.steps), stride), len(curve.steps) - 1})
-        return " ".join(f"{self.x(curve.steps[i]):.1f},{self.y(curve.values[i]):.1f}" for i in chosen)
+        drawn = thinned(np.asarray(curve.steps), np.asarray(curve.values))
+        return " ".join(
+            f"{self.x(s):.1f},{self.y(v):.1f}" for s, v in zip(drawn.steps, drawn.values, strict=True)
+        )
 
     def hovers(self, curve: Curve) -> Iterator[tuple[float, float, int, float]]:
         """Stripes that tell a value under the pointer: left edge, width, step, value."""
@@ -137,21 +225,44 @@ class Axes:
             yield self.x(curve.steps[i]) - width / 2, width, curve.steps[i], curve.values[i]
 
 
-def line_chart(lines: Sequence[Line], label: str, form: Callable[[float], str] = plain) -> Markup:
+def line_chart(
+    lines: Sequence[Line], label: str, form: Callable[[float], str] = plain, marks: Sequence[Mark] = ()
+) -> Markup:
     """Draw a metric of one run, or of several that share the frame, over the steps.
 
     The label says what is shown to readers that see no picture; form is how a value is written.
     """
-    return render("lines.svg", axes=Axes(lines), lines=lines, label=label, form=form, plain=plain)
+    return render("lines.svg", axes=Axes(lines, marks), lines=lines, label=label, form=form, plain=plain)
 
 
-def smoothed(curve: Curve) -> Curve:
-    """The running mean over the last 5% of the values (at least one, at most 200) at each place."""
-    window = min(200, max(1, len(curve.values) // 20))
-    sums = list(accumulate(curve.values, initial=0.0))
-    starts = [max(0, end - window) for end in range(1, len(sums))]
-    means = ((sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1))
-    return Curve(curve.steps, tuple(means))
+def running_mean(values: NDArray[Any]) -> NDArray[np.float64]:
+    """At each place the mean over the last 5% of the values: at least one, at most 200 or 0.5%."""
+    window = min(max(200, len(values) // 200), max(1, len(values) // 20))
+    sums = np.append(0.0, np.cumsum(values, dtype=np.float64))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(0, ends - window)
+    means: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
+
+
+def column_starts(steps: NDArray[Any]) -> NDArray[np.int64]:
+    """The first place of each column of pixels, for rising steps."""
+    column = (steps - steps[0]) * COLUMNS // (steps[-1] - steps[0] + 1)
+    return np.flatnonzero(np.diff(column, prepend=-1))
+
+
+def thinned(steps: NDArray[Any], values: NDArray[Any]) -> Curve:
+    """A curve that looks the same: its ends, and the least and greatest value of each column of pixels."""
+    if len(steps) > 2 * COLUMNS:
+        starts = column_starts(steps)
+        counts = np.diff(np.append(starts, len(steps)))
+        places = [starts[:1], np.array([len(steps) - 1])]
+        for extreme in (np.minimum, np.maximum):
+            hits = np.flatnonzero(values == np.repeat(extreme.reduceat(values, starts), counts))
+            places.append(hits[np.searchsorted(hits, starts)])
+        chosen = np.unique(np.concatenate(places))
+        steps, values = steps[chosen], values[chosen]
+    return Curve(tuple(steps.tolist()), tuple(values.tolist()))
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:

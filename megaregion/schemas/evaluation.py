@@ -196,6 +196,26 @@ def text(tables: Iterable[Table], intervals: bool = True) -> str:
     return "\n\n".join(blocks)
 
 
+def joined_tables(runs: Mapping[str, Mapping[str, Table]]) -> list[Table]:
+    """A table for each measure with a row for each run, from the tables by key of each run by name.
+
+    A run that lacks a measure or a column has a gap.
+    """
+    return [_joined(key, runs) for key in dict.fromkeys(key for tables in runs.values() for key in tables)]
+
+
+def _joined(key: str, runs: Mapping[str, Mapping[str, Table]]) -> Table:
+    found = {name: tables.get(key) for name, tables in runs.items()}
+    first = next(table for table in found.values() if table is not None)
+    rows, notes = {}, {}
+    for name, table in found.items():
+        cells = table.rows.get(TRAINED, {}) if table else {}
+        rows[name] = {column.key: cells.get(column.key) for column in first.columns}
+        if table is not None and table.told != first.told:
+            notes[name] = f"asked otherwise: {table.told}"
+    return replace(first, rows=rows, notes=notes)
+
+
 def scalars(tables: Iterable[Table], encoder: str) -> dict[str, float]:
     """Means of one encoder, by TABLE/COLUMN."""
     return {

@@ -4,7 +4,7 @@ metrics.jsonl of training, evaluations.jsonl of evaluation/background.py, and ev
 
     {"step": 120, "time": 1764000000.1, "loss": 6.2, "loss_object": 4.1, "loss_text": null, "lr": 3e-4,
      "grad_norm": 0.9, "images_per_second": 512.0, "mfu": 0.47, "head_share": 0.01, "data_share": 0.0,
-     "bad": 0, "skipped": 0, "rollbacks": 0, "time/data": 0.0, ..., "object/...": ...,
+     "bad": 0, "skipped": 0, "rollbacks": 0, "memory": 61.2, "time/data": 0.0, ..., "object/...": ...,
      "time_by_rank": [{"data": 0.0, ...}, ...], "slowest": {"data": 3, ...}, "slow": [{"rank": 3, ...}]}
 
     {"step": 120, "time": 1764000000.1, "seconds": 31.5, "region/knn": 0.61, ...}
@@ -22,81 +22,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaregion.errors import UserError
-from megaregion.files import parse_json, read_records
+from megaregion.files import read_records
 
 METRICS = "metrics.jsonl"
+GUARD = "guard.jsonl"
+LOG = "logs/rank-00.log"
+"""Rank 0's log; other ranks have their own number."""
+DONE = "DONE"
+"""Lies in the run's folder once the last step is taken: jobs that were chained to it leave at once."""
 HUGE = 10**300
 """Beyond any measured number."""
 EVALUATIONS = "evaluations.jsonl"
 EVENTS = "events.jsonl"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric over the steps at which it was logged."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __bool__(self) -> bool:
-        return len(self.steps) > 0
-
-
-class Metrics:
-    """All metrics of a run, by name.
-
-    After a resume the same step may stand twice in the file; the later line counts, for it belongs to
-    the weights that the run ended with.
-    """
-
-    def __init__(self, lines: dict[int, dict[str, float]]) -> None:
-        self._lines = lines
-
-    def curve(self, name: str) -> Curve:
-        """The metric of this name; an empty curve when it was never logged."""
-        points = [(step, line[name]) for step, line in sorted(self._lines.items()) if name in line]
-        return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
-
-    @property
-    def last_step(self) -> int:
-        """The last step that was logged."""
-        return max(self._lines)
-
-    @property
-    def duration(self) -> float | None:
-        """Seconds between the first and the last logged step; None without times."""
-        times = self.curve("time").values
-        return max(times) - min(times) if len(times) > 1 else None
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read a run's metrics; missing keys, nulls and values that are no finite number are left out.
-
-    Raises:
-        UserError: The file is missing, holds no step, or a line other than the last is not JSON.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; tools/pretrain.py writes it while it trains")
-    lines: dict[int, dict[str, float]] = {}
-    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = parse_json(text)
-            step = int(line["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
-            # A run that is writing, or was killed while it wrote, leaves half a last line.
-            if number == len(texts):
-                break
-            raise UserError(f"{path} line {number} is not a step's metrics; remove that line") from None
-        lines[step] = {name: float(value) for name, value in line.items() if _is_finite(value)}
-    if not lines:
-        raise UserError(f"{path} holds no step; let the run log at least one")
-    return Metrics(lines)
 
 
 def read_evaluations(run: Path) -> dict[int, dict[str, Any]]:
@@ -153,8 +93,3 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError, AttributeError):
         age = 0.0
     return time.time() - age
-
-
-def _is_finite(value: object) -> bool:
-    # A whole number may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -HUGE < value < HUGE

@@ -58,6 +58,8 @@ class RankTimes:
     """Length of the steps."""
     bad: int = 0
     """Samples that it replaced; ranks that share a model all say the same."""
+    memory: int = 0
+    """Peak of its process, or of what it allocated on its GPU, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Clock:
         self.since = time.monotonic()
         """When the last span began or an inner one ended, on the monotonic clock, in seconds."""
         self.faults = faults or Faults([])
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._by_thread = waits_inside and not self._on_gpu
         self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
         self._open: list[str] = []
@@ -153,7 +155,8 @@ class Clock:
             if name in phases:
                 phases[name] += _between(began, ended)
         forward, data = self._thread_seconds if self._by_thread else phases["forward"], self._data_seconds
-        times = RankTimes(phases, forward + data, data, self._step_seconds, self._bad)
+        memory = peak_bytes(self._device)
+        times = RankTimes(phases, forward + data, data, self._step_seconds, self._bad, memory)
         self._marks.clear()
         self._thread_seconds = self._data_seconds = self._step_seconds = 0.0
         self._bad = 0
@@ -170,6 +173,13 @@ class Clock:
             self._marks.append((phase, event))
         else:
             self._marks.append((phase, time.perf_counter()))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process held, or allocated on its GPU; the host asks its own counters."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _between(began: Any, ended: Any) -> float:
@@ -224,14 +234,15 @@ class Times:
 
 def gather_times(own: RankTimes, topology: Topology) -> Times:
     """The times of all ranks; a collective."""
-    numbers = [own.phases[name] for name in PHASES] + [own.own, own.data, own.steps, own.bad]
+    numbers = [own.phases[name] for name in PHASES] + [own.own, own.data, own.steps, own.bad, own.memory]
     told = torch.tensor(numbers, dtype=torch.float64).to(topology.device)
     gathered = told.new_empty(topology.world_size * len(told))
     all_gather(gathered, told, group=topology.world_group)
     found = []
     for row in gathered.view(topology.world_size, len(told)).tolist():
-        phases, (own_time, data, steps, bad) = row[: len(PHASES)], row[len(PHASES) :]
-        found.append(RankTimes(dict(zip(PHASES, phases, strict=True)), own_time, data, steps, int(bad)))
+        phases = dict(zip(PHASES, row[: len(PHASES)], strict=True))
+        own_time, data, steps, bad, memory = row[len(PHASES) :]
+        found.append(RankTimes(phases, own_time, data, steps, int(bad), int(memory)))
     return Times(tuple(found))
 
 
@@ -357,12 +368,8 @@ class StepProfiler:
         found = [
             (int(getattr(event, size)), event.key, event.count) for event in self._profile.key_averages()
         ]
-        if self._on_gpu:
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
-            "peak_bytes": peak,
+            "peak_bytes": peak_bytes(self._device),
             "operations": [
                 {"name": name, "bytes": size, "calls": calls}
                 for size, name, calls in sorted(found, reverse=True)[:LISTED]

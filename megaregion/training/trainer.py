@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megaregion.checkpoint.fence import claim_together
-from megaregion.checkpoint.format import DONE
 from megaregion.checks import Batching, batching, check_batching
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.batch import Batch
@@ -42,7 +41,7 @@ from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.processor import keep_freed_memory
-from megaregion.schemas.run import Events, process_start
+from megaregion.schemas.run import DONE, GUARD, Events, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.guard import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
@@ -304,7 +303,7 @@ class Trainer:
             "grad_norm": str(norm.item()), "time": time.time(), **joined,
         }  # fmt: skip
         if self.topology.rank == 0:
-            write_refusal(self.run_folder / "guard.jsonl", refusal)
+            write_refusal(self.run_folder / GUARD, refusal)
         LOG.warning(
             "step %d was skipped (%d in a row): %s; positions %d to %d, %s",
             self.state.step + 1, self.state.guard.consecutive, self._refusal, min(joined["positions"]),
@@ -357,6 +356,7 @@ class Trainer:
         own = times.by_rank[self.topology.rank]
         values["mfu"] = self._utilisation.take(own.steps)
         values.update({f"time/{name}": seconds for name, seconds in times.mean().items()})
+        values["memory"] = max(rank.memory for rank in times.by_rank) / 1e9
         values["bad"] = sum(rank.bad for rank in times.by_rank[:: self.topology.tensor_size])
         slow = times.slow_ranks(self.config.train.slow_factor)
         for rank, ratio in slow.items():
