@@ -77,6 +77,10 @@ class ModelConfig:
     """Number of last blocks in which region tokens attend to their own patches."""
     region_weights: RegionWeights = "shared"
     """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
+    registers: Annotated[int, Whole(0, 1024, "TOKENS")] = 0
+    """Learned tokens behind the class token that take part in all attention of the image but that of region
+    tokens: 4 keep large models from misusing patches as a notepad (Darcet et al., 2024). Exports need
+    --regions then."""
     drop_path: Annotated[float, Real(0, 1, "SHARE", below=True)] = 0.0
     """Stochastic depth: share of images whose attention, and of those whose MLP, training leaves out of the
     last block, with their regions; it rises linearly from 0 in the first one. 0.1 to 0.4 where a model
@@ -99,6 +103,16 @@ class ModelConfig:
     def grid(self) -> int:
         """Patches along one side of the training crop."""
         return self.image_size // self.patch_size
+
+    @property
+    def leading(self) -> int:
+        """Tokens of an image in front of its patches: class token and registers."""
+        return 1 + self.registers
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training crop."""
+        return self.leading + self.grid**2
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO 3": {"zero_stage": 3},
     "tensor 2": {"tensor": 2},
     "tensor 8": {"tensor": 8, "sequence": False},
-    "sequence": {"tensor": 8},
-    "recompute": {"recompute": True},
+    "sequence": {"tensor": 8, "registers": 4},
+    "recompute": {"recompute": True, "registers": 4},
     "cheap": {"activation_gib": 0.09},
     "dropped": {"drop_path": 0.3},
     "packed": {"packing": "native"},
@@ -105,6 +105,7 @@ def count(
     classes: int = 100_000,
     dim: int = 256,
     drop_path: float = 0.0,
+    registers: int = 0,
     backend: HeadBackend = "auto",
     **train: Any,
 ) -> dict[str, Any]:
@@ -118,6 +119,7 @@ def count(
             mlp_width=2048,
             region_layers=min(2, depth),
             drop_path=drop_path,
+            registers=registers,
         ),
         data=DataConfig(regions_per_image=10, packing=packing),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, zero_stage=zero_stage, sequence=sequence),

@@ -232,6 +232,26 @@ def test_mistakes_end_in_one_clear_line_and_leave_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "run"]
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_registers_are_refused_where_a_format_has_no_place_for_them(tmp_path: Path, layout: str) -> None:
+    write_run(tmp_path / "run", config=dataclasses.replace(MODEL, registers=4))
+    with pytest.raises(UserError, match=r"model.registers 4 of .* no place in .*--regions"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", ExportOptions(layout=layout))
+    assert not (tmp_path / "out").exists()
+
+
+def test_registers_pass_the_check_and_no_class_of_transformers_leaves_them_out_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModel
+
+    write_run(tmp_path / "run", config=dataclasses.replace(MODEL, registers=4))
+    assert convert("to-hf", tmp_path / "run", tmp_path / "out", "--regions", "--check") == 0
+    assert "4 registers" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
 def test_a_missing_piece_is_named(tmp_path: Path) -> None:
     model = RegionEncoder(MODEL, embedding_dim=32)
     initialise(model, seed=0)
@@ -521,23 +541,26 @@ def python(*words: object, first: Sequence[Path], **environment: str) -> subproc
 def test_transformers_4_and_5_load_what_was_exported_in_every_way_and_with_right_frequencies(
     tmp_path: Path,
 ) -> None:
-    encoder = write_run(tmp_path / "run", ranks=2)
-    export_checkpoint(tmp_path / "run", tmp_path / "plain")
-    export_checkpoint(tmp_path / "run", tmp_path / "regions", ExportOptions(regions=True, shard_bytes=99_999))
     images = noise(2, 3, 64, 96)
     torch.save(images, tmp_path / "images.pt")
-    with torch.no_grad():
-        tokens = encoder.vit(images).image
-        expected = {"tokens": tokens, "pooled": encoder.vit.pool(tokens[:, 0])}
+    sought = {}
+    for name, registers in (("regions", 0), ("plain", 0), ("registers", 4)):
+        config = dataclasses.replace(MODEL, registers=registers)
+        vit = write_run(tmp_path / "runs" / name, ranks=2, config=config).vit
+        options = ExportOptions(regions=name != "plain", shard_bytes=99_999)
+        export_checkpoint(tmp_path / "runs" / name, tmp_path / name, options)
+        with torch.no_grad():
+            tokens = vit(images).image
+            sought[name] = {"tokens": tokens, "pooled": vit.pool(tokens[:, 0])}
     for release, packages in (("5.", NEW), ("4.57.", OLD)):
         first = installed(tmp_path / release, *packages)
-        for folder in ("regions", "plain"):
+        for folder, expected in sought.items():
             words = [tmp_path / folder, tmp_path / "images.pt", tmp_path / "out.pt"]
             done = python(Path(__file__).with_name("loaded_export.py"), *words, first=[first])
             assert done.returncode == 0, done.stderr
             found = torch.load(tmp_path / "out.pt", weights_only=True)
             assert found.pop("version").startswith(release)
-            assert len(found) == (9 if folder == "regions" else 8)
+            assert len(found) == (8 if folder == "plain" else 9)
             expected.update({name: each for name, each in found["usual"].items() if name not in expected})
             for way, features in found.items():
                 assert features["frequencies"].dtype == torch.float32

@@ -19,7 +19,7 @@ from readme import python_blocks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaregion.config import DataConfig, RegionWeights
+from megaregion.config import DataConfig
 from megaregion.export import ExportOptions, export_checkpoint
 
 BOXES = torch.tensor([[[0, 0, 33, 40], [10.5, 3, 60, 64]], [[16, 16, 48, 48], [1, 1, 2, 2]]])
@@ -27,22 +27,23 @@ BOXES = torch.tensor([[[0, 0, 33, 40], [10.5, 3, 60, 64]], [[16, 16, 48, 48], [1
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[RegionWeights, Path]:
-    """Exports with regions, by where region tokens' weights come from."""
-    found: dict[RegionWeights, Path] = {}
-    for weights in ("shared", "separate"):
-        place = tmp_path_factory.mktemp(weights)
-        write_run(place / "run", config=dataclasses.replace(MODEL, region_weights=weights))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports with regions, by where region tokens' weights come from, and one with registers."""
+    found, separate = {}, dataclasses.replace(MODEL, region_weights="separate")
+    models = {"shared": MODEL, "separate": separate, "registers": dataclasses.replace(MODEL, registers=4)}
+    for name, model in models.items():
+        place = tmp_path_factory.mktemp(name)
+        write_run(place / "run", config=model)
         export_checkpoint(place / "run", place / "photos-regions", ExportOptions(regions=True))
-        found[weights] = place / "photos-regions"
+        found[name] = place / "photos-regions"
     return found
 
 
 @pytest.fixture(scope="module")
-def load(folders: dict[RegionWeights, Path]) -> Callable[..., Any]:
+def load(folders: dict[str, Path]) -> Callable[..., Any]:
     from transformers import AutoModel
 
-    def loaded(weights: RegionWeights = "shared", **how: Any) -> Any:
+    def loaded(weights: str = "shared", **how: Any) -> Any:
         return AutoModel.from_pretrained(folders[weights], trust_remote_code=True, **how).eval()
 
     return loaded
@@ -73,7 +74,7 @@ def test_a_region_classifier_learns_through_the_features_and_reaches_every_weigh
 
 
 @pytest.mark.parametrize("weights", ["shared", "separate"])
-def test_gradient_checkpointing_changes_no_gradient(load: Any, weights: RegionWeights) -> None:
+def test_gradient_checkpointing_changes_no_gradient(load: Any, weights: str) -> None:
     model = load(weights).train()
     gradients = []
     # transformers 4.57 asks for the reentrant one unless somebody says otherwise.
@@ -153,7 +154,7 @@ def test_half_precision_and_the_meta_device_leave_the_rotary_frequencies_right(l
 
 
 def test_the_model_compiles_into_one_graph_for_any_batch_size_and_regions(load: Any) -> None:
-    known = load()
+    known = load("registers")
     short = {**known.config.to_dict(), "num_hidden_layers": 2, "region_layers": 1}
     model = type(known)(type(known.config)(**short)).eval()
     sizes = ((2, 64, 96), (1, 80, 48))
@@ -167,7 +168,7 @@ def test_the_model_compiles_into_one_graph_for_any_batch_size_and_regions(load: 
 
 
 def test_the_pages_onnx_gives_the_same_features_at_any_batch_size_and_number_of_regions(
-    load: Any, folders: dict[RegionWeights, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnxruntime
 
@@ -187,7 +188,7 @@ def test_the_pages_onnx_gives_the_same_features_at_any_batch_size_and_number_of_
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_the_feature_pipeline_takes_the_folder(load: Any, folders: dict[RegionWeights, Path]) -> None:
+def test_the_feature_pipeline_takes_the_folder(load: Any, folders: dict[str, Path]) -> None:
     from transformers import pipeline
 
     extract = pipeline("image-feature-extraction", model=str(folders["shared"]), trust_remote_code=True)
@@ -199,9 +200,9 @@ def test_the_feature_pipeline_takes_the_folder(load: Any, folders: dict[RegionWe
     torch.testing.assert_close(torch.tensor(extract(Image.fromarray(pixels))), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("weights", ["shared", "separate", "registers"])
 def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
-    load: Any, folders: dict[RegionWeights, Path], weights: RegionWeights, tmp_path: Path
+    load: Any, folders: dict[str, Path], weights: str, tmp_path: Path
 ) -> None:
     from transformers import AutoModel
 
@@ -212,7 +213,8 @@ def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
     expected = regions_of(model)
     assert torch.equal(regions_of(again), expected)
     assert convert("from-hf", tmp_path / "saved", tmp_path / "start") == 0
-    assert f"region_weights: {weights}" in (tmp_path / "start" / "model.yaml").read_text()
+    told = "registers: 4" if weights == "registers" else f"region_weights: {weights}"
+    assert told in (tmp_path / "start" / "model.yaml").read_text()
     assert convert("to-hf", tmp_path / "start", tmp_path / "back", "--regions") == 0
     first, back = (load_file(path / "model.safetensors") for path in (folders[weights], tmp_path / "back"))
     assert first.keys() == back.keys()
@@ -222,7 +224,7 @@ def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
 
 
 def test_weights_that_a_folder_lacks_are_drawn_and_not_left_as_memory_was(
-    load: Any, folders: dict[RegionWeights, Path]
+    load: Any, folders: dict[str, Path]
 ) -> None:
     lacking = {key: each for key, each in load("separate").state_dict().items() if "region_layers" not in key}
     known = load("separate")
@@ -236,7 +238,7 @@ def test_weights_that_a_folder_lacks_are_drawn_and_not_left_as_memory_was(
 
 
 @pytest.fixture(scope="module")
-def aspect(folders: dict[RegionWeights, Path]) -> Any:
+def aspect(folders: dict[str, Path]) -> Any:
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(folders["shared"], subfolder="aspect", trust_remote_code=True)
@@ -278,7 +280,7 @@ def test_the_aspect_processor_normalises_as_in_training_and_brings_boxes_along(a
 
 
 def test_clips_class_refuses_the_export_instead_of_dropping_its_positions(
-    folders: dict[RegionWeights, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path
 ) -> None:
     from transformers import CLIPVisionModel
 

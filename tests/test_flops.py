@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,13 @@ def _product_added(out: list[int], left: list[int], right: list[int], **_: objec
     return 2 * left[0] * left[1] * right[1]
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize(("weights", "registers"), [("shared", 0), ("shared", 4), ("separate", 0)])
 @pytest.mark.parametrize("region_layers", [1, 3])
-def test_the_encoders_operations_are_those_that_torch_counts(weights: str, region_layers: int) -> None:
-    model = ModelConfig(**SMALL, region_layers=region_layers, region_weights=weights)  # type: ignore[arg-type]
+def test_the_encoders_operations_are_those_that_torch_counts(
+    weights: str, registers: int, region_layers: int
+) -> None:
+    own: dict[str, Any] = {"region_layers": region_layers, "region_weights": weights, "registers": registers}
+    model = ModelConfig(**SMALL, **own)
     encoder = RegionEncoder(model, 32)
     initialise(encoder, 0)
     images, visible = torch.randn(2, 3, 64, 64), torch.ones(2, 5, 64, dtype=torch.bool)

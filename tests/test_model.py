@@ -21,10 +21,14 @@ from megaregion.models import RegionEncoder, VisionTransformer, decays, initiali
 from megaregion.models.costs import choose_recompute, kept_bytes
 from megaregion.models.layers import _by_columns, compile_blocks, packed_attention, run_and_count
 from megaregion.models.rotary import Rotation, pack, rotation, split_and_turn
-from megaregion.models.vit import Attention, Block, _mask
+from megaregion.models.vit import Attention, Block, _mask, learning_rate_factor
 
 SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
 SEPARATE = replace(SMALL, region_weights="separate")
+REGISTERED = replace(SMALL, registers=3)
+KINDS = pytest.mark.parametrize(
+    "config", [SMALL, SEPARATE, REGISTERED], ids=["shared", "separate", "registers"]
+)
 BASE_SHAPED = ModelConfig(depth=2, region_layers=1)
 
 
@@ -120,7 +124,7 @@ def test_a_rotary_table_first_made_for_inference_serves_training() -> None:
     vit(images).image.sum().backward()
 
 
-@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+@KINDS
 @pytest.mark.parametrize("regions", [1, 10])
 def test_patch_features_are_the_same_bits_with_and_without_regions(config: ModelConfig, regions: int) -> None:
     vit = encoder(config).vit
@@ -206,6 +210,30 @@ def test_a_region_that_sees_nothing_stays_finite_and_disturbs_no_other() -> None
     assert torch.equal(regions[:, [0, 2]], with_blind[:, [0, 2]])
 
 
+def test_patches_read_registers_and_region_tokens_do_not() -> None:
+    vit = encoder(replace(REGISTERED, depth=1, region_layers=1)).vit
+    images, visible = noise(1, 3, 64, 64), some_patches(1, 3, 16)
+    with torch.no_grad():
+        before = vit(images, visible)
+        vit.register_tokens += noise(3, 64, seed=8)
+        after = vit(images, visible)
+    assert before.image.shape == (1, 1 + 3 + 16, 64)
+    assert (before.image != after.image).any(-1).all()
+    assert torch.equal(before.regions, after.regions)
+
+
+def test_a_register_stands_nowhere_and_its_order_does_not_matter() -> None:
+    vit = encoder(REGISTERED).vit
+    images, visible = noise(2, 3, 64, 48), some_patches(2, 3, 12)
+    with torch.no_grad():
+        before = vit(images, visible)
+        vit.register_tokens.copy_(vit.register_tokens.flip(0))
+        after = vit(images, visible)
+    torch.testing.assert_close(after.regions, before.regions, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.image[:, 1:4].flip(1), before.image[:, 1:4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.image[:, 4:], before.image[:, 4:], atol=1e-5, rtol=1e-5)
+
+
 def test_skipping_the_image_after_its_last_reader_changes_no_region_and_no_gradient() -> None:
     model = encoder()
     images, visible = noise(2, 3, 64, 64), some_patches(2, 5, 16)
@@ -220,7 +248,7 @@ def test_skipping_the_image_after_its_last_reader_changes_no_region_and_no_gradi
         assert torch.equal(parameter.grad, skipped[name]), name
 
 
-@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+@KINDS
 def test_every_weight_learns_from_regions_alone(config: ModelConfig) -> None:
     model = encoder(config)
     model(noise(2, 3, 64, 64), some_patches(2, 5, 16)).square().sum().backward()
@@ -363,7 +391,7 @@ def test_other_numbers_of_images_and_other_sizes_make_few_graphs_and_leave_no_bl
     assert made[-1] <= 24
 
 
-@pytest.mark.parametrize("config", [SMALL, SEPARATE], ids=["shared", "separate"])
+@KINDS
 def test_images_packed_into_one_sequence_are_the_same_as_alone(config: ModelConfig) -> None:
     model = encoder(config)
     grids = ((2, 5), (4, 4), (6, 1), (4, 4))
@@ -419,7 +447,7 @@ GRIDS = [None, ((2, 5), (4, 4), (6, 1))]
 
 def on_a_device(grids: tuple[tuple[int, int], ...] | None) -> Callable[[], Tensor]:
     """A pass as tensors of a GPU go through it: the meta device has none of a processor's shortcuts."""
-    model = RegionEncoder(SMALL, 32).to("meta")
+    model = RegionEncoder(REGISTERED, 32).to("meta")
     shapes = ((2, 3, 64, 64), (2, 5, 16)) if grids is None else ((32, 3, 16, 16), (5, 32))
     images, visible = (torch.ones(shape, device="meta") for shape in shapes)
     return partial(model, images, visible.bool(), grids)
@@ -540,12 +568,26 @@ def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -
 
 
 def test_decay_spares_norms_biases_and_single_tokens() -> None:
-    spared = {name for name, parameter in encoder().named_parameters() if not decays(name, parameter)}
-    kinds = {"bias", "class_pos_emb", "class_embedding"}
+    model = encoder(REGISTERED)
+    spared = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
+    kinds = {"bias", "class_pos_emb", "class_embedding", "register_tokens"}
     assert all(name.rpartition(".")[2] in kinds or "norm" in name for name in spared)
-    assert {"vit.class_pos_emb", "vit.class_embedding", "vit.pre_norm.weight"} <= spared
+    assert {f"vit.{own}" for own in (*kinds - {"bias"}, "pre_norm.weight")} <= spared
     assert "vit.patch_embedding.weight" not in spared
     assert "projection.weight" not in spared
+
+
+def test_the_learning_rate_falls_from_each_block_to_the_one_below_it() -> None:
+    model = encoder(replace(SEPARATE, registers=2))
+    found = {name: learning_rate_factor(name, 4, 0.5) for name, _ in model.named_parameters()}
+    for number in range(4):
+        of_block = {factor for name, factor in found.items() if f".blocks.{number}." in name}
+        assert of_block == {0.5 ** (3 - number)}, "region tokens' own weights among them"
+    above = {name for name, factor in found.items() if factor == 1 and ".blocks." not in name}
+    assert above == {"projection.weight", "vit.post_norm.weight", "vit.post_norm.bias"}
+    below = {factor for name, factor in found.items() if ".blocks." not in name and name not in above}
+    assert below == {0.5**4}
+    assert {learning_rate_factor(name, 4, 1.0) for name in found} == {1.0}
 
 
 def test_bf16_stays_near_fp32() -> None:

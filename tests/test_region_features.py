@@ -36,12 +36,16 @@ def loaded(folder: Path) -> Any:
 
     model, report = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(report.values()), report
-    assert type(model).__name__ == "RegionVisionModel"
+    registers = "num_register_tokens" in model.config.to_dict()
+    assert type(model).__name__ == ("RegisterVisionModel" if registers else "RegionVisionModel")
     return model.eval()
 
 
-def exported(folder: Path, weights: RegionWeights = "shared") -> tuple[RegionEncoder, Any]:
-    encoder = write_run(folder / "run", config=dataclasses.replace(MODEL, region_weights=weights))
+def exported(
+    folder: Path, weights: RegionWeights = "shared", registers: int = 0
+) -> tuple[RegionEncoder, Any]:
+    config = dataclasses.replace(MODEL, region_weights=weights, registers=registers)
+    encoder = write_run(folder / "run", config=config)
     export_checkpoint(folder / "run", folder / "out", ExportOptions(regions=True))
     return encoder, loaded(folder / "out")
 
@@ -61,10 +65,17 @@ def expected(encoder: RegionEncoder, image: Tensor, boxes: Any, masks: Any) -> T
         return encoder(image[None], torch.from_numpy(visible)[None])[0]
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
-def test_region_features_equal_the_trainers_embeddings(tmp_path: Path, weights: RegionWeights) -> None:
-    encoder, model = exported(tmp_path, weights)
+@pytest.mark.parametrize(
+    ("weights", "registers"), [("shared", 0), ("separate", 0), ("shared", 4), ("separate", 1)]
+)
+def test_region_features_equal_the_trainers_embeddings(
+    tmp_path: Path, weights: RegionWeights, registers: int
+) -> None:
+    encoder, model = exported(tmp_path, weights, registers)
     images = noise(3, 3, HEIGHT, WIDTH)
+    with torch.no_grad():
+        found = model(pixel_values=images).last_hidden_state
+        torch.testing.assert_close(found, encoder.vit(images).image, atol=1e-5, rtol=0)
     features = model.get_region_features(images, boxes=BOXES)
     assert [tuple(each.shape) for each in features] == [(5, 32), (1, 32), (0, 32)]
     for image, boxes, found in zip(images, BOXES, features, strict=True):

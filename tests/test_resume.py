@@ -92,7 +92,7 @@ def test_the_image_size_of_a_stage_is_no_change() -> None:
 
 OTHER_MODELS = {
     "model__depth": 2, "model__activation": "quick_gelu", "model__norm_eps": 1e-4, "model__rope_theta": 500.0,
-    "model__heads": 2, "model__patch_size": 16,
+    "model__heads": 2, "model__patch_size": 16, "model__registers": 2,
 }  # fmt: skip
 OTHER_RUNS = {
     "model__region_layers": 1, "model__region_weights": "separate", "head__embedding_dim": 8,

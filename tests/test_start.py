@@ -282,6 +282,24 @@ def test_a_start_of_other_settings_names_them_all() -> None:
         start.fill(model.vit)
 
 
+def test_registers_begin_untrained_where_there_were_none_and_only_there(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "run").vit
+    start, config = open_pretrained(tmp_path / "run"), dataclasses.replace(MODEL, registers=4)
+    model = RegionEncoder(config, 8)
+    initialise(model, 5)
+    drawn = model.vit.register_tokens.detach().clone()
+    start.fill(model.vit)
+    assert torch.equal(model.vit.register_tokens, drawn)
+    assert torch.equal(model.vit.class_embedding, whole.class_embedding)
+    assert start.advice(RunConfig(model=config)) == ["they have no registers: the run's 4 begin untrained"]
+    assert start.advice(RunConfig(model=MODEL)) == []
+    for theirs, ours in ((4, 2), (4, 0)):
+        start = dataclasses.replace(_nothing(), model=dataclasses.replace(MODEL, registers=theirs))
+        other = RegionEncoder(dataclasses.replace(MODEL, registers=ours), 8)
+        with pytest.raises(UserError, match=f"need model.registers {theirs} and not {ours}; set them"):
+            start.fill(other.vit)
+
+
 def _nothing() -> Pretrained:
     class Source:
         folder = Path("somewhere")

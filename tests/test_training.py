@@ -26,6 +26,7 @@ TP2 = {"parallel__tensor": 2, "train__micro_batch": 4}
 TP4 = {"parallel__tensor": 4, "train__micro_batch": 8}
 ZERO3 = {"parallel__zero_stage": 3}
 DROPPED = {"model__drop_path": 0.5}
+REGISTERED = {"model__registers": 3}
 
 TOPOLOGIES = {
     "tp1-zero0": {"parallel__zero_stage": 0, "train__micro_batch": 1},
@@ -201,14 +202,14 @@ VARIANTS = {
     "wide-tp2-zero3": {**TP2, **ZERO3, **WIDE},
     "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True, **DROPPED},
     # Sequences that the ranks do not divide.
-    "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0), **DROPPED},
-    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED},
+    "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0), **DROPPED, **REGISTERED},
+    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED, **REGISTERED},
     "stages": {"stages": STAGES, "train__steps": 3, **DROPPED},
     "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2},
     "stages-tp2-zero3": {**TP2, **ZERO3, "stages": STAGES_TP2, "train__steps": 3},
     "within-memory": {"train__activation_gib": 1e-4},
     "layers": {"optimizer__layer_decay": 0.5},
-    "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5},
+    "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5, **REGISTERED},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
     # Two spaces of object classes in one, and several positives of an object.
     "two-datasets": {"data__path": TWO, "data__max_object_labels": 6, "train__steps": 3},
@@ -230,6 +231,7 @@ NATIVE_STAGES = {
     "data__crop_ratio": (0.3, 3.0),
     "stages": (StageConfig(48, 16, micro_batch=1), StageConfig(24, 48)),
     **DROPPED,
+    **REGISTERED,
 }
 
 WHOLE = {
@@ -242,7 +244,7 @@ WHOLE = {
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
     "stages-native": NATIVE_STAGES,
-    "sampled-two-datasets": {"data__path": TWO, **DROPPED},
+    "sampled-two-datasets": {"data__path": TWO, **DROPPED, **REGISTERED},
 }
 
 CONTINUED = {
@@ -254,14 +256,14 @@ CONTINUED = {
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
-    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO, **DROPPED}),
+    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO, **DROPPED, **REGISTERED}),
     "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
 }
 
 
 COMPILED = {
     # A block that runs again, and cheap ones; tokens cut over the ranks, and whole on each.
-    "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5, **DROPPED},
+    "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5, **DROPPED, **REGISTERED},
     "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False},
 }
 
@@ -385,8 +387,8 @@ def test_resume_on_the_same_topology_is_bit_identical(name: str, dataset: Path, 
 def test_resume_on_another_topology_agrees(name: str, dataset: Path, four_ranks: Path) -> None:
     whole, continued = (toy_config(dataset, four_ranks, run) for run in (CONTINUED[name][0], name))
     assert losses(continued) == pytest.approx(losses(whole)[2:], rel=1e-5)
-    weights = differences(checkpoint(whole, 4), checkpoint(continued, 4), "body.weight")
-    assert max(weights.values()) < 1e-4
+    for kind in ("body.weight", "body.ema"):
+        assert max(differences(checkpoint(whole, 4), checkpoint(continued, 4), kind).values()) < 1e-4
 
 
 def test_an_average_begins_with_the_weights_that_a_run_goes_on_from(dataset: Path, four_ranks: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from megaregion.models import VisionTransformer
 from megaregion.models.initialisation import initial_value
 from megaregion.settings import check, read_settings
 
-FUNCTION = ("patch_size", "width", "depth", "heads", "mlp_width", "activation", "norm_eps", "rope_theta")
+FUNCTION = (
+    "patch_size", "width", "depth", "heads", "mlp_width", "activation", "norm_eps", "rope_theta", "registers",
+)  # fmt: skip
 """Settings that weights only make sense with."""
 
 
@@ -62,12 +64,16 @@ class Pretrained:
     def fill(self, vit: VisionTransformer) -> None:
         """Put the weights into a transformer, whole on this rank; its image size may be another.
 
-        Region tokens' own weights become copies of the blocks' where there are none yet, as in a new run.
+        Region tokens' own weights become copies of the blocks' where there are none yet, as in a new run;
+        registers stay as they were drawn where there were none.
 
         Raises:
             UserError: The transformer's settings are others.
         """
         theirs, ours = self.model, vit.config
+        fresh = ours.registers > theirs.registers == 0
+        if fresh:
+            ours = replace(ours, registers=0)
         other = [key for key in FUNCTION if getattr(theirs, key) != getattr(ours, key)]
         if other:
             told = ", ".join(
@@ -78,11 +84,14 @@ class Pretrained:
                 "that tools/convert_checkpoint.py from-hf writes as a last --config"
             )
         for name, parameter in vit.named_parameters():
-            parameter.copy_(self.read(self._source_of(name)))
+            if not (fresh and name == REGISTERS):
+                parameter.copy_(self.read(self._source_of(name)))
 
     def advice(self, config: RunConfig) -> list[str]:
         """What a user who begins a run with these weights should know."""
         found = list(self.notices)
+        if config.model.registers > self.model.registers == 0:
+            found.append(f"they have no registers: the run's {config.model.registers} begin untrained")
         if (self.data.mean, self.data.std) != (config.data.mean, config.data.std):
             found.append(
                 f"they saw images normalised by data.mean {list(self.data.mean)} and data.std "
@@ -116,6 +125,7 @@ def open_pretrained(path: Path, verify: bool = True) -> Pretrained:
 
 ARCHITECTURES = {
     "mlcd": "MLCD", "mlcd_vision_model": "MLCD", "clip_vision_model": "CLIP", "clip": "CLIP",
+    "megaregion_vit": "MLCD",
 }  # fmt: skip
 """What config.json may say as model_type, and whose vision tower that is."""
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -127,6 +137,8 @@ REGION = "region_layers."
 """Begins the keys of region tokens' own weights, which only the region class knows."""
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which tensor."""
+REGISTERS = "register_tokens"
+"""Name of the parameter of VisionTransformer that holds registers."""
 PROJECTION = "projection.weight"
 """Key of the projection in folders with the region class; ours is called the same."""
 
@@ -244,7 +256,7 @@ _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_
 
 _ENCODER = (
     "class_pos_emb", "embeddings.class_embedding", "embeddings.patch_embedding.", "pre_layrnorm.",
-    "encoder.layers.", "post_layernorm.", REGION,
+    "encoder.layers.", "post_layernorm.", REGION, f"embeddings.{REGISTERS}",
 )  # fmt: skip
 
 
@@ -317,6 +329,7 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
             "region_layers", min(settings["num_hidden_layers"], ModelConfig.region_layers)
         ),
         "region_weights": settings.get("region_weights", "shared"),
+        "registers": settings.get("num_register_tokens", 0),
     }
     try:
         model = read_settings(ModelConfig(), values, "model")
@@ -392,6 +405,7 @@ def _weight_files(folder: Path) -> list[Path]:
 _WHOLE = {
     "class_pos_emb": "class_pos_emb",
     "class_embedding": "embeddings.class_embedding",
+    REGISTERS: f"embeddings.{REGISTERS}",
     "patch_embedding": "embeddings.patch_embedding",
     "pre_norm": "pre_layrnorm",  # The misspelling is theirs, and part of the format.
     "post_norm": "post_layernorm",

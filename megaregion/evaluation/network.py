@@ -125,7 +125,7 @@ def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
     """
     entering, _ = _last_block(model, pixels)
     tokens = entering[0].unflatten(0, (len(pixels), -1))
-    return model.vit.pool(tokens[:, 1:]).unflatten(1, _grid(model, pixels))
+    return model.vit.pool(tokens[:, model.vit.config.leading :]).unflatten(1, _grid(model, pixels))
 
 
 class Attention(NamedTuple):
@@ -140,15 +140,16 @@ class Attention(NamedTuple):
 @torch.inference_mode()
 def region_attention(model: RegionEncoder, pixels: Tensor, visible: Tensor) -> Attention:
     """Attention in the last block of one image's [1, 3, H, W] region tokens, which see patches [1, N, P]."""
-    (image, regions, angles, mask, _), written = _last_block(model, pixels, visible)
+    (image, regions, angles, mask, *_), written = _last_block(model, pixels, visible)
     last: Any = model.vit.blocks[-1]
     # A copy of the block for regions reads what the block has written, shared weights what enters it.
     block, image = (last, image) if last.region is None else (last.region, written[0])
     query = block.attention.project_regions(block.norm1(regions), angles, visible.shape[1])
     _, key, _ = block.attention.project(block.norm1(image), angles)
     scores = query @ key.transpose(-1, -2) / key.shape[-1] ** 0.5
-    # From [1, heads, N, 1 + P]; the class token's weight is no patch's.
-    weights = ((each.float().softmax(dim=-1).mean(dim=1)[0, :, 1:]) for each in (scores + mask, scores))
+    # From [1, heads, N, T]; what comes before the patches has weights of its own.
+    leading = model.vit.config.leading
+    weights = (each.float().softmax(dim=-1).mean(dim=1)[0, :, leading:] for each in (scores + mask, scores))
     return Attention(*(as_array(each.unflatten(1, _grid(model, pixels))) for each in weights))
 
 

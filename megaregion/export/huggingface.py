@@ -113,6 +113,11 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
     refuse_taken(out)
     reader = open_checkpoint(checkpoint)
     config = run_config(reader)
+    if config.model.registers and not options.regions:
+        raise UserError(
+            f"model.registers {config.model.registers} of this checkpoint have no place in the plain format "
+            f"{options.layout}; use --format mlcd --regions, whose class knows them"
+        )
     names = _names(reader, config, options.regions)
 
     def tensors(names: Iterable[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -117,9 +117,18 @@ def aspect_processor(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
 
 
 def region_config(run: RunConfig, projected: bool) -> dict[str, Any]:
-    """What config.json holds besides where the region part comes along, with a projection or without."""
-    return {
-        "auto_map": {"AutoModel": f"{REGION_CODE.stem}.RegionVisionModel"},
+    """What config.json holds besides where the region part comes along, with a projection or without.
+
+    With registers it is a model type of its own: MLCD's class would leave them out without a word.
+    """
+    names = {"AutoModel": "RegionVisionModel"}
+    own: dict[str, Any] = {}
+    if run.model.registers:
+        names = {"AutoConfig": "RegisterVisionConfig", "AutoModel": "RegisterVisionModel"}
+        own = {"model_type": "megaregion_vit", "num_register_tokens": run.model.registers}
+        own["architectures"] = [names["AutoModel"]]
+    return own | {
+        "auto_map": {auto: f"{REGION_CODE.stem}.{name}" for auto, name in names.items()},
         "region_layers": run.model.region_layers,
         "region_weights": run.model.region_weights,
         "patch_coverage": run.data.patch_coverage,

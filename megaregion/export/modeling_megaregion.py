@@ -4,8 +4,8 @@ A region token is a class token that sees only its region. It starts as a copy o
 goes through the last ``region_layers`` blocks, and reads the keys and values of its own patches; the image is
 encoded once for all its regions. This file needs torch and transformers (4.57 or 5) and nothing else.
 
-Shapes: B images of H x W pixels, P = rows * columns patches (row by row), N regions of one image, M the most
-of any image, D width, E width of the projection, d head width.
+Shapes: B images of H x W pixels, P = rows * columns patches (row by row), K registers, N regions of one
+image, M the most of any image, D width, E width of the projection, d head width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MLCDVisionConfig, MLCDVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.mlcd.modeling_mlcd import MLCDEncoderLayer
+from transformers.models.mlcd.modeling_mlcd import MLCDEncoderLayer, MLCDVisionEmbeddings
 
 TOLERANCE = 1e-9
 """Rounding must not decide whether a patch that is covered by exactly the threshold is visible."""
@@ -45,6 +45,11 @@ class RegionVisionModel(MLCDVisionModel):
         self.region_layers = nn.ModuleList(layers)
         width = getattr(config, "region_dim", None)
         self.projection = nn.Linear(config.hidden_size, width, bias=False) if width else None
+        self._registers = getattr(config, "num_register_tokens", 0)
+        if self._registers:
+            self._body.embeddings = RegisterEmbeddings(config)
+            rotary = self._body.vision_rotary_embedding
+            rotary.register_forward_hook(partial(_leave_unturned, self._registers))
         self.post_init()
 
     def forward(
@@ -198,7 +203,7 @@ class RegionVisionModel(MLCDVisionModel):
         """
         count = self.config.region_layers
         states = states[-count - 1 :]
-        seen = F.pad(visible, (1, 0))[:, None]
+        seen = F.pad(visible, (1 + self._registers, 0))[:, None]
         angles = self._angles(rows, columns, states[0].device)
         tokens = states[0][:, :1].expand(-1, visible.shape[1], -1)
         # Own weights read what the block has written.
@@ -212,12 +217,13 @@ class RegionVisionModel(MLCDVisionModel):
         return tokens
 
     def _angles(self, rows: Any, columns: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of all tokens' angles, class token first, [1 + P, d]."""
+        """Cosine and sine of all tokens' angles, class token and registers first, [1 + K + P, d]."""
         frequencies = self._frequencies(device)
         y = torch.arange(rows, dtype=torch.float32, device=device)[:, None, None] * frequencies
         x = torch.arange(columns, dtype=torch.float32, device=device)[None, :, None] * frequencies
         grid = torch.cat((y.expand(-1, columns, -1), x.expand(rows, -1, -1)), dim=-1).flatten(0, 1)
-        angles = torch.cat((self._body.class_pos_emb.to(device).float(), grid)).repeat(1, 2)
+        leading = F.pad(self._body.class_pos_emb.to(device).float(), (0, 0, 0, self._registers))
+        angles = torch.cat((leading, grid)).repeat(1, 2)
         return angles.cos(), angles.sin()
 
     def _frequencies(self, device: torch.device) -> Tensor:
@@ -235,6 +241,40 @@ def _chosen(states: Sequence[Tensor], asked: bool | int | Sequence[int] | None) 
     indices = [asked] if isinstance(asked, int) else asked
     kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
     return tuple(state if index in kept else None for index, state in enumerate(states))
+
+
+class RegisterVisionConfig(MLCDVisionConfig):
+    """MLCD's settings and ``num_register_tokens``."""
+
+    model_type = "megaregion_vit"
+
+
+class RegisterVisionModel(RegionVisionModel):
+    """RegionVisionModel with registers: learned tokens between class token and patches of any output."""
+
+    config_class = RegisterVisionConfig
+
+
+class RegisterEmbeddings(MLCDVisionEmbeddings):
+    """MLCD's, with registers behind the class token."""
+
+    def __init__(self, config: MLCDVisionConfig) -> None:
+        super().__init__(config)
+        self.register_tokens = nn.Parameter(torch.randn(config.num_register_tokens, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Class token, registers, patches of images [B, 3, H, W], [B, 1 + K + P, D]."""
+        tokens = super().forward(pixel_values)
+        registers = self.register_tokens.expand(len(tokens), -1, -1)
+        return torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
+
+
+def _leave_unturned(registers: int, _: nn.Module, __: Any, found: Any) -> Any:
+    """Patches' angles behind registers' (0): transformers 4 gives angles, 5 their cosines and sines."""
+    if isinstance(found, Tensor):
+        return F.pad(found, (0, 0, registers, 0))
+    cos, sin = found
+    return F.pad(cos, (0, 0, registers, 0), value=1.0), F.pad(sin, (0, 0, registers, 0))
 
 
 def _device(layer: Any) -> torch.device:

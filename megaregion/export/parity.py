@@ -87,11 +87,12 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
     from transformers import AutoModel
     from transformers import logging as transformers_logging
 
-    from megaregion.export.modeling_megaregion import RegionVisionModel
+    from megaregion.export.modeling_megaregion import RegionVisionModel, RegisterVisionModel
 
     transformers_logging.disable_progress_bar()
     # Our class and not the folder's copy of it: a check runs no foreign code.
-    kind: Any = RegionVisionModel if folder.of_regions else AutoModel
+    own = RegisterVisionModel if folder.model.registers else RegionVisionModel
+    kind: Any = own if folder.of_regions else AutoModel
     model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
 
     def theirs(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,8 @@ def compare(a: Encoder, b: Encoder, pictures: Sequence[Path] = ()) -> list[Diffe
         (ours, our_pool), (theirs, their_pool) = a.features(images), b.features(images)
         if ours.shape != theirs.shape:
             raise UserError(
-                f"check: features of {ours.shape[-1]} and {theirs.shape[-1]} values cannot be compared"
+                f"check: features of {list(ours.shape[1:])} and {list(theirs.shape[1:])} tokens and values "
+                "cannot be compared"
             )
         pairs = ((ours[:, 1:], theirs[:, 1:]), (ours[:, 0], theirs[:, 0]), (our_pool, their_pool))
         patches, class_token, pooled = (float((x - y).abs().max()) for x, y in pairs)

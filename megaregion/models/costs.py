@@ -10,8 +10,8 @@ A block's backward pass may compute again what it does not keep:
             the time: 6 D + M numbers
     full    only the block's input is kept and its forward pass runs again: D numbers, a third more time
 
-Shapes: P patches, T = 1 + P image tokens, N regions of an image, D width, M MLP width, E embedding width,
-R rows of a head, C classes they are scored against.
+Shapes: P patches, T image tokens (class token, registers, patches), N regions of an image, D width, M MLP
+width, E embedding width, R rows of a head, C classes they are scored against.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def encoder_flops(
     """
     rows, columns = grid or (model.grid, model.grid)
     patches, width = rows * columns, model.width
-    tokens, own = 1 + patches, model.region_weights == "separate"
+    tokens, own = model.leading + patches, model.region_weights == "separate"
     qkv, rest = 6 * width * width, 2 * width * width + 4 * width * model.mlp_width
     # With shared weights nobody reads the image tokens of the last block: it ends at keys and values.
     whole = model.depth - (1 if regions and not own else 0)
@@ -155,7 +155,7 @@ def recompute_of_run(config: RunConfig, micro_batch: int, image_size: int) -> tu
         return everywhere("full", config.model.depth)
     return choose_recompute(
         config.model,
-        micro_batch * (1 + (image_size // config.model.patch_size) ** 2),
+        micro_batch * (config.model.leading + (image_size // config.model.patch_size) ** 2),
         config.train.value_bytes,
         config.train.activation_gib * GIB,
         config.parallel.tensor,

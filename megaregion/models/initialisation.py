@@ -69,7 +69,7 @@ def _see_like_tokens(rows: Tensor, config: ModelConfig) -> Tensor:
 
 def _std(kind: list[str], shape: torch.Size, config: ModelConfig) -> float:
     """Standard deviation that keeps activations at unit scale, and 2L residual sums too."""
-    if kind[-1] in ("class_pos_emb", "class_embedding"):
+    if kind[-1] in ("class_pos_emb", "class_embedding", "register_tokens"):
         return float(shape[-1]) ** -0.5
     fan_in = float(shape[1:].numel())
     if kind[0] in ("out", "fc2"):

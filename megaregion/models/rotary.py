@@ -1,10 +1,11 @@
 """2D rotary positions: queries and keys turn by angles of their patch's row and column.
 
 A head's width d is d/2 pairs (i, i + d/2). The first half of the pairs turns by the row, the second
-by the column, at frequencies theta^(-2i / (d/2)); the class token turns by a learned angle.
-The layout is that of transformers' ``MLCDVisionModel``.
+by the column, at frequencies theta^(-2i / (d/2)); the class token turns by a learned angle, registers do not
+turn. The layout is that of transformers' ``MLCDVisionModel``.
 
-Shapes: B images, P patches, T = 1 + P image tokens (class token first), H heads, d head width.
+Shapes: B images, P patches, K registers, T = 1 + K + P image tokens (class token first), H heads, d head
+width.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,27 +33,28 @@ class Packing(NamedTuple):
     boundaries: Tensor
     """Where each image starts and the last one ends, [images + 1]."""
     slots: Tensor
-    """Number of the image whose class token a token is, [S], -1 for patches."""
+    """Number of the image whose class token a token is, [S], -1 for others."""
     patches: Tensor
     """Where each patch stands, int64 [P]."""
     columns: Tensor
     """The token in each image's columns, [images x columns]; the image's class token where it has no more."""
     places: Tensor
     """Each token's place among the columns, [S]."""
+    registers: Tensor | None = None
+    """Where each image's registers stand, int64 [images K]; None without any."""
 
     @property
     def starts(self) -> Tensor:
         """Where each image's class token stands, [images]."""
         return self.boundaries[:-1]
 
-    @property
-    def owners(self) -> Tensor:
-        """Number of the image of each token, [S]."""
-        return self.places // max(self.lengths)
-
-    def spread(self, patches: Tensor, own: Tensor) -> Tensor:
-        """The sequence [S, ...] of all images' patches, [P, ...], with ``own`` [...] as each class token."""
-        return own.expand(len(self.slots), *own.shape).index_copy(0, self.patches, patches)
+    def spread(self, patches: Tensor, own: Tensor, registers: Tensor | None) -> Tensor:
+        """All images' patches, [P, ...], in one sequence [S, ...], behind ``own`` and registers [K, ...]."""
+        sequence = own.expand(len(self.slots), *own.shape).index_copy(0, self.patches, patches)
+        if self.registers is None or registers is None:
+            return sequence
+        each = registers.expand(len(self.lengths), *registers.shape).flatten(0, 1)
+        return sequence.index_copy(0, self.registers, each)
 
     def in_columns(self, rows: Tensor) -> Tensor:
         """Rows of a sequence, [S, ...], image by image, [images, columns, ...]; fillers pass nothing back."""
@@ -76,23 +79,27 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, places), None, None
 
 
-def pack(grids: Sequence[tuple[int, int]], device: torch.device) -> Packing:
-    """Lay images of so many rows and columns of patches behind each other."""
-    lengths = [1 + rows * columns for rows, columns in grids]
+def pack(grids: Sequence[tuple[int, int]], device: torch.device, registers: int = 0) -> Packing:
+    """Lay images of so many rows and columns of patches, and their registers, behind each other."""
+    lengths = [1 + registers + rows * columns for rows, columns in grids]
     ends, longest = np.cumsum(lengths), max(lengths)
     starts = ends - lengths
     slots = np.full(ends[-1], -1)
     slots[starts] = np.arange(len(lengths))
+    own = (starts[:, None] + np.arange(1, 1 + registers)).ravel()
+    others = slots < 0
+    others[own] = False
     column = np.arange(longest)
     there = column < np.array(lengths)[:, None]
     parts = (
-        np.append(0, ends), slots, np.flatnonzero(slots < 0),
-        (starts[:, None] + np.where(there, column, 0)).ravel(), np.flatnonzero(there),
+        np.append(0, ends), slots, np.flatnonzero(others),
+        (starts[:, None] + np.where(there, column, 0)).ravel(), np.flatnonzero(there), own,
     )  # fmt: skip
     # Once a pass, and without waiting for a GPU: a list of indices in each block would wait for it each time.
     numbers = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device, non_blocking=True)
-    boundaries, slots, patches, columns, places = numbers.split([len(part) for part in parts])
-    return Packing(tuple(lengths), boundaries, slots, patches.long(), columns, places)
+    boundaries, slots, patches, columns, places, own = numbers.split([len(part) for part in parts])
+    spared = own.long() if registers else None
+    return Packing(tuple(lengths), boundaries, slots, patches.long(), columns, places, spared)
 
 
 class Rotation(NamedTuple):
@@ -119,28 +126,38 @@ class Rotation(NamedTuple):
         return Rotation(self.class_angle, self.cos[:1], self.sin[:1], count)
 
 
-def packed_rotation(class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float) -> Rotation:
+def packed_rotation(
+    class_angle: Tensor, grids: Sequence[tuple[int, int]], theta: float, registers: int = 0
+) -> Rotation:
     """The angles of images in one sequence, each behind its class token; grids are (rows, columns)."""
     class_angle = class_angle.float()
-    packing, fixed = pack(grids, class_angle.device), class_angle.detach()
-    tables = [_patch_table(*grid, len(fixed), theta, fixed.device) for grid in grids]
+    packing, fixed = pack(grids, class_angle.device, registers), _leading(class_angle, registers)
+    tables = [_patch_table(*grid, len(class_angle), theta, fixed.device) for grid in grids]
     cosines, sines = (torch.cat(parts) for parts in zip(*tables, strict=True))
-    cos = packing.spread(cosines, fixed.cos())
-    return Rotation(
-        class_angle, torch.cat((cos, cos), dim=-1), packing.spread(sines, fixed.sin()), 1, packing
-    )
+    own_cos, own_sin = fixed.cos(), fixed.sin()
+    cos = packing.spread(cosines, own_cos[0], own_cos[1:])
+    sin = packing.spread(sines, own_sin[0], own_sin[1:])
+    return Rotation(class_angle, torch.cat((cos, cos), dim=-1), sin, 1, packing)
 
 
-def rotation(class_angle: Tensor, rows: int, columns: int, theta: float, images: int) -> Rotation:
-    """The angles of B images of one size: of the class token and of rows * columns patches, row by row.
+def rotation(
+    class_angle: Tensor, rows: int, columns: int, theta: float, images: int, registers: int = 0
+) -> Rotation:
+    """The angles of B images of one size: of class token, registers and rows * columns patches, row by row.
 
     ``class_angle`` is the learned one, [d/2]; ``theta`` the base of the frequencies.
     """
     class_angle = class_angle.float()
     cos, sin = _patch_table(rows, columns, class_angle.shape[-1], theta, class_angle.device)
-    fixed = class_angle.detach()[None]
+    fixed = _leading(class_angle, registers)
     cos = torch.cat((fixed.cos(), cos))
     return Rotation(class_angle, torch.cat((cos, cos), dim=-1), torch.cat((fixed.sin(), sin)), images)
+
+
+def _leading(class_angle: Tensor, registers: int) -> Tensor:
+    """Angles of class token and registers, [1 + K, d/2]; constant to autograd."""
+    fixed = class_angle.detach()[None]
+    return F.pad(fixed, (0, 0, 0, registers)) if registers else fixed
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,10 @@ The modules know no rank. Inside the blocks tokens are rows of a matrix: all B T
 region tokens, or this rank's part of them where sequence parallelism puts another ``Stream`` in. Where tensor
 parallelism cuts the linears, H counts the heads of this rank.
 
-Shapes: B images of H x W pixels, P patches (row by row), T = 1 + P image tokens (class token first),
+A register is a token of no place that takes part in the image's attention. Region tokens read neither
+registers nor the class token: both hold what lies outside of the region.
+
+Shapes: B images of H x W pixels, P patches (row by row), T image tokens (class token, registers, patches),
 N regions an image, R rows of tokens, D width, H heads, d head width, E embedding width. Where the images of a
 batch share one sequence, queries, keys and values have a B of 1, and S counts the tokens of all images.
 """
@@ -118,14 +121,14 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _sum(written: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+def _sum(written: Tensor, tokens: Tensor, kept: Tensor | None, branch: int) -> Tensor:
     """Add tokens to what a linear has just written, in its place: the sum needs no memory of its own.
 
-    A linear of a matrix gives no view; the gradient of a sum into a view would be copied whole. ``kept`` is
-    the factor of each row of what was written, [R].
+    A linear of a matrix gives no view; the gradient of a sum into a view would be copied whole. ``kept`` are
+    factors of a block's two branches, [R, 2]: attention, MLP.
     """
     if kept is not None:
-        return torch.addcmul(tokens, written, kept[:, None])
+        return torch.addcmul(tokens, written, kept[:, branch, None])
     # A compiler finds the place by itself, and must not see it changed where it makes a part again.
     return written + tokens if torch.compiler.is_compiling() else written.add_(tokens)
 
@@ -209,7 +212,7 @@ class Block(nn.Module):
             read = self.attention.mix(query, key, value, packing=angles.packing)
             image, normed = self._attended(read, image, of_image)
             with self._renormed(normed, image, self.norm2):
-                image = _sum(self.mlp(normed, self.cheap), image, _branch(of_image, 1))
+                image = _sum(self.mlp(normed, self.cheap), image, of_image, 1)
         if regions is not None and self.region is not None:
             # Own weights read what the block has written, or the last block's would get no gradient.
             _, key, value = self.region.attention.project(self.region.norm1(image), angles)
@@ -235,21 +238,15 @@ class Block(nn.Module):
         query = self.attention.project_regions(normed, angles, mask.shape[2])
         read = self.attention.mix(query, key, value, mask, angles.packing)
         regions, normed = self._attended(read, regions, kept)
-        return _sum(self.mlp(normed), regions, _branch(kept, 1))
+        return _sum(self.mlp(normed), regions, kept, 1)
 
     def _attended(self, read: Tensor, tokens: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [R, D] with what they read, and normed for the MLP."""
         if kept is None:
             mixed, bias = apart(self.attention.out, read)
-            return norm_beside(_sum(mixed, tokens), self.norm2, bias)
-        # The bias is weighed row by row, as the rest of the branch.
-        mixed = self.attention.out(read)
-        return norm_beside(_sum(mixed, tokens, _branch(kept, 0)), self.norm2)
-
-
-def _branch(kept: Tensor | None, number: int) -> Tensor | None:
-    """Factors [R] of one of a block's two residual branches, of [R, 2]: 0 for attention, 1 for the MLP."""
-    return None if kept is None else kept[:, number]
+        else:  # The bias is weighed row by row, as the rest of the branch.
+            mixed, bias = self.attention.out(read), None
+        return norm_beside(_sum(mixed, tokens, kept, 0), self.norm2, bias)
 
 
 class Kept(NamedTuple):
@@ -265,7 +262,7 @@ class Tokens(NamedTuple):
     """What the transformer gives; neither part has gone through the last norm (see ``pool``)."""
 
     image: Tensor
-    """Class token, then patches, [B, 1 + P, D]; [B, 0, D] if only regions were asked for."""
+    """Class token, registers, patches, [B, T, D]; [B, 0, D] if only regions were asked for."""
     regions: Tensor | None
     """Region tokens, [B, N, D]; None if no regions were given."""
 
@@ -281,6 +278,8 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = PatchEmbedding(config)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))
+        registers = torch.empty(config.registers, config.width)
+        self.register_tokens = nn.Parameter(registers) if config.registers else None
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         separate = config.region_weights == "separate"
         self.blocks = nn.ModuleList(
@@ -326,7 +325,7 @@ class VisionTransformer(nn.Module):
             ValueError: The mask does not fit the images.
         """
         angles, image = self._embed(images, grids)
-        mask = None if visible is None else _mask(visible, image, angles.packing)
+        mask = None if visible is None else _mask(visible, image, angles.packing, self.config.leading)
         sequences, tokens, width = image.shape
         image, regions, last = self.stream.scatter(image), None, len(self.blocks) - 1
         leaves = self._by_rows(kept, angles, tokens, 0 if visible is None else visible.shape[-2])
@@ -355,7 +354,7 @@ class VisionTransformer(nn.Module):
         kept, packing = kept.to(self.class_embedding.dtype), angles.packing
         spread = [kept[:, None].expand(-1, count, -1) for count in (tokens, regions)]
         if packing is not None:
-            spread[0] = kept.index_select(0, packing.owners)[None]
+            spread[0] = kept.index_select(0, packing.places // max(packing.lengths))[None]
         parts = (self.stream.scatter(rows).split(2, dim=1) for rows in spread)
         return [Kept(*own) for own in zip(*parts, strict=True)]
 
@@ -363,16 +362,18 @@ class VisionTransformer(nn.Module):
         """The angles of all tokens, and the tokens that enter the first block, [B, T, D] or [1, S, D]."""
         # A view of the parameter, not the parameter: ZeRO 3 takes a parameter's data away before backward.
         class_angle, theta = self.class_pos_emb[0], self.config.rope_theta
+        registers = self.register_tokens
         if grids is None:
-            angles = rotation(class_angle, *self._grid(images), theta, len(images))
-            own = self.class_embedding.expand(len(images), 1, -1)
-            return angles, self.pre_norm(torch.cat((own, self.patch_embedding(images)), dim=1))
+            angles = rotation(class_angle, *self._grid(images), theta, len(images), self.config.registers)
+            own = [self.class_embedding.expand(len(images), 1, -1)]
+            own += [] if registers is None else [registers.expand(len(images), -1, -1)]
+            return angles, self.pre_norm(torch.cat((*own, self.patch_embedding(images)), dim=1))
         patches = self.patch_embedding(images)[:, 0]
         if len(patches) != (held := sum(rows * columns for rows, columns in grids)):
             raise ValueError(f"grids hold {held} patches, got {len(patches)}")
-        angles = packed_rotation(class_angle, grids, theta)
+        angles = packed_rotation(class_angle, grids, theta, self.config.registers)
         assert angles.packing is not None
-        return angles, self.pre_norm(angles.packing.spread(patches, self.class_embedding)[None])
+        return angles, self.pre_norm(angles.packing.spread(patches, self.class_embedding, registers)[None])
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Norm class tokens or region tokens [..., D] into features [..., D]."""
@@ -395,25 +396,28 @@ def _class_tokens(image: Tensor, packing: Packing | None) -> Tensor:
     return image[:, :1] if packing is None else image[0].index_select(0, packing.starts)[:, None]
 
 
-def _mask(visible: Tensor, image: Tensor, packing: Packing | None) -> Tensor:
-    """Turn what regions see into what is added to their scores.
+def _mask(visible: Tensor, image: Tensor, packing: Packing | None, leading: int = 1) -> Tensor:
+    """Turn what regions see into what is added to their scores; nobody sees the ``leading`` tokens.
 
-    [B, N, P] becomes [B, 1, N, 1 + P]; of packed images [N, P] becomes [images, 1, N, columns].
+    [B, N, P] becomes [B, 1, N, T]; of packed images [N, P] becomes [images, 1, N, columns].
     """
     # One sequence has no images to tell apart.
-    leading, patches = ([len(image)], image.shape[1] - 1) if packing is None else ([], len(packing.patches))
+    stacked, patches = [len(image)], image.shape[1] - leading
+    if packing is not None:
+        stacked, patches = [], len(packing.patches)
     *found, _, seen_patches = visible.shape
-    if (found, seen_patches) != (leading, patches):
-        wanted = ", ".join(map(str, [*leading, "regions", patches]))
+    if (found, seen_patches) != (stacked, patches):
+        wanted = ", ".join(map(str, [*stacked, "regions", patches]))
         raise ValueError(f"visible must have the shape [{wanted}], got {list(visible.shape)}")
     if packing is not None:
-        seen = packing.spread(visible.T, visible.new_zeros(len(visible))).index_select(0, packing.columns)
-        visible = seen.unflatten(0, (len(packing.lengths), -1)).transpose(1, 2)[..., 1:]
+        nothing = visible.new_zeros(leading, len(visible))
+        seen = packing.spread(visible.T, nothing[0], nothing[1:]).index_select(0, packing.columns)
+        visible = seen.unflatten(0, (len(packing.lengths), -1)).transpose(1, 2)[..., leading:]
     images, regions, patches = visible.shape
     # A GPU's kernel wants rows that begin at multiples of 16, and copies others in every block.
-    columns = -(-(1 + patches) // 16) * 16
-    mask = image.new_full((images, 1, regions, columns), float("-inf"))[..., : 1 + patches]
-    mask[:, 0, :, 1:].masked_fill_(visible, 0.0)
+    columns = -(-(leading + patches) // 16) * 16
+    mask = image.new_full((images, 1, regions, columns), float("-inf"))[..., : leading + patches]
+    mask[:, 0, :, leading:].masked_fill_(visible, 0.0)
     return mask
 
 
@@ -440,7 +444,7 @@ class RegionEncoder(nn.Module):
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay acts on a parameter: on matrices, not on biases, norms and single tokens."""
-    return parameter.dim() >= 2 and not name.endswith("class_pos_emb")
+    return parameter.dim() >= 2 and not name.endswith(("class_pos_emb", "register_tokens"))
 
 
 def learning_rate_factor(name: str, depth: int, decay: float) -> float:

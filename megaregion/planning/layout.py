@@ -75,7 +75,7 @@ def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> 
     blocks = model.depth + (model.region_layers if model.region_weights == "separate" else 0)
     vectors = [*[width] * 6, 3 * width // tensor, mlp // tensor]
     matrices = (4 * width * width + 2 * width * mlp) // tensor
-    alone = [width, model.head_dim // 2, *[width] * 4]
+    alone = [width, model.head_dim // 2, *[width] * 4, model.registers * width]
     outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim
     small = [size for size in alone + blocks * vectors if size <= 10_000]
     return outside + blocks * (matrices + sum(vectors)), sum(small)

@@ -173,7 +173,7 @@ def _product_copies(layout: Layout) -> float:
     """
     model = layout.config.model
     width, wide = model.width, model.mlp_width / layout.tensor
-    rows = layout.micro_batch * (1 + model.grid**2)
+    rows = layout.micro_batch * model.tokens
     return layout.itemsize * (rows * (width + wide) + 2 * width * wide)
 
 
@@ -233,7 +233,7 @@ def _greater(*choices: dict[str, float]) -> dict[str, float]:
 def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     """Bytes that autograd keeps of one image and its regions from forward to backward."""
     model, tensor, spread, size = layout.config.model, layout.tensor, layout.spread, layout.itemsize
-    regions, tokens = layout.config.data.regions_per_image, 1 + model.grid**2
+    regions, tokens = layout.config.data.regions_per_image, model.tokens
     width, own = model.width * size, model.region_weights == "separate"
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
@@ -270,7 +270,7 @@ def _passing_bytes(layout: Layout, hardware: Hardware) -> float:
     With recompute it is also what is computed again.
     """
     model, tensor, size = layout.config.model, layout.tensor, layout.itemsize
-    tokens = 1 + model.grid**2
+    tokens = model.tokens
     gradients = tokens * size * (2 * model.width + 2 * model.mlp_width / tensor)
     if layout.recompute[-1] == "full":
         return gradients + tokens * _kept_of_a_token(layout, hardware)

@@ -161,7 +161,7 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     gradients of two branches, 4, one of which then sums its bias in a pass of its own.
     """
     model, tensor, spread = layout.config.model, layout.tensor, layout.spread
-    tokens = (1 + model.grid**2) * (model.depth - 1)
+    tokens = model.tokens * (model.depth - 1)
     tokens += layout.config.data.regions_per_image * model.region_layers
     width, mlp, size = model.width, model.mlp_width / tensor, layout.itemsize
     turns = 12 if hardware.device == "processor" else 6
@@ -317,7 +317,7 @@ def _activations(layout: Layout, hardware: Hardware) -> list[Transfer]:
     model, tensor, cut = layout.config.model, layout.tensor, layout.config.parallel.tokens_cut
     if tensor == 1:
         return []
-    tokens = (model.depth - 1) * (1 + model.grid**2)
+    tokens = (model.depth - 1) * model.tokens
     rides = model.region_layers * layout.config.data.regions_per_image
     size = (tokens + rides) * model.width * layout.itemsize * layout.images
     once = (tensor - 1) / tensor * size

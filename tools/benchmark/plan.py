@@ -304,7 +304,7 @@ def _rates(probes: dict[str, tuple[float, Work]], taken: dict[str, list[float]])
 def _linears(config: RunConfig) -> tuple[float, Work]:
     """A block's four linears, forward and backward."""
     model = config.model
-    width, tokens = model.width, config.train.micro_batch * (1 + model.grid**2)
+    width, tokens = model.width, config.train.micro_batch * model.tokens
     shapes = [(width, 3 * width), (width, width), (width, model.mlp_width), (model.mlp_width, width)]
     linears = [Linear(*shape) for shape in shapes]
     inputs = [torch.randn(tokens, shape[0], requires_grad=True) for shape in shapes]
@@ -319,7 +319,7 @@ def _linears(config: RunConfig) -> tuple[float, Work]:
 
 def _attention(config: RunConfig) -> tuple[float, Work]:
     model, batch = config.model, config.train.micro_batch
-    length = 1 + model.grid**2
+    length = model.tokens
     query, key, value = (
         torch.randn(batch, model.heads, length, model.head_dim, requires_grad=True) for _ in "qkv"
     )
@@ -332,7 +332,7 @@ def _attention(config: RunConfig) -> tuple[float, Work]:
 def _passes(config: RunConfig) -> tuple[float, Work]:
     """What stands between a block's products, forward and backward, and the bytes that the plan counts."""
     model, batch = config.model, config.train.micro_batch
-    length = 1 + model.grid**2
+    length = model.tokens
     image = torch.randn(batch, length, model.width, requires_grad=True)
     hidden = torch.randn(batch, length, model.mlp_width, requires_grad=True)
     qkv = torch.randn(batch, length, model.heads, 3, model.head_dim, requires_grad=True)
