@@ -149,6 +149,30 @@ def test_a_tar_is_looked_into_once_and_again_when_it_changed(tars: Path, tmp_pat
         list(again.between(0, len(again)))
 
 
+def test_an_image_that_is_damaged_after_it_was_proposed_is_counted_and_not_packed(tmp_path: Path) -> None:
+    png = io.BytesIO()
+    scene(7).save(png, "PNG")
+    members = [*((f"{n}.jpg", jpeg(n)) for n in (1, 2, 4)), ("7.png", png.getvalue())]
+    path = write_tar(tmp_path / "tars" / "a.tar", members)
+    settings, out = {**FEW, "piece_images": 4, "samples_per_shard": 4}, tmp_path / "out"
+    whole = run(path.parent, out, **settings)
+    assert whole.counts["images packed"] == 4
+    content, state = bytearray(path.read_bytes()), path.stat()
+    for member in scan_tar(path).members[1::2]:
+        content[member.image.offset + 2000] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    shutil.rmtree(out / "stages" / "pack")
+    summary = run(path.parent, out, **settings)
+    assert summary.bad == dict.fromkeys(("a.tar/2", "a.tar/7"), "damaged after it was proposed")
+    assert summary.unusable == {"damaged after it was proposed": 2}
+    counts, lost = summary.counts, summary.counts["dropped: of a damaged image"]
+    assert counts["images packed"] == 2
+    assert counts["object regions"] + lost == whole.counts["object regions"] > counts["object regions"]
+    words = counts["text regions"] + counts["words of damaged images"]
+    assert words == whole.counts["text regions"] > counts["text regions"]
+
+
 def test_a_damaged_header_ends_a_tar_and_is_not_taken_for_its_end(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in range(3)], tarfile.USTAR_FORMAT)
     offset = scan_tar(path).members[1].image.offset - tarfile.BLOCKSIZE

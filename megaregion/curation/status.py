@@ -119,8 +119,9 @@ def summarise(job: Job, finished: Iterable[tuple[str, Iterable[Manifest]]]) -> S
     bad, seconds = dict(job.source.left_out["bad"]), {}
     for name, manifests in finished:
         seconds[name] = 0.0
-        # Stages that look at images say the same of each; the first one that is done is believed.
-        first = not unusable
+        # Stages that look at images say the same of each; the first one that is done is believed. What pack
+        # says of others is new.
+        first = not unusable or name == "pack"
         for manifest in manifests:
             counts.update(manifest.counts)
             seconds[name] += manifest.seconds

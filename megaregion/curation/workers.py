@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -95,13 +95,20 @@ class Workers:
                     _do(task, self._job, stages, ticks[task.piece.stage])
                     done += 1
             return done
-        waiting, deaths = list(reversed(chains)), Counter[Piece]()
+        on_gpu = any(stages[name].on_gpu() for name in ticks)
+        crew, deaths = self._crew(gpus() if on_gpu else [], len(chains)), Counter[Piece]()
+        ends = [len(chains) * number // len(crew) for number in range(len(crew) + 1)]
+        shares = {pipe: deque(chains[ends[n] : ends[n + 1]]) for n, pipe in enumerate(crew)}
         busy: dict[Connection, tuple[Task, Iterator[Task]]] = {}
 
         def proceed(pipe: Connection, own: Iterator[Task]) -> None:
-            task = next(own, None)
-            while task is None and waiting:
-                own = waiting.pop()
+            task, share = next(own, None), shares[pipe]
+            while task is None and any(shares.values()):
+                # Neighbours stay together, for whoever reads a tar reads all of its headers first.
+                if not share:
+                    most = max(shares.values(), key=len)
+                    share.extendleft([most.pop() for _ in range((len(most) + 1) // 2)])
+                own = share.popleft()
                 task = next(own, None)
             if task is not None:
                 busy[pipe] = task, own
@@ -109,8 +116,7 @@ class Workers:
                 with suppress(OSError):
                     pipe.send(task)
 
-        on_gpu = any(stages[name].on_gpu() for name in ticks)
-        for pipe in self._crew(gpus() if on_gpu else [], len(chains)):
+        for pipe in crew:
             proceed(pipe, iter(()))
         while busy:
             ready = wait(list(busy))
@@ -122,7 +128,9 @@ class Workers:
                     del busy[pipe]
                     deaths[task.piece] += 1
                     gpu = self._bury(pipe, task.piece, deaths[task.piece])
-                    proceed(self._start(gpu), chain([task], own))
+                    fresh = self._start(gpu)
+                    shares[fresh] = shares.pop(pipe)
+                    proceed(fresh, chain([task], own))
                     continue
                 if isinstance(message, Exception):
                     raise message

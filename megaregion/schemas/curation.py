@@ -16,7 +16,7 @@ DROPPED = "dropped: "
 REASONS = (
     "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
     "not embedded", "near-duplicate", "drawn out", "over the cap", "bad annotation", "outside the image",
-    "no area", "crowd", "of an image of another size",
+    "no area", "crowd", "of an image of another size", "of a damaged image",
 )  # fmt: skip
 
 DUPLICATE, OTHER, HIDDEN, OUTPUT = "duplicate", "other file", "hidden file", "own output"
@@ -130,6 +130,7 @@ class Summary:
             ("words", count["words found"], ""),
             ("  below confidence", count["words below confidence"], "dropped"),
             ("  without a token", count["words without token"], "dropped"),
+            ("  of damaged images", count["words of damaged images"], "dropped"),
             ("  kept", count["text regions"], self._per_image("text regions")),
             ("  different", count["different words"], ""),
             ("tokens", count["tokens"], ""),

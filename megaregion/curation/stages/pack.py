@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from typing_extensions import override
 
 from megaregion.curation.inputs.source import ImageFile
 from megaregion.curation.picture import (
+    BadImage,
     ImageRegions,
     ImageWords,
-    Picture,
     Proposal,
     Word,
+    checksum,
     read_regions,
     read_words,
 )
@@ -43,6 +45,8 @@ from megaregion.errors import UserError
 from megaregion.schemas.curation import DROPPED
 
 ENTRY = "entry.json"
+DAMAGED = "damaged after it was proposed"
+"""Why an image is not packed whose size and time of change stayed."""
 
 T = TypeVar("T")
 
@@ -133,14 +137,26 @@ class Pack(Stage):
             if not regions:
                 output.counts["images without region"] += 1
                 continue
+            jpeg = self._jpeg(image, found.checksum)
+            if jpeg is None:
+                output.bad[image.path] = DAMAGED
+                output.counts[DROPPED + "of a damaged image"] += len(objects)
+                output.counts["words of damaged images"] += len(regions) - len(objects)
+                continue
             output.counts["images packed"] += 1
             output.counts["object regions"] += len(objects)
             output.counts["text regions"] += len(regions) - len(objects)
-            # Propose has seen that it can be decoded, and a file that changed since then is refused.
-            picture: Picture = self.job.read(image, decode=False)
             caption = self.job.source.caption(image) if self.job.settings.annotation.captions else ""
             output.counts["captions"] += bool(caption)
-            yield image.key, picture.encode(), SampleRecord(found.width, found.height, regions, caption)
+            yield image.key, jpeg, SampleRecord(found.width, found.height, regions, caption)
+
+    def _jpeg(self, image: ImageFile, told: int | None) -> bytes | None:
+        """What is packed of an image, which propose could decode; None if it was damaged since then."""
+        with suppress(BadImage):
+            picture = self.job.read(image, decode=False)
+            if told is None or (picture.jpeg is not None and checksum(picture.jpeg) == told):
+                return picture.encode()
+        return None
 
     def _rows(self, number: int) -> Iterator[tuple[ImageFile, ImageRegions, list[list[int]], ImageWords]]:
         """Each image of the piece with what earlier stages say of it, of each region all labels."""

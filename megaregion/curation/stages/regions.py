@@ -41,6 +41,7 @@ from megaregion.curation.picture import (
     Proposal,
     area,
     as_array,
+    checksum,
     crop,
     intersection,
     iou,
@@ -92,6 +93,8 @@ class Seen(NamedTuple):
     """What the proposer needs of it."""
     maps: FeatureMaps | None = None
     """By which proposals are judged."""
+    checksum: int | None = None
+    """As in :class:`~megaregion.curation.picture.ImageRegions`."""
 
 
 class Propose(ImageStage):
@@ -127,12 +130,14 @@ class Propose(ImageStage):
         size = picture.height, picture.width
         found, dropped, counts = self._annotated(image, picture)
         counts[SEVERAL] = int(picture.several)
+        # The content of a file of its own has a hash.
+        told = None if image.sha256 or picture.jpeg is None else checksum(picture.jpeg)
         if found or self.job.settings.annotation.annotations == "only":
-            return Seen(size, found, dropped, counts)
+            return Seen(size, found, dropped, counts, checksum=told)
         view = self._view(picture.pixels)
         # Where nothing was found, there is nothing to judge.
         maps = None if view == [] else self._objectness.maps(picture.pixels)
-        return Seen(size, found, dropped, counts, view, maps)
+        return Seen(size, found, dropped, counts, view, maps, told)
 
     @override
     def work(self, number: int, output: Output) -> None:
@@ -142,7 +147,7 @@ class Propose(ImageStage):
                 record = ImageRegions(image.key)
                 if seen is not None:
                     regions = self._candidates(seen, found, output.counts)
-                    record = ImageRegions(image.key, seen.size[1], seen.size[0], regions)
+                    record = ImageRegions(image.key, *seen.size[::-1], regions, seen.checksum)
                 write_regions(file, record)
 
     def _proposed(
