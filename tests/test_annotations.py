@@ -228,12 +228,26 @@ def test_an_annotation_goes_to_the_image_whose_path_ends_alike_or_whose_folder_i
 def test_a_tar_is_scanned_once_however_it_is_annotated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tar(tmp_path / "in" / "x.tar", [("1.jpg", b"1")])
     write(tmp_path / "in" / "a.json", dataset("1.jpg"))
     scans = []
     monkeypatch.setattr(find, "scan_tar", lambda path: scans.append(path) or scan_tar(path))
-    assert boxes_of(listed(tmp_path / "in", tmp_path / "out")) == {"x.tar/1": [0, 0, 5, 5]}
-    assert len(scans) == 1
+
+    def scanned() -> tuple[int, Any]:
+        scans.clear()
+        source = listed(tmp_path / "in", tmp_path / "out")
+        # To look up an image its tar is scanned where it is read, not where it is listed.
+        return len(scans), (source.left_out["annotations"], boxes_of(source))
+
+    write_tar(tmp_path / "in" / "x.tar", [("1.jpg", b"1"), ("3.jpg", b"3")])
+    count, first = scanned()
+    assert (count, first[1], first[0]["images that they do not name"]) == (1, {"x.tar/1": [0, 0, 5, 5]}, 1)
+    assert scanned() == (0, first)
+    write_tar(tmp_path / "in" / "y.tar", [("2.jpg", b"2")])
+    write(tmp_path / "in" / "a.json", dataset("1.jpg", "2.jpg"))
+    assert scanned()[1][1] == {"x.tar/1": [0, 0, 5, 5], "y.tar/2": [1, 0, 5, 5]}
+    write_tar(tmp_path / "in" / "x.tar", [("3.jpg", b"3")])
+    assert scanned()[1][1] == {"y.tar/2": [1, 0, 5, 5]}
+    assert scanned()[0] == 0
 
 
 def test_of_two_images_that_an_annotation_fits_alike_none_gets_it(tmp_path: Path) -> None:

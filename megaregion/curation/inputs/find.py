@@ -220,7 +220,14 @@ class _Search:
         # The number of a row is no name.
         tars = [tar for tar in self._tars if tar.path.suffix.lower() not in COLUMNAR]
         members = ((tar.name, name) for tar in tars for name in self._members(tar))
-        index.match(loose, members)
+
+        def state() -> list[Any] | None:
+            # Loose images may have files of labels, which are read again.
+            found = [(tar.name, _state(tar.path)) for tar in tars]
+            rows = [(name, each.st_size, each.st_mtime_ns) for name, each in found]
+            return None if len(candidates) else [SCAN, rows]
+
+        index.match(loose, members, state)
         self._annotations = index.summary()
         # What lies beside an image counts as the image's.
         used = set(np.intersect1d(self._others, index.used).tolist())

@@ -16,7 +16,7 @@ import os
 import sqlite3
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -66,6 +66,7 @@ CREATE TABLE IF NOT EXISTS rows(file, image, category, content, size, mark);
 CREATE TABLE IF NOT EXISTS classes(file, id, name, PRIMARY KEY(file, id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS captions(file, image, text);
 CREATE TABLE IF NOT EXISTS claims(path, file, image, shared, named, depth);
+CREATE TABLE IF NOT EXISTS matched(state, unnamed, faults);
 """
 _SAID = """
 SELECT claims.path, claims.file, width, height, category, content, size, mark FROM claims
@@ -219,7 +220,6 @@ class IndexWriter(AnnotationIndex):
                 self._use(path, self._folder.resolve())
         for file in set(known.values()) - fresh:
             self._forget(file)
-        self._base.execute("DELETE FROM claims")
         for number, columns in enumerate(_INDEXES):
             self._base.execute(f"CREATE INDEX IF NOT EXISTS index{number} ON {columns}")
         self._indexed = True
@@ -230,9 +230,23 @@ class IndexWriter(AnnotationIndex):
             self.used.append(mark(name))
             self.examples = [*self.examples, name][:EXAMPLES]
 
-    def match(self, paths: Iterable[str], tars: Iterable[tuple[str, str]]) -> None:
-        """Find the annotations of loose images, by path, and of members of tars, by tar and name."""
+    def match(
+        self, paths: Iterable[str], tars: Iterable[tuple[str, str]], state: Callable[[], object]
+    ) -> None:
+        """Find the annotations of loose images, by path, and of members of tars, by tar and name.
+
+        What is known of the same files and ``state`` of all images is believed; None is never the same.
+        """
         datasets = bool(self._base.execute("SELECT 1 FROM images LIMIT 1").fetchone())
+        files = self._base.execute("SELECT path, state FROM files ORDER BY path").fetchall()
+        now = state() if datasets else None
+        key = json.dumps([files, now])
+        known = self._base.execute("SELECT unnamed, faults FROM matched WHERE state=?", (key,)).fetchone()
+        if known:
+            self._unnamed, self._faults = known[0], Counter(json.loads(known[1]))
+            return
+        self._base.execute("DELETE FROM claims")
+        self._base.execute("DELETE FROM matched")
         for path in paths:
             claimed = datasets and self._claim(path, path)
             labelled = not self._settings.annotations_file and self._find_labels(path)
@@ -242,6 +256,9 @@ class IndexWriter(AnnotationIndex):
         for tar, name in tars if datasets else ():
             self._unnamed += not self._claim(f"{tar}/{name}", name)
         self._settle()
+        if now is not None:
+            row = key, self._unnamed, json.dumps(self._faults)
+            self._base.execute("INSERT INTO matched VALUES(?,?,?)", row)
 
     def tar_digest(self, tar: str) -> str:
         """Hash of what files say of a tar's images, empty for nothing."""
