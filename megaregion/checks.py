@@ -27,6 +27,11 @@ def check_config(config: RunConfig) -> None:
             "parallel.zero_stage 0 with train.precision bf16 is refused: DeepSpeed takes a wrong "
             "first Adam step there and misses tensor-parallel gradient norms; use zero_stage 1 or fp32"
         )
+    if config.parallel.zero_stage == 3 and config.optimizer.name == "muon":
+        raise UserError(
+            "optimizer.name muon needs parallel.zero_stage 0, 1 or 2, got 3, whose masters lie in pieces of "
+            "their own; use zero_stage 1, or optimizer.name adamw"
+        )
     if config.train.fp8 and not (config.train.bf16 and config.parallel.tensor == 1):
         raise UserError(
             f"train.fp8 needs train.precision bf16 and parallel.tensor 1, got {config.train.precision} and "

@@ -38,6 +38,7 @@ Activation = Literal["gelu", "quick_gelu"]
 RegionWeights = Literal["shared", "separate"]
 LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
+OptimizerName = Literal["adamw", "muon"]
 HeadBackend = Literal["auto", "torch", "triton"]
 
 CropShare = Annotated[float, Real(1e-4, 1, "SHARE")]
@@ -243,8 +244,12 @@ class HeadsConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay, over body and heads alike."""
+    """AdamW (or Muon) with warm-up and cosine decay, over body and heads alike."""
 
+    name: OptimizerName = "adamw"
+    """adamw; or muon, which moves the blocks' matrices along their orthogonalised momentum and all else by
+    AdamW. It keeps half the moments of a matrix, and scales its updates to the size of AdamW's
+    (0.2 sqrt(longer side)), so that one lr and weight_decay serve both; ZeRO 0 to 2."""
     lr: Annotated[float, Real(0, 10, above=True)] = 1e-3
     """Peak learning rate."""
     min_lr_ratio: Share = 0.01

@@ -16,6 +16,8 @@ from megaregion.config import HeadConfig, ModelConfig
 from megaregion.models import RegionEncoder, initialise
 from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.parallel import topology
+from megaregion.parallel.muon import Fused, flops, orthogonalised, shared_out
+from megaregion.parallel.tensor_parallel import Placement
 
 SMALL = {"image_size": 64, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "mlp_width": 192}
 
@@ -92,3 +94,30 @@ def test_a_heads_operations_are_those_that_torch_counts(chunk_bytes: int, kept: 
     finally:
         topology.leave()
     assert counted.get_total_flops() == head_flops(rows, classes, dim, kept)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 32), (32, 96)])
+def test_muon_orthogonalises_as_torchs_does_in_the_operations_that_were_counted(
+    shape: tuple[int, int],
+) -> None:
+    from torch.optim import _muon
+
+    gradient = torch.randn(shape).bfloat16()
+    with counter() as counted:
+        found = orthogonalised(gradient)
+    assert counted.get_total_flops() == flops(*shape)
+    default = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), _muon.DEFAULT_NS_STEPS, _muon.EPS
+    assert torch.equal(found, _muon._zeropower_via_newtonschulz(gradient, *default))
+
+
+def test_the_owners_of_muons_matrices_have_about_as_much_to_do() -> None:
+    shapes = [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)] * 24
+    weights = {
+        str(number): (Fused(3 if shape[0] == 3072 else 1, 64), Placement(shape, (0, 0), shape))
+        for number, shape in enumerate(shapes)
+    }
+    size = -(-sum(math.prod(shape) for shape in shapes) // 8)
+    busy = [0] * 8
+    for matrix in shared_out([(weights, size)], 1, 8).values():
+        busy[matrix.owner] += matrix.fused.matrices * flops(*matrix.fused.shape(matrix.places[0].full_shape))
+    assert max(busy) < 1.1 * sum(busy) / 8

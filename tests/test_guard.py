@@ -15,8 +15,7 @@ from toy import toy_config, toy_dataset
 
 from megaregion.config import GuardConfig
 from megaregion.errors import UserError
-from megaregion.training.faults import VARIABLE
-from megaregion.training.guard import Agreement, LossGuard
+from megaregion.training.faults import VARIABLE, Agreement, LossGuard
 
 DP2_TP2 = {"parallel__tensor": 2, "train__micro_batch": 4, "train__steps": 5, "checkpoint__every": 2}
 NAN_RUNS = {

@@ -195,6 +195,20 @@ def test_what_memory_and_time_must_do_when_a_choice_changes() -> None:
     assert slow.time.phases["communication"] > plain.time.phases["communication"]
 
 
+def test_muon_keeps_one_moment_of_the_blocks_matrices_whose_parts_travel() -> None:
+    config = small(tensor=2)
+    plain = make_plan(config, load_hardware("h100x64"), LABELS)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
+    plan = make_plan(config, load_hardware("h100x64"), LABELS)
+    sent = next(one.sent for one in plan.time.transfers if one.name == "muon's matrices")
+    fewer = plain.memory.at_rest["moments"] - plan.memory.at_rest["moments"]
+    assert fewer == sent == 4 * 6 * (4 * 256**2 + 2 * 256 * 1024) / 64, "there and back in bf16"
+    assert plan.time.phases["optimizer"] > plain.time.phases["optimizer"]
+    built = dry_run(plan, 5)
+    built.check()
+    assert abs(built.off("moments")) < 0.01, built.text()
+
+
 def test_zero_3_gathers_by_the_pieces_that_deepspeed_gathers() -> None:
     used = DeepSpeedZeroConfig(**deepspeed_config(small(stage=3), 64)["zero_optimization"])
     assert used.prefetch_bucket_size == memory.PREFETCH_BUCKET

@@ -473,6 +473,14 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, Cut]:
     }
 
 
+def matrices(name: str, config: ModelConfig) -> tuple[int, int] | None:
+    """How many matrices a block's weight holds, and how many rows of each in turn; None of all else."""
+    linear = name.removesuffix(".weight").rpartition(".")[2]
+    if linear not in CUTS:
+        return None
+    return (3, config.head_dim) if linear == "qkv" else (1, 1)
+
+
 def partial_gradients(model: nn.Module, tokens_cut: bool) -> list[str]:
     """Names of the whole parameters to which each rank sends back only what its own heads or tokens do.
 

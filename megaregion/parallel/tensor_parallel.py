@@ -71,6 +71,12 @@ class Placement:
             full = full.narrow(axis, start, length)
         return full
 
+    def of_all(self, tensor: int) -> tuple[Placement, ...]:
+        """The places of all tensor ranks' tensors, which are alike."""
+        cut = [own < full for own, full in zip(self.shape, self.full_shape, strict=True)]
+        offsets = (tuple(map(operator.mul, self.shape, (rank * c for c in cut))) for rank in range(tensor))
+        return tuple(Placement(self.full_shape, offset, self.shape) for offset in offsets)
+
     def boxes(self, start: int, values: Tensor) -> Iterator[tuple[Placement, Tensor]]:
         """Cut a run of this rank's flattened tensor into boxes: of a matrix, parts of rows and whole rows."""
         for offset, shape in _boxes(self.shape, start, start + len(values)):

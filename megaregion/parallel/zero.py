@@ -14,7 +14,7 @@ import itertools
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from megaregion.checks import batching
 from megaregion.config import RunConfig
+from megaregion.parallel.muon import Fused, Muon, shared_out
 from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero_stages import STAGES
@@ -82,11 +83,13 @@ class ZeroEngine:
         decays: Callable[[str, nn.Parameter], bool],
         reducing: Callable[[], AbstractContextManager[None]] = nullcontext,
         rate: Callable[[str], float] = lambda name: 1.0,
+        matrices: Callable[[str], tuple[int, int] | None] = lambda name: None,
     ) -> None:
         """Wrap the body, already cut by tensor parallelism.
 
-        ``decays`` says whether a named parameter has weight decay, ``rate`` its factor of the learning rate;
-        ``reducing`` is opened around what is left of the gradients' reduction behind a backward pass.
+        ``decays`` says whether a named parameter has weight decay, ``rate`` its factor of the learning rate,
+        ``matrices`` how it holds matrices that Muon may move (:class:`Fused`); ``reducing`` is opened around
+        what is left of the gradients' reduction behind a backward pass.
         """
         self.placements = dict(placements)
         self.stage = effective_stage(config, topology.data_size)
@@ -97,7 +100,9 @@ class ZeroEngine:
         self._norm = torch.zeros((), device=topology.device)
         if config.train.bf16:
             model.to(torch.bfloat16)
-        groups = _groups(model, config, decays, rate)
+        names = [name for name, _ in model.named_parameters() if config.optimizer.name == "muon"]
+        self._muon = {name: Fused(*found) for name in names if (found := matrices(name)) is not None}
+        groups = _groups(model, config, decays, rate, self._muon)
         self._engine, self._optimizer = _start(model, config, topology, groups, self.settings)
         self.parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
         """This rank's parameters of the body, by name."""
@@ -106,6 +111,8 @@ class ZeroEngine:
             self._optimizer, self.parameters, self.placements, topology, self._decay > 0
         )
         self._adapter.make_moments(0)
+        if self._muon:
+            self._start_muon(torch.bfloat16 if config.train.bf16 else torch.float32)
         self._time_reduction(reducing)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -165,7 +172,7 @@ class ZeroEngine:
             whole = self.placements[name]
             if whole.shape == whole.full_shape and place.tensor_rank > 0:
                 continue  # The first tensor rank saves what tensor parallelism leaves whole.
-            for key in ("weight", *self._adapter.kept):
+            for key in ("weight", *self._adapter.kept(name in self._muon)):
                 start, values = self._adapter.get(parameter, None if key == "weight" else key)
                 if next(turns) == place.data_rank or not self._adapter.gives_whole:
                     for box, part in whole.boxes(start, values.flatten()):
@@ -182,7 +189,7 @@ class ZeroEngine:
         for name, parameter in self.parameters.items():
             place = self.placements[name]
             self._adapter.set(parameter, read(f"weight.{name}", place).to(self._topology.device), None)
-            for key in self._adapter.kept:
+            for key in self._adapter.kept(name in self._muon):
                 self._adapter.set(parameter, read(f"{key}.{name}", place).to(self._topology.device), key)
 
     def held(self) -> dict[str, list[Tensor]]:
@@ -197,10 +204,27 @@ class ZeroEngine:
             ],
             "masters": [master for master in self._adapter.masters() if id(master) not in own],
             "moments": [
-                state[key] for state in self._adapter.adamw().state.values() for key in self._adapter.kept
+                value
+                for state in self._adapter.adamw().state.values()
+                for key, value in state.items()
+                if key != "step"
             ],
             "gradients": self._adapter.gradients(),
         }
+
+    def _start_muon(self, dtype: torch.dtype) -> None:
+        """Let Muon move its matrices; without ZeRO each data rank has all that its tensor ranks have."""
+        place, adamw = self._topology, self._adapter.adamw()
+        groups = [
+            (
+                {name: (self._muon[name], self.placements[name]) for name in group["muon"]},
+                sum(held.numel() for held in group["params"]),
+            )
+            for group in adamw.param_groups
+        ]
+        matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
+        muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype)
+        adamw.register_step_pre_hook(muon.before_step)
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:
         reduce = self._engine.allreduce_gradients
@@ -226,18 +250,20 @@ def _groups(
     config: RunConfig,
     decays: Callable[[str, nn.Parameter], bool],
     rate: Callable[[str], float],
+    muon: Container[str],
 ) -> list[dict[str, Any]]:
-    """AdamW's groups of parameters: one for each pair of weight decay and learning rate."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    """Groups of parameters: one for each optimizer, weight decay and learning rate."""
+    groups: dict[tuple[bool, bool, float], dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
-        groups[not decays(name, parameter), -rate(name)].append(parameter)
+        groups[name not in muon, not decays(name, parameter), -rate(name)][name] = parameter
     return [
         {
-            "params": groups[spared, low],
+            "params": list(groups[adamw, spared, low].values()),
             "rate": -low,
             "weight_decay": 0.0 if spared else config.optimizer.weight_decay,
+            "muon": [] if adamw else list(groups[adamw, spared, low]),
         }
-        for spared, low in sorted(groups)
+        for adamw, spared, low in sorted(groups)
     ]
 
 

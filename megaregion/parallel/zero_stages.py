@@ -23,13 +23,13 @@ VERSION = "0.19.8"
 """Of DeepSpeed, whose private parts these are."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Optimizer state kept per parameter."""
+"""Optimizer state kept per parameter; Muon's momentum is the first, and it has no second."""
 AVERAGE = "ema"
 """The moving average of a master, if the run keeps one; AdamW leaves it alone among its own state."""
 
 
 class Stage(ABC):
-    """DeepSpeed's optimizer, made of torch's AdamW, under one ZeRO stage."""
+    """DeepSpeed's optimizer, made of torch's AdamW (perhaps with Muon), under one ZeRO stage."""
 
     gives_whole = True
     """Whether :meth:`get` gives every rank the whole tensor."""
@@ -53,8 +53,7 @@ class Stage(ABC):
         self._parameters = parameters
         self._placements = placements
         self._topology = topology
-        self.kept: tuple[str, ...] = (*MOMENTS, AVERAGE) if averages else MOMENTS
-        """Names of the state that each master has."""
+        self._averages = averages
 
     @abstractmethod
     def norm(self, heads_norm_squared: Tensor) -> Tensor:
@@ -78,6 +77,10 @@ class Stage(ABC):
     @abstractmethod
     def set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Put back a whole one; a master is also copied into the model's own (perhaps bf16) parameter."""
+
+    def kept(self, muon: bool) -> tuple[str, ...]:
+        """Names of the state of a master that Muon moves, or AdamW."""
+        return (*MOMENTS[: 1 if muon else 2], *((AVERAGE,) if self._averages else ()))
 
     def before_update(self, clip_coefficient: Tensor) -> None:  # noqa: B027 - most need nothing
         """Called before DeepSpeed's step, which clips by itself."""
@@ -106,13 +109,15 @@ class Stage(ABC):
         Left to itself AdamW makes it in its first step. DeepSpeed would then link only the first parameter
         group's state to the parameters, and there would be nothing to load into.
         """
+        groups = self.adamw().param_groups
+        by_muon = {id(one) for group in groups if group["muon"] for one in group["params"]}
         for master in self.masters():
             self.adamw().state[master] = {
                 "step": torch.tensor(float(step), dtype=torch.float32, device=master.device),
-                **{key: torch.zeros_like(master) for key in MOMENTS},
+                **{key: torch.zeros_like(master) for key in self.kept(id(master) in by_muon)},
             }
-            if AVERAGE in self.kept:
-                self.adamw().state[master][AVERAGE] = master.detach().clone()
+            if self._averages:
+                self.adamw().state[master][AVERAGE].copy_(master.detach())
 
 
 class Stage0(Stage):

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from megaregion.data.batch import OBJECT, TEXT, Batch, Findings, Sample, collate
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models.layers import compile_blocks, run_and_count
-from megaregion.models.vit import RegionEncoder, decays, partial_gradients, tensor_parallel_plan
+from megaregion.models.vit import RegionEncoder, decays, matrices, partial_gradients, tensor_parallel_plan
 from megaregion.parallel import topology
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology
@@ -311,7 +312,8 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     cut = config.parallel.tokens_cut
     places = parallelize(model, tensor_parallel_plan(model), partial_gradients(model, cut), place, cut)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = ZeroEngine(model.to(place.device), places, config, place, decays)
+    by_muon = partial(matrices, config=config.model)
+    engine = ZeroEngine(model.to(place.device), places, config, place, decays, matrices=by_muon)
     info = SimpleNamespace(
         object_classes=layout.labels.object_classes, text_classes=layout.labels.text_classes
     )

@@ -71,14 +71,23 @@ def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> 
 
     ZeRO 3 keeps these whole.
     """
-    width, mlp = model.width, model.mlp_width
-    blocks = model.depth + (model.region_layers if model.region_weights == "separate" else 0)
+    width, mlp, blocks = model.width, model.mlp_width, block_count(model)
     vectors = [*[width] * 6, 3 * width // tensor, mlp // tensor]
-    matrices = (4 * width * width + 2 * width * mlp) // tensor
+    matrices = block_matrices(model) // tensor
     alone = [width, model.head_dim // 2, *[width] * 4, model.registers * width]
     outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim
     small = [size for size in alone + blocks * vectors if size <= 10_000]
     return outside + blocks * (matrices + sum(vectors)), sum(small)
+
+
+def block_count(model: ModelConfig) -> int:
+    """Blocks, with those of region tokens' own."""
+    return model.depth + (model.region_layers if model.region_weights == "separate" else 0)
+
+
+def block_matrices(model: ModelConfig) -> int:
+    """Numbers in the matrices of one block: queries, keys, values, output and the two of the MLP."""
+    return 4 * model.width**2 + 2 * model.width * model.mlp_width
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,13 @@ class Layout:
     def all_parameters(self) -> int:
         """Body parameters of the whole model."""
         return body_parameters(self.config.model, self.config.head.embedding_dim)[0]
+
+    @property
+    def by_muon(self) -> int:
+        """Of a tensor rank's body parameters those that Muon moves."""
+        model = self.config.model
+        muon = self.config.optimizer.name == "muon"
+        return block_count(model) * block_matrices(model) // self.tensor if muon else 0
 
     @property
     def itemsize(self) -> int:

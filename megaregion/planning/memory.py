@@ -55,8 +55,10 @@ def rank_memory(layout: Layout, hardware: Hardware) -> Memory:
     stored, growing = _gradients(layout)
     kept = activation_bytes(layout, hardware) * layout.micro_batch
     owned = layout.parameters / layout.data if layout.zero_stage else 0.0
+    # What Muon sends, gets and gets back, in the type of its products.
+    parts = 3 * layout.itemsize * layout.by_muon / (layout.data if layout.zero_stage else 1)
     # Before the update this rank's gradients are laid out flat, in fp32, beside themselves.
-    updating = owned * layout.sum_itemsize if layout.zero_stage else growing
+    updating = parts + owned * layout.sum_itemsize if layout.zero_stage else parts + growing
     centers = 0.0 if hardware.device == "processor" else _head_scratch(layout)
     moments = {
         "heads": {"activations": kept, "gradients": stored, "rows and scores": centers + _head_work(layout)},
@@ -78,13 +80,14 @@ def _at_rest(layout: Layout) -> dict[str, float]:
     owned = parameters / layout.data if stage else float(parameters)
     # Stage 3 keeps this rank's part, and the small ones whole beside it.
     weights = size * (owned + layout.small) if stage == 3 else float(size * parameters)
+    by_muon = layout.by_muon / parameters
     center = 4 + (4 if layout.config.optimizer.head_moments == "bf16" else 8)
     dim = layout.config.head.embedding_dim
     return {
         "weights": weights,
         "masters": 4 * owned if stage else 0.0,
-        # The moving average lies among them.
-        "moments": (12 if layout.config.optimizer.ema_decay else 8) * owned,
+        # The moving average lies among them; Muon keeps one moment of what it moves.
+        "moments": ((12 if layout.config.optimizer.ema_decay else 8) - 4 * by_muon) * owned,
         # The steps that a center has seen and its last positive are 4 bytes each.
         "head": float(sum(head.local_classes * (dim * center + 8) for head in layout.heads.values())),
     }

@@ -190,6 +190,8 @@ def _time(plan: Plan) -> str:
     rows = [(name, f"{1e3 * part:.1f} ms", f"{part / total:.1%}") for name, part in plan.time.phases.items()]
     rows.append(("step", f"{1e3 * total:.1f} ms", f"MFU {plan.mfu:.1%}"))
     text = "time of a step\n" + _rows(rows)
+    if muon := plan.time.notes.get("muon"):
+        text += f"\n  the optimizer with muon's {muon / 1e12:.3g} TFLOP over all ranks"
     starts, head = plan.time.notes["head_kernels"], plan.time.phases["head"]
     if starts >= head > 0.05 * total:
         text += (

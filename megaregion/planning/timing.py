@@ -14,16 +14,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megaregion.config import ModelConfig
 from megaregion.heads.tiles import ELEMENTS
 from megaregion.models.costs import encoder_flops, head_flops
+from megaregion.parallel.muon import flops
 from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.hardware import Hardware
-from megaregion.planning.layout import HeadLayout, Layout
+from megaregion.planning.layout import HeadLayout, Layout, block_count
 from megaregion.planning.memory import LIVE_PARAMETERS
 
-KERNELS = {"forward": 11, "backward": 33, "dropped": 5, "sums": 11, "block of centers": 34}
+KERNELS = {
+    "forward": 11, "backward": 33, "dropped": 5, "sums": 11, "block of centers": 34, "matrix": 40,
+}  # fmt: skip
 """Kernels of one block's forward and backward pass, of the latter's under stochastic depth besides, of adding
-up its gradients in another type, and of updating some centers, as a dry run counts them."""
+up its gradients in another type, of updating some centers, and of Muon for a matrix, as a dry run counts
+them."""
 COMPILED_KERNELS = {"forward": 10, "backward": 35}
 """Those of a compiled block."""
 HEAD_KERNELS = {
@@ -78,7 +83,8 @@ class StepTime:
     flops: float
     """Operations of the encoder of a step on one rank, as MFU counts them."""
     notes: dict[str, float]
-    """save_blocks and save_writes (s), head_kernels (s of the host), images_read (bytes of a node)."""
+    """save_blocks and save_writes (s), head_kernels (s of the host), images_read (bytes of a node), and
+    with Muon muon (operations of all ranks)."""
 
     @property
     def total(self) -> float:
@@ -108,6 +114,7 @@ def step_time(layout: Layout, hardware: Hardware) -> StepTime:
     flops = encoder_flops(config.model, config.data.regions_per_image, config.head.embedding_dim).training
     read = config.train.global_batch * hardware.image_kbytes * 1e3 / hardware.nodes
     notes = {"save_blocks": blocks, "save_writes": writes, "head_kernels": host, "images_read": read}
+    notes |= {"muon": float(muon_flops(config.model))} if layout.by_muon else {}
     return StepTime(phases, transfers, flops * layout.images / layout.tensor, notes)
 
 
@@ -117,7 +124,7 @@ def save_seconds(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     ZeRO 3 gathers every tensor of a tensor rank on the way to each rank's share; ZeRO 1 and 2 gather nothing.
     """
     centers = sum(layout.labels.by_kind.values()) * layout.config.head.embedding_dim
-    size = STATE_BYTES * (layout.all_parameters + centers)
+    size = STATE_BYTES * (layout.all_parameters + centers) - 4 * layout.by_muon * layout.tensor
     gathered = STATE_BYTES * layout.parameters if layout.zero_stage == 3 else 0
     copied = size / layout.ranks / (hardware.host_gbytes * 1e9) + gathered / (hardware.inside_gbytes * 1e9)
     writes = size / (hardware.write_gbytes * 1e9)
@@ -247,7 +254,29 @@ def _optimizer(layout: Layout, hardware: Hardware) -> float:
     moved += touched * dim * 4 * (6 + 14)
     blocks = touched * dim / ELEMENTS[hardware.device]
     host = blocks * KERNELS["block of centers"] * hardware.launch_us * 1e-6
-    return max(moved / (hardware.stream_gbytes or hardware.memory_gbytes) / 1e9, host)
+    seconds, kernels = _muon(layout, hardware)
+    # A part of a matrix is read and written as fp32 10 times and in the products' type 8 times.
+    shared = layout.data if stage else 1
+    moved += layout.by_muon / shared * (40 + 8 * size - 28)
+    return max(moved / (hardware.stream_gbytes or hardware.memory_gbytes) / 1e9 + seconds, host + kernels)
+
+
+def muon_flops(model: ModelConfig) -> int:
+    """Operations that orthogonalise the blocks' matrices, once a step over all ranks."""
+    return block_count(model) * (
+        4 * flops(model.width, model.width) + 2 * flops(model.width, model.mlp_width)
+    )
+
+
+def _muon(layout: Layout, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of Muon's products on the busiest rank, and of the host that starts their kernels."""
+    if not layout.by_muon:
+        return 0.0, 0.0
+    model, ranks = layout.config.model, layout.ranks if layout.zero_stage else layout.tensor
+    most = max(3 * flops(model.width, model.width), flops(model.width, model.mlp_width))
+    own = max(muon_flops(model) / ranks, most)
+    started = max(1.0, 6 * block_count(model) / ranks) * KERNELS["matrix"] * hardware.launch_us * 1e-6
+    return own / (hardware.matrix_tflops * 1e12 * hardware.linear_share), started
 
 
 def _data(layout: Layout, hardware: Hardware, busy: float) -> float:
@@ -299,13 +328,16 @@ def _body(layout: Layout, hardware: Hardware) -> list[Transfer]:
     )
     if stage == 0:
         return [reduced]
+    parts = 2 * layout.by_muon / layout.data * layout.itemsize
+    muons = [_transfer(layout, hardware, "muon's matrices", "world", parts, 2)] if layout.by_muon else []
     gathers = 1
     if stage == 3:
         gathers = micro_steps * (1 if layout.parameters <= LIVE_PARAMETERS else 2)
     calls = gathers * (layout.config.model.depth if stage == 3 else 2)
     beside = "forward" if overlaps and stage == 3 else "none"
     sent = gathers * ring * size
-    return [reduced, _transfer(layout, hardware, "parameters", "data", sent, calls, (beside, 1.0, 0.0))]
+    parameters = _transfer(layout, hardware, "parameters", "data", sent, calls, (beside, 1.0, 0.0))
+    return [reduced, *muons, parameters]
 
 
 def _activations(layout: Layout, hardware: Hardware) -> list[Transfer]:

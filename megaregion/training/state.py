@@ -39,7 +39,7 @@ from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events
 from megaregion.settings import sections
-from megaregion.training.guard import WAY_OUT, LossGuard
+from megaregion.training.faults import WAY_OUT, LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
 
@@ -52,10 +52,11 @@ FIXED = {
     "model": (*FUNCTION, "region_layers", "region_weights"),
     "data": ("mean", "std"),
     "head": ("embedding_dim",),
+    "optimizer": ("name",),
 }
-"""Settings by section that give the weights their meaning: another value is refused. All others say how the
-run computes, how long and on which images: another value is told and noted (tests list them, so that a new
-setting must be decided)."""
+"""Settings by section that give weights and moments their meaning: another value is refused. All others say
+how the run computes, how long and on which images: another value is told and noted (tests list them, so that
+a new setting must be decided)."""
 
 LABELS = ("object_classes", "text_classes", "centers_sha256", "tokenizer_sha256")
 """What the heads learn, of a dataset."""

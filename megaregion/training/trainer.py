@@ -34,6 +34,7 @@ from megaregion.models.vit import (
     VisionTransformer,
     decays,
     learning_rate_factor,
+    matrices,
     partial_gradients,
     tensor_parallel_plan,
 )
@@ -43,7 +44,7 @@ from megaregion.parallel.zero import ZeroEngine
 from megaregion.processor import keep_freed_memory
 from megaregion.schemas.run import DONE, GUARD, Events, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
-from megaregion.training.guard import Agreement, agree, write_refusal
+from megaregion.training.faults import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
 from megaregion.training.metrics import LOG, Meter, Metrics
 from megaregion.training.preflight import open_dataset
@@ -117,6 +118,7 @@ class Trainer:
         return ZeroEngine(
             model, placements, config, self.topology, decays, lambda: self.clock.span("communication"),
             lambda name: learning_rate_factor(name, config.model.depth, config.optimizer.layer_decay),
+            lambda name: matrices(name, config.model),
         )  # fmt: skip
 
     def _claim_state(self) -> TrainingState:

@@ -19,7 +19,7 @@ from megaregion.models.vit import RegionEncoder
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology
 from megaregion.training.clock import PHASES, Clock, gather_times
-from megaregion.training.guard import LossGuard, agree
+from megaregion.training.faults import LossGuard, agree
 from megaregion.training.metrics import LOG, Metrics
 
 GOAL = 100.0
