@@ -151,8 +151,8 @@ class PretendCluster:
             if f"SLURMD_NODENAME={node}" in environment and f"SLURM_CONF={self.config}" in environment
         ] + _daemons_of_steps(self.base / "spool" / node, node)
 
-    def ranks(self, job: str) -> dict[int, int]:
-        """Process of each training rank of a job."""
+    def ranks(self, job: str, script: str = "pretrain.py", mark: str = "MEGAREGION_FENCE") -> dict[int, int]:
+        """Process of each rank of a job that runs a script, with a mark among its environment."""
         found = {}
         for process, environment in _environments():
             values = dict(item.split("=", 1) for item in environment if "=" in item)
@@ -160,8 +160,8 @@ class PretendCluster:
                 continue
             # srun's own command line ends with the ranks', and it carries rank 0's number.
             command = _read(f"/proc/{process}/cmdline").split(b"\0")
-            runs = b"python" in command[0] and any(part.endswith(b"pretrain.py") for part in command)
-            if runs and "MEGAREGION_FENCE" in values:
+            runs = b"python" in command[0] and any(part.endswith(script.encode()) for part in command)
+            if runs and mark in values:
                 found.setdefault(int(values["SLURM_PROCID"]), process)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -217,6 +218,7 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
     environment = {
         **drill.cluster.environment, "MEGAREGION_HOME": str(repository()), "MEGAREGION_SHARES": "2",
         "MEGAREGION_PYTHON": sys.executable, "MEGAREGION_LOGS": str(tmp_path), "MEGAREGION_DECODE_ONCE": "1",
+        "MEGAREGION_CURATE_cluster": "--nodes=2 --ntasks=2",
         "PYTHONPATH": str(repository()),
     }  # fmt: skip
 
@@ -240,34 +242,16 @@ def test_job_arrays_on_slurm_give_the_dataset_of_one_run(
             break
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert last == "COMPLETED", logs
-    assert contents(tmp_path / "out" / "shards") == contents(at_once / "shards"), logs
+    found, alone = (contents(out / "shards") for out in (tmp_path / "out", at_once))
+    # Another number of ranks changes the last bits of the centers.
+    for each in (found, alone):
+        del each["dataset.json"]
+    centers = [np.load(io.BytesIO(each.pop("centers.npy"))) for each in (found, alone)]
+    assert np.abs(centers[0] - centers[1]).max() < 1e-6, logs
+    assert found == alone, logs
     summaries = [json.loads((out / "summary.json").read_text()) for out in (tmp_path / "out", at_once)]
     assert summaries[0]["counts"] == summaries[1]["counts"]
     assert summaries[0]["bad"] == {"scene-8.jpg": "not an image"}
-
-
-def test_two_ranks_of_slurm_give_the_labels_of_one(
-    drill: Drill, images: Path, at_once: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(at_once, out)
-    shutil.rmtree(out / "stages" / "cluster")
-    job = drill.cluster.submit(
-        "--nodes=2", "--ntasks=2", "--cpus-per-task=1", f"--output={tmp_path}/cluster.log",
-        repository() / "slurm" / "curate.sh", "--job", "cluster", "1",
-        "--images", images, "--out", out, *FLAGS,
-        environment={
-            "MEGAREGION_HOME": str(repository()), "MEGAREGION_PYTHON": sys.executable,
-            "PYTHONPATH": str(repository()),
-        },
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert drill.cluster.finish(job, 300) == "COMPLETED", (tmp_path / "cluster.log").read_text()
-    found, alone = (np.load(each / "stages" / "cluster" / "00000" / "centers.npy") for each in (out, at_once))
-    assert np.abs(found - alone).max() < 1e-6
-    run(images, out, **FEW)
-    for piece in sorted(at_once.glob("stages/assign/*/labels.npy")):
-        assert np.array_equal(np.load(piece), np.load(out / piece.relative_to(at_once)))
 
 
 def _of(out: Path) -> tuple[Path, Path, CurationSettings]:
