@@ -571,6 +571,40 @@ def test_transformers_4_and_5_load_what_was_exported_in_every_way_and_with_right
                     assert off <= most, (release, folder, way, name, off)
 
 
+PEERS = ("llavaction==0.0.1", "nemo-automodel==0.7.0")
+"""A copy of LLaVA-NeXT, and NVIDIA's port of LLaVA-OneVision-1.5."""
+
+
+@pytest.mark.drill
+def test_llava_next_and_the_rice_tower_of_llava_onevision_give_the_exports_features(tmp_path: Path) -> None:
+    vit = write_run(tmp_path / "run", ranks=2).vit
+    export_checkpoint(tmp_path / "run", tmp_path / "plain")
+    (tmp_path / "llm.json").write_text('{"hidden_size": 96}')
+    llava = ("--format", "llava-onevision-1.5", "--llm", tmp_path / "llm.json")
+    assert convert("to-hf", tmp_path / "run", tmp_path / "tower", *llava) == 0
+    images = noise(2, 3, 64, 96)
+    torch.save(images, tmp_path / "images.pt")
+    from transformers import AutoModel
+
+    with torch.no_grad():
+        patches = vit(images).image[:, 1:]
+        states = AutoModel.from_pretrained(tmp_path / "plain")(
+            images, output_hidden_states=True
+        ).hidden_states
+    packages = installed(tmp_path / "peers", *PEERS)
+    for release, first in (("5.", []), ("4.57.", [installed(tmp_path / "4.57.", *OLD)])):
+        script = Path(__file__).with_name("peers_export.py")
+        done = python(script, packages, tmp_path / "out.pt", first=first)
+        assert done.returncode == 0, done.stderr
+        found = torch.load(tmp_path / "out.pt", weights_only=True)
+        # It reads the last but one layer in bfloat16.
+        off = (found["llava_next"] - states[-2][:, 1:]).abs().max() / states[-2].abs().max()
+        assert off < 0.03, (release, off)
+        if release == "5.":
+            torch.testing.assert_close(found["rice"], patches, atol=1e-5, rtol=0)
+            assert "MLCD tower" in found["as_clip"]
+
+
 MATTER = (
     "save_load", "hidden_states_output", "attention_outputs", "retain_grad_hidden_states_attentions",
     "training", "training_gradient_checkpointing", "training_gradient_checkpointing_use_reentrant_true",
