@@ -30,6 +30,7 @@ COMMANDS = {
     "train": ("pretrain.py", "an encoder on shards; torchrun --no-python and srun start many ranks of it"),
     "evaluate": ("evaluate.py", "scores of an encoder on annotated images or scenes"),
     "watch": ("report.py --watch", "a run's curves, events and state on a page while it trains"),
+    "replay": ("replay.py", "a step that was not finite, once more: where the first NaN is"),
     "report": ("report.py", "several runs side by side on a page"),
     "convert": ("convert_checkpoint.py", "a checkpoint to HuggingFace and back, and to the Hub"),
     "plan": ("plan.py", "memory, time and cost of a run or of curation before it starts"),

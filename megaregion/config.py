@@ -390,6 +390,9 @@ class GuardConfig:
     """Refused steps in a row after which the run goes back to its last checkpoint."""
     max_rollbacks: Count = 3
     """Returns to a checkpoint after which the run ends."""
+    captures: Count = 1
+    """Steps that are not finite of which batch and state are kept for tools/replay.py, each as large
+    as a checkpoint and a global batch of pixels; 0 keeps none."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a process ends: exit codes, mistakes that a user can mend, the one line that says why, and signals."""
+"""Processes: how one ends (exit codes, mistakes, the line that says why, signals), and work for many."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 EARLY_EXIT = 1
 """Exit code of a rank that left before the first step. srun tells the highest code of all ranks, and when one
@@ -105,3 +111,52 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+# ---- work spread over processes --------------------------------------------------------------------
+
+
+def spread(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Do tasks in worker processes, of which 0 and 1 are this one; their number changes no result.
+
+    Each gets a copy of ``work`` once. Tasks are read a few ahead of the results that are taken, or all
+    results could pile up.
+
+    Raises:
+        UserError: A worker died.
+    """
+    if workers <= 1:
+        yield from map(work, tasks)
+        return
+    import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # Not forked: a parent that holds threads (torch, BLAS) would hand its locks to the child.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (work,)) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(_do, task))
+                if len(waiting) > 3 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker died, most likely of memory; try again with --workers 1") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[Any], Any] | None = None
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+
+
+def _do(task: Any) -> Any:
+    assert _work is not None  # the pool's initializer ran
+    return _work(task)

@@ -105,6 +105,9 @@ SMALLER = {
 
 ELSEWHERE = {
     "make demo": "test_images_become_an_encoder_that_transformers_loads",
+    "$python tools/replay.py": (
+        "test_a_step_with_a_nan_weight_is_kept_and_its_replay_names_where_the_nan_begins"
+    ),
     "pip install": "test_a_wheel_brings_commands_and_configs",
     "megaregion fit": "test_photos_with_boxes_become_an_encoder_that_transformers_loads",
     "make test": "test_a_command_of_the_readme_runs",

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import launch
+from launch import launch, tool
 from test_training import checkpoint, differences, losses, train
 from toy import toy_config, toy_dataset
 
-from megaregion.config import GuardConfig
-from megaregion.errors import UserError
+from megaregion.config import GuardConfig, RunConfig
+from megaregion.errors import StopRequest, UserError
+from megaregion.parallel import topology
+from megaregion.parallel.tensor_parallel import Placement
 from megaregion.training.faults import VARIABLE, Agreement, LossGuard
+from megaregion.training.state import read_batch
+from megaregion.training.trainer import Trainer
+from replay import replay
 
+POISONED = "vit.blocks.1.mlp.fc1"
 DP2_TP2 = {"parallel__tensor": 2, "train__micro_batch": 4, "train__steps": 5, "checkpoint__every": 2}
 NAN_RUNS = {
     # A fault of rank 1 alone: the other rank of its model and the other model see nothing of it themselves.
@@ -38,9 +44,13 @@ def _runs(dataset: str, output: str) -> None:
         train(toy_config(data, runs, name, **changes))
         os.environ.pop(VARIABLE)
 
+    # Nothing can be kept there.
+    (runs / "gradient-zero0").mkdir(parents=True, exist_ok=True)
+    (runs / "gradient-zero0" / "captures").touch()
     for name, (fault, changes) in NAN_RUNS.items():
         faulty(name, fault, **changes)
     faulty("rolled-back", "nan:rank=1:step=4:count=4", **WINDOW)
+    _poisoned(toy_config(data, runs, "poisoned", **DP2_TP2))
     train(toy_config(data, runs, "undisturbed", **DP2_TP2))
     train(toy_config(data, runs, "unguarded", **DP2_TP2, guard__enabled=False, train__slow_factor=0.0))
     faulty("slow", "slow:rank=2:step=2:seconds=0.2", train__steps=3)
@@ -49,12 +59,90 @@ def _runs(dataset: str, output: str) -> None:
         train(toy_config(data, runs, "hopeless", **WINDOW, guard__max_rollbacks=1))
 
 
+def _poisoned(config: RunConfig) -> None:
+    """A run one of whose weights becomes NaN after two steps, and its replay on the same ranks."""
+    place = topology.join(config.parallel.tensor)
+    (Path(config.output) / config.name).mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    trainer = Trainer(config, place, StopRequest())
+    batches = trainer.batches()
+    for _ in range(2):
+        assert trainer.train_step(batches)
+    trainer.state.save()
+    assert trainer.state.finish()
+    reader = checkpoint(config, 2)
+
+    def poisoned(name: str, at: Placement) -> torch.Tensor:
+        values = reader.read(f"body.{name}", at.offset, at.shape)
+        # Of the second tensor rank's part alone.
+        if name == f"weight.{POISONED}.weight" and at.offset[0] > 0:
+            values[-1, 3] = math.nan
+        return values
+
+    trainer.engine.load(poisoned, 2)
+    for _ in range(2):
+        assert not trainer.train_step(batches)
+    trainer.loader.close()
+    told = replay(Path(config.output) / config.name / "captures" / "step-00000002", config, place)
+    if place.rank == 0:
+        (Path(config.output) / config.name / "replay.json").write_text(json.dumps(told))
+    for group in (place.data_group, place.tensor_group):
+        torch.distributed.destroy_process_group(group)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("guard")
     dataset = toy_dataset(folder / "shards")
     launch(_runs, 4, str(dataset), str(folder / "runs"), timeout=400)
     return dataset, folder / "runs"
+
+
+@pytest.mark.parametrize("topology_of", ["tensor 2 x data 2", "tensor 1 x data 1"])
+def test_a_step_with_a_nan_weight_is_kept_and_its_replay_names_where_the_nan_begins(
+    topology_of: str, runs: tuple[Path, Path]
+) -> None:
+    folder = runs[1] / "poisoned" / "captures" / "step-00000002"
+    kept = json.loads((folder / "capture.json").read_text())
+    assert (kept["step"], kept["loss"], kept["ranks"]) == (3, "nan", {"tensor": 2, "data": 2})
+    assert len(list(folder.glob("batch-*.safetensors"))) == 4
+    assert [f.name for f in folder.parent.iterdir() if f.is_dir()] == [folder.name], "guard.captures is 1"
+    if topology_of == "tensor 2 x data 2":
+        told = json.loads((runs[1] / "poisoned" / "replay.json").read_text())
+        output = told["first output not finite"]
+        assert told["ranks"] == topology_of
+        assert told["loss"] == "nan"
+    else:
+        done = tool("tools/replay.py", folder)
+        assert done.returncode == 0, done.stderr
+        assert topology_of in done.stdout
+        assert f"first weight not finite    {POISONED}.weight, 1 of " in done.stdout
+        assert kept["keys"][0] in done.stdout
+        [output] = [line for line in done.stdout.splitlines() if line.startswith("first output")]
+    assert f"{POISONED}, " in output
+    assert not (folder / ".replay").exists()
+
+
+def test_a_capture_that_fails_stops_no_run(runs: tuple[Path, Path]) -> None:
+    assert (runs[1] / "gradient-zero0" / "captures").is_file()
+    log = (runs[1] / "gradient-zero0" / "guard.jsonl").read_text()
+    assert json.loads(log)["step"] == 3
+    assert len(losses(toy_config(*runs, "gradient-zero0"))) == 5
+
+
+def test_a_captured_batch_is_the_one_that_the_run_took(runs: tuple[Path, Path]) -> None:
+    folder = runs[1] / "gradient-zero1" / "captures" / "step-00000002"
+    kept = json.loads((folder / "capture.json").read_text())
+    batches = [read_batch(folder, number) for number in range(4)]
+    assert [key for batch in batches for key in batch.keys] != []
+    assert sorted(key for batch in batches for key in batch.keys) == sorted(kept["keys"])
+    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(32, 48))
+    done = tool("tools/replay.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert "All of it is finite here: suspect the machine" in done.stdout
+    done = tool("tools/replay.py", folder, environment={**os.environ, VARIABLE: "nan-gradient:step=3"})
+    assert "first output not finite    none" in done.stdout
+    assert "first gradient not finite  projection" in done.stdout
 
 
 def lines(file: Path) -> list[dict[str, object]]:

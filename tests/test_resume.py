@@ -49,7 +49,7 @@ FREE = {
         "grad_precision", "deterministic", "log_every", "slow_factor", "watchdog_seconds",
     ),
     "checkpoint": ("every", "asynchronous", "local", "keep_last", "keep_every", "keep_best"),
-    "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks"),
+    "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks", "captures"),
     "evaluate": ("every", "scenes", "split", "limit", "threads"),
     "machines": ("slow_factor", "inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"),
 }  # fmt: skip

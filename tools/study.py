@@ -31,9 +31,8 @@ from typing import Any
 from megaregion.bounds import Choice, File, Folder, PositiveInt, Workers
 from megaregion.command_line import Parser, changed_settings, run
 from megaregion.config import RunConfig
-from megaregion.errors import UserError
+from megaregion.errors import UserError, spread
 from megaregion.files import new_folder, write_text
-from megaregion.processes import spread
 from megaregion.schemas.evaluation import (
     EVALUATION,
     Column,

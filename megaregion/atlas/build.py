@@ -32,9 +32,8 @@ from megaregion.atlas.groups import Groups, count_regions
 from megaregion.atlas.pages import Content, Pages, packed, permille
 from megaregion.atlas.settings import AtlasSettings, check_settings
 from megaregion.atlas.source import Floats, Source
-from megaregion.errors import UserError
+from megaregion.errors import UserError, spread
 from megaregion.files import locked, new_folder, read_json
-from megaregion.processes import spread
 
 VERSION = 1
 """Goes up when the same source and settings would give another atlas."""

@@ -15,9 +15,8 @@ from typing import Any
 
 from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
-from megaregion.errors import UserError
+from megaregion.errors import UserError, spread
 from megaregion.files import new_folder, read_json
-from megaregion.processes import spread
 from megaregion.tables import aligned
 
 VERSION = 1

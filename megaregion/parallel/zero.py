@@ -104,7 +104,9 @@ class ZeroEngine:
         self._muon = {name: Fused(*found) for name in names if (found := matrices(name)) is not None}
         groups = _groups(model, config, decays, rate, self._muon)
         self._engine, self._optimizer = _start(model, config, topology, groups, self.settings)
-        self.parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        self.module: nn.Module = self._engine.module
+        """This rank's part of the body."""
+        self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
         """This rank's parameters of the body, by name."""
         self._decay, self._steps = config.optimizer.ema_decay, 0
         self._adapter = STAGES[self.stage](

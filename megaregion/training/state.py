@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from megaregion.bounds import shown
@@ -32,19 +35,23 @@ from megaregion.checkpoint.pretrained import FUNCTION
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, copy_again, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
+from megaregion.data.batch import TENSORS, Batch
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
+from megaregion.files import write_bytes, write_text
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events
-from megaregion.settings import sections
+from megaregion.settings import sections, to_yaml
 from megaregion.training.faults import WAY_OUT, LossGuard
 from megaregion.training.heads import Heads
 from megaregion.training.metrics import LOG
 
 RESCUE = "rescue"
 """Folder of a checkpoint that found no room among the others."""
+CAPTURES, CAPTURE = "captures", "capture.json"
+"""Folder of refused steps in the run's, and the file that says that one of them is whole."""
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
 
@@ -159,6 +166,34 @@ class TrainingState:
                 return UserError(f"{line}; a copy is in {copy}: move it there and use --resume auto")
         return UserError(f"{line}, and no other place took it; make room and resume from the one before")
 
+    def capture(self, batches: Iterator[Batch], refusal: Mapping[str, Any]) -> None:
+        """Keep the present state and this rank's batches of a refused step for a replay; a collective.
+
+        The state is a checkpoint and the batches are files by their place in the global batch, so that any
+        topology replays them. What fails is told, and the run goes on.
+        """
+        place, folder = self._topology, self.checkpoints.parent / CAPTURES
+        losses, saver = self._losses, Saver(place, self._fence, Events(folder, False), Retention(2**31))
+        with self._blocking():
+            self._saver.wait()
+            whole = self._start(saver, folder) and saver.wait()
+        self._losses, folder, reason = losses, step_folder(folder, self.step), ""
+        try:
+            for micro_step, batch in enumerate(batches if whole else ()):
+                write_batch(folder, micro_step * place.data_size + place.data_rank, batch)
+        except Exception as error:  # No capture is worth a run.
+            reason = f"rank {place.rank}: {error}"
+        if reasons := [text for text in all_gather_strings(reason, place) if text]:
+            LOG.error("%s could not be kept (%s); training goes on", folder, reasons[0])
+            if place.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+        elif whole and place.rank == 0:
+            ranks = {"tensor": place.tensor_size, "data": place.data_size}
+            with suppress(OSError):
+                write_text(folder / "config.yaml", to_yaml(self._config))
+                write_text(folder / CAPTURE, json.dumps({**refusal, "ranks": ranks}))
+                LOG.warning("kept for a replay: python tools/replay.py %s", folder)
+
     def _start(self, saver: Saver, checkpoints: Path) -> bool:
         saved = saver.prepare(checkpoints, self.step)
         if saved:
@@ -215,7 +250,7 @@ class TrainingState:
             found = [text for text in all_gather_strings(damage, self._topology) if text]
             if reader is not None and not found:
                 try:
-                    self._load(reader)
+                    self.load(reader)
                 except DamagedCheckpoint as error:
                     raise copy_again(error) from error
                 return True
@@ -260,7 +295,7 @@ class TrainingState:
         steps, reason = json.loads(all_gather_strings(json.dumps([steps, reason]), self._topology)[0])
         return steps, reason
 
-    def _load(self, reader: CheckpointReader) -> None:
+    def load(self, reader: CheckpointReader) -> None:
         """Take over a checkpoint's state, whatever topology wrote it; a collective."""
         position = int(reader.manifest["position"])
         changed = check_fits(reader, self._run_facts(position), self._engine.placements)
@@ -301,6 +336,24 @@ class TrainingState:
     def _run_facts(self, position: int) -> dict[str, Any]:
         place = self._topology
         return facts(self._config, position, self._dataset, place.tensor_size, place.data_size)
+
+
+def write_batch(folder: Path, number: int, batch: Batch) -> None:
+    """Write a micro-batch of a captured step, by its number in the global batch."""
+    tensors = {name: getattr(batch, name).clone() for name in TENSORS}
+    facts = {"keys": batch.keys, "grids": batch.grids, "mean": batch.mean, "std": batch.std}
+    told = {name: json.dumps(value) for name, value in facts.items()}
+    write_bytes(folder / f"batch-{number:05d}.safetensors", safetensors_bytes(tensors, told))
+
+
+def read_batch(folder: Path, number: int) -> Batch:
+    """What :func:`write_batch` wrote; an OSError where it is not there."""
+    with safe_open(folder / f"batch-{number:05d}.safetensors", "pt") as file:
+        facts = {name: json.loads(text) for name, text in file.metadata().items()}
+        if facts["grids"] is not None:
+            facts["grids"] = tuple(map(tuple, facts["grids"]))
+        facts |= {name: tuple(facts[name]) for name in ("mean", "std")}
+        return Batch(**facts, **{name: file.get_tensor(name) for name in TENSORS})
 
 
 def own_pieces(engine: ZeroEngine, heads: Heads) -> Iterator[Piece]:

@@ -11,14 +11,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaregion.checkpoint.fence import claim_together
+from megaregion.checkpoint.format import step_folder, step_folders
 from megaregion.checks import Batching, batching, check_batching
-from megaregion.config import RunConfig, StageConfig
+from megaregion.config import DataConfig, RunConfig, StageConfig
 from megaregion.data.batch import Batch
 from megaregion.data.loader import RegionLoader
 from megaregion.data.order import MixedOrder, kept_branches, step_positions
@@ -48,7 +52,7 @@ from megaregion.training.faults import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
 from megaregion.training.metrics import LOG, Meter, Metrics
 from megaregion.training.preflight import open_dataset
-from megaregion.training.state import TrainingState, check_local, check_newest
+from megaregion.training.state import CAPTURES, TrainingState, check_local, check_newest
 
 Values = dict[str, float | int | None]
 """Numbers of a log line by name; None where a step has no such value."""
@@ -84,10 +88,7 @@ class Trainer:
         """Host of every rank."""
         self.dataset = open_dataset(config.data, topology, self.hosts)
         self._order = order_of(self.dataset, config.data, config.seed)
-        transform = Transform(config.data, config.model, config.seed, config.stages)
-        self.loader = RegionLoader(
-            self.dataset, self._order, transform, config.data, skips_lost=topology.tensor_size == 1
-        )
+        self.loader = self._loader(config.data)
         self.heads = Heads(config, self.dataset, topology)
         classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
         self._utilisation = Utilisation(config, classes, topology)
@@ -98,6 +99,12 @@ class Trainer:
         self._refusal: str | None = None
         self._times: Times | None = None
         self._profiler = StepProfiler(profile, self.run_folder, topology.rank, topology.device)
+
+    def _loader(self, data: DataConfig) -> RegionLoader:
+        transform = Transform(data, self.config.model, self.config.seed, self.config.stages)
+        return RegionLoader(
+            self.dataset, self._order, transform, data, skips_lost=self.topology.tensor_size == 1
+        )
 
     def _build_engine(self, begin: Callable[[VisionTransformer], None] | None) -> ZeroEngine:
         config, tokens_cut = self.config, self.config.parallel.tokens_cut
@@ -243,16 +250,15 @@ class Trainer:
 
         A refused step uses up its samples and is no step, so nobody knows beforehand how many are needed.
         """
+        batch, first = self.config.train.global_batch, self.state.position
+        return self.loader.batches(chain.from_iterable(map(self._positions, itertools.count(first, batch))))
+
+    def _positions(self, first: int) -> list[list[int]]:
+        """Positions of this rank's micro-batches in the step that begins with a position."""
         batch, place = self.config.train.global_batch, self.topology
-
-        def positions() -> Iterator[list[int]]:
-            for first in itertools.count(self.state.position, batch):
-                steps = batching(self.config, place.data_size, self.config.stage(first)).micro_steps
-                for micro_step in range(steps):
-                    within = step_positions(0, batch, micro_step, steps, place.data_rank, place.data_size)
-                    yield [first + p for p in within]
-
-        return self.loader.batches(positions())
+        steps = batching(self.config, place.data_size, self.config.stage(first)).micro_steps
+        within = (step_positions(0, batch, m, steps, place.data_rank, place.data_size) for m in range(steps))
+        return [[first + position for position in own] for own in within]
 
     def _enter(self, stage: StageConfig) -> Batching:
         """Be ready for steps of a resolution; what is recomputed changes no bit."""
@@ -290,10 +296,12 @@ class Trainer:
             "keys": [key for keys in sums.keys for key in keys],
             "not_finite": self.heads.spoilt(sums.keys),
         }
-        texts = all_gather_strings(json.dumps(own), self.topology)
+        kept = [folder.name for folder in step_folders(self.run_folder / CAPTURES)]
+        texts = all_gather_strings(json.dumps({**own, "kept": kept}), self.topology)
         # Ranks that share a model read the same samples.
         parts = [json.loads(text) for text in texts[:: self.topology.tensor_size]]
         joined = {name: [item for part in parts for item in part[name]] for name in own}
+        kept = parts[0]["kept"]  # As rank 0 sees the disk.
         names = list(dict.fromkeys(joined["not_finite"])) or joined["keys"]
         told = f"samples {', '.join(names[:8])}" + f" and {len(names) - 8} more" * (len(names) > 8)
         if joined["not_finite"] and len(names) == len(joined["keys"]):
@@ -313,9 +321,19 @@ class Trainer:
         )  # fmt: skip
         self.engine.drop()
         self.heads.skip()
+        new = step_folder(Path(), self.state.step).name not in kept
+        if not self._agreement.finite and new and len(kept) < self.config.guard.captures:
+            with self.clock.span("save"):
+                self._capture(refusal)
         self.state.skip()
         self.clock.end_step(sums.bad)
         return {}
+
+    def _capture(self, refusal: dict[str, Any]) -> None:
+        """Keep the refused step for a replay, with its batch, which follows from its positions once more."""
+        again = self._loader(replace(self.config.data, workers=0))
+        own = self._positions(self.state.position) if self.topology.tensor_rank == 0 else []
+        self.state.capture(again.batches(own), refusal)
 
     def _record(self, sums: StepSums, norm: Tensor, lr: float, took: StepTimes) -> Values:
         """What is worth logging of a step that was taken: nothing between log lines."""

@@ -30,8 +30,7 @@ from megaregion.bounds import COUNT, PositiveInt, Whole, Workers
 from megaregion.curation.pipeline import LIST
 from megaregion.curation.stages import NAMES
 from megaregion.data.sample import encode_mask
-from megaregion.errors import UserError
-from megaregion.processes import spread
+from megaregion.errors import UserError, spread
 
 SIDE, SHAPES = 96, 5
 """Pixels of an image's side, and the masks that come with it."""

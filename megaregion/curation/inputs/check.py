@@ -23,8 +23,7 @@ from megaregion.curation.inputs.find import find_images
 from megaregion.curation.inputs.source import ImageFile, Source
 from megaregion.curation.picture import BadImage, read_picture
 from megaregion.curation.settings import AnnotationSettings, ImageSettings
-from megaregion.errors import UserError
-from megaregion.processes import spread
+from megaregion.errors import UserError, spread
 from megaregion.schemas.curation import DUPLICATE, SEVERAL, TABLE, TAR, Kinds
 from megaregion.tables import aligned
 
