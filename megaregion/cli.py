@@ -20,7 +20,7 @@ from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
 from megaregion.files import home, read_json, write_text
 from megaregion.schemas.curation import SUMMARY
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 COMMANDS = {
     "fit": ("", "images in, an encoder out, with settings chosen from the data and the machine"),

@@ -34,11 +34,9 @@ from megaregion.bounds import (
 from megaregion.settings import check, read_settings
 
 Precision = Literal["fp32", "bf16"]
-Activation = Literal["gelu", "quick_gelu"]
 RegionWeights = Literal["shared", "separate"]
 LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
-OptimizerName = Literal["adamw", "muon"]
 HeadBackend = Literal["auto", "torch", "triton"]
 
 CropShare = Annotated[float, Real(1e-4, 1, "SHARE")]
@@ -68,7 +66,7 @@ class ModelConfig:
     """Attention heads of a block; divides width, and parallel.tensor divides it."""
     mlp_width: Annotated[int, Whole(1, 10**6)] = 3072
     """Hidden width of a block's MLP."""
-    activation: Activation = "gelu"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Non-linearity of the MLP, named as in transformers' hidden_act."""
     norm_eps: Annotated[float, Real(0, 1, above=True)] = 1e-5
     """Epsilon of every layer norm."""
@@ -246,7 +244,7 @@ class HeadsConfig:
 class OptimizerConfig:
     """AdamW (or Muon) with warm-up and cosine decay, over body and heads alike."""
 
-    name: OptimizerName = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     """adamw; or muon, which moves the blocks' matrices along their orthogonalised momentum and all else by
     AdamW. It keeps half the moments of a matrix, and scales its updates to the size of AdamW's
     (0.2 sqrt(longer side)), so that one lr and weight_decay serve both; ZeRO 0 to 2."""
@@ -412,6 +410,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Where a run is shown beside its own metrics.jsonl; rank 0 alone shows it."""
+
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Trackers that get settings, metrics, tables and pictures; one that fails never stops a run."""
+    project: FolderName = "megaregion"
+    """Project of W&B and trackio, experiment of MLflow."""
+
+
+@dataclass(frozen=True)
 class MachinesConfig:
     """What the machines must give before a start, with --preflight."""
 
@@ -463,6 +471,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     machines: MachinesConfig = field(default_factory=MachinesConfig)
     stages: tuple[StageConfig, ...] = field(default=())
     """Resolutions that follow on model.image_size, in their order; a run resumes in the middle of any."""
@@ -484,8 +493,7 @@ def config_from_dict(values: object) -> RunConfig:
     Only the model must lie within its bounds, for it will be built; the rest is how the run once was.
 
     Raises:
-        UserError: A key that no setting has, as an older or newer version may have written, or a value of
-            another kind.
+        UserError: A key that no setting has, as another version may have written, or a value of another kind.
     """
     config = read_settings(RunConfig(), values)
     check(config.model, "model")

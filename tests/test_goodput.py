@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megaregion.errors import UserError
-from megaregion.training.metrics import Meter, measure, split
+from megaregion.schemas.run import Meter, measure, split
 
 
 def event(time: float, name: str, **facts: float) -> dict[str, Any]:

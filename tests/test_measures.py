@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from megaregion.config import RunConfig
 from megaregion.data.image import decode_image
 from megaregion.data.sample import encode_mask
 from megaregion.errors import UserError
@@ -54,7 +56,8 @@ from megaregion.evaluation.scenes import (
     read_scenes,
     truth_map,
 )
-from megaregion.schemas.evaluation import Table, markdown, scalars, text, write_board
+from megaregion.schemas.evaluation import Table, markdown, scalars, text
+from megaregion.training.metrics import Shown, Trackers
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -514,10 +517,11 @@ def test_tables_are_published_as_json_markdown_text_and_tensorboard(
     assert "| encoder | same class @1 |" in page
     assert page.count("\n| ") == 1 + 1 + 2 + 1
     assert len({len(line) for line in text([table]).splitlines()}) <= 2
-    write_board(tmp_path, 40, [table])
+    with closing(Trackers(RunConfig(), tmp_path)) as trackers:
+        trackers.show(Shown(40, {}, [table]))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(tmp_path / "evaluation" / "model-crops")).Reload()
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "evaluation" / "model-crops")).Reload()
     event = board.Scalars("evaluation/retrieval/class_at_5")[0]
     assert event.step == 40
     assert event.value == pytest.approx(scalars([table], "trained")["retrieval/class_at_5"])

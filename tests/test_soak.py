@@ -21,7 +21,7 @@ from drill import Drill, assert_same
 from islands import IslandCluster
 from pretend_cluster import pretend_cluster
 
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 pytestmark = pytest.mark.drill
 

@@ -12,7 +12,7 @@ from megaregion.atlas.settings import AtlasSettings
 from megaregion.bounds import Folder, PositiveInt, Workers
 from megaregion.command_line import Parser, chosen_settings, progress, run
 from megaregion.errors import UserError
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 if TYPE_CHECKING:
     from megaregion.atlas.build import Outcome

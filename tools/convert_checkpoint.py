@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megaregion.bounds import Choice, File, Folder, NonNegative, Pixels, Real, shown
 from megaregion.command_line import Parser, run
 from megaregion.errors import UserError
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from megaregion.bounds import (
     Workers,
 )
 from megaregion.command_line import Parser, run
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.files import write_text
 from megaregion.schemas.evaluation import (
@@ -44,7 +46,6 @@ from megaregion.schemas.evaluation import (
     markdown,
     text,
     with_other_data,
-    write_board,
     write_evaluation,
 )
 
@@ -79,6 +80,7 @@ def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     from megaregion.evaluation.pictures import save_pictures, visualise
     from megaregion.evaluation.report import write_report
     from megaregion.evaluation.study import StudyConfig, evaluate
+    from megaregion.training.metrics import Shown, Trackers
 
     if arguments.annotations:
         raise UserError(
@@ -102,8 +104,11 @@ def _evaluate_on_scenes(arguments: argparse.Namespace) -> None:
     out, suffix = arguments.out or opened.folder, "" if config.split == "test" else f"_{config.split}"
     evaluation = with_other_data(study.evaluation(), out / f"evaluation{suffix}.json")
     files = _write(evaluation, out, suffix)
-    write_board(out / "tensorboard", opened.step, study.tables)
     save_pictures(visuals, out / f"pictures{suffix}")
+    pictures = sorted((out / f"pictures{suffix}").iterdir())
+    # In another folder than the run's, TensorBoard alone.
+    with closing(Trackers(opened.config if out == opened.folder else RunConfig(), out)) as trackers:
+        trackers.show(Shown(opened.step, {}, study.tables, pictures))
     page = out / f"report{suffix}.html"
     write_report(study, visuals, opened.folder, page, evaluation.tables[1:])
     print(f"{text([study.summary], intervals=False)}\n\n{fill(study.summary.told, 100)}")
@@ -137,6 +142,7 @@ def _evaluate_on_images(arguments: argparse.Namespace) -> None:
     from megaregion.evaluation.harness import score_regions
     from megaregion.evaluation.measures.images import image_table, read_image_folder
     from megaregion.evaluation.report import write_tables
+    from megaregion.training.metrics import Shown, Trackers
 
     began = time.perf_counter()
     measures = _chosen(arguments.measures or "all", ANNOTATED)
@@ -178,7 +184,8 @@ def _evaluate_on_images(arguments: argparse.Namespace) -> None:
     page = out / f"report_{data.name if data else folder.name}.html"
     files = _write(with_other_data(evaluation, out / EVALUATION), out)
     write_tables(evaluation, page)
-    write_board(out / "tensorboard", step, tables)
+    with closing(Trackers(RunConfig(), out)) as trackers:
+        trackers.show(Shown(step, {}, tables))
     for table in tables:
         print(f"{text([table])}\n\n{fill(table.told, 100)}\n")
     made = {table.key.rpartition("/")[2] for table in tables}

@@ -41,10 +41,12 @@ def pretrain(flags: argparse.Namespace) -> int:
     from megaregion.parallel import topology
     from megaregion.training.clock import parse_window
     from megaregion.training.evaluation import BackgroundEvaluation
+    from megaregion.training.metrics import check_installed
     from megaregion.training.preflight import check_machines
 
     window = parse_window(flags.profile) if flags.profile else None
     evaluation = BackgroundEvaluation(config)
+    check_installed(config.metrics.loggers)
     # A collective must not give up before the watchdog has named who is missing from it.
     patience = 30 + int(config.train.watchdog_seconds / 15)
     place = topology.join(config.parallel.tensor, patience, config.train.deterministic)
@@ -66,7 +68,7 @@ def train(
 ) -> int:
     from megaregion.parallel import topology
     from megaregion.training.clock import Clock
-    from megaregion.training.metrics import open_log
+    from megaregion.training.metrics import Trackers, open_log
     from megaregion.training.trainer import Trainer
     from megaregion.training.watchdog import Watchdog
 
@@ -85,24 +87,28 @@ def train(
         log.forget()
         raise
     trainer.start(resume)
+    trackers = Trackers(config, folder)
     if place.rank == 0:
         # A start that is refused must not change what the run says of itself.
         write_run_files(folder, config, trainer.engine.settings)
-        evaluation.begin(trainer.state.step)
+        evaluation.begin(trainer.state.step, trackers)
     try:
-        code = trainer.run(stop_at)
+        code = trainer.run(stop_at, trackers)
     except BaseException:
         watchdog.keep_verdict()
         evaluation.stop()
+        trackers.close(early=True)
         raise
     STOP.leave()
     watchdog.stop()
-    topology.leave()
-    # Only rank 0 has one; the others are gone by then. A preempted run has no time for it.
-    if code == 0:
-        evaluation.finish()
-    else:
+    if code:
+        # A preempted run has no time for more; once other ranks are gone, srun ends this one.
         evaluation.stop()
+        trackers.close(early=True)
+    topology.leave()
+    # Only rank 0 has them; the others are gone by then.
+    evaluation.finish()
+    trackers.close()
     return code
 
 
@@ -123,7 +129,7 @@ def first_weights(config: RunConfig, checkpoints: Path, resume: bool, verify: bo
 def report(flags: argparse.Namespace) -> int:
     import json
 
-    from megaregion.training.metrics import measure
+    from megaregion.schemas.run import measure
 
     goodput = measure(flags.run)
     print(json.dumps(vars(goodput)) if flags.json else goodput.table())

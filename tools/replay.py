@@ -28,8 +28,8 @@ from megaregion.errors import StopRequest, UserError
 from megaregion.files import read_json
 from megaregion.parallel import topology
 from megaregion.parallel.topology import Topology, all_gather_strings
+from megaregion.schemas.evaluation import aligned
 from megaregion.settings import read_file
-from megaregion.tables import aligned
 from megaregion.training.heads import StepSums
 from megaregion.training.state import CAPTURE, read_batch
 from megaregion.training.trainer import Trainer, Values

@@ -36,7 +36,7 @@ from megaregion.data.info import load_tokenizer, token_set
 from megaregion.errors import UserError
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import Summary
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 REPORT = "report.json"
 

@@ -19,7 +19,7 @@ from megaregion.curation.stages.stage import Job, Manifest, Piece, Stage, hash_o
 from megaregion.curation.workers import read_note
 from megaregion.files import write_bytes
 from megaregion.schemas.curation import SUMMARY, ClusterSizes, Summary
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 NAMED, WRITTEN = 10, 1000
 """Failed pieces that the table names, and unusable images that summary.json names; all count."""

@@ -17,7 +17,7 @@ from megaregion.demo.assets import Library, Part
 from megaregion.demo.scenes import SceneMaker, SceneSettings
 from megaregion.errors import UserError, spread
 from megaregion.files import new_folder, read_json
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 VERSION = 1
 """Goes up when the same settings would give other scenes than before."""

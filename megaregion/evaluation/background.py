@@ -4,8 +4,10 @@
 
 waits until the checkpoint is whole, measures its weights on the CPU at the lowest priority, and adds
 
-    RUN/evaluations.jsonl            one line an evaluation: step and means, as TABLE/COLUMN
-    RUN/tensorboard/evaluation/      the same as scalars
+    RUN/evaluations.jsonl               one line an evaluation: step and means, as TABLE/COLUMN
+    RUN/evaluations/step-00000040.json  its tables, as an evaluation.json
+
+which training shows in the run's trackers, for one process alone may write to those.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from megaregion.checkpoint.format import MANIFEST, step_folder
 from megaregion.errors import USER_ERROR_EXIT, UserError
-from megaregion.schemas.run import EVALUATIONS
+from megaregion.schemas.run import EVALUATIONS, evaluation_file
 
 WATCHED = ("region", "retrieval", "ocr")
 """What is measured: what needs one pass over the scenes and no maps."""
@@ -38,7 +40,7 @@ def evaluate_step(folder: Path, step: int) -> None:
     # At the lowest priority by now, and not in the way of the first steps of the run.
     from megaregion.evaluation.network import open_run
     from megaregion.evaluation.study import StudyConfig, evaluate
-    from megaregion.schemas.evaluation import TRAINED, scalars, write_board
+    from megaregion.schemas.evaluation import TRAINED, scalars, write_evaluation
 
     began = time.monotonic()
     run = open_run(folder, step)
@@ -49,9 +51,11 @@ def evaluate_step(folder: Path, step: int) -> None:
     study = evaluate(run, config)
     record = {"step": step, "time": time.time(), "seconds": round(time.monotonic() - began, 2)}
     record |= {name: round(value, 5) for name, value in scalars(study.tables, TRAINED).items()}
+    tables = evaluation_file(folder, step)
+    tables.parent.mkdir(exist_ok=True)
+    write_evaluation(tables, study.evaluation())
     with (folder / EVALUATIONS).open("a") as file:
         file.write(json.dumps(record) + "\n")
-    write_board(folder / "tensorboard", step, study.tables)
 
 
 def _wait_for(manifest: Path) -> None:

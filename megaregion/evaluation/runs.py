@@ -35,10 +35,9 @@ from megaregion.evaluation.page import (
     thinned,
     write_page,
 )
-from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Table, joined_tables, read_evaluation
+from megaregion.schemas.evaluation import EVALUATION, SUMMARY, Table, aligned, joined_tables, read_evaluation
 from megaregion.schemas.run import DONE, EVALUATIONS, EVENTS, GUARD, LOG, METRICS
 from megaregion.settings import dotted, read_yaml, words
-from megaregion.tables import aligned
 
 BLOCK = 2**25
 """Bytes that are read and parsed at once."""

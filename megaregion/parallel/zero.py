@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -323,10 +324,14 @@ def _prepare_deepspeed(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # It calls collectives by names that torch 2.13 warns about at every step of every rank.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    # Its autotuner, which nothing uses, imports MLflow where it is installed: a second of each rank's start.
+    hidden: Any = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
+    if hidden is None:
+        del sys.modules["mlflow"]
     logger.setLevel("WARNING")
     if device.type == "cpu":
         # Its shared-memory all-reduce would be compiled for a minute at the first start.

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaregion.planning.fake_cuda import DEVICE, fake_gpu
 from megaregion.planning.hardware import Hardware, Load
 from megaregion.planning.kernels import KernelCounter, Tally
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 Networks = Mapping[str, tuple[int, Callable[[], Any]]]
 

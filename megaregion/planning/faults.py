@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megaregion.bounds import Positive, PositiveInt, Seconds
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 LLAMA3_FAULTS = 419 / (54 * 16_384)
 """Unexpected interruptions per GPU and day."""

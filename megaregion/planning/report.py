@@ -9,7 +9,7 @@ from typing import Any
 from megaregion.models.costs import RECOMPUTE
 from megaregion.planning.hardware import GIB
 from megaregion.planning.plan import Plan
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 
 def text(stages: Sequence[Plan], best: Sequence[Plan], scaled: Sequence[Plan]) -> str:

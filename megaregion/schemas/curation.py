@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 SUMMARY = "summary.json"
 

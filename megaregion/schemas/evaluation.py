@@ -8,7 +8,7 @@
                  "rows": {"trained": {"knn": {"mean": 0.5, "low": 0.4, "high": 0.6, "seeds": [0.5]}, ...}}}]}
 
 The dataclasses are the file: a field is a key, its type what the reader takes. Markdown, text for a terminal
-and TensorBoard scalars are made of its tables here, so that all who read it show the same numbers.
+and the scalars of trackers are made of its tables here, so that all who read it show the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from megaregion.errors import UserError
 from megaregion.files import read_json, write_text
-from megaregion.tables import aligned
 
 EVALUATION = "evaluation.json"
 """Name of the file in a run's folder; that of another split than test has the split in its name."""
@@ -174,13 +173,19 @@ def markdown(tables: Iterable[Table], level: int = 2, footnote: str = FOOTNOTE) 
     """Tables as Markdown, each under a heading of this level, with a note on how to read a cell."""
     parts = []
     for table in tables:
-        titles = [f"{column.group}, {column.title}".removeprefix(", ") for column in table.columns]
-        lines = [["encoder", *titles], ["---", *(["---:"] * len(titles))], *_body(table)]
+        head, *body = cells(table)
+        lines = [head, ["---", *(["---:"] * len(table.columns))], *body]
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
         rows = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         notes = "".join(f"\n\n{encoder}: {note}" for encoder, note in table.notes.items())
         parts.append(f"{'#' * level} {table.title}\n\n{table.told}\n\n{rows}{notes}\n")
     return "\n".join([*parts, f"{footnote}\n"])
+
+
+def cells(table: Table) -> list[list[str]]:
+    """A table as texts, the heads of its columns first."""
+    titles = [f"{column.group}, {column.title}".removeprefix(", ") for column in table.columns]
+    return [["encoder", *titles], *_body(table)]
 
 
 def text(tables: Iterable[Table], intervals: bool = True) -> str:
@@ -216,6 +221,22 @@ def _joined(key: str, runs: Mapping[str, Mapping[str, Table]]) -> Table:
     return replace(first, rows=rows, notes=notes)
 
 
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), indent: str = "") -> str:
+    """Rows of cells below each other, two spaces between columns; all but ``left`` ones aligned right.
+
+    Any table's rows: of a plan, of a curation, of a benchmark.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(indent + line.rstrip() for line in lines)
+
+
 def scalars(tables: Iterable[Table], encoder: str) -> dict[str, float]:
     """Means of one encoder, by TABLE/COLUMN."""
     return {
@@ -224,17 +245,6 @@ def scalars(tables: Iterable[Table], encoder: str) -> dict[str, float]:
         for key, cell in table.rows.get(encoder, {}).items()
         if cell is not None
     }
-
-
-def write_board(folder: Path, step: int, tables: Sequence[Table]) -> None:
-    """Add the means to TensorBoard under evaluation/TABLE/COLUMN, each encoder in a folder of its own."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    for encoder in sorted({encoder for table in tables for encoder in table.rows}):
-        writer = SummaryWriter(str(folder / "evaluation" / encoder.replace("/", "-")))
-        for name, value in scalars(tables, encoder).items():
-            writer.add_scalar(f"evaluation/{name}", value, step)
-        writer.close()
 
 
 def _body(table: Table, intervals: bool = True) -> Iterator[list[str]]:

@@ -27,7 +27,7 @@ from megaregion.errors import UserError
 from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.parallel.topology import Topology, all_gather
 from megaregion.processor import product
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 from megaregion.training.faults import Faults
 from megaregion.training.metrics import LOG
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
-from megaregion.schemas.run import read_evaluations
-from megaregion.training.metrics import LOG
+from megaregion.schemas.evaluation import SUMMARY, read_evaluation
+from megaregion.schemas.run import evaluation_file, read_evaluations
+from megaregion.training.metrics import LOG, Shown, Trackers
 
 COMMAND = "megaregion.evaluation.background"
 """The module that evaluates; takes the run's folder and a step."""
@@ -38,6 +39,7 @@ class BackgroundEvaluation:
     def __init__(self, config: RunConfig) -> None:
         self._settings = config.evaluate
         self._folder = Path(config.output) / config.name
+        self._trackers: Trackers | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
         self._next: int | None = None
@@ -49,8 +51,12 @@ class BackgroundEvaluation:
                     f"another scene set with evaluate.scenes, or make one with tools/make_scenes.py --{split}"
                 )
 
-    def begin(self, step: int) -> None:
-        """Evaluate the checkpoint that a run goes on from, unless that was done before it stopped."""
+    def begin(self, step: int, trackers: Trackers) -> None:
+        """Evaluate the checkpoint that a run goes on from, unless that was done before it stopped.
+
+        What evaluations find is shown in the trackers.
+        """
+        self._trackers = trackers
         if step and step not in read_evaluations(self._folder):
             self.after_save(step)
 
@@ -63,6 +69,8 @@ class BackgroundEvaluation:
     def finish(self) -> None:
         """Let the evaluations that were asked for end."""
         deadline = time.monotonic() + LAST_SECONDS
+        if self._process is not None:
+            LOG.debug("evaluating")
         while self._process is not None or self._next is not None:
             self._go_on()
             if time.monotonic() > deadline:
@@ -73,6 +81,7 @@ class BackgroundEvaluation:
     def stop(self) -> None:
         """End the evaluation that is under way."""
         self._next = None
+        self._go_on()
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
@@ -107,6 +116,9 @@ class BackgroundEvaluation:
         if code or found is None:
             LOG.warning("the evaluation of step %d failed, see %s", self._step, self._log)
             return
+        if self._trackers:
+            tables = read_evaluation(evaluation_file(self._folder, self._step)).tables
+            self._trackers.show(Shown(self._step, {}, [own for own in tables if own.key != SUMMARY]))
         shown = "  ".join(f"{name} {found[key]:.1%}" for key, name in SHOWN.items() if key in found)
         LOG.info("step %6d was evaluated in %.0f s beside training: %s", self._step, found["seconds"], shown)
 

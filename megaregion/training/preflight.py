@@ -30,7 +30,7 @@ from megaregion.data.shards import Datasets, open_datasets
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "webdataset")
 ROUNDS = 5

@@ -46,11 +46,11 @@ from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.processor import keep_freed_memory
-from megaregion.schemas.run import DONE, GUARD, Events, process_start
+from megaregion.schemas.run import DONE, GUARD, Events, Meter, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.faults import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
-from megaregion.training.metrics import LOG, Meter, Metrics
+from megaregion.training.metrics import LOG, Metrics, Trackers
 from megaregion.training.preflight import open_dataset
 from megaregion.training.state import CAPTURES, TrainingState, check_local, check_newest
 
@@ -161,8 +161,10 @@ class Trainer:
             if resume and not self.state.resume() and place.rank == 0:
                 LOG.info("no checkpoint in %s yet: starting", self.state.checkpoints)
 
-    def run(self, stop_at: int | None = None) -> int:
+    def run(self, stop_at: int | None = None, trackers: Trackers | None = None) -> int:
         """Train to the last step, to ``stop_at`` (schedules stay as they are), or until a stop is asked for.
+
+        Rank 0 shows its metrics in the ``trackers``, and leaves them open.
 
         Returns:
             0 at the end of training, which DONE in the run's folder marks, or of ``stop_at``; 85 if the run
@@ -175,7 +177,7 @@ class Trainer:
         if self.topology.device.type == "cpu":
             keep_freed_memory()
         end = min(stop_at or self.config.train.steps, self.config.train.steps)
-        metrics = Metrics(self.run_folder, self.topology.rank == 0, self.config.train.steps)
+        metrics = Metrics(self.run_folder, self.topology.rank == 0, self.config.train.steps, trackers)
         batches = self.batches()
         try:
             self.events.write("ready", step=self.state.step)
@@ -188,6 +190,7 @@ class Trainer:
                 self._log(values, metrics)
                 stopping = self._agreement.stopping
                 if stopping or self._save_is_due(end):
+                    LOG.debug("saving")
                     with self.clock.span("save"):
                         self.state.save()
                     self._after_save(self.state.step)
@@ -197,6 +200,7 @@ class Trainer:
                 if stopping and self.state.step < end:
                     return self._leave()
                 if self.state.guard.wants_rollback:
+                    LOG.debug("loading")
                     with self.clock.span("load"):
                         self.state.go_back()
             self._end()

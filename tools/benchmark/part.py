@@ -19,7 +19,7 @@ from benchmark.measure import Stopwatch
 from megaregion.bounds import Choice, Folder
 from megaregion.command_line import Parser
 from megaregion.files import write_text
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 
 @dataclass(frozen=True)

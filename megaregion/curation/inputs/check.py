@@ -25,7 +25,7 @@ from megaregion.curation.picture import BadImage, read_picture
 from megaregion.curation.settings import AnnotationSettings, ImageSettings
 from megaregion.errors import UserError, spread
 from megaregion.schemas.curation import DUPLICATE, SEVERAL, TABLE, TAR, Kinds
-from megaregion.tables import aligned
+from megaregion.schemas.evaluation import aligned
 
 IMAGE = "image"
 USED, READ = (IMAGE, SEVERAL), (TAR, TABLE)
