@@ -178,7 +178,7 @@ class Run:
     @property
     def pace(self) -> float:
         """Seconds a step, by the pauses between the last fifty lines; 0 where there are none."""
-        steps, times = self.metrics.steps[-51:], self.metrics.columns.get("time", np.empty(0))[-51:]
+        steps, times = (each[-51:] for each in self.metrics.curve("time"))
         pauses = np.diff(times) / np.diff(steps)
         pauses = pauses[pauses > 0]
         return float(np.median(pauses)) if len(pauses) else 0.0
