@@ -66,6 +66,11 @@ SMALLER = {
     "$python -m torch.distributed.run --standalone --nproc-per-node 8 tools/curate.py": Smaller(
         CURATION, ("--nproc-per-node 8", "--nproc-per-node 2")
     ),
+    "$python tools/curate.py report --out data/public": Smaller(replaced=("data/public", "data/photos")),
+    "$python -m torch.distributed.run --standalone --nproc-per-node 8 tools/pretrain.py": Smaller(
+        f"{TRAIN} --data.path data/photos/shards --train.precision fp32 --train.steps 2",
+        ("--nproc-per-node 8", "--nproc-per-node 2"),
+    ),
     "$python -m torch.distributed.run --nproc-per-node 4": Smaller(f"{TRAIN} --train.steps 4 --stop-at 2"),
     "$python -m torch.distributed.run --nproc-per-node 2": Smaller(f"{TRAIN} --train.steps 4"),
     "$python tools/pretrain.py --config configs/vit_l14_64gpu.yaml": Smaller(
@@ -116,6 +121,12 @@ ELSEWHERE = {
     ". slurm/site.env && slurm/curate.sh": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
     ". slurm/site.env && MEGAREGION_CURATE_cluster": "test_two_ranks_of_slurm_give_the_labels_of_one",
     "torchrun --nnodes 8": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
+    "$python tools/evaluate.py runs/vit_b16_8gpu --annotations lvis": (
+        "test_a_run_is_scored_by_tokens_patches_and_crops"
+    ),
+    "$python tools/evaluate.py runs/vit_b16_8gpu --folder-dataset": (
+        "test_an_export_and_any_model_are_scored_without_a_run"
+    ),
     "$python tools/evaluate.py runs/demo --annotations": "test_a_run_is_scored_by_tokens_patches_and_crops",
     "$python tools/evaluate.py photos-regions": "test_an_export_and_any_model_are_scored_without_a_run",
     "$python tools/evaluate.py facebook": "test_an_export_and_any_model_are_scored_without_a_run",
@@ -149,6 +160,7 @@ def pages() -> list[Path]:
     return [
         root / "README.md",
         root / "configs/own_images.md",
+        root / "configs/vit_b16_8gpu.md",
         *(root / room / "README.md" for room in rooms),
     ]
 
@@ -189,6 +201,10 @@ def furnish(folder: Path) -> dict[str, str]:
         kind.mkdir(parents=True, exist_ok=True)
         scene(number + 1).save(kind / f"{number:02d}.jpg", quality=90)
     _annotate(folder / "photos", folder / "coco.json")
+    for public, part in (("public/coco", "train2017"), ("coco", "val2017")):
+        shutil.copytree(folder / "photos", folder / public / part)
+        (folder / public / "annotations").mkdir()
+        shutil.copy(folder / "coco.json", folder / public / "annotations" / f"instances_{part}.json")
     shutil.copy(folder / "photos" / "garden" / "00.jpg", folder / "photo.jpg")
     shutil.copytree(folder / "photos" / "garden", folder / "video")
     scenes = write_scenes(folder / "data" / "demo" / "scenes")
