@@ -71,6 +71,12 @@ def run(images: Path, out: Path, stage: str = "all", **settings: Any) -> Summary
     return curate(images, out, settings_from(settings), silent, stage, workers=0)
 
 
+def propose(proposer: Any, image: Any) -> list[Any]:
+    """Regions of one image."""
+    [(_, found)] = proposer.stream([(None, proposer.view(image))])
+    return list(found)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from curation_scenes import contents, run, save_tiny_clip, save_tiny_sam, scene, settings_from, workers_of
+from curation_scenes import (
+    contents,
+    propose,
+    run,
+    save_tiny_clip,
+    save_tiny_sam,
+    scene,
+    settings_from,
+    workers_of,
+)
 from numpy.typing import NDArray
 
 from megaregion.curation import workers as crew
@@ -172,7 +181,7 @@ def test_masks_of_any_sam_are_the_same_to_the_byte_whatever_shares_their_batch(
 ) -> None:
     proposer = load_sam(make(tmp_path), grid=3, min_iou=-np.inf, min_stability=0.0)
     images = [np.asarray(scene(n, 100))[: 40 + 20 * n] for n in range(3)]
-    alone = [proposer.propose(image) for image in images]
+    alone = [propose(proposer, image) for image in images]
     assert all(alone)
     proposer.batches.rows = 2
     views = [(0, proposer.view(images[0])), (1, None), *((n, proposer.view(images[n - 1])) for n in (2, 3))]

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from curation_scenes import save_tiny_clip, save_tiny_sam, scene
+from curation_scenes import propose, save_tiny_clip, save_tiny_sam, scene
 from launch import repository
 from paddle_models import save_paddle_models
 from PIL import Image, ImageDraw, ImageFont
@@ -97,7 +97,7 @@ def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
     from megaregion.curation.engines.sam import load_sam
 
     pixels = np.asarray(scene(2, 100))[:70]
-    found = load_sam(sam, grid=3, min_iou=-np.inf, min_stability=0.0).propose(pixels)
+    found = propose(load_sam(sam, grid=3, min_iou=-np.inf, min_stability=0.0), pixels)
     assert 0 < len(found) <= 27
     for proposal in found:
         assert proposal.mask is not None
@@ -106,7 +106,7 @@ def test_sam_gives_boxes_that_frame_their_masks(sam: Path) -> None:
         x0, y0, x1, y1 = map(int, proposal.box)
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
         assert all(edge.any() for edge in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
-    assert load_sam(sam, grid=2, min_iou=2.0).propose(pixels) == []
+    assert propose(load_sam(sam, grid=2, min_iou=2.0), pixels) == []
 
 
 def test_prompts_in_batches_of_any_size_give_the_same_masks(
@@ -116,11 +116,11 @@ def test_prompts_in_batches_of_any_size_give_the_same_masks(
 
     pixels = np.asarray(scene(4, 96))
     proposer = room.load_sam(sam, grid=4, min_iou=-np.inf, min_stability=0.5)
-    found = proposer.propose(pixels)
+    found = propose(proposer, pixels)
     assert found
     for points in (1, 5):
         monkeypatch.setattr(room, "POINTS", points)
-        again = proposer.propose(pixels)
+        again = propose(proposer, pixels)
         assert [region.box for region in again] == [region.box for region in found]
         assert [region.mask for region in again] == [region.mask for region in found]
         assert np.allclose([r.score for r in again], [r.score for r in found], atol=1e-5)

@@ -20,6 +20,7 @@ from megaregion.curation.stages.balance import keep_evenly
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 from megaregion.errors import UserError
+from megaregion.schemas.curation import LATER
 
 FEW = {"clusters": 4, "vocab": 384, "piece_images": 3, "samples_per_shard": 4, "crop_side": 96}
 
@@ -132,6 +133,8 @@ def test_what_is_left_out_adds_up_in_the_report_and_does_not_depend_on_the_piece
     assert {f"dropped: {why}": count for why, count in told["left_out"].items() if count} == {
         name: count for name, count in summary.counts.items() if name[9:] in told["left_out"]
     }
+    not_packed = sum(summary.counts.get(f"dropped: {why}", 0) for why in LATER)
+    assert summary.counts["kept"] - not_packed == summary.counts["object regions"] == told["after"]
     assert all(sum(counts) == 4 for counts in zip(*told["histogram"].values(), strict=True))
     assert told["left_out"]["near-duplicate"] >= 2
     assert any(kept.startswith("s-3 ") and "t-1 " in first for kept, first, _ in told["examples"])

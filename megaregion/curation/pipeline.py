@@ -7,7 +7,6 @@ or other machines, and looks at no more than it needs for that.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
@@ -38,8 +37,6 @@ from megaregion.settings import read_settings
 
 RUN = "run.json"
 """Below OUT: what a run was started with, so that its state and report need nothing but the folder."""
-FORMER = ("coarse", "route", "split", "gather-[0-9]*", "refine-[0-9]*")
-"""Stages that runs of other versions have left; nothing reads them any more."""
 LIST = "list"
 """The step before all stages: finding the images."""
 
@@ -119,7 +116,7 @@ class Pipeline:
         """
         pieces, done = range(0), 0
         for joined, group in groupby(names, self._on_cores):
-            for each in [tuple(group)] if joined else ((name,) for name in group):
+            for each in [tuple(group)] if joined else zip(group):
                 pieces, more = self.run(*each)
                 done += more
         return pieces, done
@@ -144,9 +141,6 @@ class Pipeline:
             # All that the dataset is made of is done: what a run over more images left is of no more use.
             for each in self._stages.values():
                 self.job.store.prune(each.name, each.pieces())
-            for former in FORMER:
-                for folder in (self.job.store.root / "stages").glob(former):
-                    shutil.rmtree(folder, ignore_errors=True)
         with ExitStack() as bars:
             ticks = {}
             for stage in reversed([stage for stage in stages if lacking[stage]]):
@@ -172,17 +166,12 @@ class Pipeline:
             _, wanted = self._recipes_of(name)
             found = self.job.store.glances(name, stage.pieces())
             if all(glance is not None and glance.recipes == wanted for glance in found):
-                yield name, self._read(stage)
+                pieces = (Piece(name, number) for number in range(stage.pieces()))
+                yield name, filter(None, (self.job.store.read(piece, thorough=False) for piece in pieces))
 
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
-
-    def _read(self, stage: Stage) -> Iterator[Manifest]:
-        for number in range(stage.pieces()):
-            manifest = self.job.store.read(Piece(stage.name, number), thorough=False)
-            if manifest is not None:
-                yield manifest
 
     def _task(self, stage: Stage, number: int) -> Task | None:
         """What is to do for a piece that is missing or stale; raises UserError where what it reads is."""
@@ -193,9 +182,8 @@ class Pipeline:
                 f"--stage {stage.name} needs piece {first.number} of stage {first.stage}, which is not "
                 f"done for these images and settings; run --stage {first.stage} or --stage all first"
             )
-        if not self._lacks(stage, number):
-            return None
-        return Task(Piece(stage.name, number), key, self._recipes_of(stage.name)[0])
+        task = Task(Piece(stage.name, number), key, self._recipes_of(stage.name)[0])
+        return task if self._lacks(stage, number) else None
 
     def _digest(self, piece: Piece, reader: Stage | None = None) -> str | None:
         """Digest of a piece that is done and made from what there is now; ``reader`` is who needs it."""
@@ -261,11 +249,9 @@ def job_lines(settings: CurationSettings, joined: bool = False) -> Sequence[str]
         if not stage.whole or stage.pieces():
             earlier = [named[other] for other in NAMES if other in (*stage.reads, *stage.reads_whole)]
             kind = "one" if stage.whole and stage.pieces() == 1 else "many"
-            jobs.setdefault(named[name], (kind, {}))[1].update(dict.fromkeys(earlier))
-    return [
-        f"{name} {kind} {','.join(other for other in earlier if other != name) or LIST}"
-        for name, (kind, earlier) in jobs.items()
-    ]
+            others = (other for other in earlier if other != named[name])
+            jobs.setdefault(named[name], (kind, {}))[1].update(dict.fromkeys(others))
+    return [f"{name} {kind} {','.join(earlier) or LIST}" for name, (kind, earlier) in jobs.items()]
 
 
 def record_run(out: Path, images: Path, settings: CurationSettings) -> None:

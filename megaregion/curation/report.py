@@ -164,7 +164,7 @@ class QualityReport:
         """The numbers as aligned lines, what was found and dropped first."""
         blocks = [self.summary.table(), _lines("object labels", _cluster_rows(self.clusters))]
         if self.balancing is not None:
-            blocks.append(_lines("regions that are packed", _balancing_rows(self.balancing)))
+            blocks.append(_lines("regions that are packed", _balancing_rows(self.balancing, self.clusters)))
         if self.text.words:
             blocks.append(_lines("text labels", _text_rows(self.text)))
         if self.truth is not None:
@@ -428,13 +428,16 @@ def _cluster_rows(found: ClusterQuality) -> Rows:
     ]
 
 
-def _balancing_rows(found: Balancing) -> Rows:
-    bins = ", ".join(f"{least}+ {old} > {new}" for least, (old, new) in found.histogram.items())
+def _balancing_rows(found: Balancing, clusters: ClusterQuality) -> Rows:
+    bins = ", ".join(
+        f"{old} > {new} of {least}" + f" to {2 * int(least) - 1}" * (int(least) > 1)
+        for least, (old, new) in found.histogram.items()
+    )
     return [
         ("packed", f"{found.after} of {found.before} labelled regions"),
         *((f"  {why}", f"{count} left out") for why, count in found.left_out.items()),
-        ("clusters by regions", f"{bins} (before > after)"),
-        ("imbalance", f"like {found.effective:.0f} clusters of equal size"),
+        ("clusters, before > after", f"{bins} regions"),
+        ("imbalance", f"like {clusters.effective:.0f} > {found.effective:.0f} clusters of equal size"),
         *(("near-duplicates", f"{kept}: {count}, {other} first") for kept, other, count in found.examples),
     ]
 

@@ -15,9 +15,10 @@ DROPPED = "dropped: "
 
 REASONS = (
     "too small", "too large", "too elongated", "duplicate", "text", "background", "beyond the limit",
-    "not embedded", "near-duplicate", "drawn out", "over the cap", "bad annotation", "outside the image",
-    "no area", "crowd", "of an image of another size", "of a damaged image",
+    "not embedded", "bad annotation", "outside the image", "no area", "crowd", "of an image of another size",
 )  # fmt: skip
+LATER = ("near-duplicate", "drawn out", "over the cap", "of a damaged image")
+"""Why kept ones are not packed."""
 
 DUPLICATE, OTHER, HIDDEN, OUTPUT = "duplicate", "other file", "hidden file", "own output"
 BESIDE, ANNOTATION, TAR, FORMAT = "file of an image", "annotation file", "tar", "other format "
@@ -126,6 +127,8 @@ class Summary:
             ("object proposals", count["proposed"], ""),
             *((f"  {why}", count[DROPPED + why], "dropped") for why in REASONS),
             ("  kept", count["kept"], self._per_image("kept")),
+            *((f"    {why}", count[DROPPED + why], "not packed") for why in LATER if count[DROPPED + why]),
+            ("    packed", count["object regions"], self._per_image("object regions")),
             *self._cluster_rows(),
             ("words", count["words found"], ""),
             ("  below confidence", count["words below confidence"], "dropped"),
@@ -180,5 +183,5 @@ class Summary:
         if self.clusters is None:
             return []
         sizes = self.clusters
-        note = f"regions each: {sizes.smallest} min, {sizes.median:g} median, {sizes.largest} max"
+        note = f"kept regions each: {sizes.smallest} min, {sizes.median:g} median, {sizes.largest} max"
         return [("clusters", sizes.clusters, note), ("  empty", sizes.empty, "")]

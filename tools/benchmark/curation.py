@@ -26,7 +26,7 @@ from benchmark.measure import Stopwatch, passing_folder
 from benchmark.memory import PeakMemory
 from benchmark.part import CLOCK, FOLDER, Case, part
 from benchmark.scenes import CROP_SIDE, ComposedScene, compose
-from megaregion.bounds import COUNT, Choice, PositiveInt, Text, Whole
+from megaregion.bounds import COUNT, PositiveInt, Text, Whole
 from megaregion.curation.costs import networks
 from megaregion.curation.engines.lite0 import BATCH, Lite0Embedder, load_network
 from megaregion.curation.engines.ocr import RapidReader
@@ -38,7 +38,6 @@ from megaregion.curation.settings import (
     ClusterSettings,
     CurationSettings,
     ImageSettings,
-    OcrSettings,
     PackSettings,
     TokenizerSettings,
 )
@@ -113,7 +112,6 @@ def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
 @part(
     ("--images", PositiveInt, 24, "images"),
     ("--side", Whole(96, 8192), 1024, "of an image, in pixels"),
-    ("--ocr", Choice(("rapidocr", "none")), "rapidocr", "as of tools/curate.py"),
     ("--repeats", PositiveInt, 2, "timed runs of each; the fastest counts"),
     CLOCK,
     FOLDER,
@@ -121,12 +119,9 @@ def _peak(folder: Path, settings: CurationSettings, stage: str) -> int:
 def joined(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
     """Propose, ocr and embed piece by piece, each image decoded once, beside stage by stage.
 
-    Seconds of one core for a thousand images; ratios are peer / ours. Photos take longer to decode than
-    composed scenes of their size.
+    Seconds of one core for a thousand composed scenes; ratios are peer / ours.
     """
-    settings = CurationSettings(
-        image=ImageSettings(piece_images=options.images), reader=OcrSettings(ocr=options.ocr)
-    )
+    settings = CurationSettings(ImageSettings(piece_images=options.images))
     with passing_folder(options.folder) as folder:
         scenes = SceneSettings(sizes=((options.side, options.side),))
         write_scenes(folder, load_library(), scenes, {"train": options.images}, workers=1)
@@ -140,10 +135,10 @@ def joined(options: argparse.Namespace, watch: Stopwatch) -> Iterator[Case]:
                 for group in groups:
                     pipeline.run(*group)
 
-        works = {"joined": lambda: run(LOOKING), "apart": lambda: run(*((stage,) for stage in LOOKING))}
+        works = {"joined": lambda: run(LOOKING), "apart": lambda: run(*zip(LOOKING))}
         seconds = watch.fastest(works, options.repeats)
     ours, peer = (1000 * seconds[name] / options.images for name in ("joined", "apart"))
-    case = f"{options.images} images of {options.side} px, ocr {options.ocr}, joined / stage by stage"
+    case = f"{options.images} images of {options.side} px, joined / stage by stage"
     yield Case(case, ours, peer, "s")
 
 

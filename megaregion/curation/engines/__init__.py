@@ -57,18 +57,8 @@ class Reader(Protocol):
         """Read an image, RGB uint8 [h, w, 3]; nothing is filtered by confidence."""
 
 
-class NoReader:
-    """Reads nothing, for data sets that are wanted without text."""
-
-    def read(self, image: Pixels) -> list[Word]:
-        """No words."""
-        return []
-
-
 def load_reader(settings: OcrSettings) -> Reader:
     """The reader that the settings name; raises UserError where it is not installed or lacks its models."""
-    if settings.ocr == "none":
-        return NoReader()
     from megaregion.curation.engines.ocr import PaddleReader, RapidReader
 
     paddle = settings.ocr == "paddleocr"

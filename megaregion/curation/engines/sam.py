@@ -101,11 +101,6 @@ class SamProposer:
         for (item, view), found in self.batches.stream(rows):
             yield item, [] if view is None else self._proposals(*found[0], view)
 
-    def propose(self, image: Pixels) -> list[Proposal]:
-        """Propose regions of one image."""
-        [(_, found)] = self.stream([(None, self.view(image))])
-        return found
-
     def masks(self, pixels: Tensor, extent: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """All masks of a batch.
 

@@ -223,9 +223,10 @@ class _Search:
 
         def state() -> list[Any] | None:
             # Loose images may have files of labels, which are read again.
-            found = [(tar.name, _state(tar.path)) for tar in tars]
-            rows = [(name, each.st_size, each.st_mtime_ns) for name, each in found]
-            return None if len(candidates) else [SCAN, rows]
+            found = [
+                (tar.name, each.st_size, each.st_mtime_ns) for tar in tars for each in [_state(tar.path)]
+            ]
+            return None if len(candidates) else [SCAN, found]
 
         index.match(loose, members, state)
         self._annotations = index.summary()

@@ -230,9 +230,7 @@ class IndexWriter(AnnotationIndex):
             self.used.append(mark(name))
             self.examples = [*self.examples, name][:EXAMPLES]
 
-    def match(
-        self, paths: Iterable[str], tars: Iterable[tuple[str, str]], state: Callable[[], object]
-    ) -> None:
+    def match(self, paths: Iterable[str], tars: Iterable[tuple[str, str]], state: Callable[[], Any]) -> None:
         """Find the annotations of loose images, by path, and of members of tars, by tar and name.
 
         What is known of the same files and ``state`` of all images is believed; None is never the same.
@@ -257,8 +255,8 @@ class IndexWriter(AnnotationIndex):
             self._unnamed += not self._claim(f"{tar}/{name}", name)
         self._settle()
         if now is not None:
-            row = key, self._unnamed, json.dumps(self._faults)
-            self._base.execute("INSERT INTO matched VALUES(?,?,?)", row)
+            told = json.dumps(self._faults)
+            self._base.execute("INSERT INTO matched VALUES(?,?,?)", (key, self._unnamed, told))
 
     def tar_digest(self, tar: str) -> str:
         """Hash of what files say of a tar's images, empty for nothing."""
