@@ -119,7 +119,7 @@ ELSEWHERE = {
     "make .venv/ready": "test_a_command_of_the_readme_runs",
     ". slurm/site.env && sbatch": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
     ". slurm/site.env && slurm/curate.sh": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
-    ". slurm/site.env && MEGAREGION_CURATE_cluster": "test_two_ranks_of_slurm_give_the_labels_of_one",
+    ". slurm/site.env && MEGAREGION_CURATE_cluster": "test_job_arrays_on_slurm_give_the_dataset_of_one_run",
     "torchrun --nnodes 8": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
     "$python tools/evaluate.py runs/vit_b16_8gpu --annotations lvis": (
         "test_a_run_is_scored_by_tokens_patches_and_crops"
