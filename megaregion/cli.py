@@ -194,6 +194,9 @@ def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run
     if not dry_run:
         print(f"\nencoder   AutoModel.from_pretrained({str(out / 'encoder')!r}, trust_remote_code=True)")
         print(f"labels    {out / 'atlas' / 'index.html'}")
+        if given.annotations is None:
+            how = f"megaregion evaluate {out / 'run'} --annotations FILE --images {images}"
+            print(f"score     none, as no truth was given; with one: {how}")
     return out / "encoder"
 
 
@@ -229,16 +232,13 @@ def _steps(
 def _machine() -> Machine:
     import torch
 
-    return Machine(
-        len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
-        torch.cuda.device_count(),
-    )
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return Machine(cores, torch.cuda.device_count())
 
 
 def _shown(command: list[str]) -> str:
     """A command as a person types it here."""
-    here = f"{Path.cwd()}/"
-    return shlex.join(["python", *(word.removeprefix(here) for word in command)])
+    return shlex.join(["python", *(word.removeprefix(f"{Path.cwd()}/") for word in command)])
 
 
 def _run(name: str, command: list[str], quiet: bool = False) -> None:

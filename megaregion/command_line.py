@@ -263,6 +263,8 @@ def _of_the_machine(error: Exception) -> int:
         line, code = f"{_NO_FILES}; raise the limit on them (ulimit -n) or take fewer workers", 1
     elif _NO_THREADS in told:
         line, code = f"{_NO_THREADS}; raise the limits (ulimit -u, ulimit -v) or take fewer workers", 1
+    elif isinstance(error, ModuleNotFoundError) and not f"{error.name}.".startswith("megaregion."):
+        line, code = f'{error.name} is not installed; pip install ".[train,curate]" has it', USER_ERROR_EXIT
     elif isinstance(error, OverflowError):
         line, code = f"a number is too large for the machine ({told}); give a smaller one", USER_ERROR_EXIT
     elif isinstance(error, OSError):

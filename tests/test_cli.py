@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module, metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,13 @@ import pytest
 import torch
 import yaml
 from launch import repository
+from packaging.requirements import Requirement
 from PIL import Image
 from readme import furnish
 
 from megaregion.checks import check_batching, check_config
 from megaregion.cli import COMMANDS, Given, Machine, choose, fit
+from megaregion.command_line import run
 from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.settings import read_file, read_settings
@@ -113,11 +118,66 @@ def test_few_images_are_refused() -> None:
         choose(3, Machine(2, 0))
 
 
-def test_photos_with_boxes_become_an_encoder_that_transformers_loads(
+INSTALLED = """
+import os, sys
+from importlib.machinery import PathFinder
+
+tools = {"curate.py": "curate", "atlas.py": "curate", "evaluate.py": "curate", "pretrain.py": "train"}
+used = [extra for word in sys.orig_argv for tool, extra in tools.items() if word.endswith(f"tools/{tool}")]
+# Workers that a tool starts have what it has.
+extra = os.environ["EXTRA"] = used[0] if used else os.environ.get("EXTRA", "")
+hidden = set(os.environ[f"WITHOUT_{extra}"].split())
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+"""
+"""sitecustomize.py of processes that see what an install with the one extra has that their tool needs."""
+
+
+def not_installed(extra: str) -> str:
+    """Modules of this environment that `pip install .[EXTRA]` alone would not bring."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    todo, brought = [*PROJECT["project"]["dependencies"], *extras.get(extra, ())], {"megaregion"}
+    while todo:
+        wanted = Requirement(todo.pop())
+        name = wanted.name.lower().replace("_", "-")
+        if name in brought or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        brought.add(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            todo += metadata.requires(name) or []
+    modules = metadata.packages_distributions().items()
+    return " ".join(
+        module
+        for module, owners in modules
+        if not {name.lower().replace("_", "-") for name in owners} & brought
+    )
+
+
+def test_photos_with_boxes_become_an_encoder_that_transformers_loads_and_each_tool_needs_its_extra_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModel
 
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(INSTALLED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    for extra in ("", "curate", "train"):
+        monkeypatch.setenv(f"WITHOUT_{extra}", without := not_installed(extra))
+        known = {
+            "deepspeed": "train",
+            "megatron": "train",
+            "rapidocr": "curate",
+            "faiss": "curate",
+            "pytest": "",
+        }
+        assert set(known) & set(without.split()) == {name for name in known if known[name] != extra} | {
+            "pytest"
+        }
     furnish(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
@@ -133,6 +193,18 @@ def test_photos_with_boxes_become_an_encoder_that_transformers_loads(
     )
     assert (tmp_path / "mine" / "atlas" / "index.html").is_file()
     assert yaml.safe_load((tmp_path / "mine" / "fit.yaml").read_text())["parallel"] == {"tensor": 1}
+
+
+def test_what_is_not_installed_is_named_with_what_brings_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: import_module("nowhere"))
+    assert ended.value.code == 2
+    assert (
+        'megaregion: nowhere is not installed; pip install ".[train,curate]" has it'
+        in capsys.readouterr().err
+    )
+    with pytest.raises(ModuleNotFoundError):
+        run(lambda: import_module("megaregion.nowhere"))
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from megaregion.bounds import Choice, File, Folder, PositiveInt, Workers
 from megaregion.command_line import Parser, changed_settings, run
 from megaregion.config import RunConfig
 from megaregion.errors import UserError, spread
-from megaregion.files import new_folder, write_text
+from megaregion.files import home, new_folder, write_text
 from megaregion.schemas.evaluation import (
     EVALUATION,
     Column,
@@ -223,13 +223,13 @@ TRENDS = {
 
 def call(command: Iterable[object], log: Path | None = None) -> None:
     """Run one of the project's commands, its output to a file if one is named; a UserError if it fails."""
-    words = [sys.executable, *map(str, command)]
+    tool, *flags = map(str, command)
+    words = [sys.executable, str(home("tools") / Path(tool).name), *flags]
     alone = None if log is None else {**os.environ, "OMP_NUM_THREADS": "1"}
     with nullcontext() if log is None else log.open("a") as said:
         code = subprocess.run(words, stdout=said, stderr=said, check=False, env=alone).returncode
     if code:
-        seen = f"see {log}" if log else "see above"
-        raise UserError(f"{words[1]} ended with exit code {code}, {seen}; what is done is kept, start again")
+        raise UserError(f"{tool} ended with exit code {code}, see {log or 'above'}; start again to go on")
 
 
 def write_annotations(scenes: Path, boxes: str, path: Path) -> None:
@@ -483,7 +483,7 @@ def _parser() -> Parser:
     parser = Parser(description="Train small encoders that differ in one thing; judge the paper's trends.")
     add = parser.add_flag
     add("--out", Folder, Path("data/study"), "folder of scenes, labels, runs and results")
-    add("--config", File, Path("configs/study.yaml"), "settings of every run, which arms change")
+    add("--config", File, home("configs") / "study.yaml", "settings of every run, which arms change")
     add("--only", Choice(tuple(TRENDS)), None, f"trends to look at: {', '.join(TRENDS)}", nargs="+")
     add("--quick", bool, False, "the most important trends alone")
     add("--seeds", PositiveInt, 3, "runs of every arm; with fewer than 3 nothing is decided")

@@ -12,8 +12,7 @@ What that tower does was read in public copies of its model file (``RiceTransfor
 in key lists of conversion scripts: qkv's rows are all queries, then all keys, then all values; rotary angles,
 class token and norms are as in MLCDVisionModel; the last norm is not there, for only patches are read; its
 patch merger begins untrained. Patches arrive in blocks of 2 x 2, which changes no weight and, as positions
-are looked up by place, no feature. NVIDIA's port of that tower gives our patch features from these keys (a
-drill), and so does a forward pass of a test's own. No released folder of that project was at hand.
+are looked up by place, no feature. NVIDIA's port of that tower gives our patch features (a drill runs it).
 
 Shapes: D width, H heads, d head width.
 """

@@ -84,12 +84,11 @@ def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> Encoder:
             f"{path} is a {folder.architecture} tower, whose features are not those of its weights here; "
             "convert it with from-hf and check what was written"
         )
-    from transformers import AutoModel
-    from transformers import logging as transformers_logging
+    from transformers import AutoModel, logging
 
     from megaregion.export.modeling_megaregion import RegionVisionModel, RegisterVisionModel
 
-    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
     # Our class and not the folder's copy of it: a check runs no foreign code.
     own = RegisterVisionModel if folder.model.registers else RegionVisionModel
     kind: Any = own if folder.of_regions else AutoModel
