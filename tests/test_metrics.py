@@ -19,7 +19,7 @@ from test_run import SMALL
 from toy import toy_dataset
 
 from megaregion.config import RunConfig
-from megaregion.training.metrics import LOG, Metrics, Trackers, open_log
+from megaregion.training.metrics import LOG, Metrics, Shown, Trackers, open_log
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_tensorboard_that_cannot_be_written_is_said_once_and_metrics_go_on(run
         metrics = Metrics(run, True, 5, trackers)
         for step in range(1, 6):
             metrics.write(step, {"loss": 1.0})
-            metrics.shares(step, {"training": 0.5})
+            trackers.show(Shown(step, {"time/training": 0.5}))
         metrics.close()
     log = (run / "logs" / "rank-00.log").read_text()
     assert log.count("tensorboard fails (FileExistsError: ") == log.count(" fails ") == 1

@@ -150,11 +150,6 @@ class Metrics:
         short = [*line[:2], *line[6:8], self._left(step)]
         LOG.info("  ".join(line), extra={"live": "  ".join(short)})
 
-    def shares(self, step: int, shares: dict[str, float]) -> None:
-        """Show in the trackers what the wall time of all starts went into."""
-        if self._trackers:
-            self._trackers.show(Shown(step, {f"time/{name}": share for name, share in shares.items()}))
-
     def close(self) -> None:
         """Write what waits, and close the file; the trackers may still be shown evaluations."""
         if self._file is not None:
@@ -214,11 +209,7 @@ CLOSE_SECONDS = 120.0
 
 
 def check_installed(loggers: Iterable[str]) -> None:
-    """Refuse trackers that are not installed, before a run begins; what fails later never stops one.
-
-    Raises:
-        UserError: One is missing.
-    """
+    """Raise a UserError for a tracker that is not installed: before a run begins, for later none stops it."""
     for name in loggers:
         module = find_spec(name)
         if module is None or module.origin is None:  # W&B leaves a folder of its name.
@@ -310,7 +301,7 @@ class _Feed:
             LOG.warning("%s missed %d of %d records of this start", self._name, missed, self._asked)
 
     def _feed(self) -> None:
-        told, shown = False, cast("Shown | None", Shown(0, {}))
+        again, shown = 0.0, cast("Shown | None", Shown(0, {}))
         while shown is not None:
             try:
                 with contextlib.ExitStack() as opened:
@@ -320,10 +311,10 @@ class _Feed:
                         self._shown += 1
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                if not told:
+                if not again:
                     LOG.warning("%s fails (%s); the run goes on without it", self._name, reason)
                 # After a while it is opened anew.
-                told, again = True, time.monotonic() + PAUSE_SECONDS
+                again = time.monotonic() + PAUSE_SECONDS
                 while shown is not None and (pause := again - time.monotonic()) > 0:
                     with contextlib.suppress(Empty):
                         shown = self._waiting.get(timeout=pause)

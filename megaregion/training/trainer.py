@@ -50,7 +50,7 @@ from megaregion.schemas.run import DONE, GUARD, Events, Meter, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.faults import Agreement, agree, write_refusal
 from megaregion.training.heads import Heads, StepSums
-from megaregion.training.metrics import LOG, Metrics, Trackers
+from megaregion.training.metrics import LOG, Metrics, Shown, Trackers
 from megaregion.training.preflight import open_dataset
 from megaregion.training.state import CAPTURES, TrainingState, check_local, check_newest
 
@@ -194,9 +194,10 @@ class Trainer:
                     with self.clock.span("save"):
                         self.state.save()
                     self._after_save(self.state.step)
-                    if goodput is not None:
+                    if goodput is not None and trackers is not None:
                         goodput.blocked(self.state.blocked)
-                        metrics.shares(self.state.step, goodput.shares())
+                        spent = {f"time/{name}": share for name, share in goodput.shares().items()}
+                        trackers.show(Shown(self.state.step, spent))
                 if stopping and self.state.step < end:
                     return self._leave()
                 if self.state.guard.wants_rollback:
