@@ -32,6 +32,8 @@ def check_config(config: RunConfig) -> None:
             "optimizer.name muon needs parallel.zero_stage 0, 1 or 2, got 3, whose masters lie in pieces of "
             "their own; use zero_stage 1, or optimizer.name adamw"
         )
+    if config.optimizer.name == "muon":
+        _check_multiple("model.width", config.model.width, "optimizer.name muon's", 8)
     if config.train.fp8 and not (config.train.bf16 and config.parallel.tensor == 1):
         raise UserError(
             f"train.fp8 needs train.precision bf16 and parallel.tensor 1, got {config.train.precision} and "

@@ -34,6 +34,10 @@ from megaregion.settings import setting_names
         ({"parallel__zero_stage": 4}, r"parallel.zero_stage must lie in \[0, 3\], got 4"),
         ({"parallel__zero_stage": 0, "train__precision": "bf16"}, "zero_stage 0 with train.precision bf16"),
         ({"parallel__zero_stage": 3, "optimizer__name": "muon"}, "zero_stage 0, 1 or 2, got 3"),
+        (
+            {"model__width": 20, "model__heads": 1, "optimizer__name": "muon"},
+            "model.width must be a multiple of optimizer.name muon.s 8, got 20; use 16",
+        ),
         ({"data__crop_scale": (0.5, 0.2)}, "data.crop_scale"),
         ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps must lie in"),
         (

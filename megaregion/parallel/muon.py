@@ -17,7 +17,7 @@ partitioned states.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -118,8 +118,7 @@ class Muon:
         if (scale := getattr(adamw, "grad_scale", None)) is not None:
             torch._foreach_div_(gradients, scale)
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        pairs = zip(gradients, momenta, strict=True)
-        ahead = [gradient.lerp(momentum, MOMENTUM).to(self._dtype) for gradient, momentum in pairs]
+        ahead = [g.lerp(m, MOMENTUM).to(self._dtype) for g, m in zip(gradients, momenta, strict=True)]
         updates = self._exchange(_parts(ahead, lengths), matrices)
         torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
         for weight, update, matrix in zip(_parts(held, lengths), updates, matrices, strict=True):
@@ -173,7 +172,7 @@ def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor]) -> None:
 
 
 def shared_out(
-    groups: Sequence[tuple[Mapping[str, tuple[Fused, Placement]], int]], tensor: int, data: int
+    groups: Iterable[tuple[Mapping[str, tuple[Fused, Placement]], int]], tensor: int, data: int
 ) -> dict[str, Matrix]:
     """Who holds and who owns what of some groups' matrices.
 

@@ -218,13 +218,12 @@ class ZeroEngine:
     def _start_muon(self, dtype: torch.dtype) -> None:
         """Let Muon move its matrices; without ZeRO each data rank has all that its tensor ranks have."""
         place, adamw = self._topology, self._adapter.adamw()
-        groups = [
-            (
-                {name: (self._muon[name], self.placements[name]) for name in group["muon"]},
-                sum(held.numel() for held in group["params"]),
-            )
+        held = [sum(one.numel() for one in group["params"]) for group in adamw.param_groups]
+        weights = [
+            {name: (self._muon[name], self.placements[name]) for name in group["muon"]}
             for group in adamw.param_groups
         ]
+        groups = zip(weights, held, strict=True)
         matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
         muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype)
         adamw.register_step_pre_hook(muon.before_step)
