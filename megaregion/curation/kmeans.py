@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from megaregion.curation.embeddings import Embeddings, evenly, unit, usable
 from megaregion.curation.settings import ClusterSettings
@@ -33,6 +33,8 @@ from megaregion.processor import in_order, product
 
 TILE = {"cpu": (1024, 2048), "cuda": (16_384, 32_768)}
 """Vectors and centers that are scored at once; a processor's scores stay in its cache."""
+GRAIN = 256
+"""Numbers of rows in a product on a processor are multiples of it."""
 LADDER = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.float32, torch.float64)}
 """Precisions of the products, rising."""
 ROUNDING = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -92,7 +94,8 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
         # heap would grow by every block's.
         labels, best, second = (part[start : start + height] for part in found)
         for first in range(0, len(centers), width):
-            scores = product(rows, centers[first : first + width])
+            tile = centers[first : first + width]
+            scores = product(_filled(rows), _filled(tile))[: len(rows), : len(tile)]
             if but is not None:
                 place = but[start : start + height].view(len(rows), -1) - first
                 here, which = ((place >= 0) & (place < scores.shape[1])).nonzero().unbind(1)
@@ -108,6 +111,11 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
 
     in_order(block, range(0, len(vectors), height))
     return found
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Rows with zeros behind, to one of few sizes: oneDNN keeps a program for each size that it has met."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % GRAIN)) if rows.device.type == "cpu" else rows
 
 
 def dot(some: Tensor, others: Tensor) -> Tensor:
@@ -263,7 +271,7 @@ def passes(embeddings: Embeddings, settings: ClusterSettings, last: Pass | None 
         for values in (sums, counts, told):
             embeddings.add(values)
         # Embeddings that cancel out leave no direction; the center stays where it was.
-        new = torch.where(sums.any(1, keepdim=True), normalize(sums), centers)
+        new = torch.where(sums.any(1, keepdim=True), F.normalize(sums), centers)
         worthwhile, exchanged = number <= most // 2 and exchanged > WORTH * clusters, 0
         if worthwhile or not bool(counts.all()):
             exchanged = exchange(embeddings, new, sums, counts, known, settings.cluster_seed + number)
@@ -343,8 +351,8 @@ def exchange(
     gains[pairs[:, : worthwhile()]] = 0
     taken = worthwhile()
     halved, (merged, freed) = gains.argsort(descending=True, stable=True)[:taken], pairs[:, :taken]
-    centers[merged] = normalize(sums[merged] + sums[freed])
-    centers[halved], centers[freed] = normalize(halves[halved], dim=2).unbind(1)
+    centers[merged] = F.normalize(sums[merged] + sums[freed])
+    centers[halved], centers[freed] = F.normalize(halves[halved], dim=2).unbind(1)
     return taken
 
 
@@ -370,6 +378,6 @@ def _halve(embeddings: Embeddings, means: Tensor, known: Sequence[Nearest], seed
         for vectors, (own, _, _) in zip(embeddings, known, strict=True):
             add_up(sums, vectors, 2 * own + (dot(vectors, toward[own]) > middle[own]))
         halves = embeddings.add(sums).view(k, 2, channels)
-        low, high = normalize(halves, dim=2).unbind(1)
+        low, high = F.normalize(halves, dim=2).unbind(1)
         toward, middle = high - low, torch.zeros_like(middle)
     return halves
