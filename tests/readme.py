@@ -114,7 +114,9 @@ ELSEWHERE = {
         "test_a_step_with_a_nan_weight_is_kept_and_its_replay_names_where_the_nan_begins"
     ),
     "pip install": "test_a_wheel_brings_commands_and_configs",
-    "megaregion fit": "test_photos_with_boxes_become_an_encoder_that_transformers_loads",
+    "megaregion fit": (
+        "test_photos_with_boxes_become_an_encoder_that_transformers_loads_and_each_tool_needs_its_extra_alone"
+    ),
     "make test": "test_a_command_of_the_readme_runs",
     "make .venv/ready": "test_a_command_of_the_readme_runs",
     ". slurm/site.env && sbatch": "test_a_submitted_run_equals_the_one_of_torchrun_bit_for_bit",
