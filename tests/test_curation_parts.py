@@ -185,7 +185,6 @@ def test_a_slanted_word_gets_the_upright_box_around_it() -> None:
     inked = np.array([slanted.getchannel("A").getbbox()], float) + 40
     assert iou(np.array([found.box]), inked)[0, 0] > 0.5
     assert load_reader(OcrSettings()).read(np.zeros((80, 80, 3), np.uint8)) == []
-    assert load_reader(OcrSettings(ocr="none")).read(np.asarray(image)) == []
 
 
 def lettering(text: str, angle: float, stacked: bool = False) -> np.ndarray:

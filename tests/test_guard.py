@@ -18,9 +18,9 @@ from megaregion.errors import StopRequest, UserError
 from megaregion.parallel import topology
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.training.faults import VARIABLE, Agreement, LossGuard
+from megaregion.training.replay import replay
 from megaregion.training.state import read_batch
 from megaregion.training.trainer import Trainer
-from replay import replay
 
 POISONED = "vit.blocks.1.mlp.fc1"
 DP2_TP2 = {"parallel__tensor": 2, "train__micro_batch": 4, "train__steps": 5, "checkpoint__every": 2}

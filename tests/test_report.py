@@ -212,10 +212,13 @@ def _places(svg: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in drawn.split())]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.38), (-5, 12), (3, 3), (1e-6, 2e-3), (0, 12345)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.37, 0.38), (-5, 12), (3, 3), (0, 0), (1e-6, 2e-3), (0, 12345)]
+)
 def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low + 1e-9
+    assert ticks[0] >= 0 or low < 0
     assert ticks[-1] >= high - 1e-9
     assert 2 <= len(ticks) <= 8
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])

@@ -51,6 +51,7 @@ FREE = {
     "checkpoint": ("every", "asynchronous", "local", "keep_last", "keep_every", "keep_best"),
     "guard": ("enabled", "window", "spike", "rollback_after", "max_rollbacks", "captures"),
     "evaluate": ("every", "scenes", "split", "limit", "threads"),
+    "metrics": ("loggers", "project"),
     "machines": ("slow_factor", "inside_gbytes", "across_gbytes", "clock_skew", "free_checkpoints"),
 }  # fmt: skip
 """Settings by section that a resume may change."""

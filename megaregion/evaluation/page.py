@@ -268,7 +268,7 @@ def thinned(steps: NDArray[Any], values: NDArray[Any]) -> Curve:
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers, evenly spaced, that enclose a range; at least two."""
     if high <= low:
-        low, high = low - abs(low) / 2 - 1e-9, low + abs(low) / 2 + 1e-9
+        low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
