@@ -169,8 +169,7 @@ class TrainingState:
     def capture(self, batches: Iterator[Batch], refusal: Mapping[str, Any]) -> None:
         """Keep the present state and this rank's batches of a refused step for a replay; a collective.
 
-        The state is a checkpoint and the batches are files by their place in the global batch, so that any
-        topology replays them. What fails is told, and the run goes on.
+        Any topology replays a checkpoint and batches by place in the global batch. What fails is told.
         """
         place, folder = self._topology, self.checkpoints.parent / CAPTURES
         losses, saver = self._losses, Saver(place, self._fence, Events(folder, False), Retention(2**31))
@@ -183,16 +182,18 @@ class TrainingState:
                 write_batch(folder, micro_step * place.data_size + place.data_rank, batch)
         except Exception as error:  # No capture is worth a run.
             reason = f"rank {place.rank}: {error}"
-        if reasons := [text for text in all_gather_strings(reason, place) if text]:
+        reasons = [text for text in all_gather_strings(reason, place) if text]
+        if place.rank == 0 and reasons:
             LOG.error("%s could not be kept (%s); training goes on", folder, reasons[0])
-            if place.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-        elif whole and place.rank == 0:
-            ranks = {"tensor": place.tensor_size, "data": place.data_size}
-            with suppress(OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif place.rank == 0 and whole:
+            told = {**refusal, "ranks": {"tensor": place.tensor_size, "data": place.data_size}}
+            try:
                 write_text(folder / "config.yaml", to_yaml(self._config))
-                write_text(folder / CAPTURE, json.dumps({**refusal, "ranks": ranks}))
+                write_text(folder / CAPTURE, json.dumps(told))
                 LOG.warning("kept for a replay: python tools/replay.py %s", folder)
+            except OSError as error:
+                LOG.error("%s is no whole capture (%s); training goes on", folder, error)
 
     def _start(self, saver: Saver, checkpoints: Path) -> bool:
         saved = saver.prepare(checkpoints, self.step)
