@@ -30,7 +30,7 @@ from megaregion.planning.hardware import load_hardware  # noqa: E402
 from megaregion.planning.layout import Labels  # noqa: E402
 from megaregion.planning.plan import make_plan  # noqa: E402
 from megaregion.planning.timing import head_kernels  # noqa: E402
-from megaregion.training.watchdog import collective_of  # noqa: E402
+from megaregion.training.beside import collective_of  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO 1": {},

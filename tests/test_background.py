@@ -17,7 +17,7 @@ from megaregion.data.info import read_info
 from megaregion.errors import UserError
 from megaregion.evaluation.background import evaluate_step
 from megaregion.schemas.run import read_evaluations
-from megaregion.training.evaluation import BackgroundEvaluation
+from megaregion.training.beside import BackgroundEvaluation
 
 SMALL = [
     "--model.image_size=48", "--model.patch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=4",

@@ -17,8 +17,8 @@ from test_run import command
 from toy import toy_dataset
 
 from megaregion.errors import WATCHDOG_EXIT
+from megaregion.training.beside import Standing, collective_of, verdict
 from megaregion.training.faults import Faults
-from megaregion.training.watchdog import Standing, collective_of, verdict
 
 
 @pytest.fixture(scope="module")

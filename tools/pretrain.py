@@ -39,8 +39,8 @@ def pretrain(flags: argparse.Namespace) -> int:
         print(fitting_nodes(config, flags.fit_nodes, flags.per_node))
         return 0
     from megaregion.parallel import topology
+    from megaregion.training.beside import BackgroundEvaluation
     from megaregion.training.clock import parse_window
-    from megaregion.training.evaluation import BackgroundEvaluation
     from megaregion.training.metrics import check_installed
     from megaregion.training.preflight import check_machines
 
@@ -67,10 +67,10 @@ def train(
     evaluation: Any,
 ) -> int:
     from megaregion.parallel import topology
+    from megaregion.training.beside import Watchdog
     from megaregion.training.clock import Clock
     from megaregion.training.metrics import Trackers, open_log
     from megaregion.training.trainer import Trainer
-    from megaregion.training.watchdog import Watchdog
 
     folder = Path(config.output) / config.name
     checkpoints = folder / "checkpoints"
