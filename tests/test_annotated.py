@@ -21,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from readme import FENCE
 from test_evaluation import run_tool
+from toy import toy_vision
 from toy_scenes import MODEL, write_run
 
 from megaregion.config import DataConfig
@@ -500,7 +501,7 @@ def test_an_export_and_any_model_are_scored_without_a_run(
 ) -> None:
     export, model = tmp_path / "photos-regions", tmp_path / "clip"
     assert convert("to-hf", run, export, "--regions") == 0
-    _save_model("CLIPVision", model)
+    toy_vision("CLIPVision", model)
     options = (
         "--images",
         shapes.parent / "images",
@@ -535,28 +536,11 @@ def test_an_export_and_any_model_are_scored_without_a_run(
     assert "photos-regions" in capsys.readouterr().out
 
 
-def _save_model(kind: str, folder: Path) -> None:
-    """A vision encoder of HuggingFace with random weights, with its processor."""
-    import transformers
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
-    size |= {"num_patches": 16} if kind == "Siglip2Vision" else {"image_size": 32}
-    size |= {"mlp_ratio": 2} if kind.startswith("Dinov2") else {"intermediate_size": 64}
-    # The hub's folders hold a text model, too.
-    size = {"vision_config": size, "text_config": {**size, "vocab_size": 99}} if kind == "Siglip" else size
-    config = getattr(transformers, f"{kind}Config")(**size)
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
-    name = {"Dinov2": "Bit", "Siglip2Vision": "Siglip2"}.get(kind, "CLIP")
-    processor = getattr(transformers, f"{name}ImageProcessor")
-    processor(image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(folder)
-
-
 @pytest.mark.parametrize("kind", ["CLIPVision", "Siglip", "Siglip2Vision", "Dinov2", "MLCDVision"])
 def test_any_vision_encoder_is_asked_by_patches_by_crops_and_by_what_it_pools_of_a_region(
     kind: str, data: Annotated, tmp_path: Path
 ) -> None:
-    _save_model(kind, tmp_path)
+    toy_vision(kind, tmp_path)
     model = load_huggingface(str(tmp_path))
     pools = model.tokens()
     assert pools is not None
@@ -580,7 +564,7 @@ def test_any_vision_encoder_is_asked_by_patches_by_crops_and_by_what_it_pools_of
 def test_patches_for_siglip_2_are_cut_as_its_processor_cuts_them(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
-    _save_model("Siglip2Vision", tmp_path)
+    toy_vision("Siglip2Vision", tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(
         image, return_tensors="pt", max_num_patches=16, patch_size=8

@@ -84,6 +84,25 @@ def toy_config(dataset: Path, output: Path, name: str = "toy", **changes: object
     return config
 
 
+def toy_vision(kind: str, folder: Path, patch: int = 8, width: int = 32) -> Path:
+    """A vision encoder of HuggingFace with random weights, and its processor; returns its folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": patch}
+    size |= {"num_patches": (32 // patch) ** 2} if kind == "Siglip2Vision" else {"image_size": 32}
+    size |= {"mlp_ratio": 2} if kind.startswith("Dinov2") else {"intermediate_size": 64}
+    # The hub's folders hold a text model, too.
+    size = {"vision_config": size, "text_config": {**size, "vocab_size": 99}} if kind == "Siglip" else size
+    config = getattr(transformers, f"{kind}Config")(**size)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    name = {"Dinov2": "Bit", "Siglip2Vision": "Siglip2"}.get(kind, "CLIP")
+    processor = getattr(transformers, f"{name}ImageProcessor")
+    processor(image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(folder)
+    return folder
+
+
 def newest_whole(checkpoints: Path) -> CheckpointReader | None:
     """The newest checkpoint that may be used and whose files match their checksums."""
     for folder in usable_folders(checkpoints):

@@ -6,7 +6,6 @@ embedding width, V text classes, h x w pixels of a crop or cells of a map.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from megaregion.config import DataConfig, ModelConfig
 from megaregion.data.sample import RLE, decode_mask
 from megaregion.data.transforms import EvalTransform
-from megaregion.errors import UserError
+from megaregion.models import foreign
 
 PIXELS = "pixels"
 """Name of the raw-pixel baseline's row."""
@@ -32,11 +31,6 @@ CELL = 8
 """Pixels along each side of a place of its map."""
 BATCH = 32
 """Crops that go through a model of HuggingFace at once."""
-LAST_NORMS = ("post_layernorm", "layernorm", "norm")
-"""Names that its vision transformers give the norm behind their last block."""
-
-LEARNED_PATCHES = ("siglip", "dinov2", "dinov3")
-"""Kinds of models whose own loss reads what their last block makes of patches."""
 SEES = "megaregion_sees"
 """Name of :func:`_attend` among transformers' ways to attend."""
 
@@ -266,38 +260,13 @@ class HuggingFaceEncoder:
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the model takes for whole images."""
-        pixels, side = pixels_of(images, self.transform, self.device), self.transform.patch
-        if hasattr(self.model.config, "image_size"):
-            return {"pixel_values": pixels}
-        # SigLIP 2 reads lists of patches, of images of any shape.
-        cells = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
-        shapes = torch.tensor(cells.shape[1:3], device=self.device).expand(len(images), 2)
-        patches = cells.flatten(3).flatten(1, 2)
-        seen = torch.ones(patches.shape[:2], dtype=torch.long, device=self.device)
-        return {"pixel_values": patches, "pixel_attention_mask": seen, "spatial_shapes": shapes}
+        return foreign.inputs(self.model, pixels_of(images, self.transform, self.device))
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[Image.Image]) -> tuple[Floats, Floats]:
-        """Pooled features [B, C], and maps of what enters the last block, as of the run's own network.
-
-        Where the model's own loss reads patches, they are what leaves the last block.
-        """
-        output = self.model(**self.inputs(images), output_hidden_states=True)
-        side = self.transform.patch
-        rows, columns = self.transform.height // side, self.transform.width // side
-        patches = output.last_hidden_state
-        if not self.model.config.model_type.startswith(LEARNED_PATCHES):
-            norms = (getattr(self.model, name, None) for name in LAST_NORMS)
-            norm = next((norm for norm in norms if norm is not None), torch.nn.Identity())
-            patches = norm(output.hidden_states[-2])
-        cells = patches[:, -rows * columns :].unflatten(1, (rows, columns))
-        return as_array(self.pooled(output)), as_array(cells)
-
-    @staticmethod
-    def pooled(output: Any) -> Tensor:
-        """What a model says of whole images, [B, C]: what it pools, or its class token."""
-        pooled = getattr(output, "pooler_output", None)
-        return output.last_hidden_state[:, 0] if pooled is None else pooled
+        """Pooled features [B, C], and maps."""
+        output, cells = foreign.see(self.model, pixels_of(images, self.transform, self.device))
+        return as_array(foreign.pooled(output)), as_array(cells)
 
 
 @dataclass(frozen=True)
@@ -383,7 +352,7 @@ class MaskedEncoder:
             AttentionInterface.register(SEES, _attend)
             model.set_attn_implementation(SEES)
             pixels = inputs["pixel_values"]
-            found = [self.whole.pooled(model(pixel_values=pixels[rows], seen=own)) for own, rows in parts]
+            found = [foreign.pooled(model(pixel_values=pixels[rows], seen=own)) for own, rows in parts]
         else:
             patches, found = model(**inputs).last_hidden_state, []
             for own, rows in parts:
@@ -415,27 +384,7 @@ def load_huggingface(path: str, device: str = "cpu", trust: bool = False) -> Hug
     Raises:
         UserError: It cannot be loaded, or is no vision transformer.
     """
-    from transformers import AutoImageProcessor, AutoModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModel.from_pretrained(
-            path, use_safetensors=True, dtype=torch.float32, trust_remote_code=trust
-        )
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        advice = "name a folder that save_pretrained wrote or a hub id"
-        raise UserError(f"{path} cannot be loaded ({reason}); {advice}") from None
-    if not hasattr(model, "get_region_features"):
-        model = getattr(model, "vision_model", model)
-    patches, patch = (getattr(model.config, key, None) for key in ("num_patches", "patch_size"))
-    side = getattr(model.config, "image_size", None) or (patches and patch and patch * math.isqrt(patches))
-    if not isinstance(side, int) or not isinstance(patch, int):
-        missing = "its config has no image_size and patch_size in pixels"
-        raise UserError(f"{path} is no vision transformer: {missing}")
-    data = DataConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std))
-    transform = EvalTransform(data, ModelConfig(image_size=side, patch_size=patch))
-    return HuggingFaceEncoder(Path(path).name or path, model.to(device).eval(), transform, device)
+    found = foreign.load(path, trust)
+    data = DataConfig(mean=found.mean, std=found.std)  # type: ignore[arg-type]
+    transform = EvalTransform(data, ModelConfig(image_size=found.side, patch_size=found.patch))
+    return HuggingFaceEncoder(Path(path).name or path, found.model.to(device), transform, device)

@@ -26,6 +26,7 @@ from torch import Tensor
 from megaregion.curation.embeddings import unit
 from megaregion.curation.picture import Pixels, resize
 from megaregion.errors import UserError
+from megaregion.models import foreign
 
 Item = TypeVar("Item")
 Row = tuple[NDArray[Any], ...]
@@ -209,21 +210,7 @@ def normaliser(statistics: Statistics, where: torch.device, kind: torch.dtype) -
 def _pooled(
     model: Any, normalise: Callable[[Tensor], Tensor], images: Tensor
 ) -> tuple[Tensor, Sequence[Any]]:
-    pixels = normalise(images)
-    operands: dict[str, Tensor] = {"pixel_values": pixels}
-    if model.config.model_type == "siglip2_vision_model":
-        # It takes patches of images of any shape, row by row, and how many there are; asked on the host.
-        patch, (count, _, height, width) = model.config.patch_size, pixels.shape
-        rows, columns = height // patch, width // patch
-        tiles = pixels.view(count, 3, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-        operands = {
-            "pixel_values": tiles.reshape(count, rows * columns, -1),
-            "pixel_attention_mask": pixels.new_ones((count, rows * columns), dtype=torch.bool),
-            "spatial_shapes": torch.tensor([[rows, columns]]).expand(count, 2),
-        }
-    found = model(**operands)
-    pooled = getattr(found, "pooler_output", None)
-    return (found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)), ()
+    return foreign.pooled(model(**foreign.inputs(model, normalise(images)))), ()
 
 
 def _clip() -> tuple[Any, Any]:
