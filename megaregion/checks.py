@@ -39,6 +39,11 @@ def check_config(config: RunConfig) -> None:
             f"train.fp8 needs train.precision bf16 and parallel.tensor 1, got {config.train.precision} and "
             f"{config.parallel.tensor}; megatron's cut linears multiply in bf16"
         )
+    if config.distill.teacher and config.data.packing == "native":
+        raise UserError(
+            "distill.teacher needs data.packing square, got native: a teacher sees images of one size; use "
+            "square, or leave distill.teacher empty"
+        )
     if config.optimizer.warmup_steps > config.train.steps:
         raise UserError(
             f"optimizer.warmup_steps must lie in [0, train.steps = {config.train.steps}], "

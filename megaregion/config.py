@@ -6,7 +6,7 @@ must fit together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -31,7 +31,6 @@ from megaregion.bounds import (
     Workers,
     weighted,
 )
-from megaregion.settings import check, read_settings
 
 Precision = Literal["fp32", "bf16"]
 RegionWeights = Literal["shared", "separate"]
@@ -238,6 +237,17 @@ class HeadsConfig:
     def by_kind(self) -> dict[str, HeadConfig]:
         """Settings of each kind of label's head, in the order of the heads."""
         return {"object": self.object, "text": self.text}
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Patch features that learn from those of a frozen teacher, beside the heads' losses."""
+
+    teacher: OptionalPlace = ""
+    """Vision encoder whose features of each patch are learned: a folder of safetensors or a hub id that
+    transformers' AutoModel loads (DINOv2, DINOv3, SigLIP, CLIP, MLCD, an export); empty for none."""
+    weight: Annotated[float, Real(0, 10**6, above=True)] = 1.0
+    """Weight of 1 - cosine, its mean over patches and images, beside the loss of the heads."""
 
 
 @dataclass(frozen=True)
@@ -465,6 +475,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     head: HeadsConfig = field(default_factory=HeadsConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -480,21 +491,3 @@ class RunConfig:
         """The resolution at a position of the stream."""
         passed = [stage for stage in self.stages if stage.from_image <= position]
         return passed[-1] if passed else StageConfig(self.model.image_size)
-
-    def largest(self) -> ModelConfig:
-        """The model at the largest image it will see."""
-        size = max([self.model.image_size, *(stage.image_size for stage in self.stages)])
-        return replace(self.model, image_size=size)
-
-
-def config_from_dict(values: object) -> RunConfig:
-    """Rebuild settings from ``dataclasses.asdict`` as a checkpoint or config.yaml holds them.
-
-    Only the model must lie within its bounds, for it will be built; the rest is how the run once was.
-
-    Raises:
-        UserError: A key that no setting has, as another version may have written, or a value of another kind.
-    """
-    config = read_settings(RunConfig(), values)
-    check(config.model, "model")
-    return config

@@ -12,9 +12,10 @@ import pytest
 from launch import repository
 from toy import settings_of, toy_config
 
+from megaregion.checkpoint.reader import config_from_dict
 from megaregion.checks import batching, check_config, fitting_nodes
 from megaregion.command_line import Parser
-from megaregion.config import RunConfig, StageConfig, config_from_dict
+from megaregion.config import RunConfig, StageConfig
 from megaregion.errors import UserError
 from megaregion.settings import setting_names
 
@@ -37,6 +38,10 @@ from megaregion.settings import setting_names
         (
             {"model__width": 20, "model__heads": 1, "optimizer__name": "muon"},
             "model.width must be a multiple of optimizer.name muon.s 8, got 20; use 16",
+        ),
+        (
+            {"distill__teacher": "dino", "data__packing": "native"},
+            "distill.teacher needs data.packing square, got native",
         ),
         ({"data__crop_scale": (0.5, 0.2)}, "data.crop_scale"),
         ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps must lie in"),

@@ -45,23 +45,27 @@ def _product_added(out: list[int], left: list[int], right: list[int], **_: objec
     return 2 * left[0] * left[1] * right[1]
 
 
-@pytest.mark.parametrize(("weights", "registers"), [("shared", 0), ("shared", 4), ("separate", 0)])
+@pytest.mark.parametrize(
+    ("weights", "registers", "taught"),
+    [("shared", 0, 0), ("shared", 4, 0), ("separate", 0, 0), ("shared", 4, 48), ("separate", 0, 48)],
+)
 @pytest.mark.parametrize("region_layers", [1, 3])
 def test_the_encoders_operations_are_those_that_torch_counts(
-    weights: str, registers: int, region_layers: int
+    weights: str, registers: int, taught: int, region_layers: int
 ) -> None:
     own: dict[str, Any] = {"region_layers": region_layers, "region_weights": weights, "registers": registers}
     model = ModelConfig(**SMALL, **own)
-    encoder = RegionEncoder(model, 32)
+    encoder = RegionEncoder(model, 32, taught)
     initialise(encoder, 0)
     images, visible = torch.randn(2, 3, 64, 64), torch.ones(2, 5, 64, dtype=torch.bool)
-    counted = encoder_flops(model, 5, 32)
+    features = (torch.randn(2, 64, taught),) if taught else ()
+    counted = encoder_flops(model, 5, 32, teacher_width=taught)
     # The fused attention of a processor is unknown to torch's counter; the plain one is made of products.
     with sdpa_kernel(SDPBackend.MATH), counter() as forward:
-        embeddings = encoder(images, visible)
+        found = encoder(images, visible, None, None, *features)
     assert forward.get_total_flops() == 2 * counted.forward
     with counter() as backward:
-        embeddings.sum().backward()
+        sum(one.sum() for one in (found if taught else [found])).backward()
     assert backward.get_total_flops() == 2 * (counted.training - counted.forward)
 
 

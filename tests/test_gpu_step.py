@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megaregion.config import RunConfig
 from megaregion.planning.kernels import KernelCounter, Tally
 from megaregion.planning.timing import COMPILED_KERNELS, KERNELS
-from megaregion.training.heads import HeadsLoss, StepSums
+from megaregion.training.losses import HeadsLoss, StepSums
 
 STAGES = ["ZeRO 1", "ZeRO 2", "ZeRO 3"]
 CASES = [*STAGES, "tensor 2", "tensor 8", "sequence", "recompute", "cheap", "dropped", "packed", "compiled"]

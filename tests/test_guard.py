@@ -11,15 +11,15 @@ import pytest
 import torch
 from launch import launch, tool
 from test_training import checkpoint, differences, losses, train
-from toy import toy_config, toy_dataset
+from toy import toy_config, toy_dataset, toy_vision
 
 from megaregion.config import GuardConfig, RunConfig
+from megaregion.data.batch import read_batch
 from megaregion.errors import StopRequest, UserError
 from megaregion.parallel import topology
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.training.faults import VARIABLE, Agreement, LossGuard
 from megaregion.training.replay import replay
-from megaregion.training.state import read_batch
 from megaregion.training.trainer import Trainer
 
 POISONED = "vit.blocks.1.mlp.fc1"
@@ -33,6 +33,8 @@ NAN_RUNS = {
     "gradient-zero3": ("nan-gradient:rank=1:step=3", {**DP2_TP2, "parallel__zero_stage": 3}),
     "gradient-bf16": ("nan-gradient:rank=1:step=3", {**DP2_TP2, "train__precision": "bf16"}),
 }
+TAUGHT = ("features-zero1", "gradient-zero2")
+"""Those with a teacher."""
 WINDOW = {**DP2_TP2, "guard__rollback_after": 2}
 
 
@@ -47,10 +49,11 @@ def _runs(dataset: str, output: str) -> None:
     # Nothing can be kept there.
     (runs / "gradient-zero0").mkdir(parents=True, exist_ok=True)
     (runs / "gradient-zero0" / "captures").touch()
+    taught = {"distill__teacher": str(data / "teacher")}
     for name, (fault, changes) in NAN_RUNS.items():
-        faulty(name, fault, **changes)
+        faulty(name, fault, **changes, **(taught if name in TAUGHT else {}))
     faulty("rolled-back", "nan:rank=1:step=4:count=4", **WINDOW)
-    _poisoned(toy_config(data, runs, "poisoned", **DP2_TP2))
+    _poisoned(toy_config(data, runs, "poisoned", **DP2_TP2, **taught))
     train(toy_config(data, runs, "undisturbed", **DP2_TP2))
     train(toy_config(data, runs, "unguarded", **DP2_TP2, guard__enabled=False, train__slow_factor=0.0))
     faulty("slow", "slow:rank=2:step=2:seconds=0.2", train__steps=3)
@@ -94,6 +97,7 @@ def _poisoned(config: RunConfig) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("guard")
     dataset = toy_dataset(folder / "shards")
+    toy_vision("Dinov2", dataset / "teacher")
     launch(_runs, 4, str(dataset), str(folder / "runs"), timeout=400)
     return dataset, folder / "runs"
 

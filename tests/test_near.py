@@ -30,7 +30,7 @@ from megaregion.errors import UserError
 from megaregion.heads import GatheredFeatures, sharded, tiles
 from megaregion.heads import centers as given
 from megaregion.heads.centers import find_near
-from megaregion.training.heads import Heads
+from megaregion.training.losses import Heads
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import pytest
 from launch import launch
 from test_training import train
 
-from megaregion.checkpoint.reader import CheckpointReader
-from megaregion.config import RunConfig, config_from_dict
+from megaregion.checkpoint.reader import CheckpointReader, config_from_dict
+from megaregion.config import RunConfig
 from megaregion.data.sample import parse_sample
 from megaregion.data.shards import ShardedDataset
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from toy import toy_config, toy_dataset
+from toy import toy_config, toy_dataset, toy_vision
 
 from megaregion.config import RunConfig, StageConfig
 from megaregion.data.info import DatasetInfo, ShardEntry
@@ -39,6 +39,8 @@ FREE = {
     ),
     "head.object": _HEAD,
     "head.text": _HEAD,
+    # A teacher's width is that of a weight: see check_fits.
+    "distill": ("teacher", "weight"),
     "optimizer": (
         "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "head_weight_decay", "head_moments", "beta1",
         "beta2", "eps", "clip_norm", "layer_decay", "ema_decay",
@@ -122,6 +124,29 @@ def _go_on(shards: str, output: str) -> None:
     shutil.copytree(checkpoints / "fence", runs / "fence-after-refusal")
     train(toy_config(data, runs, "run", **FREE_CHANGES), checkpoints)
     train(toy_config(data, runs, "run", **FREE_CHANGES | {"train__steps": 1}), checkpoints)
+    _with_teachers(data, runs)
+
+
+def _with_teachers(data: Path, runs: Path) -> None:
+    from test_training import train
+
+    teachers = [str(toy_vision("Dinov2", runs / name, width=width)) for name, width in TEACHERS.items()]
+
+    def go_on(teacher: str, **changes: object) -> None:
+        train(toy_config(data, runs, "taught", distill__teacher=teacher, **changes), checkpoints)
+
+    train(toy_config(data, runs, "taught", train__steps=2, distill__teacher=teachers[0]))
+    checkpoints = runs / "taught" / "checkpoints"
+    for teacher in ("", teachers[2]):
+        with pytest.raises(UserError) as told:
+            go_on(teacher)
+        with (runs / "untaught").open("a") as file:
+            file.write(f"{told.value}\n")
+    go_on(teachers[1], distill__weight=0.5)
+
+
+TEACHERS = {"first": 32, "second": 32, "wider": 64}
+"""Widths of teachers by name."""
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +183,24 @@ def test_free_changes_are_said_in_a_line_and_noted(gone_on: Path) -> None:
         "seed": [3, 7], "data.window_shards": [2, 3], "head.object.loss": ["separated", "softmax"],
         "train.steps": [2, 3],
     }  # fmt: skip
+
+
+def test_another_teacher_goes_on_if_it_is_as_wide_and_none_is_dropped_unsaid(gone_on: Path) -> None:
+    none, wider = (gone_on / "untaught").read_text().splitlines()
+    assert "to_teacher.weight has shape none by the settings and [32, 32] in " in none
+    assert "to_teacher.weight has shape [64, 32] by the settings and [32, 32] in " in wider
+    assert wider.endswith("use the model settings and the distill.teacher of that run (its config.yaml)")
+    log = (gone_on / "run" / "logs" / "rank-00.log").read_text()
+    first, second = (gone_on / name for name in ("first", "second"))
+    assert f"distill.teacher {first} -> {second}, distill.weight 1.0 -> 0.5" in log
+    assert f"patches learn from {second}: 32 wide, at 32 px\n" in log
+    lines = (gone_on / "taught" / "metrics.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [record["step"] for record in told] == [1, 2, 3]
+    weights = (1.0, 1.0, 0.5)
+    for record, weight in zip(told, weights, strict=True):
+        assert 0 < record["loss_distill"] < 2
+        assert record["loss"] > weight * record["loss_distill"]
 
 
 def test_a_resume_beyond_its_end_says_so_and_takes_no_step(gone_on: Path) -> None:

@@ -17,8 +17,8 @@ import yaml
 from launch import Tool, launch, repository, tool
 from toy import toy_config, toy_dataset
 
-from megaregion.checkpoint.reader import find_checkpoint
-from megaregion.config import RunConfig, config_from_dict
+from megaregion.checkpoint.reader import config_from_dict, find_checkpoint
+from megaregion.config import RunConfig
 from megaregion.errors import EARLY_EXIT, REQUEUE_EXIT, USER_ERROR_EXIT
 
 SMALL = [

@@ -17,8 +17,9 @@ from launch import repository
 
 from megaregion.atlas.settings import AtlasSettings
 from megaregion.bounds import Kind, Real, Several, Text, Whole, kind_of
+from megaregion.checkpoint.reader import config_from_dict
 from megaregion.command_line import Parser, changed_settings, chosen_settings, run
-from megaregion.config import RunConfig, StageConfig, config_from_dict
+from megaregion.config import RunConfig, StageConfig
 from megaregion.curation.settings import CurationSettings
 from megaregion.demo.scenes import SceneSettings
 from megaregion.errors import Fenced, UserError

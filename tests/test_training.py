@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from launch import launch
-from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset
+from toy import OBJECT_CLASSES, TEXT_CLASSES, toy_config, toy_dataset, toy_vision
 
 from megaregion.checkpoint.reader import CheckpointReader
 from megaregion.config import ParallelConfig, RunConfig, StageConfig
@@ -30,6 +30,7 @@ ZERO3 = {"parallel__zero_stage": 3}
 DROPPED = {"model__drop_path": 0.5}
 REGISTERED = {"model__registers": 3}
 MUON = {"optimizer__name": "muon"}
+TAUGHT = {"distill__teacher": "{0}/teacher", "distill__weight": 3.0}
 
 TOPOLOGIES = {
     "tp1-zero0": {"parallel__zero_stage": 0, "train__micro_batch": 1},
@@ -114,7 +115,8 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     order = order_of(dataset, config.data, config.seed)
     transform = Transform(config.data, config.model, config.seed, config.stages)
     loader = RegionLoader(dataset, order, transform, config.data)
-    model = RegionEncoder(config.model, config.head.embedding_dim)
+    ask, width = dense_teacher(config) if config.distill.teacher else (None, 0)
+    model = RegionEncoder(config.model, config.head.embedding_dim, width)
     initialise(model, config.seed)
     centers = {
         kind: torch.nn.Parameter(initial_centers(config, kind, classes))
@@ -145,7 +147,8 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     seen = []
     for step, batch in enumerate(loader.batches(positions)):
         kept = draw_kept(config, batch.positions, torch.device("cpu"))
-        embeddings = model(batch.images, batch.visible, batch.grids, kept)
+        tokens = model.vit(batch.images, batch.visible, grids=batch.grids, kept=kept)
+        embeddings = model.projection(model.vit.post_norm(tokens.regions))
         rows = torch.nn.functional.normalize(embeddings.flatten(0, 1), dim=-1)
         labels, kinds = batch.labels.flatten(0, 1), batch.kinds.flatten()
         total = torch.zeros(())
@@ -161,6 +164,10 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
             zero = torch.zeros(len(own), 1)
             per_row = torch.cat([zero, up], 1).logsumexp(1) + torch.cat([zero, down], 1).logsumexp(1)
             total = total + per_row.sum() / np.prod(kinds.shape)
+        if ask is not None:
+            own = model.to_teacher(model.vit.post_norm(tokens.image[:, config.model.leading :]))
+            cosines = torch.nn.functional.cosine_similarity(own, ask(batch.pixels), dim=2)
+            total = total + config.distill.weight * (1 - cosines).mean()
         optimizer.zero_grad()
         total.backward()
         parameters = [*model.parameters(), *centers.values()]
@@ -180,6 +187,19 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
     weights.update({f"body.ema.{n}": average for n, average in averages.items()})
     weights.update({f"head.{kind}.weight": c.detach() for kind, c in centers.items()})
     return seen, weights
+
+
+def dense_teacher(config: RunConfig) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """Features of patches, [B, P, C], of pixels 0 to 255, [B, 3, H, W], and their width."""
+    from transformers import Dinov2Model
+
+    model = Dinov2Model.from_pretrained(config.distill.teacher).eval()
+
+    @torch.no_grad()
+    def ask(pixels: torch.Tensor) -> torch.Tensor:
+        return model((pixels / 255 - 0.4) / 0.3).last_hidden_state[:, 1:]
+
+    return ask, model.config.hidden_size
 
 
 def torch_muon(model: torch.nn.Module, config: RunConfig) -> Callable[[float], None]:
@@ -243,15 +263,15 @@ WIDE = {"model__width": 128, "model__mlp_width": 256}
 
 VARIANTS = {
     # Each must equal the dense reference too.
-    "separate-tp2": {**TP2, "model__region_weights": "separate", **DROPPED},
+    "separate-tp2": {**TP2, "model__region_weights": "separate", **DROPPED, **TAUGHT},
     # Linears that ZeRO 3 takes apart: of more than 10,000 numbers a rank.
     "wide-tp2-zero3": {**TP2, **ZERO3, **WIDE},
-    "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True, **DROPPED},
+    "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True, **DROPPED, **TAUGHT},
     # Sequences that the ranks do not divide.
     "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0), **DROPPED, **REGISTERED},
     "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED, **REGISTERED},
     "stages": {"stages": STAGES, "train__steps": 3, **DROPPED},
-    "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2},
+    "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2, **TAUGHT},
     "stages-tp2-zero3": {**TP2, **ZERO3, "stages": STAGES_TP2, "train__steps": 3},
     "within-memory": {"train__activation_gib": 1e-4},
     "layers": {"optimizer__layer_decay": 0.5},
@@ -259,8 +279,9 @@ VARIANTS = {
     "muon-zero0": {**MUON, "parallel__zero_stage": 0},
     "muon-layers-zero2": {**MUON, "parallel__zero_stage": 2, "optimizer__layer_decay": 0.5},
     "muon-tp2": {**MUON, **TP2},
-    "muon-tp2-zero0": {**MUON, **TP2, "parallel__zero_stage": 0},
-    "muon-tp4-separate": {**MUON, **TP4, "model__region_weights": "separate"},
+    # A teacher's images that the ranks do not divide.
+    "muon-tp2-zero0": {**MUON, **TP2, "parallel__zero_stage": 0, **TAUGHT, "train__micro_batch": 1},
+    "muon-tp4-separate": {**MUON, **TP4, "model__region_weights": "separate", **TAUGHT},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
     # Two spaces of object classes in one, and several positives of an object.
     "two-datasets": {"data__path": TWO, "data__max_object_labels": 6, "train__steps": 3},
@@ -291,8 +312,8 @@ WHOLE = {
     "sampled-tp2": TP2,
     "sampled-tp4": TP4,
     "sampled-zero3": ZERO3,
-    "sampled-muon-tp2": {**MUON, **TP2},
-    "bf16-muon": {**MUON, "train__precision": "bf16"},
+    "sampled-muon-tp2": {**MUON, **TP2, **TAUGHT},
+    "bf16-muon": {**MUON, "train__precision": "bf16", **TAUGHT},
     "bf16-zero1": {"train__precision": "bf16", "optimizer__ema_decay": 0.0},
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
@@ -306,7 +327,7 @@ CONTINUED = {
     "same-zero3": ("sampled-zero3", ZERO3),
     "same-stages-native": ("stages-native", NATIVE_STAGES),
     "same-muon": ("bf16-muon", WHOLE["bf16-muon"]),
-    "muon-tp2-to-tp1-zero2": ("sampled-muon-tp2", {**MUON, "parallel__zero_stage": 2}),
+    "muon-tp2-to-tp1-zero2": ("sampled-muon-tp2", {**MUON, "parallel__zero_stage": 2, **TAUGHT}),
     "same-bf16": ("bf16-zero2", WHOLE["bf16-zero2"]),
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
@@ -319,7 +340,7 @@ CONTINUED = {
 COMPILED = {
     # A block that runs again, and cheap ones; tokens cut over the ranks, and whole on each.
     "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5, **DROPPED, **REGISTERED},
-    "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False},
+    "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False, **TAUGHT},
 }
 
 
@@ -333,8 +354,9 @@ def run_of(data: Path, runs: Path, name: str, **changes: object) -> RunConfig:
         **{new: own for new, (_, own) in CONTINUED.items()},
     }[name]
     config = toy_config(data, runs, name, **{**changes, **found})
-    path = config.data.path.format(data)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    path, teacher = (text.format(data) for text in (config.data.path, config.distill.teacher))
+    distill = dataclasses.replace(config.distill, teacher=teacher)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path), distill=distill)
 
 
 def _runs_on_four_ranks(dataset: str, output: str) -> None:
@@ -368,6 +390,7 @@ def _runs_on_four_ranks(dataset: str, output: str) -> None:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = toy_dataset(tmp_path_factory.mktemp("shards"))
     toy_dataset(folder / "second", samples=30, shards=3, seed=1, labels=4)
+    toy_vision("Dinov2", folder / "teacher")
     return folder
 
 
@@ -466,7 +489,7 @@ def test_exports_evaluations_and_init_take_the_average(
     from megaregion.export.huggingface import export_checkpoint
     from megaregion.models import VisionTransformer
 
-    config = toy_config(dataset, four_ranks, "tp2-zero1", train__steps=2)
+    config = toy_config(dataset, four_ranks, "muon-tp2-zero0", train__steps=2)
     run, reader = Path(config.output) / config.name, checkpoint(config, config.train.steps)
     average = reader.read("body.ema.vit.class_embedding")
     assert not torch.equal(average, reader.read("body.weight.vit.class_embedding"))
@@ -477,6 +500,9 @@ def test_exports_evaluations_and_init_take_the_average(
     began = VisionTransformer(config.model)
     open_pretrained(run).fill(began)
     assert torch.equal(began.class_embedding, average)
+    # A teacher's linear is the run's own.
+    assert reader.shape("body.ema.to_teacher.weight") == (32, 32)
+    assert not [name for name in exported if "teacher" in name]
 
 
 def test_no_rank_waits_for_torchs_compiler_to_be_imported(four_ranks: Path) -> None:

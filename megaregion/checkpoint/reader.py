@@ -26,9 +26,10 @@ from megaregion.checkpoint.format import (
     seal,
     step_folders,
 )
-from megaregion.config import RunConfig, config_from_dict
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.files import read_json
+from megaregion.settings import check, read_settings
 
 LOG = logging.getLogger("megaregion")
 
@@ -122,6 +123,19 @@ def run_config(reader: CheckpointReader) -> RunConfig:
             f"{reader.folder} holds no settings of this version ({type(error).__name__}: {error}); use the "
             "version that wrote it"
         ) from error
+
+
+def config_from_dict(values: object) -> RunConfig:
+    """Rebuild settings from ``dataclasses.asdict`` as a checkpoint or config.yaml holds them.
+
+    Only the model must lie within its bounds, for it will be built; the rest is how the run once was.
+
+    Raises:
+        UserError: A key that no setting has, as another version may have written, or a value of another kind.
+    """
+    config = read_settings(RunConfig(), values)
+    check(config.model, "model")
+    return config
 
 
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

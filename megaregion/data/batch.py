@@ -11,6 +11,7 @@ Shapes: B samples, N regions of each, P patches in row-major order, T label slot
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import mmap
 import os
@@ -19,17 +20,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from megaregion.config import DataConfig
 from megaregion.data.image import Crop
+from megaregion.files import write_bytes
 
 OBJECT, TEXT = 0, 1
 """Values of Batch.kinds."""
@@ -369,3 +374,21 @@ class Pool:
             # All of the file, which may have grown since.
             memory = self._memory[piece] = mmap.mmap(self._files[piece], 0)
         return np.frombuffer(memory, dtype=np.uint8, count=size)
+
+
+def write_batch(folder: Path, number: int, batch: Batch) -> None:
+    """Write a micro-batch into a folder, by its number in the global batch."""
+    tensors = {name: getattr(batch, name).clone() for name in TENSORS}
+    facts = {"keys": batch.keys, "grids": batch.grids, "mean": batch.mean, "std": batch.std}
+    told = {name: json.dumps(value) for name, value in facts.items()}
+    write_bytes(folder / f"batch-{number:05d}.safetensors", safetensors_bytes(tensors, told))
+
+
+def read_batch(folder: Path, number: int) -> Batch:
+    """What :func:`write_batch` wrote; an OSError where it is not there."""
+    with safe_open(folder / f"batch-{number:05d}.safetensors", "pt") as file:
+        facts = {name: json.loads(text) for name, text in file.metadata().items()}
+        if facts["grids"] is not None:
+            facts["grids"] = tuple(map(tuple, facts["grids"]))
+        facts |= {name: tuple(facts[name]) for name in ("mean", "std")}
+        return Batch(**facts, **{name: file.get_tensor(name) for name in TENSORS})

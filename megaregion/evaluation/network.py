@@ -120,8 +120,9 @@ def fitting_size(size: tuple[int, int], side: int, patch: int) -> tuple[int, int
 def patch_map(model: RegionEncoder, pixels: Tensor) -> Tensor:
     """Patch features that enter the last block, from normalised images [B, 3, H, W] to [B, h, w, D].
 
-    No loss ever reaches what the last block makes of a patch, for region tokens read keys and values of
-    what enters it; LLaVA-style models leave that block out for the same reason. The last norm is applied.
+    Without a teacher no loss ever reaches what the last block makes of a patch, for region tokens read keys
+    and values of what enters it; LLaVA-style models leave that block out for the same reason. The last norm
+    is applied.
     """
     entering, _ = _last_block(model, pixels)
     tokens = entering[0].unflatten(0, (len(pixels), -1))

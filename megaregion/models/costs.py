@@ -43,7 +43,7 @@ class EncoderFlops:
     region_attention: int
     """Region tokens reading image tokens."""
     projection: int
-    """The map of region tokens to embeddings."""
+    """The maps of region tokens to embeddings, and of patches to a teacher's features."""
 
     @property
     def forward(self) -> int:
@@ -62,22 +62,27 @@ class EncoderFlops:
 
 
 def encoder_flops(
-    model: ModelConfig, regions: int, embedding_dim: int, grid: tuple[int, int] | None = None
+    model: ModelConfig,
+    regions: int,
+    embedding_dim: int,
+    grid: tuple[int, int] | None = None,
+    teacher_width: int = 0,
 ) -> EncoderFlops:
-    """Count one image's forward pass as training takes it (``regions_only``).
+    """Count one image's forward pass as training takes it (``regions_only`` but with a teacher).
 
     Args:
         model: Sizes of the transformer.
         regions: N; 0 counts the image alone, through all blocks, as export and evaluation run it.
         embedding_dim: E.
         grid: Patches along height and width, where they are not those of ``model.image_size``.
+        teacher_width: C of the teacher whose features of patches are learned, 0 without one.
     """
     rows, columns = grid or (model.grid, model.grid)
     patches, width = rows * columns, model.width
     tokens, own = model.leading + patches, model.region_weights == "separate"
     qkv, rest = 6 * width * width, 2 * width * width + 4 * width * model.mlp_width
-    # With shared weights nobody reads the image tokens of the last block: it ends at keys and values.
-    whole = model.depth - (1 if regions and not own else 0)
+    # With shared weights only a teacher's loss reads the image tokens of the last block.
+    whole = model.depth - (1 if regions and not own and not teacher_width else 0)
     block_reads = 4 * tokens * width
     return EncoderFlops(
         patches=2 * patches * CHANNELS * model.patch_size**2 * width,
@@ -87,7 +92,7 @@ def encoder_flops(
             model.region_layers * (regions * (qkv + rest) + (tokens * qkv if own else 0)) if regions else 0
         ),
         region_attention=model.region_layers * regions * block_reads,
-        projection=2 * regions * width * embedding_dim,
+        projection=2 * width * (regions * embedding_dim + patches * teacher_width),
     )
 
 

@@ -424,10 +424,11 @@ def _mask(visible: Tensor, image: Tensor, packing: Packing | None, leading: int 
 class RegionEncoder(nn.Module):
     """One embedding for each region of each image; the transformer alone is what gets exported."""
 
-    def __init__(self, config: ModelConfig, embedding_dim: int) -> None:
+    def __init__(self, config: ModelConfig, embedding_dim: int, teacher_width: int = 0) -> None:
         super().__init__()
         self.vit = VisionTransformer(config)
         self.projection = nn.Linear(config.width, embedding_dim, bias=False)
+        self.to_teacher = nn.Linear(config.width, teacher_width) if teacher_width else None
 
     def forward(
         self,
@@ -435,11 +436,19 @@ class RegionEncoder(nn.Module):
         visible: Tensor,
         grids: tuple[tuple[int, int], ...] | None = None,
         kept: Tensor | None = None,
-    ) -> Tensor:
-        """Embed regions, not normalised, [B, N, E]; arguments as of :meth:`VisionTransformer.forward`."""
-        tokens = self.vit(images, visible, regions_only=True, grids=grids, kept=kept)
+        taught: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed regions, not normalised, [B, N, E]; arguments as of :meth:`VisionTransformer.forward`.
+
+        With a teacher's features of the patches, [B, P, C], also how far the own are from them: 1 - cosine,
+        its mean over an image's patches, summed over images, 0-d.
+        """
+        tokens = self.vit(images, visible, regions_only=taught is None, grids=grids, kept=kept)
         embeddings: Tensor = self.projection(self.vit.pool(tokens.regions))
-        return embeddings
+        if taught is None or self.to_teacher is None:
+            return embeddings
+        own = self.to_teacher(self.vit.pool(tokens.image[:, self.vit.config.leading :]))
+        return embeddings, (1 - F.cosine_similarity(own.float(), taught.float(), dim=-1)).mean(1).sum()
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -455,7 +464,7 @@ def learning_rate_factor(name: str, depth: int, decay: float) -> float:
     before, _, rest = name.partition("blocks.")
     if rest:
         return float(decay ** (depth - 1 - int(rest.partition(".")[0])))
-    return 1.0 if before.startswith(("projection", "vit.post_norm")) else float(decay**depth)
+    return 1.0 if before.startswith(("projection", "to_teacher", "vit.post_norm")) else float(decay**depth)
 
 
 Cut = Literal["column", "row"]

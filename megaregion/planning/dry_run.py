@@ -52,7 +52,7 @@ from megaregion.planning.layout import TEXT_TOKENS, Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
 from megaregion.schemas.evaluation import aligned
-from megaregion.training.heads import Heads
+from megaregion.training.losses import Heads
 from megaregion.training.state import own_pieces
 from megaregion.training.trainer import draw_kept
 

@@ -24,7 +24,7 @@ from megaregion.heads.sampling import GatheringLabels, Targets
 from megaregion.heads.sharded import ClassShardedHead
 from megaregion.models import rotary
 from megaregion.planning.kernels import count_launch
-from megaregion.training.heads import KINDS
+from megaregion.training.losses import KINDS
 
 DEVICE = torch.device("cuda", 0)
 CAPABILITY = (9, 0)

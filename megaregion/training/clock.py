@@ -250,12 +250,15 @@ class Utilisation:
     """Model FLOPs utilisation: counted operations of the steps against what bare matrix products reach here.
 
     Only what the method needs counts: forward and backward of the encoder and the scores of the heads once
-    each way; what recomputing adds is no work done. See models/costs.py for the count.
+    each way; what recomputing adds is no work done, nor is a teacher's forward pass. See models/costs.py for
+    the count.
     """
 
-    def __init__(self, config: RunConfig, classes: dict[str, int], topology: Topology) -> None:
+    def __init__(
+        self, config: RunConfig, classes: dict[str, int], topology: Topology, teacher_width: int = 0
+    ) -> None:
         """Measure the matrix rate; ``classes`` are those of each head."""
-        self._config, self._tensor_size = config, topology.tensor_size
+        self._config, self._tensor_size, self._teacher_width = config, topology.tensor_size, teacher_width
         self._rate = matrix_rate(topology.device, torch.bfloat16 if config.train.bf16 else torch.float32)
         self._operations = 0.0
         heads = config.head.by_kind
@@ -264,14 +267,14 @@ class Utilisation:
     def see(self, batch: Batch) -> None:
         """Count a micro-batch."""
         model, regions = self._config.model, self._config.data.regions_per_image
-        patch, dim = model.patch_size, self._config.head.embedding_dim
+        patch, dim, width = model.patch_size, self._config.head.embedding_dim, self._teacher_width
         if batch.grids is None:
             side = batch.pixels.shape[-2] // patch, batch.pixels.shape[-1] // patch
             grids = Counter({side: len(batch.keys)})
         else:
             grids = Counter(batch.grids)
         for grid, images in grids.items():
-            self._operations += encoder_flops(model, regions, dim, grid).training * images
+            self._operations += encoder_flops(model, regions, dim, grid, width).training * images
         self._operations += head_flops(len(batch.keys) * regions, self._scored, dim)
 
     def take(self, seconds: float) -> float:

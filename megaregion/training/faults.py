@@ -229,15 +229,16 @@ class Faults:
         if any(fault.kind in ("nan", "nan-gradient") for fault in self._faults):
             model.register_forward_hook(self._spoil)
 
-    def _spoil(self, model: nn.Module, inputs: Any, given: Tensor) -> Tensor | None:
+    def _spoil(self, model: nn.Module, inputs: Any, given: Any) -> Any:
         first, self._first_forward = self._first_forward, False
         if not first:
             return None
+        embeddings, *others = given if isinstance(given, tuple) else (given,)
         if self._due("nan", self._step):
-            given = given * math.nan
+            embeddings = embeddings * math.nan
         if self._due("nan-gradient", self._step):
-            given.register_hook(lambda gradient: gradient * math.nan)
-        return given
+            embeddings.register_hook(lambda gradient: gradient * math.nan)
+        return (embeddings, *others) if others else embeddings
 
     def _due(self, kind: str, step: int) -> Fault | None:
         for fault in self._faults:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megaregion.config import RunConfig
+from megaregion.data.batch import read_batch
 from megaregion.errors import StopRequest, UserError
 from megaregion.parallel.topology import Topology, all_gather_strings
-from megaregion.training.heads import StepSums
-from megaregion.training.state import read_batch
+from megaregion.training.losses import StepSums
 from megaregion.training.trainer import Trainer, Values
 
 SCRATCH = ".replay"

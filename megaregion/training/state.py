@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from megaregion.bounds import shown
@@ -35,17 +33,17 @@ from megaregion.checkpoint.pretrained import FUNCTION
 from megaregion.checkpoint.reader import CheckpointReader, DamagedCheckpoint, copy_again, usable_folders
 from megaregion.checkpoint.saver import Retention, Save, Saver, Snapshot
 from megaregion.config import RunConfig
-from megaregion.data.batch import TENSORS, Batch
+from megaregion.data.batch import Batch, write_batch
 from megaregion.data.info import DatasetInfo
 from megaregion.errors import UserError
-from megaregion.files import write_bytes, write_text
+from megaregion.files import write_text
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
 from megaregion.schemas.run import Events
 from megaregion.settings import sections, to_yaml
 from megaregion.training.faults import WAY_OUT, LossGuard
-from megaregion.training.heads import Heads
+from megaregion.training.losses import Heads
 from megaregion.training.metrics import LOG
 
 RESCUE = "rescue"
@@ -339,24 +337,6 @@ class TrainingState:
         return facts(self._config, position, self._dataset, place.tensor_size, place.data_size)
 
 
-def write_batch(folder: Path, number: int, batch: Batch) -> None:
-    """Write a micro-batch of a captured step, by its number in the global batch."""
-    tensors = {name: getattr(batch, name).clone() for name in TENSORS}
-    facts = {"keys": batch.keys, "grids": batch.grids, "mean": batch.mean, "std": batch.std}
-    told = {name: json.dumps(value) for name, value in facts.items()}
-    write_bytes(folder / f"batch-{number:05d}.safetensors", safetensors_bytes(tensors, told))
-
-
-def read_batch(folder: Path, number: int) -> Batch:
-    """What :func:`write_batch` wrote; an OSError where it is not there."""
-    with safe_open(folder / f"batch-{number:05d}.safetensors", "pt") as file:
-        facts = {name: json.loads(text) for name, text in file.metadata().items()}
-        if facts["grids"] is not None:
-            facts["grids"] = tuple(map(tuple, facts["grids"]))
-        facts |= {name: tuple(facts[name]) for name in ("mean", "std")}
-        return Batch(**facts, **{name: file.get_tensor(name) for name in TENSORS})
-
-
 def own_pieces(engine: ZeroEngine, heads: Heads) -> Iterator[Piece]:
     """This rank's share of the state: of the body, and its own classes."""
     for name, place, tensor in engine.pieces():
@@ -469,14 +449,14 @@ def check_fits(
             )
     changed = changes(reader.manifest, ours)
     _refuse_fixed(reader, changed)
-    for name, place in placements.items():
-        known = f"{ENCODER}{name}" in reader.names()
-        full = reader.shape(f"{ENCODER}{name}") if known else None
-        if full != place.full_shape:
-            found = list(full) if full else "no such tensor is"
+    wanted = {f"{ENCODER}{name}": list(place.full_shape) for name, place in placements.items()}
+    held = {name: list(reader.shape(name)) for name in reader.names() if name.startswith(ENCODER)}
+    for name in (*wanted, *held):
+        if wanted.get(name) != held.get(name):
             raise UserError(
-                f"{name} has shape {list(place.full_shape)} by the settings and {found} in "
-                f"{reader.folder}; use the model settings of that run (its config.yaml)"
+                f"{name.removeprefix(ENCODER)} has shape {wanted.get(name, 'none')} by the settings and "
+                f"{held.get(name, 'none')} in {reader.folder}; use the model settings and the "
+                "distill.teacher of that run (its config.yaml)"
             )
     return changed
 

@@ -49,7 +49,7 @@ from megaregion.processor import keep_freed_memory
 from megaregion.schemas.run import DONE, GUARD, Events, Meter, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.faults import Agreement, agree, write_refusal
-from megaregion.training.heads import Heads, StepSums
+from megaregion.training.losses import Heads, StepSums, Teacher
 from megaregion.training.metrics import LOG, Metrics, Shown, Trackers
 from megaregion.training.preflight import open_dataset
 from megaregion.training.state import CAPTURES, TrainingState, check_local, check_newest
@@ -91,8 +91,10 @@ class Trainer:
         self.loader = self._loader(config.data)
         self.heads = Heads(config, self.dataset, topology)
         classes = {kind: head.classes for kind, head in self.heads.by_kind.items()}
-        self._utilisation = Utilisation(config, classes, topology)
-        self.engine = self._build_engine(begin)
+        self.teacher = Teacher(config, topology) if config.distill.teacher else None
+        width = self.teacher.width if self.teacher else 0
+        self._utilisation = Utilisation(config, classes, topology, width)
+        self.engine = self._build_engine(begin, width)
         self.events = Events(self.run_folder, topology.rank == 0)
         self.state = self._claim_state()
         self._agreement = Agreement(stopping=False, finite=True, loss=0.0)
@@ -106,9 +108,11 @@ class Trainer:
             self.dataset, self._order, transform, data, skips_lost=self.topology.tensor_size == 1
         )
 
-    def _build_engine(self, begin: Callable[[VisionTransformer], None] | None) -> ZeroEngine:
+    def _build_engine(
+        self, begin: Callable[[VisionTransformer], None] | None, teacher_width: int
+    ) -> ZeroEngine:
         config, tokens_cut = self.config, self.config.parallel.tokens_cut
-        model = RegionEncoder(config.model, config.head.embedding_dim)
+        model = RegionEncoder(config.model, config.head.embedding_dim, teacher_width)
         initialise(model, config.seed)
         if begin is not None:
             begin(model.vit)
@@ -223,7 +227,7 @@ class Trainer:
             with span("data"):
                 batch, kept, labels = self._next(batches, sums)
             with span("forward"):
-                embeddings = self.encode(batch, kept)
+                embeddings, distance = self.encode(batch, kept)
             with span("head"):
                 loss = self.heads.loss(
                     embeddings, labels, batch.keys, self.state.step, micro_step, sizes,
@@ -231,8 +235,10 @@ class Trainer:
                 )  # fmt: skip
                 sums.add(loss)
             with span("backward"):
-                last = micro_step == sizes.micro_steps - 1
-                self.engine.backward((embeddings.float() * loss.gradient.float()).sum(), last)
+                total = (embeddings.float() * loss.gradient.float()).sum()
+                if self.teacher is not None and distance is not None:
+                    total = total + self.teacher.loss(distance, len(batch.keys), sums)
+                self.engine.backward(total, last=micro_step == sizes.micro_steps - 1)
         with span("optimizer"):
             norm = self.engine.norm(self.heads.norm_squared())
             if accepted := self._accepts(sums, norm):
@@ -244,11 +250,17 @@ class Trainer:
         self.state.advance()
         return self._record(sums, norm, lr, self.clock.end_step(sums.bad))
 
-    def encode(self, batch: Batch, kept: Tensor | None = None) -> Tensor:
-        """Region embeddings of a micro-batch, [B, N, E]; ``kept`` as of :class:`RegionEncoder`."""
+    def encode(self, batch: Batch, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Region embeddings of a micro-batch, [B, N, E], and its distance from the teacher, None without one.
+
+        ``kept`` and both results are as of :class:`RegionEncoder`.
+        """
         images = batch.images.bfloat16() if self.config.train.bf16 else batch.images
-        embeddings: Tensor = self.engine(images, batch.visible, batch.grids, kept)
-        return embeddings
+        inputs = (images, batch.visible, batch.grids, kept)
+        if self.teacher is None:
+            return self.engine(*inputs), None
+        embeddings, distance = self.engine(*inputs, self.teacher.features(batch.images))
+        return embeddings, distance
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the present state on, without end.

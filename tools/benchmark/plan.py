@@ -30,6 +30,7 @@ from benchmark.measure import Stopwatch, Work
 from benchmark.memory import PeakMemory
 from benchmark.part import CLOCK, Case, part
 from megaregion.bounds import COUNT, Choice, PositiveInt, Several, Whole
+from megaregion.checkpoint.reader import config_from_dict
 from megaregion.command_line import run
 from megaregion.config import (
     CheckpointConfig,
@@ -41,7 +42,6 @@ from megaregion.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    config_from_dict,
 )
 from megaregion.data.sample import RegionRecord, SampleRecord
 from megaregion.data.writer import ShardWriter, write_dataset

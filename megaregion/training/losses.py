@@ -1,18 +1,22 @@
-"""The run's heads: one per label kind that the dataset has, and their joint loss.
+"""The run's losses: a head per label kind that the dataset has, their joint loss, and beside it a teacher's.
 
-Shapes: B images of this rank's micro-step, N regions of an image, E embedding width, T label slots.
+Shapes: B images of this rank's micro-step, N regions of an image, E embedding width, T label slots, P patches
+of an image, C width of the teacher's features.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaregion.checkpoint.format import Piece
@@ -24,12 +28,18 @@ from megaregion.data.shards import Datasets
 from megaregion.errors import UserError
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.heads.sharded import ClassShardedHead, GatheredFeatures, NonFiniteFeatures
-from megaregion.parallel.topology import NodeGroups, Topology
+from megaregion.models import foreign
+from megaregion.models.foreign import Foreign
+from megaregion.parallel.topology import GatheringRows, NodeGroups, Topology, all_gather_strings
 
 LOG = logging.getLogger("megaregion")
 
+TAUGHT = 32
+"""Most images that a teacher sees at once: it may keep what enters each of its blocks."""
 KINDS = {"object": OBJECT, "text": TEXT}
 """Label kinds by head name."""
+DISTILL = "distill"
+"""The teacher's name among them."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +204,121 @@ class Heads:
             head.load(partial(read, kind))
 
 
+class Teacher:
+    """A frozen encoder, from whose features of patches the run's are to differ little (config.distill).
+
+    It sees the same crops, in its own normalisation, at a size of which it makes as many patches.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        """Load it on every rank; a collective.
+
+        Raises:
+            UserError: It cannot be loaded, or gives no features of patches.
+        """
+        self._config, self._topology = config, topology
+        self._teacher = _in_turn(config.distill.teacher, topology)
+        self._model = self._teacher.model.to(topology.device).requires_grad_(False)
+        student, own = (
+            torch.tensor([by.mean, by.std], device=topology.device).view(2, 3, 1, 1)
+            for by in (config.data, self._teacher)
+        )
+        self._scale, self._shift = student[1] / own[1], (student[0] - own[0]) / own[1]
+        sizes = [config.model.image_size, *(stage.image_size for stage in config.stages)]
+        probed = {size // config.model.patch_size: self._probe(size) for size in sizes}
+        self._sides = {grid: side for grid, (side, _) in probed.items()}
+        """Side in pixels of what it sees, by the side of the student's grid."""
+        self.width = next(iter(probed.values()))[1]
+        """C."""
+        if topology.rank == 0:
+            sides = ", ".join(map(str, self._sides.values()))
+            LOG.info("patches learn from %s: %d wide, at %s px", config.distill.teacher, self.width, sides)
+
+    @torch.no_grad()
+    def _probe(self, size: int) -> tuple[int, int]:
+        """Side in pixels at which it is to see crops of a size, and its width.
+
+        That is the side of as many patches, or its own where it takes no other.
+        """
+        wanted = size // self._config.model.patch_size * self._teacher.patch
+        for side in (wanted, self._teacher.side):
+            blank = torch.zeros(1, 3, side, side, dtype=self._model.dtype, device=self._topology.device)
+            with suppress(RuntimeError, ValueError, TypeError):
+                return side, foreign.see(self._model, blank)[1].shape[-1]
+        raise UserError(
+            f"distill.teacher {self._config.distill.teacher} gives no features of each patch of an image of "
+            f"{wanted} or {self._teacher.side} px; name a vision transformer"
+        )
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Its features of the patches of normalised crops, [B, 3, H, W], as [B, P, C]; a collective.
+
+        Ranks that share a model have the same images: each asks about its share of them.
+        """
+        place, grid = self._topology, images.shape[-1] // self._config.model.patch_size
+        each = -(-len(images) // place.tensor_size)
+        first = place.tensor_rank * each
+        places = torch.arange(first, first + each, device=images.device).clamp(max=len(images) - 1)
+        seen = torch.cat([self._see(images[part], grid) for part in places.split(TAUGHT)])
+        if place.tensor_size == 1:
+            return seen
+        return GatheringRows(seen, place.tensor_group).arrive()[: len(images)]
+
+    def _see(self, images: Tensor, grid: int) -> Tensor:
+        side = self._sides[grid]
+        pixels = _resized(images * self._scale + self._shift, side)
+        _, cells = foreign.see(self._model, pixels.to(self._model.dtype))
+        return _resized(cells.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
+
+    def loss(self, distance: Tensor, images: int, sums: StepSums) -> Tensor:
+        """The part of a sum of distances over this rank's images in what the engine differentiates, 0-d.
+
+        The sum over the global batch is divided by its images, a constant, as the heads' is by its regions.
+        """
+        place = self._topology
+        total = distance.detach().clone()
+        dist.all_reduce(total, group=place.data_group)
+        sums.add_distance(total, images * place.data_size)
+        # The engine averages over the data ranks.
+        return distance * (sums.factors[DISTILL] * place.data_size)
+
+
+def _in_turn(path: str, topology: Topology) -> Foreign:
+    """A teacher, which rank 0 loads before the others, so that it comes from the hub once; a collective."""
+    dtype = torch.bfloat16 if topology.device.type == "cuda" else torch.float32
+    for first in (True, False):
+        reason = ""
+        if (topology.rank == 0) == first:
+            try:
+                loaded = foreign.load(path, dtype=dtype)
+            except UserError as error:
+                reason = f"distill.teacher: {error}"
+        if told := [text for text in all_gather_strings(reason, topology) if text]:
+            raise UserError(told[0])
+    return loaded
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Images or maps [B, ..., h, w] at another size, [B, ..., side, side]."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+
+
 class StepSums:
     """What one optimizer step gathers over its micro-steps: losses, and the samples they came from."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._weights = {kind: head.weight for kind, head in config.head.by_kind.items()}
-        self._regions = config.train.global_batch * config.data.regions_per_image
+        batch, kinds = config.train.global_batch, config.head.by_kind.items()
+        regions = batch * config.data.regions_per_image
+        self.factors = {kind: head.weight / regions for kind, head in kinds}
+        """What a sum of each kind is multiplied by in the step's loss."""
+        self.factors[DISTILL] = config.distill.weight / batch
         self.sums: dict[str, Tensor] = {}
-        """Sum of the row losses by kind over all ranks, 0-d."""
+        """Sum of the row losses by kind over all ranks, and of the distances from a teacher, 0-d."""
         self.counts: dict[str, Tensor] = {}
-        """Rows by kind over all ranks, 0-d."""
+        """Rows by kind over all ranks, and images, 0-d."""
         self.metrics: dict[str, Tensor] = {}
         """The heads' further numbers in the last micro-step."""
         self.positions: list[Tensor] = []
@@ -221,21 +336,26 @@ class StepSums:
 
     def add(self, loss: HeadsLoss) -> None:
         """Add a micro-step's losses."""
-        self.sums = {kind: self.sums.get(kind, 0.0) + part for kind, part in loss.sums.items()}
-        self.counts = {kind: self.counts.get(kind, 0.0) + part for kind, part in loss.counts.items()}
+        for kind, part in loss.sums.items():
+            self.sums[kind] = self.sums.get(kind, 0.0) + part
+            self.counts[kind] = self.counts.get(kind, 0.0) + loss.counts[kind]
         self.metrics = loss.metrics
 
+    def add_distance(self, total: Tensor, images: int) -> None:
+        """Add a micro-step's distances from the teacher, over so many images of all ranks."""
+        self.sums[DISTILL] = self.sums.get(DISTILL, 0.0) + total
+        self.counts[DISTILL] = self.counts.get(DISTILL, 0.0) + total.new_full((), images)
+
     def loss(self) -> Tensor:
-        """The step's loss, per region of the global batch, 0-d; no wait for the device."""
-        scaled = [total * (self._weights[kind] / self._regions) for kind, total in self.sums.items()]
-        return torch.stack(scaled).sum()
+        """The step's loss, per region and, of the teacher's, per image, 0-d; no wait for the device."""
+        return torch.stack([total * self.factors[kind] for kind, total in self.sums.items()]).sum()
 
     def means(self) -> dict[str, float | None]:
-        """The loss, and the mean loss of each kind's rows, None without rows; waits for the device."""
+        """The loss, and its mean over each kind's rows, None without rows; waits for the device."""
         sums = {kind: total.item() for kind, total in self.sums.items()}
         counts = {kind: count.item() for kind, count in self.counts.items()}
         return {
-            "loss": sum(self._weights[kind] * sums[kind] for kind in sums) / self._regions,
+            "loss": sum(self.factors[kind] * sums[kind] for kind in sums),
             **{f"loss_{kind}": sums[kind] / counts[kind] if counts[kind] else None for kind in sums},
         }
 
