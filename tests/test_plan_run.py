@@ -11,14 +11,23 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from launch import repository, tool
-from toy import settings_of
+from toy import settings_of, toy_vision
 
-from megaregion.config import HeadsConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
+from megaregion.config import (
+    DistillConfig,
+    HeadsConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
 from megaregion.errors import UserError
+from megaregion.models import foreign
 from megaregion.models.layers import run_and_count
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.zero import deepspeed_config
-from megaregion.planning import memory
+from megaregion.planning import memory, report
 from megaregion.planning.dry_run import dry_run
 from megaregion.planning.hardware import PRESETS, Hardware, load_hardware
 from megaregion.planning.layout import Labels, body_parameters, lay_out
@@ -207,6 +216,41 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices_whose_parts_travel() -> No
     built = dry_run(plan, 5)
     built.check()
     assert abs(built.off("moments")) < 0.01, built.text()
+
+
+@pytest.mark.parametrize(("tensor", "weights", "precision"), [(1, "shared", "bf16"), (2, "separate", "fp32")])
+def test_a_teacher_adds_its_weights_its_forward_pass_and_what_its_loss_keeps(
+    tensor: int, weights: str, precision: str, tmp_path: Path
+) -> None:
+    config = small(tensor, precision=precision)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, region_weights=weights))
+    distill = DistillConfig(str(toy_vision("MLCDVision", tmp_path, patch=4, width=64)))
+    plans = [
+        make_plan(dataclasses.replace(config, distill=own), load_hardware("h100x64"), LABELS)
+        for own in (DistillConfig(), distill)
+    ]
+    plain, taught = plans
+    model = foreign.load(str(tmp_path)).model
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert taught.memory.kinds["teacher"] == 2 * sum(sizes)
+    # Of 8 x 8 patches and a class token: the patches' linear, and linears and attention of two blocks.
+    tokens, width = 65, 64
+    assert taught.layout.teacher.flops == (
+        2 * 64 * 48 * width + 2 * (tokens * (8 * width**2 + 4 * width * 64) + 4 * tokens**2 * width)
+    )
+    assert taught.time.phases["forward"] > plain.time.phases["forward"]
+    assert taught.time.flops > plain.time.flops
+    assert taught.layout.all_parameters == plain.layout.all_parameters + 257 * 64
+    built = dry_run(taught, 5)
+    built.check()
+    assert abs(built.off("activations")) < 0.02, built.text()
+
+
+def test_a_teacher_whose_settings_cannot_be_read_is_said_not_to_be_counted(tmp_path: Path) -> None:
+    config = dataclasses.replace(small(), distill=DistillConfig(str(tmp_path / "none")))
+    plan = make_plan(config, load_hardware("h100x64"), LABELS)
+    assert f"teacher {tmp_path}/none: not counted, it cannot be read here" in report.text([plan], [], [])
+    assert "teacher" not in plan.memory.kinds
 
 
 def test_zero_3_gathers_by_the_pieces_that_deepspeed_gathers() -> None:

@@ -75,6 +75,20 @@ def load(path: str, trust: bool = False, dtype: torch.dtype = torch.float32) -> 
     return Foreign(model.eval(), patch, side, tuple(processor.image_mean), tuple(processor.image_std))
 
 
+def skeleton(path: str) -> Any:
+    """What :func:`load` loads, without weights, on the meta device; only settings are read.
+
+    Raises:
+        OSError, ValueError, KeyError: They cannot be read, or are no model's.
+    """
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    vision = getattr(config, "vision_config", config)
+    with torch.device("meta"):
+        return MODEL_MAPPING[type(vision)]._from_config(vision, attn_implementation="eager").eval()
+
+
 def inputs(model: Any, pixels: Tensor) -> dict[str, Any]:
     """What a model takes for normalised images, [B, 3, H, W], of any size that it can see."""
     config = model.config

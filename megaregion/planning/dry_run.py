@@ -195,16 +195,20 @@ def dry_run(plan: Plan, rank: int, gpu: bool = False) -> DryRun:
             engine(*_inputs(batch, layout, device))
         sent = part("batch", lambda: heads.send_labels(batch))
         inputs = part("batch", lambda: _inputs(batch, layout, device))
-        embeddings, kept = part(
+        found, kept = part(
             "encoder", lambda: run_and_count(engine.parameters.values(), lambda: engine(*inputs))
         )
+        embeddings, *taught = found if layout.teacher.width else (found,)
         copies, gradient = count_nodes(embeddings, "CopySlices"), torch.ones_like(embeddings)
         if gpu:
             gradient = part(
                 "heads", lambda: heads.loss(embeddings, sent, batch.keys, 0, 0, cut, refuse=False).gradient
             )
         # On a processor as if other micro-steps followed: reduced gradients would lie in buffers.
-        part("backward", lambda: engine.backward((embeddings.float() * gradient.float()).sum(), last=gpu))
+        part(
+            "backward",
+            lambda: engine.backward(sum(taught, (embeddings.float() * gradient.float()).sum()), gpu),
+        )
         counted = {
             **state_bytes(engine, heads.by_kind.values()),
             "activations": round(kept / len(batch.keys) * layout.micro_batch),
@@ -301,7 +305,7 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     try:
         # In its final type, and a fake one where it stays: if it moved it would become another.
         with place.device if fake else torch.device("meta"):
-            model = RegionEncoder(config.model, config.head.embedding_dim)
+            model = RegionEncoder(config.model, config.head.embedding_dim, layout.teacher.width)
     finally:
         torch.set_default_dtype(before)
     if not fake:  # Pages that nobody writes cost no memory.
@@ -330,7 +334,10 @@ def _update(engine: ZeroEngine, heads: Heads) -> None:
 def _inputs(batch: Batch, layout: Layout, device: torch.device) -> tuple[Any, ...]:
     kept, batch = draw_kept(layout.config, batch.positions, device), batch.to(device)
     images = batch.images.bfloat16() if layout.config.train.bf16 else batch.images
-    return images, batch.visible, batch.grids, kept
+    inputs, width = (images, batch.visible, batch.grids, kept), layout.teacher.width
+    patches = layout.config.model.grid**2
+    # A teacher's features, as if they were there already.
+    return (*inputs, images.new_ones(len(images), patches, width)) if width else inputs
 
 
 def _labels(layout: Layout) -> Tensor:

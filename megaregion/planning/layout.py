@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megaregion.checks import batching
 from megaregion.config import ModelConfig, RunConfig
@@ -16,6 +20,7 @@ from megaregion.errors import UserError
 from megaregion.heads.grouped import lay_waves
 from megaregion.heads.sampling import Draw
 from megaregion.heads.tiles import TilePlan, plan_tiles
+from megaregion.models import foreign
 from megaregion.models.costs import Recompute, recompute_of_run
 from megaregion.parallel.zero import effective_stage
 
@@ -66,7 +71,34 @@ def known_labels(config: RunConfig, classes: int | None, vocabulary: int | None)
     )
 
 
-def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> tuple[int, int]:
+@dataclass(frozen=True)
+class TeacherCost:
+    """What a teacher adds, of the settings in its folder."""
+
+    width: int
+    """C of its features; 0 where its settings cannot be read here."""
+    parameters: int = 0
+    flops: int = 0
+    """Operations of its forward pass of one image."""
+
+
+@lru_cache
+def teacher_cost(path: str, grid: int) -> TeacherCost:
+    """Build a teacher without weights, and count what it does where the student sees grid x grid patches."""
+    try:
+        model = foreign.skeleton(path)
+        side = grid * model.config.patch_size
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            _, cells = foreign.see(model, torch.zeros(1, 3, side, side, device="meta"))
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError):
+        return TeacherCost(0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return TeacherCost(cells.shape[-1], parameters, counted.get_total_flops())
+
+
+def body_parameters(
+    model: ModelConfig, embedding_dim: int, tensor: int = 1, teacher_width: int = 0
+) -> tuple[int, int]:
     """The encoder's parameters on one of so many tensor ranks, and those in tensors of at most 10,000.
 
     ZeRO 3 keeps these whole.
@@ -75,8 +107,9 @@ def body_parameters(model: ModelConfig, embedding_dim: int, tensor: int = 1) -> 
     vectors = [*[width] * 6, 3 * width // tensor, mlp // tensor]
     matrices = block_matrices(model) // tensor
     alone = [width, model.head_dim // 2, *[width] * 4, model.registers * width]
-    outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim
-    small = [size for size in alone + blocks * vectors if size <= 10_000]
+    taught = [width * teacher_width, teacher_width]
+    outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim + sum(taught)
+    small = [size for size in alone + taught + blocks * vectors if size <= 10_000]
     return outside + blocks * (matrices + sum(vectors)), sum(small)
 
 
@@ -154,6 +187,7 @@ class Layout:
     """Of these, those that ZeRO 3 keeps whole."""
     heads: dict[str, HeadLayout]
     """By label kind; those with classes and weight."""
+    teacher: TeacherCost = TeacherCost(0)
 
     @property
     def zero_stage(self) -> int:
@@ -173,7 +207,8 @@ class Layout:
     @property
     def all_parameters(self) -> int:
         """Body parameters of the whole model."""
-        return body_parameters(self.config.model, self.config.head.embedding_dim)[0]
+        width = self.teacher.width
+        return body_parameters(self.config.model, self.config.head.embedding_dim, teacher_width=width)[0]
 
     @property
     def by_muon(self) -> int:
@@ -230,8 +265,10 @@ def lay_out(config: RunConfig, ranks: int, labels: Labels, device: str) -> Layou
         for kind, share in labels.shares.items()
         if labels.by_kind[kind] and config.head.by_kind[kind].weight
     }
-    body = body_parameters(config.model, config.head.embedding_dim, tensor)
-    return Layout(config, labels, ranks, data, cut.micro_batch, cut.micro_steps, *body, heads)
+    path = config.distill.teacher
+    teacher = teacher_cost(path, config.model.grid) if path else TeacherCost(0)
+    body = body_parameters(config.model, config.head.embedding_dim, tensor, teacher.width)
+    return Layout(config, labels, ranks, data, cut.micro_batch, cut.micro_steps, *body, heads, teacher)
 
 
 def _head(

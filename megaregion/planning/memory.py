@@ -95,6 +95,10 @@ def _at_rest(layout: Layout) -> dict[str, float]:
 
 def _resident(layout: Layout, hardware: Hardware) -> dict[str, float]:
     kinds = {**_at_rest(layout), "buffers": 0.0}
+    if (
+        layout.teacher.width
+    ):  # In bf16 on a GPU; what it works with is less than what the student keeps later.
+        kinds["teacher"] = layout.teacher.parameters * (4.0 if hardware.device == "processor" else 2.0)
     if layout.zero_stage == 3:
         # Gathered for their next use in the step, and the buffer that stage 3 never gives back.
         kinds["weights"] += layout.itemsize * min(layout.parameters, LIVE_PARAMETERS)
@@ -245,13 +249,15 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     rides = {"keep": each["keep"], "cheap": each["keep"], "full": width / spread}
     kept, first = float(outside), model.depth - model.region_layers
     for number, level in enumerate(layout.recompute):
-        ends = number == model.depth - 1 and level != "full" and not own
+        ends = number == model.depth - 1 and level != "full" and not own and not layout.teacher.width
         # The image tokens of the last block end at keys and values.
         norm = (1 if level == "cheap" else 2) / spread
         kept += tokens * (width * (norm + 3 / tensor) if ends else each[level])
         kept += regions * rides[level] if number >= first else 0.0
         if own and number >= first and level != "full":
             kept += tokens * width * (1 / spread + 3 / tensor)
+    if layout.teacher.width:  # Patches before and behind the last norm, and in fp32 both features.
+        kept += model.grid**2 * (2 * width + 8 * layout.teacher.width)
     # Own weights read what the last block has written.
     return kept + (tokens * width / spread if own and layout.recompute[-1] != "full" else 0.0)
 
@@ -279,7 +285,7 @@ def _passing_bytes(layout: Layout, hardware: Hardware) -> float:
         return gradients + tokens * _kept_of_a_token(layout, hardware)
     freed = (
         0.0
-        if model.region_weights == "separate"
+        if model.region_weights == "separate" or layout.teacher.width
         else tokens * size * (2 / layout.spread + 3 / tensor) * model.width
     )
     return max(0.0, gradients - freed)

@@ -170,11 +170,10 @@ def _assumptions(plan: Plan) -> str:
         f"negatives over {plan.layout.config.head.draw_images or 'all'} images",
         "faults at Llama 3's rate (419 in 54 days on 16,384 GPUs), 4 minutes from each to the next step",
     ]
-    if teacher := plan.layout.config.distill.teacher:
-        lines.append(
-            f"distill.teacher {teacher} is not counted: its weights and forward pass on every rank, nor the "
-            "last block of the patches that learn from it"
-        )
+    if path := plan.layout.config.distill.teacher:
+        one = plan.layout.teacher
+        counted = f"{one.parameters / 1e6:,.0f}M, {one.flops / 1e9:,.3g} GFLOP an image, forward alone"
+        lines.append(f"teacher {path}: {counted if one.width else 'not counted, it cannot be read here'}")
     return "assumed (plan.py run --help, configs/clusters/)\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from megaregion.config import ModelConfig
 from megaregion.heads.tiles import ELEMENTS
-from megaregion.models.costs import encoder_flops, head_flops
+from megaregion.models.costs import EncoderFlops, encoder_flops, head_flops
 from megaregion.parallel.muon import flops
 from megaregion.parallel.zero import REDUCE_BUCKET
 from megaregion.planning.hardware import Hardware
@@ -111,7 +111,7 @@ def step_time(layout: Layout, hardware: Hardware) -> StepTime:
         "save": blocks / config.checkpoint.every,
     }
     phases["data"] = _data(layout, hardware, sum(phases.values()))
-    flops = encoder_flops(config.model, config.data.regions_per_image, config.head.embedding_dim).training
+    flops = _counted(layout).training
     read = config.train.global_batch * hardware.image_kbytes * 1e3 / hardware.nodes
     notes = {"save_blocks": blocks, "save_writes": writes, "head_kernels": host, "images_read": read}
     notes |= {"muon": float(muon_flops(config.model))} if layout.by_muon else {}
@@ -134,8 +134,7 @@ def save_seconds(layout: Layout, hardware: Hardware) -> tuple[float, float]:
 def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     """Seconds of the forward and of the backward passes."""
     config, images, tensor = layout.config, layout.images, layout.tensor
-    regions = config.data.regions_per_image
-    counted = encoder_flops(config.model, regions, config.head.embedding_dim)
+    counted = _counted(layout)
     rate = hardware.matrix_tflops * 1e12
     linears = (counted.linears + counted.region_linears) / tensor + counted.projection
     reads = (counted.attention + counted.region_attention) / tensor
@@ -155,7 +154,14 @@ def _encoder(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     each = {**KERNELS, **(COMPILED_KERNELS if config.train.compile else {})}
     behind = each["backward"] + each["forward"] * full + (each["sums"] if layout.sums_apart else 0)
     behind += each["dropped"] if config.model.drop_path and not config.train.compile else 0
-    return max(forward, kernels * each["forward"]), max(backward, kernels * behind)
+    taught = images * layout.teacher.flops / tensor / (rate * hardware.linear_share)
+    return max(forward, kernels * each["forward"]) + taught, max(backward, kernels * behind)
+
+
+def _counted(layout: Layout) -> EncoderFlops:
+    config = layout.config
+    regions, dim = config.data.regions_per_image, config.head.embedding_dim
+    return encoder_flops(config.model, regions, dim, teacher_width=layout.teacher.width)
 
 
 def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
@@ -168,7 +174,7 @@ def _moved(layout: Layout, hardware: Hardware) -> tuple[float, float]:
     gradients of two branches, 4, one of which then sums its bias in a pass of its own.
     """
     model, tensor, spread = layout.config.model, layout.tensor, layout.spread
-    tokens = model.tokens * (model.depth - 1)
+    tokens = model.tokens * (model.depth - (0 if layout.teacher.width else 1))
     tokens += layout.config.data.regions_per_image * model.region_layers
     width, mlp, size = model.width, model.mlp_width / tensor, layout.itemsize
     turns = 12 if hardware.device == "processor" else 6
