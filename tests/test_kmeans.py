@@ -82,6 +82,43 @@ def test_the_nearest_center_is_that_of_all_scores_whatever_the_tiles_and_the_pre
     assert torch.equal(nearest(vectors, centers, but=found.labels).labels, scores.topk(2).indices[:, 1])
 
 
+@pytest.mark.parametrize(("group", "tile"), [(4, (32, 64)), (64, (1024, 2048))])
+@pytest.mark.parametrize("out", [0, 1, 3])
+def test_products_of_8_bits_leave_out_no_center_that_is_looked_for(
+    out: int, group: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(group)
+    # Few channels are large, as those of a network, so 8 bits are few for the others.
+    sizes = rng.pareto(1.5, 24).astype(np.float32)
+    vectors, centers = (tensor(unit(gaussian_features(n, 24, 60, 2.0, n) * sizes)) for n in (500, 1037))
+    centers[700], centers[3] = centers[20], 0
+    vectors[0] = centers[20]
+    but = tensor(rng.integers(0, len(centers), (len(vectors), out))) if out else None
+    plain = kmeans.scan(vectors, centers, but)
+    pieces: list[int] = []
+    scored = kmeans._beaten
+    monkeypatch.setattr(kmeans, "multiplies_bytes", lambda: True)
+    monkeypatch.setattr(
+        kmeans, "_beaten", lambda now, scores, numbers: (
+            pieces.append(scores.numel()) or scored(now, scores, numbers)
+        ),
+    )  # fmt: skip
+    for name, value in (("MANY", 100), ("BLOCK", 300), ("GROUP", group)):
+        monkeypatch.setattr(kmeans, name, value)
+    monkeypatch.setitem(kmeans.TILE, "cpu", tile)
+    coded = kmeans.scan(vectors, centers, but)
+    assert sum(pieces) < (0.4 if group == 4 else 0.8) * len(vectors) * len(centers), "most are left out"
+    sure = plain.best - plain.other > kmeans.SLACK
+    assert torch.equal(coded.labels[sure], plain.labels[sure])
+    for found, exact in zip(coded[1:], plain[1:], strict=True):
+        torch.testing.assert_close(found, exact, atol=1e-6, rtol=0)
+    scores, labels = vectors.double() @ centers.double().T, nearest(vectors, centers, but).labels
+    if but is not None:
+        scores.scatter_(1, but, -torch.inf)
+    assert (scores.gather(1, labels[:, None])[:, 0] >= scores.amax(1) - 1e-9).all()
+    assert out or labels[0] == 20, "of equally near centers the first"
+
+
 @pytest.mark.parametrize("tile", [(3, 5), (1024, 2048)])
 def test_of_equally_near_centers_the_first_is_chosen(
     tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
