@@ -194,6 +194,7 @@ def test_another_teacher_goes_on_if_it_is_as_wide_and_none_is_dropped_unsaid(gon
     first, second = (gone_on / name for name in ("first", "second"))
     assert f"distill.teacher {first} -> {second}, distill.weight 1.0 -> 0.5" in log
     assert f"patches learn from {second}: 32 wide, at 32 px\n" in log
+    assert re.search(r"  text .*  distill  [01]\.\d{3}  lr ", log)
     lines = (gone_on / "taught" / "metrics.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     assert [record["step"] for record in told] == [1, 2, 3]

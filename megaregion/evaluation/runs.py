@@ -69,8 +69,8 @@ TOLD = {
 percent = "{:.1%}".format
 FACTS = {
     "loss": ("loss", plain), "loss_object": ("loss of objects", plain), "loss_text": ("loss of text", plain),
-    "grad_norm": ("gradient norm", plain), "images_per_second": ("images/s", plain), "mfu": ("MFU", percent),
-    "memory": ("memory, GB", plain),
+    "loss_distill": ("distance from the teacher", plain), "grad_norm": ("gradient norm", plain),
+    "images_per_second": ("images/s", plain), "mfu": ("MFU", percent), "memory": ("memory, GB", plain),
 }  # fmt: skip
 """Metrics whose last value is told, by name."""
 
@@ -308,6 +308,7 @@ def _heads(form: str) -> dict[str, tuple[str, str]]:
 PANELS = (
     Panel("Loss", {"loss": ("loss", "neutral")}),
     Panel("Loss of each head", _heads("loss_{}")),
+    Panel("Distance from the teacher", {"loss_distill": ("1 - cosine", "neutral")}),
     Panel("Gradient norm", {"grad_norm": ("gradient norm", "neutral")}),
     Panel("Learning rate", {"lr": ("learning rate", "neutral")}, noisy=False),
     Panel("Images per second", {"images_per_second": ("images per second", "neutral")}),

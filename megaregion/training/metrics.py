@@ -181,9 +181,10 @@ class Metrics:
             value = values.get(key)
             return format(value, form) if value is not None else missing.rjust(6)
 
+        taught = [f"distill {number('loss_distill', '6.3f')}"] if "loss_distill" in values else []
         return [
             f"step {step:>6}/{self._total}", f"loss {number('loss', '7.3f')}",
-            f"object {number('loss_object', '7.3f')}", f"text {number('loss_text', '7.3f')}",
+            f"object {number('loss_object', '7.3f')}", f"text {number('loss_text', '7.3f')}", *taught,
             f"lr {number('lr', '.1e')}", f"norm {number('grad_norm', '6.2f')}",
             f"img/s {number('images_per_second', '6.0f')}", f"mfu {number('mfu', '5.1%')}",
             f"head {number('head_share', '5.1%')}", f"data {number('data_share', '5.1%')}",
