@@ -19,7 +19,7 @@ from megaregion.models import foreign
 from megaregion.training import losses
 from megaregion.training.losses import Teacher
 
-PATCHES = {"CLIPVision": 16, "Siglip": 4, "Siglip2Vision": 16, "Dinov2": 4, "MLCDVision": 8}
+PATCHES = {"CLIPVision": 16, "Siglip": 4, "Siglip2Vision": 16, "Dinov2": 4, "DINOv3ViT": 8, "MLCDVision": 8}
 """Side of a teacher's patches in pixels, by its kind; the student's is 8."""
 STAGES = {"stages": (StageConfig(48, 16),)}
 

@@ -49,7 +49,7 @@ def load(path: str, trust: bool = False, dtype: torch.dtype = torch.float32) -> 
     Raises:
         UserError: It cannot be loaded, lacks weights, or is no vision transformer.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, ImageProcessingMixin
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -58,8 +58,10 @@ def load(path: str, trust: bool = False, dtype: torch.dtype = torch.float32) -> 
         model, found = AutoModel.from_pretrained(
             path, use_safetensors=True, dtype=dtype, trust_remote_code=trust, output_loading_info=True
         )
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        # Not the processor itself: those of DINOv3 and others want torchvision.
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        mean, std = (tuple(map(float, processor[key])) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         advice = "name a folder that save_pretrained wrote or a hub id"
         raise UserError(f"{path} cannot be loaded ({reason}); {advice}") from None
@@ -72,7 +74,7 @@ def load(path: str, trust: bool = False, dtype: torch.dtype = torch.float32) -> 
     if not isinstance(side, int) or not isinstance(patch, int):
         without = "its config has no image_size and patch_size in pixels"
         raise UserError(f"{path} is no vision transformer: {without}")
-    return Foreign(model.eval(), patch, side, tuple(processor.image_mean), tuple(processor.image_std))
+    return Foreign(model.eval(), patch, side, mean, std)
 
 
 def skeleton(path: str) -> Any:
