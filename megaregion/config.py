@@ -34,6 +34,7 @@ from megaregion.bounds import (
 
 Precision = Literal["fp32", "bf16"]
 RegionWeights = Literal["shared", "separate"]
+RegionStart = Literal["class", "learned"]
 LossName = Literal["separated", "softmax"]
 MarginName = Literal["cosface", "arcface", "none"]
 HeadBackend = Literal["auto", "torch", "triton"]
@@ -75,6 +76,9 @@ class ModelConfig:
     """Number of last blocks in which region tokens attend to their own patches."""
     region_weights: RegionWeights = "shared"
     """Whether region tokens pass through the blocks' own weights or through a copy of their own."""
+    region_start: RegionStart = "class"
+    """What region tokens begin as: a copy of the class token's state, or one learned query, with which no
+    loss reads the class token."""
     registers: Annotated[int, Whole(0, 1024, "TOKENS")] = 0
     """Learned tokens behind the class token that take part in all attention of the image but that of region
     tokens: 4 keep large models from misusing patches as a notepad (Darcet et al., 2024). Exports need

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from toy_scenes import write_scenes, write_shards
 import convert_checkpoint
 from megaregion.checkpoint.format import publish, write_pieces
 from megaregion.checkpoint.pretrained import open_pretrained
-from megaregion.config import ModelConfig, RunConfig
+from megaregion.config import ModelConfig, RegionStart, RunConfig
 from megaregion.data.info import read_info
 from megaregion.errors import UserError
 from megaregion.evaluation.network import open_run
@@ -148,10 +149,19 @@ def test_an_evaluation_that_cannot_be_read_ends_an_export_only_if_it_was_asked_f
     assert "could not be read" in (tmp_path / "y" / "README.md").read_text()
 
 
-def test_separate_region_weights_stay_behind_and_the_card_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"region_weights": "separate"}, "weights of their own"),
+        ({"region_start": "learned"}, "a query of their own"),
+    ],
+)
+def test_what_region_tokens_have_of_their_own_stays_behind_and_the_card_says_so(
+    tmp_path: Path, own: dict[str, Any], told: str
+) -> None:
     from transformers import AutoModel
 
-    vit = write_run(tmp_path / "run", config=dataclasses.replace(MODEL, region_weights="separate")).vit
+    vit = write_run(tmp_path / "run", config=dataclasses.replace(MODEL, **own)).vit
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     theirs, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -159,7 +169,9 @@ def test_separate_region_weights_stay_behind_and_the_card_says_so(tmp_path: Path
     with torch.no_grad():
         output = theirs(pixel_values=images).last_hidden_state
         torch.testing.assert_close(output, vit(images).image, atol=1e-5, rtol=1e-5)
-    assert "weights of their own" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert told in card
+    assert ("no loss has read" in card) == ("region_start" in own)
 
 
 def test_bf16_export_holds_the_rounded_weights(tmp_path: Path) -> None:
@@ -545,7 +557,8 @@ def test_transformers_4_and_5_load_what_was_exported_in_every_way_and_with_right
     torch.save(images, tmp_path / "images.pt")
     sought = {}
     for name, registers in (("regions", 0), ("plain", 0), ("registers", 4)):
-        config = dataclasses.replace(MODEL, registers=registers)
+        start: RegionStart = "learned" if registers else "class"
+        config = dataclasses.replace(MODEL, registers=registers, region_start=start)
         vit = write_run(tmp_path / "runs" / name, ranks=2, config=config).vit
         options = ExportOptions(regions=name != "plain", shard_bytes=99_999)
         export_checkpoint(tmp_path / "runs" / name, tmp_path / name, options)

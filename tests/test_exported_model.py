@@ -28,12 +28,15 @@ BOXES = torch.tensor([[[0, 0, 33, 40], [10.5, 3, 60, 64]], [[16, 16, 48, 48], [1
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exports with regions, by where region tokens' weights come from, and one with registers."""
-    found, separate = {}, dataclasses.replace(MODEL, region_weights="separate")
-    models = {"shared": MODEL, "separate": separate, "registers": dataclasses.replace(MODEL, registers=4)}
-    for name, model in models.items():
+    """Exports with regions, by what sets them apart."""
+    found: dict[str, Path] = {}
+    models: dict[str, dict[str, Any]] = {
+        "shared": {}, "separate": {"region_weights": "separate"}, "registers": {"registers": 4},
+        "learned": {"region_start": "learned"},
+    }  # fmt: skip
+    for name, own in models.items():
         place = tmp_path_factory.mktemp(name)
-        write_run(place / "run", config=model)
+        write_run(place / "run", config=dataclasses.replace(MODEL, **own))
         export_checkpoint(place / "run", place / "photos-regions", ExportOptions(regions=True))
         found[name] = place / "photos-regions"
     return found
@@ -73,7 +76,7 @@ def test_a_region_classifier_learns_through_the_features_and_reaches_every_weigh
     assert [name for name, each in model.named_parameters() if each.grad is None] == []
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate"])
+@pytest.mark.parametrize("weights", ["shared", "separate", "learned"])
 def test_gradient_checkpointing_changes_no_gradient(load: Any, weights: str) -> None:
     model = load(weights).train()
     gradients = []
@@ -200,7 +203,7 @@ def test_the_feature_pipeline_takes_the_folder(load: Any, folders: dict[str, Pat
     torch.testing.assert_close(torch.tensor(extract(Image.fromarray(pixels))), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("weights", ["shared", "separate", "registers"])
+@pytest.mark.parametrize("weights", ["shared", "separate", "registers", "learned"])
 def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
     load: Any, folders: dict[str, Path], weights: str, tmp_path: Path
 ) -> None:
@@ -213,7 +216,8 @@ def test_what_transformers_saved_again_comes_back_whole_with_its_regions(
     expected = regions_of(model)
     assert torch.equal(regions_of(again), expected)
     assert convert("from-hf", tmp_path / "saved", tmp_path / "start") == 0
-    told = "registers: 4" if weights == "registers" else f"region_weights: {weights}"
+    apart = {"registers": "registers: 4", "learned": "region_start: learned"}
+    told = apart.get(weights, f"region_weights: {weights}")
     assert told in (tmp_path / "start" / "model.yaml").read_text()
     assert convert("to-hf", tmp_path / "start", tmp_path / "back", "--regions") == 0
     first, back = (load_file(path / "model.safetensors") for path in (folders[weights], tmp_path / "back"))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megaregion.checkpoint.pretrained import mlcd_tensors
-from megaregion.config import ModelConfig
+from megaregion.config import ModelConfig, RegionStart
 from megaregion.errors import UserError
 from megaregion.export.layouts import mlcd_config
 from megaregion.models import RegionEncoder, VisionTransformer, decays, initialise, tensor_parallel_plan
@@ -26,8 +26,9 @@ from megaregion.models.vit import Attention, Block, _mask, learning_rate_factor
 SMALL = ModelConfig(image_size=64, patch_size=16, width=64, depth=4, heads=4, mlp_width=128, region_layers=2)
 SEPARATE = replace(SMALL, region_weights="separate")
 REGISTERED = replace(SMALL, registers=3)
+LEARNED = replace(REGISTERED, region_start="learned")
 KINDS = pytest.mark.parametrize(
-    "config", [SMALL, SEPARATE, REGISTERED], ids=["shared", "separate", "registers"]
+    "config", [SMALL, SEPARATE, REGISTERED, LEARNED], ids=["shared", "separate", "registers", "learned"]
 )
 BASE_SHAPED = ModelConfig(depth=2, region_layers=1)
 
@@ -220,6 +221,33 @@ def test_patches_read_registers_and_region_tokens_do_not() -> None:
     assert before.image.shape == (1, 1 + 3 + 16, 64)
     assert (before.image != after.image).any(-1).all()
     assert torch.equal(before.regions, after.regions)
+
+
+@pytest.mark.parametrize("start", ["class", "learned"])
+def test_only_what_begins_as_the_class_token_knows_what_no_region_shows(
+    start: RegionStart,
+) -> None:
+    vit = encoder(replace(SMALL, depth=1, region_layers=1, region_start=start)).vit
+    images, visible = noise(2, 3, 64, 64), some_patches(2, 3, 16)
+    with torch.no_grad():
+        before = vit(images, visible).regions
+        vit.class_embedding += noise(64, seed=8)
+        after = vit(images, visible).regions
+    assert torch.equal(before, after) == (start == "learned")
+
+
+@pytest.mark.parametrize("config", [SMALL, LEARNED], ids=["class", "learned"])
+@pytest.mark.parametrize("grids", [None, ((4, 4),)], ids=["stacked", "packed"])
+def test_region_tokens_of_one_image_have_rows_of_their_own(
+    config: ModelConfig, grids: tuple[tuple[int, int], ...] | None
+) -> None:
+    vit, began = encoder(config).vit, []
+    vit.blocks[config.depth - config.region_layers].register_forward_pre_hook(
+        lambda _, given: began.append(given[1])
+    )
+    image, sees = noise(1, 3, 64, 64), some_patches(1, 5, 16)
+    vit(*((image, sees) if grids is None else (_cut_into_patches(image[0], 16), sees[0])), grids=grids)
+    assert [tokens.is_contiguous() for tokens in began] == [True], "kernels of a GPU step from row to row"
 
 
 def test_a_register_stands_nowhere_and_its_order_does_not_matter() -> None:
@@ -568,9 +596,9 @@ def test_an_attention_cut_by_the_plan_needs_no_change_to_add_up_to_the_whole() -
 
 
 def test_decay_spares_norms_biases_and_single_tokens() -> None:
-    model = encoder(REGISTERED)
+    model = encoder(LEARNED)
     spared = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
-    kinds = {"bias", "class_pos_emb", "class_embedding", "register_tokens"}
+    kinds = {"bias", "class_pos_emb", "class_embedding", "register_tokens", "region_query"}
     assert all(name.rpartition(".")[2] in kinds or "norm" in name for name in spared)
     assert {f"vit.{own}" for own in (*kinds - {"bias"}, "pre_norm.weight")} <= spared
     assert "vit.patch_embedding.weight" not in spared
@@ -578,16 +606,18 @@ def test_decay_spares_norms_biases_and_single_tokens() -> None:
 
 
 def test_the_learning_rate_falls_from_each_block_to_the_one_below_it() -> None:
-    model = encoder(replace(SEPARATE, registers=2))
-    found = {name: learning_rate_factor(name, 4, 0.5) for name, _ in model.named_parameters()}
+    config = replace(LEARNED, region_weights="separate")
+    model = encoder(config)
+    found = {name: learning_rate_factor(name, config, 0.5) for name, _ in model.named_parameters()}
     for number in range(4):
         of_block = {factor for name, factor in found.items() if f".blocks.{number}." in name}
         assert of_block == {0.5 ** (3 - number)}, "region tokens' own weights among them"
     above = {name for name, factor in found.items() if factor == 1 and ".blocks." not in name}
     assert above == {"projection.weight", "vit.post_norm.weight", "vit.post_norm.bias"}
+    assert found.pop("vit.region_query") == 0.5**2, "two blocks are above where it begins"
     below = {factor for name, factor in found.items() if ".blocks." not in name and name not in above}
     assert below == {0.5**4}
-    assert {learning_rate_factor(name, 4, 1.0) for name in found} == {1.0}
+    assert {learning_rate_factor(name, config, 1.0) for name in found} == {1.0}
 
 
 def test_bf16_stays_near_fp32() -> None:

@@ -66,7 +66,8 @@ def config_plan(name: str, cluster: str, *flags: str) -> Plan:
 
 @pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_the_parameters_are_those_of_the_model(weights: str) -> None:
-    model = dataclasses.replace(MODEL, region_weights=weights, registers=len(weights))
+    start = "learned" if weights == "shared" else "class"
+    model = dataclasses.replace(MODEL, region_weights=weights, registers=len(weights), region_start=start)
     with torch.device("meta"):
         encoder = RegionEncoder(model, 96)
     sizes = [parameter.numel() for parameter in encoder.parameters()]

@@ -14,7 +14,7 @@ from export_runs import MODEL, convert, noise, write_run
 from PIL import Image
 from torch import Tensor
 
-from megaregion.config import DataConfig, RegionWeights
+from megaregion.config import DataConfig, RegionStart, RegionWeights
 from megaregion.data.image import Crop
 from megaregion.data.sample import encode_mask
 from megaregion.data.transforms import visibility
@@ -42,9 +42,9 @@ def loaded(folder: Path) -> Any:
 
 
 def exported(
-    folder: Path, weights: RegionWeights = "shared", registers: int = 0
+    folder: Path, weights: RegionWeights = "shared", registers: int = 0, start: RegionStart = "class"
 ) -> tuple[RegionEncoder, Any]:
-    config = dataclasses.replace(MODEL, region_weights=weights, registers=registers)
+    config = dataclasses.replace(MODEL, region_weights=weights, registers=registers, region_start=start)
     encoder = write_run(folder / "run", config=config)
     export_checkpoint(folder / "run", folder / "out", ExportOptions(regions=True))
     return encoder, loaded(folder / "out")
@@ -66,12 +66,16 @@ def expected(encoder: RegionEncoder, image: Tensor, boxes: Any, masks: Any) -> T
 
 
 @pytest.mark.parametrize(
-    ("weights", "registers"), [("shared", 0), ("separate", 0), ("shared", 4), ("separate", 1)]
-)
+    ("weights", "registers", "start"),
+    [
+        ("shared", 0, "class"), ("separate", 0, "class"), ("shared", 4, "class"), ("separate", 1, "learned"),
+        ("shared", 0, "learned"),
+    ],
+)  # fmt: skip
 def test_region_features_equal_the_trainers_embeddings(
-    tmp_path: Path, weights: RegionWeights, registers: int
+    tmp_path: Path, weights: RegionWeights, registers: int, start: RegionStart
 ) -> None:
-    encoder, model = exported(tmp_path, weights, registers)
+    encoder, model = exported(tmp_path, weights, registers, start)
     images = noise(3, 3, HEIGHT, WIDTH)
     with torch.no_grad():
         found = model(pixel_values=images).last_hidden_state

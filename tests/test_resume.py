@@ -98,8 +98,8 @@ OTHER_MODELS = {
     "model__heads": 2, "model__patch_size": 16, "model__registers": 2,
 }  # fmt: skip
 OTHER_RUNS = {
-    "model__region_layers": 1, "model__region_weights": "separate", "head__embedding_dim": 8,
-    "data__std": (0.5, 0.5, 0.5),
+    "model__region_layers": 1, "model__region_weights": "separate", "model__region_start": "learned",
+    "head__embedding_dim": 8, "data__std": (0.5, 0.5, 0.5),
 }  # fmt: skip
 """What --init takes, and resuming does not."""
 FREE_CHANGES = {"seed": 7, "data__window_shards": 3, "head__object__loss": "softmax", "train__steps": 3}

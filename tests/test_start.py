@@ -22,6 +22,7 @@ from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.export import ExportOptions, export_checkpoint, write_start
 from megaregion.models import RegionEncoder, initialise
+from megaregion.models.initialisation import initial_value
 
 SETTINGS = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -65,9 +66,9 @@ def weights(folder: Path) -> bytes:
 
 
 def test_there_and_back_and_there_again_is_bit_identical(tmp_path: Path) -> None:
-    for weights_of_regions in ("shared", "separate"):
-        here = tmp_path / weights_of_regions
-        write_run(here / "run", 2, dataclasses.replace(MODEL, region_weights=weights_of_regions))
+    for own in ({}, {"region_weights": "separate"}, {"region_start": "learned"}):
+        here = tmp_path / "-".join(["run", *own])
+        write_run(here / "run", 2, dataclasses.replace(MODEL, **own))
         for options in (ExportOptions(), ExportOptions(torch.bfloat16), ExportOptions(regions=True)):
             name = f"{options.dtype}-{options.regions}"
             export_checkpoint(here / "run", here / name / "one", options)
@@ -298,6 +299,27 @@ def test_registers_begin_untrained_where_there_were_none_and_only_there(tmp_path
         other = RegionEncoder(dataclasses.replace(MODEL, registers=ours), 8)
         with pytest.raises(UserError, match=f"need model.registers {theirs} and not {ours}; set them"):
             start.fill(other.vit)
+
+
+def test_a_query_of_region_tokens_is_taken_drawn_or_left_out_and_what_is_not_taken_is_told(
+    tmp_path: Path,
+) -> None:
+    learned = dataclasses.replace(MODEL, region_start="learned")
+    theirs = write_run(tmp_path / "learned", config=learned).vit.region_query
+    write_run(tmp_path / "class")
+    drawn = initial_value("vit.region_query", theirs.shape, learned, seed=5)
+    for source, expected, told in (
+        ("learned", theirs, []),
+        ("class", drawn, ["they have no learned query of region tokens: the run's begins untrained"]),
+    ):
+        model, start = RegionEncoder(learned, 8), open_pretrained(tmp_path / source)
+        initialise(model, 5)
+        start.fill(model.vit)
+        assert torch.equal(model.vit.region_query, expected)
+        assert start.advice(RunConfig(model=learned)) == told
+    start.fill(RegionEncoder(MODEL, 8).vit)
+    [left] = open_pretrained(tmp_path / "learned").advice(RunConfig(model=MODEL))
+    assert left == "their learned query of region tokens is left out: model.region_start is class"
 
 
 def _nothing() -> Pretrained:

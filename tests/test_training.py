@@ -29,6 +29,8 @@ TP4 = {"parallel__tensor": 4, "train__micro_batch": 8}
 ZERO3 = {"parallel__zero_stage": 3}
 DROPPED = {"model__drop_path": 0.5}
 REGISTERED = {"model__registers": 3}
+LEARNED = {"model__region_start": "learned"}
+TOKENS = {**REGISTERED, **LEARNED}
 MUON = {"optimizer__name": "muon"}
 TAUGHT = {"distill__teacher": "{0}/teacher", "distill__weight": 3.0}
 
@@ -131,7 +133,7 @@ def dense_run(config: RunConfig, steps: int) -> tuple[list[float], dict[str, tor
         {
             "params": [parameter],
             "weight_decay": settings.weight_decay if decays(name, parameter) else 0.0,
-            "rate": learning_rate_factor(name, config.model.depth, settings.layer_decay),
+            "rate": learning_rate_factor(name, config.model, settings.layer_decay),
         }
         for name, parameter in model.named_parameters()
     ]
@@ -207,8 +209,7 @@ def torch_muon(model: torch.nn.Module, config: RunConfig) -> Callable[[float], N
     from megaregion.models.vit import learning_rate_factor
 
     blocks = {name: p for name, p in model.named_parameters() if "blocks." in name and p.dim() == 2}
-    depth, decay = config.model.depth, config.optimizer.layer_decay
-    weights, groups = list(blocks.values()), []
+    weights, groups, decay = list(blocks.values()), [], config.optimizer.layer_decay
 
     def parts(weight: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys and values of a fused weight, whose rows are laid out by heads."""
@@ -218,7 +219,7 @@ def torch_muon(model: torch.nn.Module, config: RunConfig) -> Callable[[float], N
 
     for name, weight in blocks.items():
         matrices = [torch.nn.Parameter(p.detach().flatten(0, -2).clone()) for p in parts(weight)]
-        groups.append({"params": matrices, "rate": learning_rate_factor(name, depth, decay)})
+        groups.append({"params": matrices, "rate": learning_rate_factor(name, config.model, decay)})
     muon = torch.optim.Muon(
         groups, weight_decay=config.optimizer.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
@@ -269,19 +270,19 @@ VARIANTS = {
     "recompute-tp2-zero3": {**TP2, **ZERO3, "train__recompute": True, **DROPPED, **TAUGHT},
     # Sequences that the ranks do not divide.
     "native-tp4": {**TP4, "data__packing": "native", "data__crop_ratio": (0.3, 3.0), **DROPPED, **REGISTERED},
-    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED, **REGISTERED},
+    "cheap-tp2": {**TP2, "train__activation_gib": 1e-4, **DROPPED, **TOKENS},
     "stages": {"stages": STAGES, "train__steps": 3, **DROPPED},
-    "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2, **TAUGHT},
+    "stages-zero2": {"stages": STAGES, "train__steps": 3, "parallel__zero_stage": 2, **TAUGHT, **LEARNED},
     "stages-tp2-zero3": {**TP2, **ZERO3, "stages": STAGES_TP2, "train__steps": 3},
     "within-memory": {"train__activation_gib": 1e-4},
     "layers": {"optimizer__layer_decay": 0.5},
-    "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5, **REGISTERED},
+    "layers-tp2-zero3": {**TP2, **ZERO3, "optimizer__layer_decay": 0.5, **TOKENS},
     "muon-zero0": {**MUON, "parallel__zero_stage": 0},
     "muon-layers-zero2": {**MUON, "parallel__zero_stage": 2, "optimizer__layer_decay": 0.5},
-    "muon-tp2": {**MUON, **TP2},
+    "muon-tp2": {**MUON, **TP2, **LEARNED},
     # A teacher's images that the ranks do not divide.
     "muon-tp2-zero0": {**MUON, **TP2, "parallel__zero_stage": 0, **TAUGHT, "train__micro_batch": 1},
-    "muon-tp4-separate": {**MUON, **TP4, "model__region_weights": "separate", **TAUGHT},
+    "muon-tp4-separate": {**MUON, **TP4, "model__region_weights": "separate", **TAUGHT, **LEARNED},
     "workers": {"data__workers": 2, "train__micro_batch": 4},
     # Two spaces of object classes in one, and several positives of an object.
     "two-datasets": {"data__path": TWO, "data__max_object_labels": 6, "train__steps": 3},
@@ -303,7 +304,7 @@ NATIVE_STAGES = {
     "data__crop_ratio": (0.3, 3.0),
     "stages": (StageConfig(48, 16, micro_batch=1), StageConfig(24, 48)),
     **DROPPED,
-    **REGISTERED,
+    **TOKENS,
 }
 
 WHOLE = {
@@ -318,7 +319,7 @@ WHOLE = {
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
     "stages-native": NATIVE_STAGES,
-    "sampled-two-datasets": {"data__path": TWO, **DROPPED, **REGISTERED},
+    "sampled-two-datasets": {"data__path": TWO, **DROPPED, **TOKENS},
 }
 
 CONTINUED = {
@@ -332,7 +333,7 @@ CONTINUED = {
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
-    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO, **DROPPED, **REGISTERED}),
+    "two-datasets-to-tp2": ("sampled-two-datasets", {**TP2, "data__path": TWO, **DROPPED, **TOKENS}),
     "tp4-zero1-to-tp2-zero0": ("sampled-tp4", {**TP2, "parallel__zero_stage": 0}),
 }
 
@@ -340,7 +341,7 @@ CONTINUED = {
 COMPILED = {
     # A block that runs again, and cheap ones; tokens cut over the ranks, and whole on each.
     "compiled-tp2": {**TP2, "train__compile": True, "train__activation_gib": 8e-5, **DROPPED, **REGISTERED},
-    "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False, **TAUGHT},
+    "compiled-tp2-whole-tokens": {**TP2, "train__compile": True, "parallel__sequence": False, **LEARNED},
 }
 
 

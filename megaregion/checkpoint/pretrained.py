@@ -65,14 +65,14 @@ class Pretrained:
         """Put the weights into a transformer, whole on this rank; its image size may be another.
 
         Region tokens' own weights become copies of the blocks' where there are none yet, as in a new run;
-        registers stay as they were drawn where there were none.
+        registers and the query of region tokens stay as they were drawn where there were none.
 
         Raises:
             UserError: The transformer's settings are others.
         """
         theirs, ours = self.model, vit.config
-        fresh = ours.registers > theirs.registers == 0
-        if fresh:
+        drawn = self._drawn(ours)
+        if REGISTERS in drawn:
             ours = replace(ours, registers=0)
         other = [key for key in FUNCTION if getattr(theirs, key) != getattr(ours, key)]
         if other:
@@ -84,19 +84,29 @@ class Pretrained:
                 "that tools/convert_checkpoint.py from-hf writes as a last --config"
             )
         for name, parameter in vit.named_parameters():
-            if not (fresh and name == REGISTERS):
+            if name not in drawn:
                 parameter.copy_(self.read(self._source_of(name)))
 
     def advice(self, config: RunConfig) -> list[str]:
         """What a user who begins a run with these weights should know."""
-        found = list(self.notices)
-        if config.model.registers > self.model.registers == 0:
-            found.append(f"they have no registers: the run's {config.model.registers} begin untrained")
+        lacking = self._drawn(config.model).values()
+        found = [*self.notices, *(f"they have no {told}" for told in lacking)]
+        if self.model.region_start == "learned" != config.model.region_start:
+            found.append("their learned query of region tokens is left out: model.region_start is class")
         if (self.data.mean, self.data.std) != (config.data.mean, config.data.std):
             found.append(
                 f"they saw images normalised by data.mean {list(self.data.mean)} and data.std "
                 f"{list(self.data.std)}, this run has others"
             )
+        return found
+
+    def _drawn(self, ours: ModelConfig) -> dict[str, str]:
+        """Parameters that the weights lack and a run keeps as they were drawn, each with what is told."""
+        found = {}
+        if ours.registers > self.model.registers == 0:
+            found[REGISTERS] = f"registers: the run's {ours.registers} begin untrained"
+        if ours.region_start == "learned" != self.model.region_start:
+            found[QUERY] = "learned query of region tokens: the run's begins untrained"
         return found
 
     def _source_of(self, name: str) -> str:
@@ -139,6 +149,8 @@ INDEX = "model.safetensors.index.json"
 """Says which of several files holds which tensor."""
 REGISTERS = "register_tokens"
 """Name of the parameter of VisionTransformer that holds registers."""
+QUERY = "region_query"
+"""Name of the parameter of VisionTransformer that region tokens may begin as, and its key in folders."""
 PROJECTION = "projection.weight"
 """Key of the projection in folders with the region class; ours is called the same."""
 
@@ -170,7 +182,8 @@ class EncoderFolder:
         if not isinstance(vision, dict):
             raise UserError(f"{folder}/config.json: vision_config must be an object, got {shown(vision)}")
         self.model = _model(folder, vision)
-        self.of_regions = tuple(key for key in ("region_layers", "region_weights") if key in vision)
+        kinds = ("region_layers", "region_weights", "region_start")
+        self.of_regions = tuple(key for key in kinds if key in vision)
         """Settings of region tokens that the folder says, as one with the region class does."""
         self.data = _data(folder, vision)
         self._places = _places(folder)
@@ -256,7 +269,7 @@ _OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_
 
 _ENCODER = (
     "class_pos_emb", "embeddings.class_embedding", "embeddings.patch_embedding.", "pre_layrnorm.",
-    "encoder.layers.", "post_layernorm.", REGION, f"embeddings.{REGISTERS}",
+    "encoder.layers.", "post_layernorm.", REGION, f"embeddings.{REGISTERS}", QUERY,
 )  # fmt: skip
 
 
@@ -329,6 +342,7 @@ def _model(folder: Path, settings: dict[str, Any]) -> ModelConfig:
             "region_layers", min(settings["num_hidden_layers"], ModelConfig.region_layers)
         ),
         "region_weights": settings.get("region_weights", "shared"),
+        "region_start": settings.get("region_start", "class"),
         "registers": settings.get("num_register_tokens", 0),
     }
     try:
@@ -406,6 +420,7 @@ _WHOLE = {
     "class_pos_emb": "class_pos_emb",
     "class_embedding": "embeddings.class_embedding",
     REGISTERS: f"embeddings.{REGISTERS}",
+    QUERY: QUERY,
     "patch_embedding": "embeddings.patch_embedding",
     "pre_norm": "pre_layrnorm",  # The misspelling is theirs, and part of the format.
     "post_norm": "post_layernorm",

@@ -26,7 +26,7 @@ from megaregion.checkpoint.format import (
     unfinished_folder,
     write_pieces,
 )
-from megaregion.checkpoint.pretrained import FUNCTION, PROJECTION, EncoderFolder, Pretrained
+from megaregion.checkpoint.pretrained import FUNCTION, PROJECTION, QUERY, EncoderFolder, Pretrained
 from megaregion.checkpoint.reader import (
     CheckpointReader,
     DamagedCheckpoint,
@@ -62,7 +62,7 @@ class ExportOptions:
     layout: str = "mlcd"
     """Whose names and settings: a key of ``LAYOUTS``."""
     regions: bool = False
-    """Add the projection, region tokens' own weights and the class with ``get_region_features``."""
+    """Add the projection, region tokens' own weights or query and the class with ``get_region_features``."""
     license: str = "unknown"
     """The hub's identifier of the weights' licence, for the card."""
     shard_bytes: int = 5 * 10**9
@@ -95,7 +95,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions | None
         OUT/model.safetensors  config.json  preprocessor_config.json  README.md
 
     OUT, which is absent or empty, appears complete or not at all. The heads stay behind, and so do the
-    projection and region tokens' own weights unless ``regions`` asks for them.
+    projection and region tokens' own weights and query unless ``regions`` asks for them.
 
     Raises:
         UserError: There is no whole checkpoint, the format cannot hold it, or out is taken or cannot be
@@ -165,7 +165,7 @@ def _names(reader: CheckpointReader, config: RunConfig, regions: bool) -> list[s
         model = RegionEncoder(config.model, config.head.embedding_dim)
     names = []
     for name, parameter in model.named_parameters():
-        of_regions = ".region." in name or name == PROJECTION
+        of_regions = ".region." in name or name in (PROJECTION, f"vit.{QUERY}")
         # A starting checkpoint has no projection of its own; its regions are given without.
         if (of_regions and not regions) or (of_regions and ENCODER + name not in reader.names()):
             continue

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaregion.checkpoint.pretrained import PREFIX, PROJECTION, REGION, mlcd_tensors
+from megaregion.checkpoint.pretrained import PREFIX, PROJECTION, QUERY, REGION, mlcd_tensors
 from megaregion.config import DataConfig, ModelConfig, RunConfig
 from megaregion.errors import UserError
 from megaregion.files import read_json
@@ -126,6 +126,8 @@ def region_config(run: RunConfig, projected: bool) -> dict[str, Any]:
         names = {"AutoConfig": "RegisterVisionConfig", "AutoModel": "RegisterVisionModel"}
         own = {"model_type": "megaregion_vit", "num_register_tokens": run.model.registers}
         own["architectures"] = [names["AutoModel"]]
+    if run.model.region_start == "learned":
+        own["region_start"] = "learned"
     return own | {
         "auto_map": {auto: f"{REGION_CODE.stem}.{name}" for auto, name in names.items()},
         "region_layers": run.model.region_layers,
@@ -140,7 +142,7 @@ def _mlcd_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tu
         yield name, tensor
         return
     for key, value in mlcd_tensors(name.removeprefix("vit."), tensor, config):
-        yield (key if key.startswith(REGION) else PREFIX + key), value
+        yield (key if key.startswith((REGION, QUERY)) else PREFIX + key), value
 
 
 def _llava_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

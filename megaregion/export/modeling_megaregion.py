@@ -1,8 +1,9 @@
 """A vision encoder with features of regions: AutoModel.from_pretrained(folder, trust_remote_code=True).
 
-A region token is a class token that sees only its region. It starts as a copy of the class token's state,
-goes through the last ``region_layers`` blocks, and reads the keys and values of its own patches; the image is
-encoded once for all its regions. This file needs torch and transformers (4.57 or 5) and nothing else.
+A region token is a class token that sees only its region. It starts as a copy of the class token's state, or
+as a learned query, goes through the last ``region_layers`` blocks, and reads the keys and values of its own
+patches; the image is encoded once for all its regions. This file needs torch and transformers (4.57 or 5) and
+nothing else.
 
 Shapes: B images of H x W pixels, P = rows * columns patches (row by row), K registers, N regions of one
 image, M the most of any image, D width, E width of the projection, d head width.
@@ -43,6 +44,8 @@ class RegionVisionModel(MLCDVisionModel):
         own = getattr(config, "region_weights", "shared") == "separate"
         layers = [MLCDEncoderLayer(config) for _ in range(config.region_layers)] if own else []
         self.region_layers = nn.ModuleList(layers)
+        learned = getattr(config, "region_start", "class") == "learned"
+        self.region_query = nn.Parameter(torch.randn(config.hidden_size)) if learned else None
         width = getattr(config, "region_dim", None)
         self.projection = nn.Linear(config.hidden_size, width, bias=False) if width else None
         self._registers = getattr(config, "num_register_tokens", 0)
@@ -205,7 +208,8 @@ class RegionVisionModel(MLCDVisionModel):
         states = states[-count - 1 :]
         seen = F.pad(visible, (1 + self._registers, 0))[:, None]
         angles = self._angles(rows, columns, states[0].device)
-        tokens = states[0][:, :1].expand(-1, visible.shape[1], -1)
+        first, query = states[0][:, :1], self.region_query
+        tokens = (first if query is None else query.expand_as(first)).expand(-1, visible.shape[1], -1)
         # Own weights read what the block has written.
         own = bool(len(self.region_layers))
         layers = self.region_layers if own else self._body.encoder.layers[-count:]

@@ -121,6 +121,11 @@ class Rotation(NamedTuple):
         """Images of the batch."""
         return self.sequences if self.packing is None else len(self.packing.lengths)
 
+    def class_tokens(self, image: Tensor) -> Tensor:
+        """Each image's class token, [images, 1, D], from all tokens, [B, T, D]."""
+        packing = self.packing
+        return image[:, :1] if packing is None else image[0].index_select(0, packing.starts)[:, None]
+
     def of_class_tokens(self, count: int) -> Rotation:
         """The angles of so many class tokens, each the only token of a sequence of its own."""
         return Rotation(self.class_angle, self.cos[:1], self.sin[:1], count)

@@ -1,9 +1,9 @@
 """The encoder: one token a patch, a class token, and region tokens that ride along.
 
 Without regions it is transformers' ``MLCDVisionModel``. A region token is a class token that sees only
-its region: it starts as a copy of the class token's state, goes through the last ``region_layers`` blocks
-with the class token's angle, and reads the keys and values of its own patches. Image tokens never see
-region tokens, so patch features are the same, bit for bit, with and without regions.
+its region: it starts as a copy of the class token's state, or as a learned query, goes through the last
+``region_layers`` blocks with the class token's angle, and reads the keys and values of its own patches. Image
+tokens never see region tokens, so patch features are the same, bit for bit, with and without regions.
 
 The modules know no rank. Inside the blocks tokens are rows of a matrix: all B T image tokens or all B N
 region tokens, or this rank's part of them where sequence parallelism puts another ``Stream`` in. Where tensor
@@ -280,6 +280,8 @@ class VisionTransformer(nn.Module):
         self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))
         registers = torch.empty(config.registers, config.width)
         self.register_tokens = nn.Parameter(registers) if config.registers else None
+        learned = config.region_start == "learned"
+        self.region_query = nn.Parameter(torch.empty(config.width)) if learned else None
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         separate = config.region_weights == "separate"
         self.blocks = nn.ModuleList(
@@ -331,8 +333,12 @@ class VisionTransformer(nn.Module):
         leaves = self._by_rows(kept, angles, tokens, 0 if visible is None else visible.shape[-2])
         for index, block in enumerate(self.blocks):
             if visible is not None and index == self.first_region_block:
-                classes = _class_tokens(self.stream.gather(image, sequences, tokens), angles.packing)
-                regions = self.stream.scatter(classes.expand(-1, visible.shape[-2], -1))
+                first: Tensor | None = self.region_query
+                if first is None:
+                    first = angles.class_tokens(self.stream.gather(image, sequences, tokens))
+                # Copies: kernels walk along rows, and ZeRO 3 takes a parameter's data away before backward.
+                regions = first.expand(angles.images, visible.shape[-2], -1).contiguous()
+                regions = self.stream.scatter(regions)
             image_ends = regions_only and visible is not None and index == last
             inputs = (image, regions, angles, mask, image_ends, leaves[index])
             if self._recompute[index] == "full" and torch.is_grad_enabled():
@@ -381,19 +387,13 @@ class VisionTransformer(nn.Module):
         return features
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        patch = self.config.patch_size
+        (height, width), patch = images.shape[-2:], self.config.patch_size
         if height % patch or width % patch or not height or not width:
             raise UserError(
                 f"image height and width must be multiples of model.patch_size {patch}, got {height} x "
                 f"{width}; use {max(1, height // patch) * patch} x {max(1, width // patch) * patch}"
             )
         return height // patch, width // patch
-
-
-def _class_tokens(image: Tensor, packing: Packing | None) -> Tensor:
-    """Each image's class token, [images, 1, D], from [B, T, D] or [1, S, D]."""
-    return image[:, :1] if packing is None else image[0].index_select(0, packing.starts)[:, None]
 
 
 def _mask(visible: Tensor, image: Tensor, packing: Packing | None, leading: int = 1) -> Tensor:
@@ -456,15 +456,16 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and not name.endswith(("class_pos_emb", "register_tokens"))
 
 
-def learning_rate_factor(name: str, depth: int, decay: float) -> float:
+def learning_rate_factor(name: str, config: ModelConfig, decay: float) -> float:
     """Factor of a parameter's learning rate: ``decay`` to the number of blocks above it.
 
     What comes before the blocks counts as one more below them; norms and projections behind them have 1.
     """
     before, _, rest = name.partition("blocks.")
+    above = config.region_layers if before.endswith("region_query") else config.depth
     if rest:
-        return float(decay ** (depth - 1 - int(rest.partition(".")[0])))
-    return 1.0 if before.startswith(("projection", "to_teacher", "vit.post_norm")) else float(decay**depth)
+        above = config.depth - 1 - int(rest.partition(".")[0])
+    return 1.0 if before.startswith(("projection", "to_teacher", "vit.post_norm")) else float(decay**above)
 
 
 Cut = Literal["column", "row"]

@@ -107,6 +107,7 @@ def body_parameters(
     vectors = [*[width] * 6, 3 * width // tensor, mlp // tensor]
     matrices = block_matrices(model) // tensor
     alone = [width, model.head_dim // 2, *[width] * 4, model.registers * width]
+    alone += [width] if model.region_start == "learned" else []
     taught = [width * teacher_width, teacher_width]
     outside = 3 * model.patch_size**2 * width + sum(alone) + width * embedding_dim + sum(taught)
     small = [size for size in alone + taught + blocks * vectors if size <= 10_000]

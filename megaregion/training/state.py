@@ -54,7 +54,7 @@ MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
 
 FIXED = {
-    "model": (*FUNCTION, "region_layers", "region_weights"),
+    "model": (*FUNCTION, "region_layers", "region_weights", "region_start"),
     "data": ("mean", "std"),
     "head": ("embedding_dim",),
     "optimizer": ("name",),

@@ -128,7 +128,7 @@ class Trainer:
         model.to(self.topology.device)
         return ZeroEngine(
             model, placements, config, self.topology, decays, lambda: self.clock.span("communication"),
-            lambda name: learning_rate_factor(name, config.model.depth, config.optimizer.layer_decay),
+            lambda name: learning_rate_factor(name, config.model, config.optimizer.layer_decay),
             lambda name: matrices(name, config.model),
         )  # fmt: skip
 
