@@ -87,7 +87,17 @@ def test_the_interval_of_three_values_is_students() -> None:
 def test_arms_of_the_same_settings_share_their_runs(tmp_path: Path) -> None:
     config = Path(study.__file__).parents[1] / "configs" / "study.yaml"
     arms = {arm.name: arm for trend in study.TRENDS.values() for arm in trend.arms}
-    alike = ("objects", "K = 256", "rho = 1.0", "softmax, m = 0.0", "2 layers", "shared", "box", "1 label")
+    alike = (
+        "objects",
+        "K = 256",
+        "rho = 1.0",
+        "softmax, m = 0.0",
+        "2 layers",
+        "shared",
+        "class token",
+        "box",
+        "1 label",
+    )
     folders = {study.Task(arms[name], 0, tmp_path, config, "", 1, None).folder for name in alike}
     assert len(folders) == 1
     others = {study.Task(arm, 0, tmp_path, config, "", 1, None).folder for arm in arms.values()}

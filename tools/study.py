@@ -189,6 +189,11 @@ TRENDS = {
         tuple(Arm(kind, flags=f"--model.region_weights {kind}") for kind in ("shared", "separate")),
         told="The paper does not say.",
     ),
+    "start": Trend(
+        "First state of region tokens",
+        (Arm("class token"), Arm("learned query", flags="--model.region_start learned")),
+        told="The paper does not say. A learned query leaves the class token, and so images, without a loss.",
+    ),
     "kinds": Trend(
         "Objects and text",
         (
@@ -217,7 +222,8 @@ TRENDS = {
         told="The paper takes the nearest cluster alone; MLCD takes eight of an image.",
     ),
 }
-"""What the study compares. A learned first query is not here: region tokens begin as the class token."""
+"""What the study compares."""
+
 # ---- the material ----------------------------------------------------------------------------------
 
 
@@ -328,9 +334,8 @@ class Task:
         parser = Parser()
         parser.add_settings_files()
         parser.add_settings(RunConfig())
-        return changed_settings(
-            parser.parse_args(self.arm.flags.split()), read_file(RunConfig(), self.config)
-        )
+        flags = parser.parse_args(self.arm.flags.split())
+        return changed_settings(flags, read_file(RunConfig(), self.config))
 
 
 def train_and_measure(task: Task) -> dict[str, dict[str, float]]:
@@ -366,8 +371,7 @@ def compute_of(task: Task) -> float:
     from megaregion.models.costs import encoder_flops
 
     config = task.settings
-    flops = encoder_flops(config.model, config.data.regions_per_image, config.head.embedding_dim)
-    return flops.training
+    return encoder_flops(config.model, config.data.regions_per_image, config.head.embedding_dim).training
 
 
 # ---- the verdicts ----------------------------------------------------------------------------------
@@ -415,10 +419,8 @@ def judged(trend: Trend, found: Found) -> list[dict[str, Any]]:
     """The claims of a trend with their verdicts."""
     lines = []
     for claim in trend.claims:
-        better, than = (found[arm] for arm in (claim.better, claim.than))
-        said, difference = verdict(
-            *([each["trained"][claim.measure] for each in side] for side in (better, than))
-        )
+        sides = (found[arm] for arm in (claim.better, claim.than))
+        said, difference = verdict(*([each["trained"][claim.measure] for each in side] for side in sides))
         lines.append({**asdict(claim), "verdict": said, "difference": asdict(difference)})
     return lines
 
@@ -444,8 +446,7 @@ def main() -> None:
     counts = ["--train", arguments.train_scenes, "--test", arguments.test_scenes]
     call(["tools/make_scenes.py", "--out", out / "scenes", *counts, "--workers", arguments.workers])
     images = sort_images(out / "scenes", out / "images")
-    wanted = dict.fromkeys(arm.labels for key in chosen for arm in TRENDS[key].arms)
-    for name in wanted:
+    for name in dict.fromkeys(arm.labels for key in chosen for arm in TRENDS[key].arms):
         curate(out, name, ["--workers", str(arguments.workers), *arguments.curation.split()])
     # Seed by seed, so that a study that is ended early has something of every arm.
     tasks = [
