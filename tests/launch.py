@@ -249,6 +249,9 @@ def _be_child(words: list[str], given: dict[str, Any]) -> NoReturn:
     if given["env"] is not None:
         os.environ.clear()
         os.environ.update(given["env"])
+    if os.environ.get("MASTER_ADDR") == "localhost":
+        # Names are looked up under a lock of libc, which another thread may have held when this one forked.
+        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     subprocess.Popen = POPEN
     # What the parent tidies up at its end is none of its child's.
     weakref.finalize._registry.clear()
