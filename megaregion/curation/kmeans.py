@@ -37,8 +37,8 @@ TILE = {"cpu": (1024, 2048), "cuda": (16_384, 32_768)}
 GRAIN = 256
 """Numbers of rows in a product on a processor are multiples of it, or a power of 2 below."""
 MANY, BLOCK, GROUP, GROUPED = 2048, 16_384, 64, 2**18
-"""Products of 8-bit integers: from so many centers for each wanted one; vectors at once; centers of a group,
-and more where there are more centers than so many."""
+"""8-bit products: least number of centers for each that is wanted; most vectors of a block; centers of a
+group, whose size is doubled, tripled and so on with each further so many centers."""
 LADDER = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float16, torch.float32, torch.float64)}
 """Precisions of the products, rising."""
 ROUNDING = {torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -93,8 +93,8 @@ def scan(vectors: Tensor, centers: Tensor, but: Tensor | None = None) -> Nearest
         return Nearest(*scan_on_gpu(vectors, centers, but))
     barred = None if but is None else but.view(len(vectors), -1)
     least = 2 + (0 if barred is None else barred.shape[1])
-    on_cpu = vectors.device.type == "cpu" and vectors.dtype == torch.float32
-    coded = Coded(centers) if on_cpu and multiplies_bytes() and len(centers) >= MANY * least else None
+    first = vectors.device.type == "cpu" and vectors.dtype == LADDER["cpu"][0]
+    coded = Coded(centers) if first and multiplies_bytes() and len(centers) >= MANY * least else None
     height = coded.height(len(vectors)) if coded else TILE[vectors.device.type][0]
     found = Nearest(
         torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device),
