@@ -155,6 +155,16 @@ _work: Callable[[Any], Any] | None = None
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A parent that was killed says no goodbye, and its workers would do what is left beside its next start.
+    import multiprocessing
+
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(task: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,20 @@ def test_command_makes_scenes_of_own_folders_and_skips_the_second_time(own: Path
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "--force" in refused.stderr
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    program = "import time; from megaregion.errors import spread; list(spread(time.sleep, [600, 600], 2))"
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    # Two workers, and the process that tidies up what they share.
+    while len(made := Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()) < 3:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(Path("/proc", each).exists() for each in made):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_reading_a_cutout_trims_what_is_transparent(own: Path) -> None:
