@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -231,9 +232,12 @@ def test_ranks_look_at_their_machines_and_then_train_or_stop(tmp_path: Path) -> 
     ]  # fmt: skip
     assert (tmp_path / "first" / "run" / "metrics.jsonl").exists()
 
-    done = start(tmp_path / "mistake", [whole, whole, other, other], "--preflight=first")
+    teacher = f"--distill.teacher={tmp_path}"
+    done = start(tmp_path / "mistake", [whole, whole, other, other], "--preflight=first", teacher)
     assert [process.returncode for process in done] == [USER_ERROR_EXIT] * 4
-    assert "preflight: n1: " in done[0].stderr
+    assert re.search(r"preflight: n1: .*\.tar", done[0].stderr)
+    for host in ("n0", "n1"):
+        assert f"preflight: {host}: distill.teacher {tmp_path} cannot be read (" in done[0].stderr
     assert not (tmp_path / "mistake").exists(), "nothing is written before the machines are known"
 
     done = start(tmp_path / "unfit", [whole] * 2, "--preflight=only", "--machines.inside_gbytes=1e6")

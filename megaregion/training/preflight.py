@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megaregion.config import DataConfig, MachinesConfig, RunConfig
 from megaregion.data.shards import Datasets, open_datasets
 from megaregion.errors import UNFIT_EXIT, USER_ERROR_EXIT, UserError
+from megaregion.models import foreign
 from megaregion.models.vit import RegionEncoder
 from megaregion.parallel.topology import Group, Topology, all_gather_strings, host_group, host_name
 from megaregion.schemas.evaluation import aligned
@@ -69,6 +70,8 @@ class Findings:
     """Why the dataset cannot be read."""
     refusal: str = ""
     """Why a file as large as this rank's part of a checkpoint cannot be written and read there."""
+    teacher: str = ""
+    """Why this host cannot read what its teacher is."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         dataset=dataset, complaint=complaint, free=shutil.disk_usage(folder).free,
         refusal=try_to_save(folder, checkpoint_bytes(config) // topology.world_size),
         cores=_own_cores(), host_cores=os.cpu_count() or 1,
+        teacher=_look_at(config.distill.teacher) if hosts.index(hosts[topology.rank]) == topology.rank else "",
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     dist.destroy_process_group(inside)  # Or NCCL would keep memory for it as long as the run lasts.
@@ -125,8 +129,9 @@ def judge(findings: Sequence[Findings], wanted: MachinesConfig, checkpoint_bytes
         return ", ".join(f"{name} {version}" for name, version in one.versions.items())
 
     mistakes = _differ(findings, "versions", versions, "install requirements.txt there")
-    mistakes += list(dict.fromkeys(f"{one.host}: {one.complaint}" for one in findings if one.complaint))
-    mistakes += list(dict.fromkeys(f"{one.host}: {one.refusal}" for one in findings if one.refusal))
+    for key in ("complaint", "refusal", "teacher"):
+        told = (f"{one.host}: {getattr(one, key)}" for one in findings if getattr(one, key))
+        mistakes += list(dict.fromkeys(told))
     readable = [one for one in findings if not one.complaint]
     mistakes += _differ(readable, "dataset", lambda one: one.dataset[:12], "copy it there again")
     need = wanted.free_checkpoints * checkpoint_bytes
@@ -227,6 +232,16 @@ def _bus_bandwidth(group: Group, floats: int, device: torch.device) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * (ranks - 1) / ranks * payload.numel() * 4 / best / 1e9
+
+
+def _look_at(teacher: str) -> str:
+    """Why a teacher's settings cannot be read, without its weights; empty where there is none."""
+    try:
+        if teacher:
+            foreign.skeleton(teacher)
+    except (OSError, ValueError, KeyError) as error:
+        return f"distill.teacher {teacher} cannot be read ({str(error).strip().splitlines()[0]})"
+    return ""
 
 
 def open_dataset(data: DataConfig, topology: Topology, hosts: list[str]) -> Datasets:
