@@ -61,8 +61,10 @@ def test_a_run_is_starting_running_stalled_stopped_or_finished(folder: Path, tmp
     assert [state(run, silent) for silent in (61, 601)] == ["starting", "stalled"]
     append(folder / "events.jsonl", event("ready", 95, step=20))
     assert state(run) == "running"
+    append(folder / "events.jsonl", event("end", 120, step=40))
     (folder / "DONE").touch()
     assert state(run) == "finished"
+    assert run.facts(NOW)["step"] == "40 of 40", "it ended between two lines of its metrics"
     assert Run(tmp_path / "none").read().status(NOW)[0] == "absent"
 
 

@@ -426,13 +426,13 @@ def judged(trend: Trend, found: Found) -> list[dict[str, Any]]:
 
 
 def lines_of(claims: Sequence[Mapping[str, Any]]) -> str:
-    """Claims as a table of Markdown."""
+    """Claims as a table of Markdown; empty without any."""
     rows = ["| trend | by | the paper | difference, points | verdict |", "|---|---|---|---:|---|"]
     for each in claims:
         shown = Estimate(**each["difference"])
         trend, by = f"{each['better']} over {each['than']}", COLUMNS[each["measure"]]
         rows.append(f"| {trend} | {by} | {each['paper']} | {shown} | {each['verdict']} |")
-    return "\n".join(rows)
+    return "\n".join(rows) if claims else ""
 
 
 # ---- the command -----------------------------------------------------------------------------------

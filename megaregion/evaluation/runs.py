@@ -167,7 +167,10 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that it logged; 0 before the first."""
+        """The step that it ended after, or else the last that it logged; 0 before the first."""
+        for event in self.events[-1:]:
+            if event["event"] in ("stop", "end") and type(event.get("step")) is int:
+                return int(event["step"])
         return int(self.metrics.steps[-1]) if len(self.metrics.steps) else 0
 
     def whole(self, key: str) -> int:
