@@ -47,8 +47,9 @@ def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Name and command of every step, in order."""
     scenes, curated, goal = arguments.data / "scenes", arguments.data / "curated", arguments.run
     counts = ["--train", str(arguments.train_scenes), "--test", str(arguments.test_scenes)]
-    # Few regions, but most of them objects: the score's first six are right in most cases, the next are not.
-    keep = ["--max-regions", "6", "--min-objectness", "0.1", "--vocab", "384"]
+    # Many regions, though a fifth of them are objects: parts and scenery teach what an object looks like, too.
+    keep = ["--max-regions", "16", "--min-objectness", "0.05", "--vocab", "384"]
+    keep += ["--clusters", "512", "--labels-per-region", "3"]
     train = [
         "tools/pretrain.py", "--config", arguments.config, "--data.path", str(curated / "shards"),
         "--output", str(goal.parent), "--name", goal.name, "--resume", "auto",
