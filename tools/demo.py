@@ -47,7 +47,7 @@ def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Name and command of every step, in order."""
     scenes, curated, goal = arguments.data / "scenes", arguments.data / "curated", arguments.run
     counts = ["--train", str(arguments.train_scenes), "--test", str(arguments.test_scenes)]
-    # Many regions, though a fifth of them are objects: parts and scenery teach what an object looks like, too.
+    # Many regions, though a fifth of them are objects: parts and scenery teach what one looks like, too.
     keep = ["--max-regions", "16", "--min-objectness", "0.05", "--vocab", "384"]
     keep += ["--clusters", "512", "--labels-per-region", "3"]
     train = [

@@ -115,7 +115,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         dataset=dataset, complaint=complaint, free=shutil.disk_usage(folder).free,
         refusal=try_to_save(folder, checkpoint_bytes(config) // topology.world_size),
         cores=_own_cores(), host_cores=os.cpu_count() or 1,
-        teacher=_look_at(config.distill.teacher) if hosts.index(hosts[topology.rank]) == topology.rank else "",
+        teacher=_look_at(config.distill.teacher),
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     dist.destroy_process_group(inside)  # Or NCCL would keep memory for it as long as the run lasts.
