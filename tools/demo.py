@@ -118,7 +118,7 @@ def _parser() -> Parser:
     add("--config", Text("FILE"), "configs/demo.yaml", "settings of the training run")
     add("--train-scenes", PositiveInt, 3000, "scenes to curate and train on")
     add("--test-scenes", PositiveInt, 300, "held-out scenes of unseen cut-outs")
-    add("--first-steps", Steps, 60, "steps on 4 ranks (2 tensor x 2 data), before those on 2 data ranks")
+    add("--first-steps", Steps, 30, "steps on 4 ranks (2 tensor x 2 data), before those on 2 data ranks")
     # Below 0 any outcome is welcome.
     add("--gate", Real(-1, 1, "SHARE"), 0.10, "least gain in region 5-NN over the untrained encoder")
     return parser
