@@ -308,6 +308,7 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", program])
     # Two workers, and the process that tidies up what they share.
     while len(made := Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()) < 3:
+        assert parent.poll() is None
         time.sleep(0.05)
     parent.kill()
     parent.wait()

@@ -104,6 +104,10 @@ def test_arms_of_the_same_settings_share_their_runs(tmp_path: Path) -> None:
     assert len(others) == len(arms) - len(alike) + 1
 
 
+def test_trends_without_a_claim_leave_no_empty_table() -> None:
+    assert study.lines_of([]) == ""
+
+
 def test_every_arm_has_labels_and_settings_that_a_run_takes(tmp_path: Path) -> None:
     config = Path(study.__file__).parents[1] / "configs" / "study.yaml"
     for trend in study.TRENDS.values():

@@ -156,7 +156,7 @@ def _parser() -> Parser:
         "profile these steps, as 10 (three from there) or 10:20, into the run's folder: profile/ gets "
         "a trace for Chrome or TensorBoard and a memory snapshot of every rank")  # fmt: skip
     add("--preflight", Choice(("only", "first")), None,
-        "look at the machines (versions, devices, bandwidth, dataset, disk, clocks) and leave, or "
+        "look at the machines (versions, devices, bandwidth, dataset, teacher, disk, clocks) and leave, or "
         "train if they are fit (first); exit code 88 if a host is unfit, 2 for what a person must mend",
         nargs="?", const="only")  # fmt: skip
     add("--fit-nodes", NODES, None, "only check the settings and print the most nodes, N or fewer, that keep "

@@ -71,7 +71,7 @@ class Findings:
     refusal: str = ""
     """Why a file as large as this rank's part of a checkpoint cannot be written and read there."""
     teacher: str = ""
-    """Why this host cannot read what its teacher is."""
+    """Why the run's teacher cannot be read on this host, by its first rank."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
     """Every rank's findings, in rank order; a collective."""
     hosts = all_gather_strings(host_name(), topology)
     inside = host_group(hosts, topology)
+    first = hosts.index(hosts[topology.rank]) == topology.rank
     floats = 1 << (24 if topology.device.type == "cuda" else 20)
     seconds, exact = _multiply(topology.device)
     folder = _existing(Path(config.output) / config.name / "checkpoints")
@@ -115,7 +116,7 @@ def examine(config: RunConfig, topology: Topology) -> list[Findings]:
         dataset=dataset, complaint=complaint, free=shutil.disk_usage(folder).free,
         refusal=try_to_save(folder, checkpoint_bytes(config) // topology.world_size),
         cores=_own_cores(), host_cores=os.cpu_count() or 1,
-        teacher=_look_at(config.distill.teacher),
+        teacher=_look_at(config.distill.teacher) if first else "",
     )  # fmt: skip
     texts = all_gather_strings(json.dumps(dataclasses.asdict(findings)), topology)
     dist.destroy_process_group(inside)  # Or NCCL would keep memory for it as long as the run lasts.
@@ -130,8 +131,8 @@ def judge(findings: Sequence[Findings], wanted: MachinesConfig, checkpoint_bytes
 
     mistakes = _differ(findings, "versions", versions, "install requirements.txt there")
     for key in ("complaint", "refusal", "teacher"):
-        told = (f"{one.host}: {getattr(one, key)}" for one in findings if getattr(one, key))
-        mistakes += list(dict.fromkeys(told))
+        told = [f"{one.host}: {getattr(one, key)}" for one in findings if getattr(one, key)]
+        mistakes += dict.fromkeys(told)
     readable = [one for one in findings if not one.complaint]
     mistakes += _differ(readable, "dataset", lambda one: one.dataset[:12], "copy it there again")
     need = wanted.free_checkpoints * checkpoint_bytes
@@ -240,7 +241,9 @@ def _look_at(teacher: str) -> str:
         if teacher:
             foreign.skeleton(teacher)
     except (OSError, ValueError, KeyError) as error:
-        return f"distill.teacher {teacher} cannot be read ({str(error).strip().splitlines()[0]})"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        advice = "name a folder that save_pretrained wrote or a hub id"
+        return f"distill.teacher {teacher} cannot be read ({reason}); {advice}"
     return ""
 
 
