@@ -35,7 +35,7 @@ from megaregion.evaluation.measures.correspondence import (
     right_box,
 )
 from megaregion.evaluation.measures.images import image_table, read_image_folder
-from megaregion.evaluation.measures.reading import is_exact, judged, prior_share
+from megaregion.evaluation.measures.reading import is_exact, judged, prior_share, reading_tables
 from megaregion.evaluation.measures.recognition import Named, draw_scenes, recognise, recognition_table
 from megaregion.evaluation.measures.retrieval import DEPTHS, retrieval_table
 from megaregion.evaluation.measures.segmentation import mean_iou, overlaps, segmentation_table
@@ -49,8 +49,10 @@ from megaregion.evaluation.scenes import (
     IGNORED,
     TRUTH,
     Scene,
+    Tokens,
     TrueRegion,
     Truth,
+    Vocabulary,
     class_map,
     read_image,
     read_scenes,
@@ -309,6 +311,49 @@ def test_a_word_is_exact_only_if_its_first_named_tokens_are_all_its_own() -> Non
     assert both.mean == 0.5
     assert prior_share((1, 2), Truth(scenes, ((1,), (2,))), is_exact) == 0.5
     assert prior_share((1, 2), Truth(scenes, ((), ())), is_exact) is None
+
+
+def read_words(texts: Sequence[str], tokens: Sequence[Tokens], head: list[Tokens] | None) -> EncodedScenes:
+    """One word a scene, each with a feature of its own, and what a text head names for it."""
+    scenes = [
+        Scene(f"s{n}", Path("none.jpg"), 9, 9, (), (TrueRegion(own, (0, 0, 9, 9)),))
+        for n, own in enumerate(texts)
+    ]
+    features = SceneFeatures(np.zeros((0, 9), np.float32), np.eye(len(texts), 9, dtype=np.float32), head)
+    return EncodedScenes(Truth(scenes, tuple(tokens)), {"e": features})
+
+
+def test_reading_is_parted_by_letters_and_by_how_many_regions_hold_a_token() -> None:
+    texts, tokens = ("cat", "door", "window", "elevator"), [(1, 2), (1, 3), (4,), ()]
+    asked = read_words(texts, tokens, [(1, 2), (2, 1), (9,), (1,)])
+    vocabulary = Vocabulary(None, 10, {1: 12, 2: 9, 3: 1}, counted=50, unreadable=0)  # type: ignore[arg-type]
+    whole, letters, held = reading_tables(read_words(texts, tokens, None), asked, vocabulary, 1)
+    assert "50 training samples" in held.told
+
+    def shown(table: Table, namer: str) -> dict[str, float | None]:
+        own = [column for column in table.columns if column.group == namer]
+        return {column.title: cell(table, "e", column.key) for column in own}
+
+    assert shown(whole, "text head") == {"tokens": 0.5, "exact words": pytest.approx(1 / 3)}
+    # The word without a token asks for nothing, so no column has its length.
+    assert shown(letters, "text head") == {
+        "1 to 3 letters": 1.0,
+        "4 to 5 letters": 0.5,
+        "6 to 7 letters": 0.0,
+    }
+    frequent = {"0 regions": 0.0, "1 to 9 regions": 0.5, "10 to 99 regions": 1.0}
+    assert shown(held, "text head") == frequent
+    # A word's like among known words has its tokens.
+    assert set(shown(held, "5-NN").values()) == {1.0}
+    # The prior names 1, 2 and 3 for every word.
+    assert [column.chance for column in held.columns[:3]] == [0.0, 1.0, 1.0]
+
+
+def test_words_are_not_read_without_a_vocabulary_or_without_tokens() -> None:
+    words = read_words(("cat",), [()], None)
+    vocabulary = Vocabulary(None, 10, {}, counted=0, unreadable=0)  # type: ignore[arg-type]
+    assert reading_tables(words, words, vocabulary, 1) == ()
+    assert reading_tables(words, read_words(("cat",), [(1,)], None), None, 1) == ()
 
 
 # ---- places ----------------------------------------------------------------------------------------

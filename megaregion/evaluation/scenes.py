@@ -259,15 +259,22 @@ def _parse_box(values: Sequence[float], width: int, height: int) -> Box:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the prior of its tokens."""
+    """A tokenizer, and how often training regions hold its tokens."""
 
     processor: SentencePieceProcessor
     size: int
     """Its classes, which are the first ones of the text head."""
-    prior: Tokens
-    """The five tokens that most text regions of the training shards hold, of at most COUNTED samples."""
+    counts: Mapping[int, int]
+    """Text regions that hold each token, by its id, in the counted samples; a token that none holds lacks."""
+    counted: int
+    """Samples of the training shards that were counted, evenly strided; at most COUNTED."""
     unreadable: int
-    """Samples whose records cannot be read: the prior does not count them."""
+    """Counted samples whose records cannot be read."""
+
+    @property
+    def prior(self) -> Tokens:
+        """The five tokens that most text regions hold."""
+        return most_frequent(self.counts)
 
     def tokens(self, text: str) -> Tokens:
         """Gold tokens of a text, by curation's own rule."""
@@ -310,7 +317,7 @@ def open_vocabulary(datasets: Datasets) -> Vocabulary | None:
             continue
         texts = (region for region in record.regions if region.kind == "text")
         counts.update(token for region in texts for token in region.labels if token < size)
-    return Vocabulary(processor, size, most_frequent(counts), unreadable)
+    return Vocabulary(processor, size, counts, len(counted), unreadable)
 
 
 def most_frequent(counts: Mapping[int, int]) -> Tokens:

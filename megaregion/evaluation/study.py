@@ -8,7 +8,7 @@ the memorising.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from megaregion.evaluation.encoding import (
 from megaregion.evaluation.measures import share
 from megaregion.evaluation.measures.correspondence import correspondence_table
 from megaregion.evaluation.measures.images import image_table, read_image_folder
-from megaregion.evaluation.measures.reading import judged, prior_share, reading_table, word_recall
+from megaregion.evaluation.measures.reading import judged, prior_share, reading_tables, word_recall
 from megaregion.evaluation.measures.recognition import majority_share, recognition_table
 from megaregion.evaluation.measures.retrieval import retrieval_table
 from megaregion.evaluation.measures.segmentation import segmentation_table
@@ -76,8 +76,8 @@ class Evidence:
     asked: EncodedScenes
     """Held-out scenes, by every encoder."""
     encoders: Sequence[Encoder]
-    prior: Tokens
-    """Most frequent tokens of the training shards; empty without text."""
+    vocabulary: Vocabulary | None
+    """None without text."""
     seeds: int
     batches: Batches
 
@@ -89,15 +89,15 @@ class Evidence:
         return (known, asked) if asked.scenes else None
 
 
-TABLES: Mapping[str, Callable[[Evidence], Table | None]] = {
-    "region": lambda own: recognition_table(own.known, own.asked, own.seeds),
-    "retrieval": lambda own: retrieval_table(own.asked),
-    "ocr": lambda own: reading_table(own.known, own.asked, own.prior, own.seeds),
-    "correspondence": lambda own: own.maps and correspondence_table(own.maps[1], own.seeds),
-    "segmentation": lambda own: own.maps and segmentation_table(*own.maps, own.seeds),
-    "separation": lambda own: own.maps and separation_table(*own.maps),
+TABLES: Mapping[str, Callable[[Evidence], Iterable[Table | None]]] = {
+    "region": lambda own: (recognition_table(own.known, own.asked, own.seeds),),
+    "retrieval": lambda own: (retrieval_table(own.asked),),
+    "ocr": lambda own: reading_tables(own.known, own.asked, own.vocabulary, own.seeds),
+    "correspondence": lambda own: (own.maps and correspondence_table(own.maps[1], own.seeds),),
+    "segmentation": lambda own: (own.maps and segmentation_table(*own.maps, own.seeds),),
+    "separation": lambda own: (own.maps and separation_table(*own.maps),),
 }
-"""The table of each measure; None where the scenes do not allow it."""
+"""The tables of each measure, the first under its name; None where the scenes do not allow one."""
 
 
 # ---- the study -------------------------------------------------------------------------------------
@@ -215,10 +215,10 @@ def evaluate(
     batches = Batches(config.batch, config.workers, progress=progress)
     known = encode_scenes(gallery, encoders, batches, GALLERY_SPLIT)
     asked = encode_scenes(queries, encoders, batches, config.split)
-    prior = vocabulary.prior if vocabulary else ()
-    form, evidence = _better_pixels(Evidence(known, asked, encoders, prior, config.seeds, batches))
+    form, evidence = _better_pixels(Evidence(known, asked, encoders, vocabulary, config.seeds, batches))
     answers = {name: _answer(evidence, name) for name in asked.features}
-    measured = [make(evidence) for name, make in TABLES.items() if name in config.measures]
+    chosen = (make for name, make in TABLES.items() if name in config.measures)
+    measured = [table for make in chosen for table in make(evidence)]
     if folder is not None:
         measured.append(image_table(folder, evidence.encoders, config.seeds, batches))
     return Study(
@@ -290,7 +290,7 @@ def _answer(own: Evidence, encoder: str) -> Answers:
 
 def _summary(evidence: Evidence, answers: Mapping[str, Answers], split: str, step: int, form: str) -> Table:
     """Every encoder on held-out regions beside training regions, with all of the gallery."""
-    gallery, queries = evidence.known.truth, evidence.asked.truth
+    gallery, queries, vocabulary = evidence.known.truth, evidence.asked.truth, evidence.vocabulary
     told = (
         f"{len(queries.objects):,} objects and {len(queries.words):,} words of {len(queries.scenes):,} "
         f"{split} scenes against {len(gallery.objects):,} objects and {len(gallery.words):,} words of "
@@ -308,7 +308,7 @@ def _summary(evidence: Evidence, answers: Mapping[str, Answers], split: str, ste
     columns = summary_columns(
         split,
         majority_share(gallery.objects.names, queries.objects.names),
-        prior_share(evidence.prior, queries, word_recall),
+        prior_share(vocabulary.prior if vocabulary else (), queries, word_recall),
     )
     rows = {name: _summary_row(evidence, name, own.named) for name, own in answers.items()}
     shown = {name: notes[name] for name in rows if name in notes}
