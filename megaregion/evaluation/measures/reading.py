@@ -50,6 +50,8 @@ class Question(NamedTuple):
     title: str
     verdict: Verdict
     asked: Asked
+    unit: str = ""
+    """What the title counts."""
 
 
 def reading_tables(
@@ -75,9 +77,9 @@ def reading_tables(
     def table(key: str, title: str, told: str, *questions: Question) -> Table:
         columns, rows = [], {encoder: dict[str, Estimate | None]() for encoder in named}
         for by, namer in NAMERS.items():
-            for own, head, verdict, part in questions:
+            for own, head, verdict, part, unit in questions:
                 chance = prior_share(vocabulary.prior, queries, verdict, part)
-                columns.append(Column(f"{by}_{own}", head, chance, namer))
+                columns.append(Column(f"{by}_{own}", head, chance, f"{unit}, {namer}" if unit else namer))
                 for encoder, each in named.items():
                     rows[encoder][f"{by}_{own}"] = judged(each[by], queries, verdict, part)
         return Table(key, title, told, tuple(columns), rows, "most frequent tokens")
@@ -109,12 +111,12 @@ def _named(known: EncodedScenes, asked: EncodedScenes, seeds: int) -> Named:
 
 
 def _by_length(truth: Truth, words: Asked) -> Iterator[Question]:
-    yield from _parts(words, [len(truth.words.names[row]) for row, _ in words], LETTERS, "letter")
+    yield from _parts(words, [len(truth.words.names[row]) for row, _ in words], LETTERS, "letters")
 
 
 def _by_frequency(words: Asked, counts: Mapping[int, int]) -> Iterator[Question]:
     single = [(row, (token,)) for row, tokens in words for token in tokens]
-    yield from _parts(single, [counts.get(token, 0) for _, (token,) in single], HELD, "region")
+    yield from _parts(single, [counts.get(token, 0) for _, (token,) in single], HELD, "regions")
 
 
 def _parts(asked: Asked, sizes: Sequence[int], least: Sequence[int], unit: str) -> Iterator[Question]:
@@ -125,7 +127,7 @@ def _parts(asked: Asked, sizes: Sequence[int], least: Sequence[int], unit: str) 
         most = least[part + 1] - 1 if part + 1 < len(least) else None
         size = f"{low:,} or more" if most is None else f"{low:,} to {most:,}" if most > low else f"{low:,}"
         if inside:
-            yield Question(f"{unit}s_{low}", f"{size} {unit}s", word_recall, inside)
+            yield Question(f"{unit}_{low}", size, word_recall, inside, unit)
 
 
 # ---- verdicts --------------------------------------------------------------------------------------
