@@ -105,6 +105,8 @@ class Chosen:
 
     clusters: int
     """Object classes: one for about 16 images."""
+    regions: int
+    """Most regions that are kept of an image: no fewer than training takes."""
     vocabulary: int
     """Text classes."""
     config: str
@@ -139,9 +141,9 @@ def choose(images: int, machine: Machine) -> Chosen:
     vocabulary = 384 if images < 5_000 else 4_096 if images < 100_000 else 32_000
     # A hundred passes over ten thousand images, 32 over a million: those of configs/own_images.md.
     passes = min(100.0, max(10.0, 1000 / images**0.25))
-    config, batch, micro, most = ("demo.yaml", 32, 16, 1400)
+    config, batch, micro, most, regions = ("demo.yaml", 32, 16, 2_000, 16)
     if machine.gpus:
-        config, batch, micro, most = ("vit_b16_1gpu.yaml", 1024, 128, 100_000)
+        config, batch, micro, most, regions = ("vit_b16_1gpu.yaml", 1024, 128, 100_000, 12)
     steps = min(most, max(200, round(passes * images / batch)))
     # Powers of two divide the batch.
     ranks = 2 ** (min(machine.gpus or machine.cores // 2, 8).bit_length() - 1) if machine.cores > 1 else 1
@@ -154,7 +156,7 @@ def choose(images: int, machine: Machine) -> Chosen:
     }
     if clusters <= SMALL:
         settings["head"] = {"object": {"sample_rate": 1.0}}
-    return Chosen(clusters, vocabulary, config, ranks, settings)
+    return Chosen(clusters, regions, vocabulary, config, ranks, settings)
 
 
 def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run: bool = False) -> Path:
@@ -206,7 +208,7 @@ def _steps(
     """Name and command of every step after the list, in order."""
     data, trained = out / "data", out / "run"
     labels = ["--clusters", str(chosen.clusters), "--vocab", str(chosen.vocabulary)]
-    yield "curate", [*_tool("curate"), *listing, *labels]
+    yield "curate", [*_tool("curate"), *listing, *labels, "--max-regions", str(chosen.regions)]
     yield "judge the labels", [*_tool("curate"), "report", "--out", str(data)]
     yield "atlas", [*_tool("atlas"), str(data), "--out", str(out / "atlas")]
     configs: list[object] = [home("configs") / chosen.config, out / "fit.yaml"]
