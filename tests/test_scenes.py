@@ -17,7 +17,7 @@ from megaregion.data.sample import RLE, decode_mask
 from megaregion.demo.assets import PACK, PARTS, Library, load_library, read_cutout, split_names
 from megaregion.demo.folder import identity, is_done, summary, write_scenes
 from megaregion.demo.scenes import LEAST_VISIBLE, LETTER_HEIGHTS, WORDS, SceneMaker, SceneSettings
-from megaregion.demo.words import FACES, font_folder, load_vocabulary
+from megaregion.demo.words import FACES, draw_style, extent, font_folder, letter, load_vocabulary
 from megaregion.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_scenes.py"
@@ -180,6 +180,29 @@ def test_every_word_lies_inside_its_image_and_is_large_enough_to_read(pack: Libr
             assert 0 <= y0 < y1 <= truth["height"]
             assert word["height"] >= LETTER_HEIGHTS[0] - 1
             assert word["text"].lower() in allowed or not word["text"].isalpha()
+
+
+def test_training_scenes_are_as_dense_as_asked_and_held_out_ones_stay_as_they_are(pack: Library) -> None:
+    dense = SceneSettings(seed=2, train_objects=(4, 6), train_words=(3, 5))
+    made = {
+        part: [SceneMaker(pack, dense, part).make(n).truth for n in range(12)] for part in ("train", "test")
+    }
+    objects = [len(truth["objects"]) for truth in made["train"]]
+    assert sum(objects) >= 4 * 12
+    assert max(objects) <= 6
+    assert sum(len(truth["words"]) for truth in made["train"]) > 2 * 12
+    plain = SceneMaker(pack, SceneSettings(seed=2), "test")
+    assert made["test"] == [plain.make(n).truth for n in range(12)]
+    with pytest.raises(UserError, match="train_words: the fewest, 3, are more than the most, 2"):
+        SceneSettings(train_words=(3, 2))
+
+
+def test_the_extent_of_a_word_is_about_that_of_its_ink() -> None:
+    rng = np.random.default_rng(4)
+    for text in ("ink", "Harbour", "07:45") * 8:
+        style = draw_style(rng, (22, 64), bright_ground=True)
+        x0, y0, x1, y1 = letter(text, style, 200).ink
+        assert extent(text, style, 200) == pytest.approx((x1 - x0, y1 - y0), rel=0.2, abs=4)
 
 
 def test_words_differ_from_what_was_behind_them(library: Library) -> None:

@@ -30,7 +30,8 @@ def main() -> None:
     counts = {part: count for part, count in counts.items() if count}
     if not counts:
         raise UserError("--train, --val and --test are all 0; ask for at least one scene")
-    settings = SceneSettings(arguments.seed, tuple(arguments.size))
+    objects, words = tuple(arguments.train_objects), tuple(arguments.train_words)
+    settings = SceneSettings(arguments.seed, tuple(arguments.size), objects, words)
     library = load_library(arguments.cutouts, arguments.backgrounds)
     for file, reason in list(library.left_out.items())[:5]:
         print(f"left out: {file} {reason}", file=sys.stderr)
@@ -59,6 +60,8 @@ def _parser() -> Parser:
     add("--val", Count, 0, "scenes to tune on, of files that no other part shows")
     add("--test", Count, 400, "scenes to measure on")
     add("--size", _size, [(256, 256)], "pixels, as 256 or 256x320; each scene draws one of them", nargs="+")
+    add("--train-objects", Count, [2, 4], "fewest and most cut-outs of a training scene", nargs=2)
+    add("--train-words", Count, [0, 3], "fewest and most words of a training scene", nargs=2)
     add("--seed", Seed, 0, "other scenes of the same files; the parts of the files stay the same")
     add("--workers", Workers, 2, "processes; the scenes are the same for any number")
     add("--cutouts", Folder, None, "your own: one folder per class, pictures with transparency")

@@ -19,7 +19,7 @@ from megaregion.errors import UserError, spread
 from megaregion.files import new_folder, read_json
 from megaregion.schemas.evaluation import aligned
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same settings would give other scenes than before."""
 CHUNK = 16
 """Scenes that a worker makes per task."""

@@ -30,13 +30,14 @@ from megaregion.demo.assets import (
     read_background,
     read_cutout,
 )
-from megaregion.demo.words import Lettering, Vocabulary, draw_style, letter, load_vocabulary
+from megaregion.demo.words import Lettering, Vocabulary, draw_style, extent, letter, load_vocabulary
+from megaregion.errors import UserError
 from megaregion.settings import check
 
 OBJECTS = (2, 4)
-"""Fewest and most cut-outs of a scene."""
+"""Fewest and most cut-outs of a scene, unless the settings say otherwise of training scenes."""
 WORDS = (0, 3)
-"""Fewest and most words of a scene."""
+"""Fewest and most words of a scene, likewise."""
 LEAST_VISIBLE = 0.6
 """Least share of an object that neither the border, nor other objects, nor words may hide."""
 OBJECT_SIDES = (0.36, 0.68)
@@ -53,6 +54,7 @@ QUALITY = (84, 93)
 """JPEG quality is drawn from here: lowest, and one above the highest."""
 ATTEMPTS = 16
 """Compositions that are tried before a scene may lack an object or a word."""
+Number = Annotated[int, Whole(0, 40)]
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,16 @@ class SceneSettings:
     """Other scenes of the same files."""
     sizes: tuple[tuple[Side, Side], ...] = ((256, 256),)
     """Widths and heights in pixels; each scene draws one of them."""
+    train_objects: tuple[Number, Number] = OBJECTS
+    """Fewest and most cut-outs of a training scene; as many as find a place."""
+    train_words: tuple[Number, Number] = WORDS
+    """Fewest and most words of a training scene; as many as find a place."""
 
     def __post_init__(self) -> None:
         check(self)
+        for name, (fewest, most) in (("objects", self.train_objects), ("words", self.train_words)):
+            if fewest > most:
+                raise UserError(f"train_{name}: the fewest, {fewest}, are more than the most, {most}")
 
 
 class Scene(NamedTuple):
@@ -86,6 +95,9 @@ class SceneMaker:
     def __init__(self, library: Library, settings: SceneSettings, part: Part) -> None:
         self._assets, self._vocabulary = library.part(part), load_vocabulary(part)
         self._settings, self._part = settings, part
+        train = part == "train"
+        self._objects = settings.train_objects if train else OBJECTS
+        self._words = settings.train_words if train else WORDS
 
     def make(self, index: int) -> Scene:
         """Compose a scene and encode it.
@@ -96,7 +108,8 @@ class SceneMaker:
         for attempt in range(ATTEMPTS):
             rng = _generator(self._settings.seed, self._part, index, attempt)
             canvas = self._compose(rng)
-            if len(canvas.placed) >= OBJECTS[0] and len(canvas.written) >= WORDS[0]:
+            # More find no place in some scenes, and another composition would not change that.
+            if len(canvas.placed) >= min(self._objects[0], OBJECTS[0]) and len(canvas.written) >= WORDS[0]:
                 break
         buffer = io.BytesIO()
         canvas.image.save(buffer, "JPEG", quality=int(rng.integers(*QUALITY)))
@@ -105,9 +118,9 @@ class SceneMaker:
     def _compose(self, rng: np.random.Generator) -> Canvas:
         canvas = Canvas(pick(rng, self._settings.sizes))
         lay_background(canvas, self._assets, rng)
-        for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))):
+        for _ in range(int(rng.integers(self._objects[0], self._objects[1] + 1))):
             place_object(canvas, self._assets, rng)
-        for _ in range(int(rng.integers(WORDS[0], WORDS[1] + 1))):
+        for _ in range(int(rng.integers(self._words[0], self._words[1] + 1))):
             write_word(canvas, self._vocabulary, rng)
         return canvas
 
@@ -224,7 +237,10 @@ def write_word(canvas: Canvas, vocabulary: Vocabulary, rng: np.random.Generator)
         column, row = int(rng.integers(8)), int(rng.integers(8))
         bright = int(anchor.getpixel((column, row))) > 118  # type: ignore[arg-type]
         style = draw_style(rng, (low, max(low, round(high * 0.93**attempt))), bright)
-        word = letter(text, style, round(0.8 * canvas.size[0]))
+        widest = round(0.8 * canvas.size[0])
+        if not _finds_room(canvas, extent(text, style, widest), column, row):
+            continue
+        word = letter(text, style, widest)
         if word.height < low - 1:
             continue
         left = round((column + 0.5) * canvas.size[0] / 8 - word.picture.width / 2)
@@ -242,6 +258,16 @@ def write_word(canvas: Canvas, vocabulary: Vocabulary, rng: np.random.Generator)
             canvas.cover(solid, left, top, WORD)
             canvas.written.append((word, box))
             return
+
+
+def _finds_room(canvas: Canvas, size: tuple[int, int], column: int, row: int) -> bool:
+    """Whether a box in the middle of this eighth of the canvas, moved inside, leaves all objects visible."""
+    places = zip(size, canvas.size, (column, row), strict=True)
+    left, top = (
+        min(max(round((eighth + 0.5) * whole / 8 - own / 2), 2), whole - own - 2)
+        for own, whole, eighth in places
+    )
+    return min(left, top) >= 0 and canvas.stays_visible(np.ones(size[::-1], bool), left, top)
 
 
 def _turned(picture: Image.Image, side: float, rng: np.random.Generator) -> Image.Image:

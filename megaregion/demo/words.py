@@ -5,6 +5,7 @@ Words are ordinary English, and numbers as signs carry them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -155,6 +156,14 @@ def letter(text: str, style: WordStyle, widest: int) -> Lettering:
         ink = ink.rotate(style.angle, Image.Resampling.BILINEAR, expand=True)
     box = ink.point(lambda value: 255 if value > 96 else 0).getbbox()
     return Lettering(text, picture, box or (0, 0, *ink.size), float(height), style.angle)
+
+
+def extent(text: str, style: WordStyle, widest: int) -> tuple[int, int]:
+    """About the width and height that the ink of `letter` has, at a fiftieth of its cost."""
+    left, top, right, bottom = _fitting_font(text, style, widest).getbbox(text)
+    width, height, turn = right - left, bottom - top, math.radians(abs(style.angle))
+    across, up = math.cos(turn), math.sin(turn)
+    return int(width * across + height * up), int(width * up + height * across)
 
 
 def _ground(size: tuple[int, int], style: WordStyle) -> Image.Image:
