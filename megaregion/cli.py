@@ -141,7 +141,7 @@ def choose(images: int, machine: Machine) -> Chosen:
     vocabulary = 384 if images < 5_000 else 4_096 if images < 100_000 else 32_000
     # A hundred passes over ten thousand images, 32 over a million: those of configs/own_images.md.
     passes = min(100.0, max(10.0, 1000 / images**0.25))
-    config, batch, micro, most, regions = ("demo.yaml", 32, 16, 2_000, 16)
+    config, batch, micro, most, regions = ("demo.yaml", 32, 16, 1_800, 28)
     if machine.gpus:
         config, batch, micro, most, regions = ("vit_b16_1gpu.yaml", 1024, 128, 100_000, 12)
     steps = min(most, max(200, round(passes * images / batch)))
