@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -66,13 +67,15 @@ class PeakMemory:
 def peak_until_end(process: subprocess.Popen[Any]) -> int:
     """Wait for a process; gives the most bytes that all below this one held meanwhile, 0 without Linux.
 
-    A peak that is shorter than the second between two looks can be missed.
+    Looks are a second apart, or further where they would cost more than a hundredth of a core: a shorter peak
+    can be missed.
     """
     peak = 0
     while process.poll() is None:
+        began = time.perf_counter()
         peak = max(peak, descendants_bytes(os.getpid()))
         with suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
+            process.wait(max(1.0, 100 * (time.perf_counter() - began)))
     return peak
 
 
