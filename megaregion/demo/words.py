@@ -159,7 +159,7 @@ def letter(text: str, style: WordStyle, widest: int) -> Lettering:
 
 
 def extent(text: str, style: WordStyle, widest: int) -> tuple[int, int]:
-    """About the width and height that the ink of `letter` has, at a fiftieth of its cost."""
+    """About the width and height that the ink of `letter` has, without drawing it."""
     left, top, right, bottom = _fitting_font(text, style, widest).getbbox(text)
     width, height, turn = right - left, bottom - top, math.radians(abs(style.angle))
     across, up = math.cos(turn), math.sin(turn)
