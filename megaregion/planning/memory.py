@@ -245,8 +245,9 @@ def activation_bytes(layout: Layout, hardware: Hardware) -> float:
     # Pixels, the pre-norm's input, the mask, the last norm of the regions.
     outside = 3 * model.image_size**2 * size + tokens * width + regions * (tokens * size + 2 * width)
     each = {level: _kept_of_a_token(layout, hardware, level) for level in RECOMPUTE}
-    # Nothing of a region token is made again but in whole blocks.
-    rides = {"keep": each["keep"], "cheap": each["keep"], "full": width / spread}
+    # Nothing of a region token is made again but in whole blocks; it has a query, and no key and no value.
+    ride = each["keep"] - 2 * width / tensor
+    rides = {"keep": ride, "cheap": ride, "full": width / spread}
     kept, first = float(outside), model.depth - model.region_layers
     for number, level in enumerate(layout.recompute):
         ends = number == model.depth - 1 and level != "full" and not own and not layout.teacher.width
