@@ -43,7 +43,7 @@ from megaregion.models import RegionEncoder, initialise
 from megaregion.schemas.evaluation import read_evaluation, scalars, text, write_evaluation
 
 TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
-READING = ("ocr", "ocr_letters", "ocr_held")
+READING = ("ocr", "ocr_length", "ocr_frequency")
 ALL = ("region", "retrieval", *READING, "correspondence", "segmentation", "separation")
 
 

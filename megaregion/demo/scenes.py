@@ -54,7 +54,7 @@ QUALITY = (84, 93)
 """JPEG quality is drawn from here: lowest, and one above the highest."""
 ATTEMPTS = 16
 """Compositions that are tried before a scene may lack an object or a word."""
-Number = Annotated[int, Whole(0, 40)]
+Number = Annotated[int, Whole(0, 40)]  # Of objects or words; more than the most find no place.
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ Named = Mapping[str, Mapping[str, Sequence[Sequence[Tokens]]]]
 """By encoder, then by NAMERS: the tokens named for each word, S x R; nothing where it cannot name."""
 
 NAMERS = {"head": "text head", "knn": f"{NEIGHBOURS}-NN"}
-LETTERS = (1, 4, 6, 8)
+LENGTHS = (1, 4, 6, 8)
 """Fewest letters of a word in each column."""
-HELD = (0, 1, 10, 100, 1_000, 10_000)
+FREQUENCIES = (0, 1, 10, 100, 1_000, 10_000)
 """Fewest training regions that hold a token in each column."""
 
 
@@ -61,7 +61,7 @@ def reading_tables(
     gallery, queries = known.truth, asked.truth
     if vocabulary is None or not any(gallery.tokens) or not any(queries.tokens):
         return ()
-    words = whole_words(queries)
+    words = _whole_words(queries)
     told = (
         f"{len(queries.tokens):,} words of held-out scenes: recall of their tokens among five named ones, "
         "and the share of words whose tokens are exactly the first ones named; by the text head, and by a "
@@ -84,14 +84,14 @@ def reading_tables(
                     rows[encoder][f"{by}_{own}"] = judged(each[by], queries, verdict, part)
         return Table(key, title, told, tuple(columns), rows, "most frequent tokens")
 
-    exact, recall = (
-        Question("exact", "exact words", is_exact, words),
-        Question("recall", "tokens", word_recall, words),
-    )
+    recall = Question("recall", "tokens", word_recall, words)
+    exact = Question("exact", "exact words", is_exact, words)
     return (
         table("ocr", "Reading regions", told, recall, exact),
-        table("ocr_letters", "Reading by length", by_length, *_by_length(queries, words)),
-        table("ocr_held", "Reading by frequency", by_frequency, *_by_frequency(words, vocabulary.counts)),
+        table("ocr_length", "Reading by length", by_length, *_by_length(queries, words)),
+        table(
+            "ocr_frequency", "Reading by frequency", by_frequency, *_by_frequency(words, vocabulary.counts)
+        ),
     )
 
 
@@ -111,12 +111,12 @@ def _named(known: EncodedScenes, asked: EncodedScenes, seeds: int) -> Named:
 
 
 def _by_length(truth: Truth, words: Asked) -> Iterator[Question]:
-    yield from _parts(words, [len(truth.words.names[row]) for row, _ in words], LETTERS, "letters")
+    yield from _parts(words, [len(truth.words.names[row]) for row, _ in words], LENGTHS, "letters")
 
 
 def _by_frequency(words: Asked, counts: Mapping[int, int]) -> Iterator[Question]:
     single = [(row, (token,)) for row, tokens in words for token in tokens]
-    yield from _parts(single, [counts.get(token, 0) for _, (token,) in single], HELD, "regions")
+    yield from _parts(single, [counts.get(token, 0) for _, (token,) in single], FREQUENCIES, "regions")
 
 
 def _parts(asked: Asked, sizes: Sequence[int], least: Sequence[int], unit: str) -> Iterator[Question]:
@@ -140,7 +140,7 @@ def judged(
 
     By default the words that have tokens are asked, each for all of them. None if nothing was named or asked.
     """
-    asked = whole_words(truth) if asked is None else asked
+    asked = _whole_words(truth) if asked is None else asked
     if not named or not asked:
         return None
     verdicts = [[verdict(each[row], tokens) for row, tokens in asked] for each in named]
@@ -149,11 +149,11 @@ def judged(
 
 def prior_share(prior: Tokens, truth: Truth, verdict: Verdict, asked: Asked | None = None) -> float | None:
     """Mean verdict of naming the prior for all that is asked, as in `judged`; None if nothing is."""
-    verdicts = [verdict(prior, tokens) for _, tokens in (whole_words(truth) if asked is None else asked)]
+    verdicts = [verdict(prior, tokens) for _, tokens in (_whole_words(truth) if asked is None else asked)]
     return float(np.mean(verdicts)) if verdicts else None
 
 
-def whole_words(truth: Truth) -> Asked:
+def _whole_words(truth: Truth) -> Asked:
     """The words that have tokens, each asked for all of them."""
     return [(row, tokens) for row, tokens in enumerate(truth.tokens) if tokens]
 
