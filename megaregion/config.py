@@ -33,6 +33,7 @@ from megaregion.bounds import (
 )
 
 Precision = Literal["fp32", "bf16"]
+BodyPrecision = Literal["fp32", "bf16", "mixed"]
 RegionWeights = Literal["shared", "separate"]
 RegionStart = Literal["class", "learned"]
 LossName = Literal["separated", "softmax"]
@@ -319,8 +320,9 @@ class TrainConfig:
     micro_batch: Images = 64
     """Most images that one rank passes through the model at once; a rank's share of global_batch is cut
     into equal parts of at most as many."""
-    precision: Precision = "bf16"
-    """Type of the body's parameters; masters, centers and losses are fp32 in either case."""
+    precision: BodyPrecision = "bf16"
+    """Type of the body's parameters, or mixed: fp32, but operands of the blocks' linears are rounded to bf16,
+    which is faster on processors with bf16 units; masters, centers and losses are fp32 in any case."""
     grad_precision: Precision = "fp32"
     """Type in which the body's gradients add up over micro-steps and over the data ranks, and those of region
     embeddings over all ranks; bf16 halves their memory and traffic, and rounds every sum."""
@@ -347,8 +349,13 @@ class TrainConfig:
 
     @property
     def bf16(self) -> bool:
-        """Whether the body computes in bf16."""
+        """Whether the body is in bf16."""
         return self.precision == "bf16"
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the body is in fp32 and its products in bf16."""
+        return self.precision == "mixed"
 
     @property
     def value_bytes(self) -> int:

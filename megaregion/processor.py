@@ -33,17 +33,20 @@ _DEFAULT_MMAP_MAX = 65_536
 _NEVER = 2**31 - 1
 
 
-def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: bool = False) -> Tensor:
     """Inputs times the transposed weight; autograd does not see through it on a processor.
 
     Args:
         inputs: [R, I], in any memory layout.
         weight: [O, I], in any memory layout.
         bias: Added to each row, [O].
+        narrow: Round operands and result to bf16; sums are fp32, and types stay as they are.
 
     Returns:
         Of its own memory, contiguous, [R, O].
     """
+    if narrow or (inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16):
+        return _rounded(F.linear, inputs, weight, bias)
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
     if takes_onednn(inputs):
@@ -54,16 +57,28 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return out if bias is None else out.add_(bias)
 
 
-def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+def _rounded(multiply: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
+    rounded = [None if one is None else one.bfloat16() for one in (first, *others)]
+    if first.device.type == "cpu" and not multiplies_bf16():
+        # Without such units torch takes bf16 apart number by number, many times slower than this.
+        rounded = [None if one is None else one.float() for one in rounded]
+        return multiply(*rounded).bfloat16().to(first.dtype)
+    return multiply(*rounded).to(first.dtype)
+
+
+def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
     """Sum over rows of the outer products of two matrices' rows: the transposed left one times the right one.
 
     Args:
         left: [R, O].
         right: [R, I].
+        narrow: As in :func:`product`.
 
     Returns:
         Of its own memory, contiguous, [O, I].
     """
+    if narrow or (left.device.type == "cpu" and left.dtype == torch.bfloat16):
+        return _rounded(lambda left, right: left.T @ right, left, right)
     if not takes_onednn(left) or not right.numel():
         return left.T @ right
     if left.shape[1] < right.shape[1]:
@@ -98,6 +113,13 @@ def multiplies_bytes() -> bool:
     """Whether this processor has units for products of 8-bit integers, as those of AVX-512 with VNNI."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
     return wide and "avx512_vnni" in _told("flags").split()
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has units for products of bf16, as those of AVX-512 or AMX."""
+    known = {"avx512_bf16", "amx_bf16"} & set(_told("flags").split())
+    return bool(known) and torch.backends.mkldnn.is_available()
 
 
 def _maker() -> str:

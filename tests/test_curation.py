@@ -253,7 +253,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         ({"nms_iou": 1.5}, "--nms-iou must lie in"),
         ({"proposer": "sam"}, "needs --sam FOLDER"),
         ({"embedder": "clip", "clip": "/no/such"}, "--clip /no/such is no folder"),
-        ({"crop_side": 100}, "multiple of 32"),
+        ({"crop_side": 100}, "multiple of 16"),
     ],
 )
 def test_a_contradicting_setting_is_refused(change: dict[str, Any], hint: str) -> None:

@@ -50,6 +50,41 @@ def test_a_sum_of_outer_products_is_exact_in_any_memory_layout(rows: int, width:
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("units", [True, False])
+def test_narrow_products_are_those_of_rounded_operands_on_any_processor(
+    units: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(24, 400, generator=generator).T.to(kind)
+    weight, bias = torch.randn(24, 40, generator=generator).T.to(kind), torch.randn(40, generator=generator).to(kind)
+    left, right, added = (one.bfloat16().double() for one in (inputs, weight, bias))
+    for found, exact in (
+        (product(inputs, weight, narrow=True), left @ right.T),
+        (product(inputs, weight, bias, narrow=True), left @ right.T + added),
+        (outer_sum(inputs, inputs[:, :7], narrow=True), left.T @ left[:, :7]),
+    ):
+        assert found.dtype == kind
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_a_narrow_linear_has_the_gradients_of_rounded_operands() -> None:
+    torch.manual_seed(0)
+    narrow, plain, tokens = Linear(24, 40), nn.Linear(24, 40).bfloat16(), torch.randn(50, 24)
+    narrow.narrow = True
+    plain.load_state_dict(narrow.state_dict())
+    ours, theirs = tokens.clone().requires_grad_(), tokens.bfloat16().requires_grad_()
+    narrow(ours).square().sum().backward()
+    plain(theirs).float().square().sum().backward()
+    assert narrow(ours).dtype == ours.dtype == torch.float32
+    for found, wanted in zip((ours, *narrow.parameters()), (theirs, *plain.parameters()), strict=True):
+        assert found.grad is not None
+        assert wanted.grad is not None
+        torch.testing.assert_close(found.grad, wanted.grad.float(), rtol=0.02, atol=0.2)
+
+
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
 def test_the_heads_products_are_those_of_their_operands(operand: torch.dtype) -> None:

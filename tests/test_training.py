@@ -318,6 +318,8 @@ WHOLE = {
     "bf16-zero1": {"train__precision": "bf16", "optimizer__ema_decay": 0.0},
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
+    "mixed-bf16": {"train__precision": "mixed"},
+    "mixed-bf16-muon-tp2": {**MUON, **TP2, "train__precision": "mixed", **TAUGHT},
     "stages-native": NATIVE_STAGES,
     "sampled-two-datasets": {"data__path": TWO, **DROPPED, **TOKENS},
 }

@@ -89,7 +89,7 @@ class EmbedSettings:
     """Hf: folder of any vision encoder that transformers' AutoModel loads, also of an export of our own."""
     clip: Folder = ""
     """Folder with CLIP's weights, as transformers saves them."""
-    crop_side: Annotated[int, Whole(32, 1024, "PX", multiple=32)] = 128
+    crop_side: Annotated[int, Whole(32, 1024, "PX", multiple=16)] = 128
     """Lite0: side, in pixels, to which a crop is resized (trained at 224)."""
 
 

@@ -42,13 +42,26 @@ AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 class Linear(nn.Linear):
     """``nn.Linear`` with the same parameters and the same result, up to rounding."""
 
+    narrow = False
+    """Whether operands are rounded to bf16 (train.precision mixed)."""
+
     def forward(self, input: Tensor, apart: bool = False) -> Tensor:
         """Map tokens [..., I] to [..., O]; ``apart`` leaves the bias's gradient to others."""
         bias = self.bias.detach() if apart else self.bias
         if input.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.linear(input, self.weight, bias)
-        outputs: Tensor = _Linear.apply(input, self.weight, bias)
+            if not self.narrow:
+                return F.linear(input, self.weight, bias)
+            rounded = None if bias is None else bias.bfloat16()
+            return F.linear(input.bfloat16(), self.weight.bfloat16(), rounded).to(input.dtype)
+        outputs: Tensor = _Linear.apply(input, self.weight, bias, self.narrow)
         return outputs
+
+
+def use_narrow(blocks: nn.Module) -> None:
+    """Let every linear of the blocks round what it multiplies to bf16; all else stays as it is."""
+    for module in blocks.modules():
+        if isinstance(module, Linear):
+            module.narrow = True
 
 
 def apart(linear: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,20 +74,22 @@ class _Linear(torch.autograd.Function):
     """Outputs [..., O] of inputs [..., I], on a processor."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:
         ctx.save_for_backward(inputs, weight)
+        ctx.narrow = narrow
         # Shaped in place: a view could not be summed into afterwards.
-        return product(_rows(inputs), weight, bias).resize_(*inputs.shape[:-1], len(weight))
+        return product(_rows(inputs), weight, bias, narrow).resize_(*inputs.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
         rows = _rows(grad)
         return (
-            product(rows, weight.T).view(inputs.shape) if of_inputs else None,
-            outer_sum(rows, _rows(inputs)) if of_weight else None,
+            product(rows, weight.T, narrow=ctx.narrow).view(inputs.shape) if of_inputs else None,
+            outer_sum(rows, _rows(inputs), ctx.narrow) if of_weight else None,
             _column_sums(rows) if of_bias else None,
+            None,
         )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Group
+from megaregion.processor import product
 
 MOMENTUM = 0.95
 """What a step leaves of the momentum, which looks ahead (Nesterov)."""
@@ -83,23 +84,29 @@ def flops(rows: int, columns: int) -> int:
 
 
 @torch.no_grad()
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The nearest matrix, [m, n], whose singular values are about 1, by products in its type."""
+def orthogonalised(matrix: Tensor, narrow: bool = False) -> Tensor:
+    """The nearest matrix, [m, n], whose singular values are about 1, by products in its type or in bf16."""
     a, b, c = COEFFICIENTS
     found = matrix.T if len(matrix) > matrix.shape[1] else matrix
     found = found / found.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
-        gram = found @ found.T
-        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+        gram = product(found, found, narrow=narrow)
+        factor = gram.mul(b).add_(product(gram, gram, narrow=narrow), alpha=c)
+        found = found.mul(a).add_(product(factor, found.T, narrow=narrow))
     return found.T if len(matrix) > matrix.shape[1] else found
 
 
 class Muon:
     """Moves groups of AdamW's parameters in its place: those whose ``muon`` names their matrices."""
 
-    def __init__(self, matrices: Mapping[str, Matrix], ranks: Group, dtype: torch.dtype) -> None:
-        """Of matrices by name, which these ranks hold and own; ``dtype`` is that of the products."""
-        self._matrices, self._ranks, self._dtype = matrices, ranks, dtype
+    def __init__(
+        self, matrices: Mapping[str, Matrix], ranks: Group, dtype: torch.dtype, narrow: bool = False
+    ) -> None:
+        """Of matrices by name, which these ranks hold and own.
+
+        Their parts travel as ``dtype``, which is that of the products, unless they are ``narrow``: bf16.
+        """
+        self._matrices, self._ranks, self._dtype, self._narrow = matrices, ranks, dtype, narrow
 
     @torch.no_grad()
     def before_step(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
@@ -135,7 +142,7 @@ class Muon:
         arrived = self._all_to_all(torch.cat([parts[number] for number in by_owner]), sizes, owned_sizes)
         by_rank = arrived.split([one.runs[rank][1] for rank in ranks for one in owned])
         for number, matrix in enumerate(owned):
-            _orthogonalise(matrix, by_rank[number :: len(owned)])
+            _orthogonalise(matrix, by_rank[number :: len(owned)], self._narrow)
         back = self._all_to_all(arrived, owned_sizes, sizes)
         found = dict(zip(by_owner, back.split([len(parts[number]) for number in by_owner]), strict=True))
         return [found[number] for number in range(len(matrices))]
@@ -155,7 +162,7 @@ def _parts(held: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     return list(held[0].view(-1)[: sum(lengths)].split(list(lengths)))
 
 
-def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor]) -> None:
+def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor], narrow: bool) -> None:
     """Put the orthogonal factors in the place of a matrix's parts, one of each rank."""
     whole = parts[0].new_empty(matrix.places[0].full_shape)
     boxes = [
@@ -165,7 +172,7 @@ def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor]) -> None:
     ]
     for place, values in boxes:
         place.shard(whole).copy_(values)
-    factors = torch.stack([orthogonalised(one) for one in matrix.fused.apart(whole)])
+    factors = torch.stack([orthogonalised(one, narrow) for one in matrix.fused.apart(whole)])
     whole = matrix.fused.together(factors)
     for place, values in boxes:
         values.copy_(place.shard(whole))

@@ -118,21 +118,23 @@ def _megatron() -> tuple[dict[Split, Any], Any]:
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     class Column(ColumnParallelLinear):
-        tokens_cut, group_name = False, ""
+        tokens_cut, narrow, group_name = False, False, ""
 
         def forward(self, x: Tensor) -> Tensor:
             """[..., I] to [..., O / T]; where the tokens are cut, parts [S, I] to all rows [T S, O / T]."""
-            if self.tokens_cut or torch.compiler.is_compiling():
-                return shared_linear(x, self.weight, self.bias, self.group_name, True, self.tokens_cut)
+            if self.tokens_cut or self.narrow or torch.compiler.is_compiling():
+                shared = (self.group_name, True, self.tokens_cut, self.narrow)
+                return shared_linear(x, self.weight, self.bias, *shared)
             return super().forward(x)[0]
 
     class Row(RowParallelLinear):
-        tokens_cut, group_name = False, ""
+        tokens_cut, narrow, group_name = False, False, ""
 
         def forward(self, x: Tensor) -> Tensor:
             """[..., I / T] to [..., O], summed; where the tokens are cut, each rank gets its part, [S, O]."""
-            if self.tokens_cut or torch.compiler.is_compiling():
-                return shared_linear(x, self.weight, self.bias, self.group_name, False, self.tokens_cut)
+            if self.tokens_cut or self.narrow or torch.compiler.is_compiling():
+                shared = (self.group_name, False, self.tokens_cut, self.narrow)
+                return shared_linear(x, self.weight, self.bias, *shared)
             return super().forward(x)[0]
 
     return {"column": Column, "row": Row}, ModelParallelConfig
@@ -214,6 +216,7 @@ def _cut_linear(linear: nn.Linear, split: Split, topology: Topology, tokens_cut:
         of_cut = {"column": {"gather_output": False}, "row": {"input_is_parallel": True}}
         cut: Any = linears[split](*sizes, **of_cut[split], **common)
     cut.tokens_cut, cut.group_name = tokens_cut, topology.tensor_group.group_name
+    cut.narrow = getattr(linear, "narrow", False)
     own = dict(_linear_placements("", linear, split, topology))
     with torch.no_grad():
         for key, parameter in linear.named_parameters():
@@ -294,18 +297,24 @@ class CutStream:
 
 
 def shared_linear(
-    tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool = True
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    group: str,
+    column: bool,
+    cut: bool = True,
+    narrow: bool = False,
 ) -> Tensor:
     """A linear that the tensor ranks share, ``group`` by name, between tokens that are cut too or whole.
 
     Column-cut it takes parts [S, I] (whole: all rows) to this rank's outputs of all rows, [T S, O / T], and
     keeps only the part for its backward pass, which gathers the tokens again beside a product. Row-cut it
     takes all rows [R, I / T], sums over the ranks and gives each its part, [S, O] (whole: all rows); ``bias``
-    [O] is whole there, and so is its gradient. ``weight`` is this rank's.
+    [O] is whole there, and so is its gradient. ``weight`` is this rank's; ``narrow`` as in ``product``.
     """
     # A compiled block must not see the collectives: its graph would end there, or keep gathered tokens.
     run: Any = _operator if torch.compiler.is_compiling() else _Shared.apply
-    outputs: Tensor = run(tokens, weight, bias, group, column, cut)
+    outputs: Tensor = run(tokens, weight, bias, group, column, cut, narrow)
     return outputs
 
 
@@ -331,29 +340,31 @@ class _Gather(torch.autograd.Function):
         return _own(grad, ctx.group), None, None
 
 
-def _multiply(tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool) -> Tensor:
+def _multiply(
+    tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool, narrow: bool
+) -> Tensor:
     if column:
-        return product(_gather(tokens, _ranks(group)) if cut else tokens, weight, bias)
-    part, scattering = _start_scatter(product(tokens, weight), _ranks(group), cut)
+        return product(_gather(tokens, _ranks(group)) if cut else tokens, weight, bias, narrow)
+    part, scattering = _start_scatter(product(tokens, weight, None, narrow), _ranks(group), cut)
     scattering.wait()
     return part.add_(bias)
 
 
 def _multiply_back(
-    grad: Tensor, tokens: Tensor, weight: Tensor, group: str, column: bool, cut: bool
+    grad: Tensor, tokens: Tensor, weight: Tensor, group: str, column: bool, cut: bool, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks = _ranks(group)
     if not column:
         grad = _gather(grad, ranks)[: len(tokens)] if cut else grad
         # Every rank has the gradients of all tokens here: the bias needs no sum of its own.
-        return product(grad, weight.T), outer_sum(grad, tokens), grad.sum(0)
+        return product(grad, weight.T, None, narrow), outer_sum(grad, tokens, narrow), grad.sum(0)
     # Both collectives run beside a product (on a GPU, where CUDA_DEVICE_MAX_CONNECTIONS is 1).
     rows, gathering = _start_gather(tokens, ranks) if cut else (tokens, None)
-    grad_rows = product(grad, weight.T)
+    grad_rows = product(grad, weight.T, None, narrow)
     if gathering is not None:
         gathering.wait()
     grad_tokens, scattering = _start_scatter(grad_rows, ranks, cut)
-    grad_weight, grad_bias = outer_sum(grad, rows), grad.sum(0)
+    grad_weight, grad_bias = outer_sum(grad, rows, narrow), grad.sum(0)
     scattering.wait()
     return grad_tokens, grad_weight, grad_bias
 
@@ -368,7 +379,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_multiply_back(grad, *ctx.saved_tensors, *ctx.shared), None, None, None
+        return *_multiply_back(grad, *ctx.saved_tensors, *ctx.shared), *[None] * 4
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {"linear": _multiply, "linear_back": _multiply_back}
@@ -377,13 +388,13 @@ _operator, _operator_back = (
     torch.library.custom_op(f"megaregion::{name}", run, mutates_args=()) for name, run in OPERATORS.items()
 )
 _operator.register_autograd(
-    lambda ctx, grad: (*_operator_back(grad, *ctx.saved_tensors, *ctx.shared), None, None, None),
+    lambda ctx, grad: (*_operator_back(grad, *ctx.saved_tensors, *ctx.shared), *[None] * 4),
     setup_context=_keep,
 )
 
 
 @_operator.register_fake
-def _(tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool) -> Tensor:
+def _(tokens: Tensor, weight: Tensor, bias: Tensor, group: str, column: bool, cut: bool, _: bool) -> Tensor:
     rows, ranks = tokens.shape[0], _ranks(group).size() if cut else 1
     return tokens.new_empty(rows * ranks if column else -(-rows // ranks), weight.shape[0])
 

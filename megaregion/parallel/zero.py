@@ -42,7 +42,7 @@ def effective_stage(config: RunConfig, data_ranks: int) -> int:
     ZeRO would then only copy it: parameters into masters and back, gradients into buffers. In bf16 it stays,
     for it keeps the fp32 masters.
     """
-    alone = data_ranks == 1 and config.train.precision == "fp32"
+    alone = data_ranks == 1 and not config.train.bf16
     return 0 if alone else config.parallel.zero_stage
 
 
@@ -115,7 +115,7 @@ class ZeroEngine:
         )
         self._adapter.make_moments(0)
         if self._muon:
-            self._start_muon(torch.bfloat16 if config.train.bf16 else torch.float32)
+            self._start_muon(torch.bfloat16 if config.train.bf16 else torch.float32, config.train.mixed)
         self._time_reduction(reducing)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -215,7 +215,7 @@ class ZeroEngine:
             "gradients": self._adapter.gradients(),
         }
 
-    def _start_muon(self, dtype: torch.dtype) -> None:
+    def _start_muon(self, dtype: torch.dtype, narrow: bool) -> None:
         """Let Muon move its matrices; without ZeRO each data rank has all that its tensor ranks have."""
         place, adamw = self._topology, self._adapter.adamw()
         held = [sum(one.numel() for one in group["params"]) for group in adamw.param_groups]
@@ -225,7 +225,7 @@ class ZeroEngine:
         ]
         groups = zip(weights, held, strict=True)
         matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
-        muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype)
+        muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype, narrow)
         adamw.register_step_pre_hook(muon.before_step)
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:

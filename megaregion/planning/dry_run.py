@@ -38,7 +38,7 @@ from megaregion.checks import batching
 from megaregion.data.batch import OBJECT, TEXT, Batch, Findings, Sample, collate
 from megaregion.errors import UserError
 from megaregion.heads.sharded import ClassShardedHead
-from megaregion.models.layers import compile_blocks, run_and_count
+from megaregion.models.layers import compile_blocks, run_and_count, use_narrow
 from megaregion.models.vit import RegionEncoder, decays, matrices, partial_gradients, tensor_parallel_plan
 from megaregion.parallel import topology
 from megaregion.parallel.tensor_parallel import parallelize
@@ -311,6 +311,8 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     if not fake:  # Pages that nobody writes cost no memory.
         model.to_empty(device=place.device)
     model.vit.recompute = layout.recompute
+    if config.train.mixed:
+        use_narrow(model.vit.blocks)
     if fake and config.train.compile:
         compile_blocks(model.vit.blocks)
     cut = config.parallel.tokens_cut

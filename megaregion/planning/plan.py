@@ -181,7 +181,7 @@ def _way(plan: Plan) -> tuple[int, bool, int, bool]:
 
 def _choices(config: RunConfig, hardware: Hardware) -> Iterator[RunConfig]:
     batch, gpus = config.train.global_batch, hardware.gpus
-    stages = (0, 1, 2, 3) if config.train.precision == "fp32" else (1, 2, 3)
+    stages = (1, 2, 3) if config.train.bf16 else (0, 1, 2, 3)
     # More than a node's ranks would send every block's activations over the network.
     for tensor in divisors(math.gcd(gpus, min(hardware.gpus_per_node, gpus))):
         data = gpus // tensor

@@ -259,7 +259,8 @@ class Utilisation:
     ) -> None:
         """Measure the matrix rate; ``classes`` are those of each head."""
         self._config, self._tensor_size, self._teacher_width = config, topology.tensor_size, teacher_width
-        self._rate = matrix_rate(topology.device, torch.bfloat16 if config.train.bf16 else torch.float32)
+        dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+        self._rate = matrix_rate(topology.device, dtype, config.train.mixed)
         self._operations = 0.0
         heads = config.head.by_kind
         self._scored = sum(count * heads[kind].sample_rate for kind, count in classes.items())
@@ -285,7 +286,7 @@ class Utilisation:
 
 
 @cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, narrow: bool = False) -> float:
     """Operations per second of a square matrix product of random numbers on this rank, the fastest of three.
 
     A GPU multiplies ones faster: it draws less power, and its clock stays high.
@@ -299,7 +300,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        product(a, b)
+        product(a, b, narrow=narrow)
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)

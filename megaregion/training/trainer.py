@@ -32,7 +32,7 @@ from megaregion.errors import REQUEUE_EXIT, StopRequest, UserError
 from megaregion.heads.sampling import GatheringLabels
 from megaregion.models.costs import recompute_of_run
 from megaregion.models.initialisation import initialise
-from megaregion.models.layers import compile_blocks, use_float8
+from megaregion.models.layers import compile_blocks, use_float8, use_narrow
 from megaregion.models.vit import (
     RegionEncoder,
     VisionTransformer,
@@ -120,6 +120,8 @@ class Trainer:
         if config.train.fp8:
             count = use_float8(model.vit.blocks, self.topology.device)
             LOG.info("%d linears multiply in 8-bit floats", count)
+        if config.train.mixed:
+            use_narrow(model.vit.blocks)
         if config.train.compile:
             compile_blocks(model.vit.blocks)
         plan, partial = tensor_parallel_plan(model), partial_gradients(model, tokens_cut)

@@ -214,7 +214,7 @@ def _silent(stage: str, images: int) -> Iterator[Callable[[], None]]:
 
 @part(
     ("--scenes", PositiveInt, 60, "scenes to cut crops from, about 3 each"),
-    ("--crop-side", Whole(32, 1024, multiple=32), CROP_SIDE, "pixels to which a crop is resized"),
+    ("--crop-side", Whole(32, 1024, multiple=16), CROP_SIDE, "pixels to which a crop is resized"),
     ("--repeats", PositiveInt, 3, "timed passes; the fastest counts"),
     CLOCK,
 )

@@ -4,7 +4,7 @@ The model comes inside two packages. It is converted once per machine; the resul
 folder. Two things are read from it: an embedding of a crop, and feature maps of a whole image, from which
 :mod:`megaregion.curation.engines.boxes` tells objects from background.
 
-Shapes: B images of h x w pixels, multiples of 32.
+Shapes: B images of h x w pixels, multiples of 32; of 16 for an embedding alone.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Lite0:
 class Lite0Embedder:
     """EfficientNet-Lite0's mean-pooled features; crops are squeezed to a square.
 
-    A side of 128 pixels costs a third of 224; clusters are as good, neighbours less so.
+    A side of 128 pixels costs a third of 224; clusters are as good, neighbours less so; 112 costs two
+    thirds of 128.
     """
 
     dim = WIDTH
