@@ -17,10 +17,12 @@ import yaml
 from megaregion import __version__
 from megaregion.bounds import File, Folder, Text, did_you_mean, shown
 from megaregion.command_line import Parser, run
+from megaregion.config import RunConfig
 from megaregion.errors import UserError
 from megaregion.files import home, read_json, write_text
 from megaregion.schemas.curation import SUMMARY
 from megaregion.schemas.evaluation import aligned
+from megaregion.settings import read_file
 
 COMMANDS = {
     "fit": ("", "images in, an encoder out, with settings chosen from the data and the machine"),
@@ -141,14 +143,14 @@ def choose(images: int, machine: Machine) -> Chosen:
     vocabulary = 384 if images < 5_000 else 4_096 if images < 100_000 else 32_000
     # A hundred passes over ten thousand images, 32 over a million: those of configs/own_images.md.
     passes = min(100.0, max(10.0, 1000 / images**0.25))
-    config, batch, micro, most, regions = ("demo.yaml", 32, 16, 1_800, 28)
-    if machine.gpus:
-        config, batch, micro, most, regions = ("vit_b16_1gpu.yaml", 1024, 128, 100_000, 12)
+    config = "vit_b16_1gpu.yaml" if machine.gpus else "demo.yaml"
+    recipe = read_file(RunConfig(), home("configs") / config)
+    batch, most = recipe.train.global_batch, 100_000 if machine.gpus else recipe.train.steps
     steps = min(most, max(200, round(passes * images / batch)))
     # Powers of two divide the batch.
     ranks = 2 ** (min(machine.gpus or machine.cores // 2, 8).bit_length() - 1) if machine.cores > 1 else 1
     settings: dict[str, Any] = {
-        "train": {"steps": steps, "micro_batch": min(micro, batch // ranks)},
+        "train": {"steps": steps, "micro_batch": min(recipe.train.micro_batch, batch // ranks)},
         "optimizer": {"warmup_steps": max(1, min(1000, steps // 20))},
         "checkpoint": {"every": max(1, steps // 5)},
         "parallel": {"tensor": 1},
@@ -156,7 +158,7 @@ def choose(images: int, machine: Machine) -> Chosen:
     }
     if clusters <= SMALL:
         settings["head"] = {"object": {"sample_rate": 1.0}}
-    return Chosen(clusters, regions, vocabulary, config, ranks, settings)
+    return Chosen(clusters, max(12, recipe.data.regions_per_image), vocabulary, config, ranks, settings)
 
 
 def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run: bool = False) -> Path:
