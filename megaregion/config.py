@@ -321,8 +321,8 @@ class TrainConfig:
     """Most images that one rank passes through the model at once; a rank's share of global_batch is cut
     into equal parts of at most as many."""
     precision: BodyPrecision = "bf16"
-    """Type of the body's parameters, or mixed: fp32, but operands of the blocks' linears are rounded to bf16,
-    which is faster on processors with bf16 units; masters, centers and losses are fp32 in any case."""
+    """Type of the body's parameters, or mixed: fp32, and the blocks' linears multiply in bf16 on GPUs and on
+    processors with units for it; masters, centers and losses are fp32 in any case."""
     grad_precision: Precision = "fp32"
     """Type in which the body's gradients add up over micro-steps and over the data ranks, and those of region
     embeddings over all ranks; bf16 halves their memory and traffic, and rounds every sum."""
@@ -351,11 +351,6 @@ class TrainConfig:
     def bf16(self) -> bool:
         """Whether the body is in bf16."""
         return self.precision == "bf16"
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the body is in fp32 and its products in bf16."""
-        return self.precision == "mixed"
 
     @property
     def value_bytes(self) -> int:

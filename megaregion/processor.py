@@ -40,12 +40,12 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: 
         inputs: [R, I], in any memory layout.
         weight: [O, I], in any memory layout.
         bias: Added to each row, [O].
-        narrow: Round operands and result to bf16; sums are fp32, and types stay as they are.
+        narrow: Round operands and result to bf16 where that is faster; sums are fp32, types stay as they are.
 
     Returns:
         Of its own memory, contiguous, [R, O].
     """
-    if narrow or (inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16):
+    if _is_narrow(inputs, narrow):
         return _rounded(F.linear, inputs, weight, bias)
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
@@ -55,15 +55,6 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: 
     # torch's addmm first spreads the bias over the whole output and lets the product add to it: 8% slower.
     out = torch.matmul(inputs, weight.T)
     return out if bias is None else out.add_(bias)
-
-
-def _rounded(multiply: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    rounded = [None if one is None else one.bfloat16() for one in (first, *others)]
-    if first.device.type == "cpu" and not multiplies_bf16():
-        # Without such units torch takes bf16 apart number by number, many times slower than this.
-        rounded = [None if one is None else one.float() for one in rounded]
-        return multiply(*rounded).bfloat16().to(first.dtype)
-    return multiply(*rounded).to(first.dtype)
 
 
 def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
@@ -77,7 +68,7 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
     Returns:
         Of its own memory, contiguous, [O, I].
     """
-    if narrow or (left.device.type == "cpu" and left.dtype == torch.bfloat16):
+    if _is_narrow(left, narrow):
         return _rounded(lambda left, right: left.T @ right, left, right)
     if not takes_onednn(left) or not right.numel():
         return left.T @ right
@@ -89,6 +80,22 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
         left.to_mkldnn(), right.to_mkldnn(), shape, False
     )[0]
     return found
+
+
+def _is_narrow(matrix: Tensor, asked: bool) -> bool:
+    """Whether a product is rounded to bf16: where it is in bf16, and where that was asked for and is faster."""
+    if matrix.device.type != "cpu":
+        return asked
+    return matrix.dtype == torch.bfloat16 or (asked and multiplies_bf16())
+
+
+def _rounded(multiply: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
+    rounded = [None if one is None else one.bfloat16() for one in (first, *others)]
+    if first.device.type == "cpu" and not multiplies_bf16():
+        # Without such units torch takes bf16 apart number by number, many times slower than this.
+        rounded = [None if one is None else one.float() for one in rounded]
+        return multiply(*rounded).bfloat16().to(first.dtype)
+    return multiply(*rounded).to(first.dtype)
 
 
 def takes_onednn(matrix: Tensor) -> bool:

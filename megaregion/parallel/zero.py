@@ -115,7 +115,7 @@ class ZeroEngine:
         )
         self._adapter.make_moments(0)
         if self._muon:
-            self._start_muon(torch.bfloat16 if config.train.bf16 else torch.float32, config.train.mixed)
+            self._start_muon(config.train.precision)
         self._time_reduction(reducing)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -215,7 +215,7 @@ class ZeroEngine:
             "gradients": self._adapter.gradients(),
         }
 
-    def _start_muon(self, dtype: torch.dtype, narrow: bool) -> None:
+    def _start_muon(self, precision: str) -> None:
         """Let Muon move its matrices; without ZeRO each data rank has all that its tensor ranks have."""
         place, adamw = self._topology, self._adapter.adamw()
         held = [sum(one.numel() for one in group["params"]) for group in adamw.param_groups]
@@ -225,7 +225,9 @@ class ZeroEngine:
         ]
         groups = zip(weights, held, strict=True)
         matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
-        muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype, narrow)
+        ranks = place.world_group if self.stage else place.tensor_group
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        muon = Muon(matrices, ranks, dtype, narrow=precision == "mixed")
         adamw.register_step_pre_hook(muon.before_step)
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:

@@ -311,7 +311,7 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     if not fake:  # Pages that nobody writes cost no memory.
         model.to_empty(device=place.device)
     model.vit.recompute = layout.recompute
-    if config.train.mixed:
+    if config.train.precision == "mixed":
         use_narrow(model.vit.blocks)
     if fake and config.train.compile:
         compile_blocks(model.vit.blocks)

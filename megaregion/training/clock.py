@@ -260,7 +260,7 @@ class Utilisation:
         """Measure the matrix rate; ``classes`` are those of each head."""
         self._config, self._tensor_size, self._teacher_width = config, topology.tensor_size, teacher_width
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-        self._rate = matrix_rate(topology.device, dtype, config.train.mixed)
+        self._rate = matrix_rate(topology.device, dtype, config.train.precision == "mixed")
         self._operations = 0.0
         heads = config.head.by_kind
         self._scored = sum(count * heads[kind].sample_rate for kind, count in classes.items())

@@ -120,7 +120,7 @@ class Trainer:
         if config.train.fp8:
             count = use_float8(model.vit.blocks, self.topology.device)
             LOG.info("%d linears multiply in 8-bit floats", count)
-        if config.train.mixed:
+        if config.train.precision == "mixed":
             use_narrow(model.vit.blocks)
         if config.train.compile:
             compile_blocks(model.vit.blocks)
