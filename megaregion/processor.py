@@ -83,7 +83,7 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
 
 
 def _is_narrow(matrix: Tensor, asked: bool) -> bool:
-    """Whether a product is rounded to bf16: where it is in bf16, and where that was asked for and is faster."""
+    """Whether a product is rounded to bf16: of bf16 always, else where that was asked for and is faster."""
     if matrix.device.type != "cpu":
         return asked
     return matrix.dtype == torch.bfloat16 or (asked and multiplies_bf16())
