@@ -149,7 +149,14 @@ def choose(images: int, machine: Machine) -> Chosen:
     steps = min(most, max(200, round(passes * images / batch)))
     # Powers of two divide the batch.
     ranks = 2 ** (min(machine.gpus or machine.cores // 2, 8).bit_length() - 1) if machine.cores > 1 else 1
+    # A resolution begins after as great a share of the images as in the recipe.
+    share = steps / recipe.train.steps
+    stages = [
+        {"image_size": one.image_size, "from_image": round(share * one.from_image / batch) * batch}
+        for one in recipe.stages
+    ]
     settings: dict[str, Any] = {
+        "stages": stages,
         "train": {"steps": steps, "micro_batch": min(recipe.train.micro_batch, batch // ranks)},
         "optimizer": {"warmup_steps": max(1, min(1000, steps // 20))},
         "checkpoint": {"every": max(1, steps // 5)},
@@ -178,8 +185,9 @@ def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run
     count = summary["files"] - summary["duplicates"]
     chosen = choose(count, machine)
     if given.init is not None:
-        # Those of configs/own_images.md.
+        # Those of configs/own_images.md; the encoder has a size of its own.
         chosen.settings["optimizer"] |= {"lr": 1e-4, "layer_decay": 0.8}
+        chosen.settings["stages"] = []
     write_text(out / "fit.yaml", yaml.safe_dump(chosen.settings))
     rows = [
         ("images", f"{count:,}"),

@@ -95,22 +95,23 @@ def test_a_wheel_brings_commands_and_configs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "machine", "clusters", "config", "ranks", "steps"),
+    ("images", "machine", "clusters", "config", "ranks", "steps", "stages"),
     [
-        (60, Machine(2, 0), 4, "demo.yaml", 1, 200),
-        (3_000, Machine(8, 0), 128, "demo.yaml", 4, 1_800),
-        (10_000, Machine(12, 1), 512, "vit_b16_1gpu.yaml", 1, 977),
-        (1_000_000, Machine(96, 6), 32_768, "vit_b16_1gpu.yaml", 4, 30_882),
+        (60, Machine(2, 0), 4, "demo.yaml", 1, 200, [0.79]),
+        (3_000, Machine(8, 0), 128, "demo.yaml", 4, 1_900, [0.79]),
+        (10_000, Machine(12, 1), 512, "vit_b16_1gpu.yaml", 1, 977, []),
+        (1_000_000, Machine(96, 6), 32_768, "vit_b16_1gpu.yaml", 4, 30_882, []),
     ],
 )
 def test_what_is_chosen_fits_data_and_machine(
-    images: int, machine: Machine, clusters: int, config: str, ranks: int, steps: int
+    images: int, machine: Machine, clusters: int, config: str, ranks: int, steps: int, stages: list[float]
 ) -> None:
     chosen = choose(images, machine)
     assert (chosen.clusters, chosen.config, chosen.ranks) == (clusters, config, ranks)
     run = read_settings(read_file(RunConfig(), repository() / "configs" / config), chosen.settings)
     check_config(run)
     assert run.train.steps == steps
+    assert [round(stage.from_image / steps / run.train.global_batch, 2) for stage in run.stages] == stages
     assert run.data.regions_per_image <= chosen.regions
     check_batching(run, ranks)
 

@@ -48,11 +48,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor, apart: bool = False) -> Tensor:
         """Map tokens [..., I] to [..., O]; ``apart`` leaves the bias's gradient to others."""
         bias = self.bias.detach() if apart else self.bias
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
-            if not self.narrow:
-                return F.linear(input, self.weight, bias)
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.narrow:
             rounded = None if bias is None else bias.bfloat16()
             return F.linear(input.bfloat16(), self.weight.bfloat16(), rounded).to(input.dtype)
+        if compiling or (input.device.type != "cpu" and not self.narrow):
+            return F.linear(input, self.weight, bias)
         outputs: Tensor = _Linear.apply(input, self.weight, bias, self.narrow)
         return outputs
 
@@ -71,7 +72,7 @@ def apart(linear: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class _Linear(torch.autograd.Function):
-    """Outputs [..., O] of inputs [..., I], on a processor."""
+    """Outputs [..., O] of inputs [..., I], on a processor or in bf16; inputs are kept as they came."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:
