@@ -45,7 +45,7 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: 
     Returns:
         Of its own memory, contiguous, [R, O].
     """
-    if _is_narrow(inputs, narrow):
+    if _rounds(inputs, narrow):
         return _rounded(F.linear, inputs, weight, bias)
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
@@ -68,7 +68,7 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
     Returns:
         Of its own memory, contiguous, [O, I].
     """
-    if _is_narrow(left, narrow):
+    if _rounds(left, narrow):
         return _rounded(lambda left, right: left.T @ right, left, right)
     if not takes_onednn(left) or not right.numel():
         return left.T @ right
@@ -82,20 +82,13 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
     return found
 
 
-def _is_narrow(matrix: Tensor, asked: bool) -> bool:
-    """Whether a product is rounded to bf16: of bf16 always, else where that was asked for and is faster."""
-    if matrix.device.type != "cpu":
-        return asked
-    return matrix.dtype == torch.bfloat16 or (asked and multiplies_bf16())
+def _rounds(matrix: Tensor, asked: bool) -> bool:
+    return asked and (matrix.device.type != "cpu" or multiplies_bf16())
 
 
 def _rounded(multiply: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    rounded = [None if one is None else one.bfloat16() for one in (first, *others)]
-    if first.device.type == "cpu" and not multiplies_bf16():
-        # Without such units torch takes bf16 apart number by number, many times slower than this.
-        rounded = [None if one is None else one.float() for one in rounded]
-        return multiply(*rounded).bfloat16().to(first.dtype)
-    return multiply(*rounded).to(first.dtype)
+    rounded = (None if one is None else one.bfloat16() for one in others)
+    return multiply(first.bfloat16(), *rounded).to(first.dtype)
 
 
 def takes_onednn(matrix: Tensor) -> bool:

@@ -88,7 +88,7 @@ def test_a_window_that_is_none_is_refused(text: str) -> None:
 def test_the_matrix_rate_is_that_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ones take less power, and a GPU's clock stays high."""
     operands: list[torch.Tensor] = []
-    monkeypatch.setattr("megaregion.training.clock.product", lambda *given: operands.extend(given))
+    monkeypatch.setattr("megaregion.training.clock.product", lambda *given, **_: operands.extend(given))
     assert matrix_rate.__wrapped__(CPU, torch.float32) > 0
     assert all(0.9 < operand.std() < 1.1 for operand in operands)
     assert operands[0].ne(operands[1]).any()

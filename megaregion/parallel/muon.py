@@ -28,7 +28,6 @@ from torch import Tensor
 
 from megaregion.parallel.tensor_parallel import Placement
 from megaregion.parallel.topology import Group
-from megaregion.processor import product
 
 MOMENTUM = 0.95
 """What a step leaves of the momentum, which looks ahead (Nesterov)."""
@@ -84,15 +83,14 @@ def flops(rows: int, columns: int) -> int:
 
 
 @torch.no_grad()
-def orthogonalised(matrix: Tensor, narrow: bool = False) -> Tensor:
-    """The nearest matrix, [m, n], whose singular values are about 1, by products in its type or in bf16."""
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """The nearest matrix, [m, n], whose singular values are about 1, by products in its type."""
     a, b, c = COEFFICIENTS
     found = matrix.T if len(matrix) > matrix.shape[1] else matrix
     found = found / found.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
-        gram = product(found, found, narrow=narrow)
-        factor = gram.mul(b).add_(product(gram, gram, narrow=narrow), alpha=c)
-        found = found.mul(a).add_(product(factor, found.T, narrow=narrow))
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     return found.T if len(matrix) > matrix.shape[1] else found
 
 
@@ -104,7 +102,7 @@ class Muon:
     ) -> None:
         """Of matrices by name, which these ranks hold and own.
 
-        Their parts travel as ``dtype``, which is that of the products, unless they are ``narrow``: bf16.
+        Their parts travel as ``dtype``, which is that of the products, unless these are ``narrow``: in bf16.
         """
         self._matrices, self._ranks, self._dtype, self._narrow = matrices, ranks, dtype, narrow
 
@@ -172,7 +170,8 @@ def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor], narrow: bool) -> Non
     ]
     for place, values in boxes:
         place.shard(whole).copy_(values)
-    factors = torch.stack([orthogonalised(one, narrow) for one in matrix.fused.apart(whole)])
+    matrices = matrix.fused.apart(whole)
+    factors = torch.stack([orthogonalised(one) for one in (matrices.bfloat16() if narrow else matrices)])
     whole = matrix.fused.together(factors)
     for place, values in boxes:
         values.copy_(place.shard(whole))

@@ -30,6 +30,7 @@ from megaregion.parallel.muon import Fused, Muon, shared_out
 from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero_stages import STAGES
+from megaregion.processor import multiplies_bf16
 
 REDUCE_BUCKET = 50_000_000
 """Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
@@ -227,7 +228,8 @@ class ZeroEngine:
         matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
         ranks = place.world_group if self.stage else place.tensor_group
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        muon = Muon(matrices, ranks, dtype, narrow=precision == "mixed")
+        narrow = precision == "mixed" and (place.device.type != "cpu" or multiplies_bf16())
+        muon = Muon(matrices, ranks, dtype, narrow)
         adamw.register_step_pre_hook(muon.before_step)
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:
