@@ -14,7 +14,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 GOALS = {
     "files": 190,
-    "lines of Python": 44_198,
+    "lines of Python": 30_000,
     "files that tools/pretrain.py reaches": 60,
     "modules of fewer than 60 lines with one importer": 10,
     "import circles": 0,
@@ -103,7 +103,7 @@ class House:
         step = next(node for _, node in functions if node.name == "train_step")
         return {
             "files": len(self.trees),
-            "lines of Python": 44_198sum(self.lines.values()),
+            "lines of Python": sum(self.lines.values()),
             "files that tools/pretrain.py reaches": len(self.reached("tools/pretrain.py")),
             "modules of fewer than 60 lines with one importer": len(self.small_with_one_importer()),
             "import circles": self.circles(),
