@@ -165,7 +165,9 @@ def choose(images: int, machine: Machine) -> Chosen:
     }
     if clusters <= SMALL:
         settings["head"] = {"object": {"sample_rate": 1.0}}
-    return Chosen(clusters, max(12, recipe.data.regions_per_image), vocabulary, config, ranks, settings)
+    # Some more than the default of training, which draws among them.
+    regions = max(12, recipe.data.regions_per_image)
+    return Chosen(clusters, regions, vocabulary, config, ranks, settings)
 
 
 def fit(images: Path | str, out: Path | str, given: Given | None = None, dry_run: bool = False) -> Path:

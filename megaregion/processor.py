@@ -40,12 +40,12 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, narrow: 
         inputs: [R, I], in any memory layout.
         weight: [O, I], in any memory layout.
         bias: Added to each row, [O].
-        narrow: Round operands and result to bf16 where that is faster; sums are fp32, types stay as they are.
+        narrow: Round operands and result to bf16; sums are fp32, types stay as they are.
 
     Returns:
         Of its own memory, contiguous, [R, O].
     """
-    if _rounds(inputs, narrow):
+    if narrow:
         return _rounded(F.linear, inputs, weight, bias)
     if inputs.device.type != "cpu":
         return F.linear(inputs, weight, bias)
@@ -68,7 +68,7 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
     Returns:
         Of its own memory, contiguous, [O, I].
     """
-    if _rounds(left, narrow):
+    if narrow:
         return _rounded(lambda left, right: left.T @ right, left, right)
     if not takes_onednn(left) or not right.numel():
         return left.T @ right
@@ -80,10 +80,6 @@ def outer_sum(left: Tensor, right: Tensor, narrow: bool = False) -> Tensor:
         left.to_mkldnn(), right.to_mkldnn(), shape, False
     )[0]
     return found
-
-
-def _rounds(matrix: Tensor, asked: bool) -> bool:
-    return asked and (matrix.device.type != "cpu" or multiplies_bf16())
 
 
 def _rounded(multiply: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
@@ -113,6 +109,11 @@ def multiplies_bytes() -> bool:
     """Whether this processor has units for products of 8-bit integers, as those of AVX-512 with VNNI."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
     return wide and "avx512_vnni" in _told("flags").split()
+
+
+def is_narrow(precision: str, device: torch.device) -> bool:
+    """Whether a run of this train.precision rounds fp32 operands to bf16: mixed, where that is faster."""
+    return precision == "mixed" and (device.type != "cpu" or multiplies_bf16())
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megaregion import processor
 from megaregion.heads.tiles import Products
 from megaregion.models.layers import Linear
-from megaregion.processor import onednn_is_faster, outer_sum, product
+from megaregion.processor import is_narrow, onednn_is_faster, outer_sum, product
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
@@ -51,14 +51,20 @@ def test_a_sum_of_outer_products_is_exact_in_any_memory_layout(rows: int, width:
 
 
 @pytest.mark.parametrize("units", [True, False])
-def test_narrow_products_are_those_of_rounded_operands_where_a_processor_has_units_for_them(
+def test_mixed_rounds_on_gpus_and_where_a_processor_has_units_for_it(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "multiplies_bf16", lambda: units)
+    assert is_narrow("mixed", torch.device("cpu")) == units
+    assert is_narrow("mixed", torch.device("cuda"))
+    assert not any(is_narrow(other, torch.device("cuda")) for other in ("fp32", "bf16"))
+
+
+def test_narrow_products_are_those_of_rounded_operands() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, weight = (torch.randn(24, rows, generator=generator).T for rows in (400, 40))
-    bias, kind = torch.randn(40, generator=generator), torch.bfloat16 if units else torch.float32
-    left, right, added = (one.to(kind).double() for one in (inputs, weight, bias))
+    bias = torch.randn(40, generator=generator)
+    left, right, added = (one.bfloat16().double() for one in (inputs, weight, bias))
     for found, exact in (
         (product(inputs, weight, narrow=True), left @ right.T),
         (product(inputs, weight, bias, narrow=True), left @ right.T + added),
@@ -66,7 +72,7 @@ def test_narrow_products_are_those_of_rounded_operands_where_a_processor_has_uni
     ):
         assert found.dtype == torch.float32
         assert found.is_contiguous()
-        torch.testing.assert_close(found.double(), exact, rtol=2**-8 if units else 1e-5, atol=1e-4)
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_a_narrow_linear_has_the_gradients_of_rounded_operands() -> None:

@@ -43,7 +43,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` with the same parameters and the same result, up to rounding."""
 
     narrow = False
-    """Whether it multiplies in bf16 where that is faster (train.precision mixed)."""
+    """Whether it multiplies in bf16 (train.precision mixed)."""
 
     def forward(self, input: Tensor, apart: bool = False) -> Tensor:
         """Map tokens [..., I] to [..., O]; ``apart`` leaves the bias's gradient to others."""
@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 
 
 def use_narrow(blocks: nn.Module) -> None:
-    """Let every linear of the blocks multiply in bf16 where that is faster; all else stays as it is."""
+    """Let every linear of the blocks multiply in bf16; all else stays as it is."""
     for module in blocks.modules():
         if isinstance(module, Linear):
             module.narrow = True

@@ -97,14 +97,9 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Muon:
     """Moves groups of AdamW's parameters in its place: those whose ``muon`` names their matrices."""
 
-    def __init__(
-        self, matrices: Mapping[str, Matrix], ranks: Group, dtype: torch.dtype, narrow: bool = False
-    ) -> None:
-        """Of matrices by name, which these ranks hold and own.
-
-        Their parts travel as ``dtype``, which is that of the products, unless these are ``narrow``: in bf16.
-        """
-        self._matrices, self._ranks, self._dtype, self._narrow = matrices, ranks, dtype, narrow
+    def __init__(self, matrices: Mapping[str, Matrix], ranks: Group, dtype: torch.dtype) -> None:
+        """Of matrices by name, which these ranks hold and own; ``dtype`` is that of the products."""
+        self._matrices, self._ranks, self._dtype = matrices, ranks, dtype
 
     @torch.no_grad()
     def before_step(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
@@ -140,7 +135,7 @@ class Muon:
         arrived = self._all_to_all(torch.cat([parts[number] for number in by_owner]), sizes, owned_sizes)
         by_rank = arrived.split([one.runs[rank][1] for rank in ranks for one in owned])
         for number, matrix in enumerate(owned):
-            _orthogonalise(matrix, by_rank[number :: len(owned)], self._narrow)
+            _orthogonalise(matrix, by_rank[number :: len(owned)])
         back = self._all_to_all(arrived, owned_sizes, sizes)
         found = dict(zip(by_owner, back.split([len(parts[number]) for number in by_owner]), strict=True))
         return [found[number] for number in range(len(matrices))]
@@ -160,7 +155,7 @@ def _parts(held: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     return list(held[0].view(-1)[: sum(lengths)].split(list(lengths)))
 
 
-def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor], narrow: bool) -> None:
+def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor]) -> None:
     """Put the orthogonal factors in the place of a matrix's parts, one of each rank."""
     whole = parts[0].new_empty(matrix.places[0].full_shape)
     boxes = [
@@ -170,8 +165,7 @@ def _orthogonalise(matrix: Matrix, parts: Sequence[Tensor], narrow: bool) -> Non
     ]
     for place, values in boxes:
         place.shard(whole).copy_(values)
-    matrices = matrix.fused.apart(whole)
-    factors = torch.stack([orthogonalised(one) for one in (matrices.bfloat16() if narrow else matrices)])
+    factors = torch.stack([orthogonalised(one) for one in matrix.fused.apart(whole)])
     whole = matrix.fused.together(factors)
     for place, values in boxes:
         values.copy_(place.shard(whole))

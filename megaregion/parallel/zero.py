@@ -30,7 +30,7 @@ from megaregion.parallel.muon import Fused, Muon, shared_out
 from megaregion.parallel.tensor_parallel import Placement, uncompiled
 from megaregion.parallel.topology import Topology
 from megaregion.parallel.zero_stages import STAGES
-from megaregion.processor import multiplies_bf16
+from megaregion.processor import is_narrow
 
 REDUCE_BUCKET = 50_000_000
 """Elements of gradients that are reduced together; DeepSpeed's own 500 million hold all of a ViT-L, whose
@@ -116,7 +116,8 @@ class ZeroEngine:
         )
         self._adapter.make_moments(0)
         if self._muon:
-            self._start_muon(config.train.precision)
+            narrow = config.train.bf16 or is_narrow(config.train.precision, topology.device)
+            self._start_muon(torch.bfloat16 if narrow else torch.float32)
         self._time_reduction(reducing)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -216,7 +217,7 @@ class ZeroEngine:
             "gradients": self._adapter.gradients(),
         }
 
-    def _start_muon(self, precision: str) -> None:
+    def _start_muon(self, dtype: torch.dtype) -> None:
         """Let Muon move its matrices; without ZeRO each data rank has all that its tensor ranks have."""
         place, adamw = self._topology, self._adapter.adamw()
         held = [sum(one.numel() for one in group["params"]) for group in adamw.param_groups]
@@ -226,10 +227,7 @@ class ZeroEngine:
         ]
         groups = zip(weights, held, strict=True)
         matrices = shared_out(groups, place.tensor_size, place.data_size if self.stage else 1)
-        ranks = place.world_group if self.stage else place.tensor_group
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        narrow = precision == "mixed" and (place.device.type != "cpu" or multiplies_bf16())
-        muon = Muon(matrices, ranks, dtype, narrow)
+        muon = Muon(matrices, place.world_group if self.stage else place.tensor_group, dtype)
         adamw.register_step_pre_hook(muon.before_step)
 
     def _time_reduction(self, reducing: Callable[[], AbstractContextManager[None]]) -> None:

@@ -51,6 +51,7 @@ from megaregion.planning.kernels import KernelCounter, Tally, count_nodes
 from megaregion.planning.layout import TEXT_TOKENS, Layout
 from megaregion.planning.memory import activation_bytes, gradients_of_one_pass
 from megaregion.planning.plan import Plan
+from megaregion.processor import is_narrow
 from megaregion.schemas.evaluation import aligned
 from megaregion.training.losses import Heads
 from megaregion.training.state import own_pieces
@@ -311,7 +312,7 @@ def _build(layout: Layout, place: Topology) -> tuple[int, ZeroEngine, Heads]:
     if not fake:  # Pages that nobody writes cost no memory.
         model.to_empty(device=place.device)
     model.vit.recompute = layout.recompute
-    if config.train.precision == "mixed":
+    if is_narrow(config.train.precision, place.device):
         use_narrow(model.vit.blocks)
     if fake and config.train.compile:
         compile_blocks(model.vit.blocks)

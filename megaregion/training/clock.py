@@ -26,7 +26,7 @@ from megaregion.data.batch import Batch
 from megaregion.errors import UserError
 from megaregion.models.costs import encoder_flops, head_flops
 from megaregion.parallel.topology import Topology, all_gather
-from megaregion.processor import product
+from megaregion.processor import is_narrow, product
 from megaregion.schemas.evaluation import aligned
 from megaregion.training.faults import Faults
 from megaregion.training.metrics import LOG
@@ -260,7 +260,8 @@ class Utilisation:
         """Measure the matrix rate; ``classes`` are those of each head."""
         self._config, self._tensor_size, self._teacher_width = config, topology.tensor_size, teacher_width
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-        self._rate = matrix_rate(topology.device, dtype, config.train.precision == "mixed")
+        narrow = is_narrow(config.train.precision, topology.device)
+        self._rate = matrix_rate(topology.device, dtype, narrow)
         self._operations = 0.0
         heads = config.head.by_kind
         self._scored = sum(count * heads[kind].sample_rate for kind, count in classes.items())

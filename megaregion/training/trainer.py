@@ -45,7 +45,7 @@ from megaregion.models.vit import (
 from megaregion.parallel.tensor_parallel import parallelize
 from megaregion.parallel.topology import Topology, all_gather_strings, host_name
 from megaregion.parallel.zero import ZeroEngine
-from megaregion.processor import keep_freed_memory
+from megaregion.processor import is_narrow, keep_freed_memory
 from megaregion.schemas.run import DONE, GUARD, Events, Meter, process_start
 from megaregion.training.clock import Clock, StepProfiler, StepTimes, Times, Utilisation, gather_times
 from megaregion.training.faults import Agreement, agree, write_refusal
@@ -120,7 +120,7 @@ class Trainer:
         if config.train.fp8:
             count = use_float8(model.vit.blocks, self.topology.device)
             LOG.info("%d linears multiply in 8-bit floats", count)
-        if config.train.precision == "mixed":
+        if is_narrow(config.train.precision, self.topology.device):
             use_narrow(model.vit.blocks)
         if config.train.compile:
             compile_blocks(model.vit.blocks)
