@@ -318,8 +318,8 @@ WHOLE = {
     "bf16-zero1": {"train__precision": "bf16", "optimizer__ema_decay": 0.0},
     "bf16-zero2": {"train__precision": "bf16", "parallel__zero_stage": 2},
     "bf16-zero3-tp2": {"train__precision": "bf16", **ZERO3, **TP2},
-    "mixed-bf16": {"train__precision": "mixed"},
-    "mixed-bf16-muon-tp2": {**MUON, **TP2, "train__precision": "mixed", **TAUGHT},
+    "mixed": {"train__precision": "mixed"},
+    "mixed-muon-tp2": {**MUON, **TP2, "train__precision": "mixed", **TAUGHT},
     "stages-native": NATIVE_STAGES,
     "sampled-two-datasets": {"data__path": TWO, **DROPPED, **TOKENS},
 }
@@ -332,6 +332,7 @@ CONTINUED = {
     "same-muon": ("bf16-muon", WHOLE["bf16-muon"]),
     "muon-tp2-to-tp1-zero2": ("sampled-muon-tp2", {**MUON, "parallel__zero_stage": 2, **TAUGHT}),
     "same-bf16": ("bf16-zero2", WHOLE["bf16-zero2"]),
+    "same-mixed": ("mixed-muon-tp2", WHOLE["mixed-muon-tp2"]),
     "begins-to-average": ("bf16-zero1", {"train__precision": "bf16"}),
     "tp2-zero1-to-tp1-zero3": ("sampled-tp2", ZERO3),
     "tp1-zero3-to-tp4-zero2": ("sampled-zero3", {**TP4, "parallel__zero_stage": 2}),
@@ -435,7 +436,7 @@ def test_sampled_negatives_are_the_same_for_any_number_of_ranks(dataset: Path, f
     assert runs["sampled-tp1"][0] < full[0] - 1e-3, "no class was left out: the draw had no effect"
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if "bf16" in name])
+@pytest.mark.parametrize("name", [name for name, own in WHOLE.items() if "train__precision" in own])
 def test_bf16_stays_close_to_fp32(name: str, dataset: Path, four_ranks: Path) -> None:
     exact = "sampled-muon-tp2" if "muon" in name else "sampled-tp1"
     expected = losses(toy_config(dataset, four_ranks, exact))
