@@ -98,7 +98,7 @@ def test_a_wheel_brings_commands_and_configs(tmp_path: Path) -> None:
     ("images", "machine", "clusters", "config", "ranks", "steps", "stages"),
     [
         (60, Machine(2, 0), 4, "demo.yaml", 1, 200, [0.79]),
-        (3_000, Machine(8, 0), 128, "demo.yaml", 4, 1_900, [0.79]),
+        (3_000, Machine(8, 0), 128, "demo.yaml", 4, 2_080, [0.79]),
         (10_000, Machine(12, 1), 512, "vit_b16_1gpu.yaml", 1, 977, []),
         (1_000_000, Machine(96, 6), 32_768, "vit_b16_1gpu.yaml", 4, 30_882, []),
     ],

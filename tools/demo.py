@@ -48,10 +48,10 @@ def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     scenes, curated, goal = arguments.data / "scenes", arguments.data / "curated", arguments.run
     counts = ["--train", str(arguments.train_scenes), "--test", str(arguments.test_scenes)]
     # What curation costs goes by the image, what is learned by what it shows.
-    counts += ["--train-objects", "3", "6", "--train-words", "3", "6"]
+    counts += ["--train-objects", "3", "6", "--train-words", "2", "5"]
     # Many regions, though a scene has three to six objects: parts and scenery teach what one looks like, too.
     keep = ["--max-regions", "28", "--min-objectness", "0.05", "--proposal-sides", "192", "128"]
-    keep += ["--vocab", "384", "--clusters", "512", "--labels-per-region", "3"]
+    keep += ["--vocab", "384", "--clusters", "1536", "--labels-per-region", "8", "--crop-side", "112"]
     train = [
         "tools/pretrain.py", "--config", arguments.config, "--data.path", str(curated / "shards"),
         "--output", str(goal.parent), "--name", goal.name, "--resume", "auto",
