@@ -51,7 +51,9 @@ def steps(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
     counts += ["--train-objects", "3", "6", "--train-words", "2", "5"]
     # Many regions, though a scene has three to six objects: parts and scenery teach what one looks like, too.
     keep = ["--max-regions", "28", "--min-objectness", "0.05", "--proposal-sides", "192", "128"]
-    keep += ["--vocab", "384", "--clusters", "1536", "--labels-per-region", "8", "--crop-side", "112"]
+    # Few scenes have few regions.
+    clusters = str(min(1536, 8 * arguments.train_scenes))
+    keep += ["--vocab", "384", "--clusters", clusters, "--labels-per-region", "8", "--crop-side", "112"]
     train = [
         "tools/pretrain.py", "--config", arguments.config, "--data.path", str(curated / "shards"),
         "--output", str(goal.parent), "--name", goal.name, "--resume", "auto",
